@@ -1,0 +1,6 @@
+"""Looking inside a trained CRATE: named tensors and the objective, layer by layer."""
+
+from crate_jax.analysis.layerwise import layerwise
+from crate_jax.analysis.taps import taps
+
+__all__ = ["layerwise", "taps"]

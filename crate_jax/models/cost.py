@@ -1,0 +1,61 @@
+"""What a model costs, by formula: parameters, multiply-adds, tokens, memory."""
+
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from crate_jax.models.crate import Crate, pair
+
+
+def num_tokens(model: Crate) -> int:
+    """N: patches and the class token."""
+    (H, W), (h, w) = pair(model.image_size), pair(model.patch_size)
+    return (H // h) * (W // w) + 1
+
+
+def count_parameters(model: Crate) -> int:
+    """Exact number of parameters, from the shapes of `init` (nothing is computed)."""
+    return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(abstract_parameters(model)))
+
+
+def abstract_parameters(model: Crate) -> Any:
+    """The parameter tree as `jax.ShapeDtypeStruct` leaves.
+
+    Raises:
+        ValueError: the model's fields do not fit together.
+    """
+    images = jax.ShapeDtypeStruct((1, *pair(model.image_size), model.in_channels), jnp.float32)
+    init = lambda key, x: model.init(key, x, train=False)["params"]  # noqa: E731
+    return jax.eval_shape(init, jax.random.key(0), images)
+
+
+def multiply_adds(model: Crate) -> int:
+    """Multiply-adds of the matrix products of one forward pass for one image.
+
+    Per layer: N d K p for the subspace tokens, 2 N² K p for the attention, N K p d for W_out (absent
+    with one full subspace), and 2 N d² for ISTA. Norms, softmax and thresholds are left out.
+    """
+    N, d, K, p = num_tokens(model), model.width, model.num_heads, model.subspace_dim
+    h, w = pair(model.patch_size)
+    merge = 0 if (K, p) == (1, d) else N * K * p * d
+    layer = N * d * K * p + 2 * N * N * K * p + merge + 2 * N * d * d
+    return (N - 1) * h * w * model.in_channels * d + model.depth * layer + d * model.num_classes
+
+
+def activation_bytes(model: Crate) -> int:
+    """Bytes per image that the layers keep for the backward pass, by formula.
+
+    Without recomputation a layer keeps its input, both normalised tokens, Z^{l+1/2}, the residual
+    Y − D Y and its output (6 N d), the subspace tokens before and after attention (2 N K p), and the
+    attention (K N²). With remat "dots" it keeps its input and the dense products (the batched ones of
+    the attention are computed again); with "full", its input alone. The compiler may keep less.
+    """
+    N, d, K, p = num_tokens(model), model.width, model.num_heads, model.subspace_dim
+    kept = {
+        "none": 6 * N * d + 2 * N * K * p + K * N * N,
+        "dots": 4 * N * d + N * K * p,
+        "full": N * d,
+    }[model.remat]
+    return model.depth * kept * jnp.dtype(model.dtype).itemsize

@@ -1,0 +1,175 @@
+"""CRATE's two steps as pure functions, then the Flax modules that own their parameters.
+
+Tokens are rows: where the paper writes D Z, this is ``Z @ D.T``. Matrix products take whole (B·N, d)
+and (B·K, N, p) operands because XLA runs few large products faster than many small ones.
+"""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jax.nn import initializers as init
+from jax.typing import DTypeLike
+
+
+def layer_norm(dtype: DTypeLike, name: str) -> nn.LayerNorm:
+    """PyTorch's LayerNorm: eps 1e-5, statistics in float32 by the two-pass variance."""
+    return nn.LayerNorm(epsilon=1e-5, use_fast_variance=False, dtype=dtype, name=name)
+
+
+# nn.Linear's defaults in PyTorch: weight and bias uniform in ±1/√fan_in.
+linear_kernel_init = init.variance_scaling(1 / 3, "fan_in", "uniform")
+# kaiming_uniform_ on D (d, d): uniform in ±√(6/d).
+dictionary_init = init.variance_scaling(2.0, "fan_in", "uniform")
+
+
+def linear_bias_init(fan_in: int) -> init.Initializer:
+    """Uniform in ±1/√fan_in, as nn.Linear starts its bias; Flax's own default is zero."""
+
+    def initialise(key, shape, dtype=jnp.float32):
+        bound = fan_in**-0.5
+        return jax.random.uniform(key, shape, dtype, -bound, bound)
+
+    return initialise
+
+
+def dense(features: int, fan_in: int, dtype: DTypeLike, name: str) -> nn.Dense:
+    """A linear layer that starts as nn.Linear does."""
+    return nn.Dense(
+        features,
+        kernel_init=linear_kernel_init,
+        bias_init=linear_bias_init(fan_in),
+        dtype=dtype,
+        name=name,
+    )
+
+
+def subspace_tokens(Z_BxNxd: Array, U_dxKxp: Array) -> Array:
+    """Coordinates of every token in every subspace: U_kᵀ Z, here ``Z @ U_k``.
+
+    Args:
+        Z_BxNxd: tokens.
+        U_dxKxp: bases of the K subspaces, of the tokens' dtype.
+
+    Returns:
+        Subspace tokens (B, N, K, p), of the tokens' dtype.
+    """
+    B, N, d = Z_BxNxd.shape
+    _, K, p = U_dxKxp.shape
+    return (Z_BxNxd.reshape(B * N, d) @ U_dxKxp.reshape(d, K * p)).reshape(B, N, K, p)
+
+
+def subspace_self_attention(W_BxNxKxp: Array) -> tuple[Array, Array]:
+    """SSA in every subspace: softmax(p^{-1/2} W_k W_kᵀ) W_k with W_k = U_kᵀ Z.
+
+    Query, key and value are one matrix, so the scores are symmetric before the softmax, which runs in
+    float32. Source: arXiv 2306.01129, equation 11 (tokens as rows); scale p^{-1/2} as in the code.
+
+    Args:
+        W_BxNxKxp: subspace tokens.
+
+    Returns:
+        The attended subspace tokens (B, N, K, p), and the attention (B, K, N, N) whose rows sum to
+        one; both of the input's dtype.
+    """
+    B, N, K, p = W_BxNxKxp.shape
+    W_GxNxp = W_BxNxKxp.transpose(0, 2, 1, 3).reshape(B * K, N, p)
+    S_GxNxN = jnp.einsum("gnp,gmp->gnm", W_GxNxp, W_GxNxp, preferred_element_type=jnp.float32)
+    A_GxNxN = jax.nn.softmax(S_GxNxN * p**-0.5, axis=-1).astype(W_GxNxp.dtype)
+    O_GxNxp = jnp.einsum("gnm,gmp->gnp", A_GxNxN, W_GxNxp)
+    O_BxNxKxp = O_GxNxp.reshape(B, K, N, p).transpose(0, 2, 1, 3)
+    return O_BxNxKxp, A_GxNxN.reshape(B, K, N, N)
+
+
+def mssa(
+    Z_BxNxd: Array, U_dxKxp: Array, W_out_Kxpxd: Array | None = None, b_out_d: Array | None = None
+) -> Array:
+    """Multi-head subspace self-attention: W_out [SSA_1; …; SSA_K] + b_out.
+
+    One approximate gradient step on R^c(Z; U) is Z + MSSA(Z); the residual is the caller's.
+    Source: arXiv 2306.01129, equations 11 and 12.
+
+    Args:
+        Z_BxNxd: tokens, normalised.
+        U_dxKxp: bases of the K subspaces.
+        W_out_Kxpxd: output projection; None leaves it out, which needs K = 1 and p = d.
+        b_out_d: its bias.
+
+    Returns:
+        Update of the tokens (B, N, d), of the tokens' dtype.
+    """
+    O_BxNxKxp, _ = subspace_self_attention(subspace_tokens(Z_BxNxd, U_dxKxp))
+    B, N, K, p = O_BxNxKxp.shape
+    O_MxKp = O_BxNxKxp.reshape(B * N, K * p)
+    if W_out_Kxpxd is not None:
+        O_MxKp = O_MxKp @ W_out_Kxpxd.reshape(K * p, -1)
+    if b_out_d is not None:
+        O_MxKp = O_MxKp + b_out_d[None, :]
+    return O_MxKp.reshape(B, N, -1)
+
+
+def ista_step(Y_BxNxd: Array, D_dxd: Array, *, eta: float, lmbda: float) -> Array:
+    """One step of ISTA on ½‖Y − D A‖² + λ‖A‖₁ over A ≥ 0, from A⁰ = Y.
+
+    ReLU(Y + η Dᵀ(Y − D Y) − η λ); with tokens as rows D Y is ``Y @ D.T`` and Dᵀ R is ``R @ D``.
+    There is no residual: the result replaces the tokens.
+    Source: arXiv 2306.01129, equation 17.
+    Differs from official: Dᵀ(Y − D Y) takes two matrix products where DᵀY − DᵀD Y takes three.
+
+    Args:
+        Y_BxNxd: tokens, normalised.
+        D_dxd: dictionary, atoms as columns, of the tokens' dtype.
+        eta: step size η.
+        lmbda: sparsity weight λ.
+
+    Returns:
+        Sparse, non-negative tokens (B, N, d), of the tokens' dtype.
+    """
+    B, N, d = Y_BxNxd.shape
+    Y_Mxd = Y_BxNxd.reshape(B * N, d)
+    R_Mxd = Y_Mxd - Y_Mxd @ D_dxd.T
+    return jax.nn.relu(Y_Mxd + eta * (R_Mxd @ D_dxd) - eta * lmbda).reshape(B, N, d)
+
+
+class MSSA(nn.Module):
+    """`mssa` with its parameters U (d, K, p), W_out (K, p, d) and b_out (d,).
+
+    W_out and b_out are absent when one subspace fills the space (K = 1, p = d), as in the official
+    code. They start as PyTorch's nn.Linear does. Parameters are float32, the computation is `dtype`.
+    """
+
+    num_heads: int
+    head_dim: int
+    dtype: DTypeLike = jnp.float32
+
+    @nn.compact
+    def __call__(self, Z_BxNxd: Array) -> tuple[Array, dict[str, Array]]:
+        """Tokens (B, N, d) to their update (B, N, d), and the taps ``subspace_tokens``, ``attention``."""
+        d, K, p = Z_BxNxd.shape[-1], self.num_heads, self.head_dim
+        U_init = init.variance_scaling(1 / 3, "fan_in", "uniform", in_axis=0, out_axis=(1, 2))
+        U_dxKxp = self.param("U", U_init, (d, K, p)).astype(self.dtype)
+        W_out_Kxpxd = b_out_d = None
+        if (K, p) != (1, d):
+            W_init = init.variance_scaling(1 / 3, "fan_in", "uniform", in_axis=(0, 1), out_axis=2)
+            W_out_Kxpxd = self.param("W_out", W_init, (K, p, d)).astype(self.dtype)
+            b_out_d = self.param("b_out", linear_bias_init(K * p), (d,)).astype(self.dtype)
+        update_BxNxd = mssa(Z_BxNxd, U_dxKxp, W_out_Kxpxd, b_out_d)
+        # The compiler merges these with the same products inside mssa, or drops them if unused.
+        W_BxNxKxp = subspace_tokens(Z_BxNxd, U_dxKxp)
+        _, A_BxKxNxN = subspace_self_attention(W_BxNxKxp)
+        return update_BxNxd, {"subspace_tokens": W_BxNxKxp, "attention": A_BxKxNxN}
+
+
+class ISTA(nn.Module):
+    """`ista_step` with its dictionary D (d, d), which starts uniform in ±√(6/d)."""
+
+    eta: float
+    lmbda: float
+    dtype: DTypeLike = jnp.float32
+
+    @nn.compact
+    def __call__(self, Y_BxNxd: Array) -> Array:
+        """Normalised tokens (B, N, d) to sparse tokens (B, N, d)."""
+        d = Y_BxNxd.shape[-1]
+        D_dxd = self.param("D", dictionary_init, (d, d)).astype(self.dtype)
+        return ista_step(Y_BxNxd, D_dxd, eta=self.eta, lmbda=self.lmbda)

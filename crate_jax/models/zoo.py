@@ -1,0 +1,50 @@
+"""The named models: one row each, and how to build them."""
+
+import dataclasses
+import fnmatch
+from typing import Any
+
+import flax.linen as nn
+
+from crate_jax.config import did_you_mean
+from crate_jax.models.crate import Crate
+
+# Sizes from arXiv 2306.01129, table 1, and the 8-pixel models of arXiv 2308.16271.
+VARIANTS: dict[str, dict[str, Any]] = {
+    "crate_tiny_patch16_224": dict(patch_size=16, width=384, depth=12, num_heads=6),
+    "crate_small_patch16_224": dict(patch_size=16, width=576, depth=12, num_heads=12),
+    "crate_base_patch16_224": dict(patch_size=16, width=768, depth=12, num_heads=12),
+    "crate_large_patch16_224": dict(patch_size=16, width=1024, depth=24, num_heads=16),
+    "crate_small_384_patch8_224": dict(patch_size=8, width=384, depth=12, num_heads=6),
+    "crate_base_patch8_224": dict(patch_size=8, width=768, depth=12, num_heads=12),
+}
+
+
+def list_models(pattern: str = "*") -> list[str]:
+    """Names of the models that match a shell pattern, sorted."""
+    return sorted(fnmatch.filter(VARIANTS, pattern))
+
+
+def create_model(name: str, **overrides: Any) -> nn.Module:
+    """Build a model by name; it holds no parameters yet.
+
+    Args:
+        name: one of `list_models`.
+        **overrides: fields of the model's class that differ from the variant, such as
+            ``num_classes=10``. Unless overridden, images are 224 pixels wide and classes 1000.
+
+    Returns:
+        A Flax module: ``model.init(key, images, train=False)`` makes its parameters.
+
+    Raises:
+        KeyError: no such model, or no such field; the nearest known name is suggested.
+    """
+    if name not in VARIANTS:
+        raise KeyError(f"model.name must be a known model; got {name}. " + did_you_mean(name, VARIANTS))
+    fields = [f.name for f in dataclasses.fields(Crate) if f.name not in ("parent", "name")]
+    for field in overrides:
+        if field not in fields:
+            raise KeyError(
+                f"model.{field} must name a field of {name}. " + did_you_mean(field, fields)
+            )
+    return Crate(**{"image_size": 224, "num_classes": 1000} | VARIANTS[name] | overrides)
