@@ -5,6 +5,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax import Array
 
 from crate_jax.models.crate import Crate, pair
 
@@ -13,6 +14,11 @@ def num_tokens(model: Crate) -> int:
     """N: patches and the class token."""
     (H, W), (h, w) = pair(model.image_size), pair(model.patch_size)
     return (H // h) * (W // w) + 1
+
+
+def sample_images(model: Crate) -> Array:
+    """One blank image of the size the model takes, (1, H, W, c) float32; what `init` needs."""
+    return jnp.zeros((1, *pair(model.image_size), model.in_channels))
 
 
 def count_parameters(model: Crate) -> int:
@@ -26,9 +32,8 @@ def abstract_parameters(model: Crate) -> Any:
     Raises:
         ValueError: the model's fields do not fit together.
     """
-    images = jax.ShapeDtypeStruct((1, *pair(model.image_size), model.in_channels), jnp.float32)
-    init = lambda key, x: model.init(key, x, train=False)["params"]  # noqa: E731
-    return jax.eval_shape(init, jax.random.key(0), images)
+    init = lambda key: model.init(key, sample_images(model), train=False)["params"]  # noqa: E731
+    return jax.eval_shape(init, jax.random.key(0))
 
 
 def multiply_adds(model: Crate) -> int:

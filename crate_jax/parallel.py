@@ -1,0 +1,84 @@
+"""The mesh of devices, and the one rule that lays arrays out on it."""
+
+import math
+from typing import Any
+
+import jax
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+AXES = ("data", "fsdp")
+
+# Smaller leaves cost more to gather than they save in memory.
+_MIN_SHARDED_SIZE = 1024
+
+
+def make_mesh(spec: str = "data:-1", devices: list[jax.Device] | None = None) -> Mesh:
+    """Lay all devices out on the axes ``data`` and ``fsdp``.
+
+    Args:
+        spec: "axis:size,…"; an axis left out has size 1, and one size may be -1 for what is left.
+        devices: those to use; None: every device of every process.
+
+    Returns:
+        A mesh with both axes, of Auto type, as Flax linen needs.
+
+    Raises:
+        KeyError: an axis that does not exist.
+        ValueError: a size is malformed, or the sizes do not multiply to the number of devices.
+    """
+    devices = list(jax.devices() if devices is None else devices)
+    sizes = dict.fromkeys(AXES, 1)
+    for item in spec.split(","):
+        axis, _, size = item.strip().partition(":")
+        if axis not in AXES:
+            raise KeyError(f"parallel.mesh must name axes out of {', '.join(AXES)}; got {spec}.")
+        if not size.removeprefix("-").isdigit() or int(size) == 0 or int(size) < -1:
+            raise ValueError(f"parallel.mesh must be axis:size,… with sizes > 0 or -1; got {spec}.")
+        sizes[axis] = int(size)
+    fixed = math.prod(size for size in sizes.values() if size > 0)
+    if list(sizes.values()).count(-1) == 1 and len(devices) % fixed == 0:
+        sizes = {axis: len(devices) // fixed if n == -1 else n for axis, n in sizes.items()}
+    if math.prod(sizes.values()) != len(devices):
+        raise ValueError(
+            f"parallel.mesh must multiply to the {len(devices)} devices; got {spec}. "
+            "Give one axis the size -1."
+        )
+    # Explicit axes, the default of make_mesh, make linen's products raise on sharded kernels.
+    return jax.make_mesh(
+        tuple(sizes.values()), AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices
+    )
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    """Every device holds the whole array."""
+    return NamedSharding(mesh, PartitionSpec())
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+    """Examples, on axis 0, are spread over all devices."""
+    return NamedSharding(mesh, PartitionSpec(AXES))
+
+
+def state_shardings(abstract_state: Any, mesh: Mesh) -> Any:
+    """Shardings of a training state: large leaves are split over ``fsdp`` on their longest axis that
+    divides, all others are replicated.
+
+    Args:
+        abstract_state: tree of arrays or `jax.ShapeDtypeStruct`.
+        mesh: of `make_mesh`.
+
+    Returns:
+        Tree of `NamedSharding`, same structure.
+    """  # noqa: D205
+    n = mesh.shape["fsdp"]
+
+    def spec(leaf: Any) -> NamedSharding:
+        if n > 1 and leaf.size >= _MIN_SHARDED_SIZE:
+            for axis in sorted(range(leaf.ndim), key=lambda i: -leaf.shape[i]):
+                if leaf.shape[axis] % n == 0:
+                    names = [None] * leaf.ndim
+                    names[axis] = "fsdp"
+                    return NamedSharding(mesh, PartitionSpec(*names))
+        return replicated(mesh)
+
+    return jax.tree.map(spec, abstract_state)

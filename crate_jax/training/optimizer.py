@@ -1,0 +1,84 @@
+"""Schedules, decay masks and the optax chain."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from crate_jax.config import OptimConfig, did_you_mean
+
+
+def make_schedule(optim: OptimConfig, *, total_steps: int, steps_per_epoch: int) -> optax.Schedule:
+    """Learning rate as a function of the optimizer step.
+
+    ``cosine``: linear from 0 to lr over warmup_epochs, then half a cosine to 0 at total_steps.
+    ``official_readme``: constant within an epoch e, lr · min((e + 1)/w, ½(cos(π e/E) + 1)), with w the
+    warmup_epochs and E the epochs of the run, as the official training script computes it.
+
+    Args:
+        optim: reads lr, schedule and warmup_epochs.
+        total_steps: optimizer steps of the run.
+        steps_per_epoch: optimizer steps per pass over the training set.
+
+    Raises:
+        ValueError: the warm-up is longer than the run.
+    """
+    if optim.schedule == "official_readme":
+        return _official_readme(optim, total_steps / steps_per_epoch, steps_per_epoch)
+    warmup_steps = round(optim.warmup_epochs * steps_per_epoch)
+    if warmup_steps >= total_steps:
+        raise ValueError(
+            f"optim.warmup_epochs must be shorter than the run; got {warmup_steps} steps of "
+            f"{total_steps}. Lower it, or raise total_epochs."
+        )
+    if warmup_steps == 0:
+        return optax.cosine_decay_schedule(optim.lr, total_steps)
+    return optax.warmup_cosine_decay_schedule(0.0, optim.lr, warmup_steps, total_steps)
+
+
+def _official_readme(optim: OptimConfig, epochs: float, steps_per_epoch: int) -> optax.Schedule:
+    def schedule(step: Any) -> jax.Array:
+        epoch = jnp.floor_divide(step, steps_per_epoch).astype(jnp.float32)
+        factor = 0.5 * (jnp.cos(jnp.pi * epoch / epochs) + 1)
+        if optim.warmup_epochs:
+            factor = jnp.minimum((epoch + 1) / optim.warmup_epochs, factor)
+        return optim.lr * factor
+
+    return schedule
+
+
+def decay_mask(params: Any, no_decay: tuple[str, ...]) -> Any:
+    """Which parameters decay: all but those with a part of their path in `no_decay`.
+
+    Names, not ranks, decide: layers are stacked, so a norm's scale has two axes.
+
+    Raises:
+        KeyError: a name that is part of no parameter's path.
+    """
+    leaves, treedef = jax.tree.flatten_with_path(params)
+    paths = [jax.tree_util.keystr(p, simple=True, separator="/").split("/") for p, _ in leaves]
+    known = {part for path in paths for part in path}
+    for name in no_decay:
+        if name not in known:
+            raise KeyError(
+                f"optim.no_decay must name parts of parameter paths; got {name}. "
+                + did_you_mean(name, known)
+            )
+    return jax.tree.unflatten(treedef, [not set(path) & set(no_decay) for path in paths])
+
+
+def make_optimizer(optim: OptimConfig, schedule: optax.Schedule) -> optax.GradientTransformation:
+    """Clipping (if any), then AdamW or Lion with decoupled weight decay.
+
+    By default every parameter decays, norms and biases included, as in the official code.
+    """
+    mask = (lambda params: decay_mask(params, optim.no_decay)) if optim.no_decay else None
+    common = dict(b1=optim.b1, b2=optim.b2, weight_decay=optim.weight_decay, mask=mask)
+    tx = {
+        "adamw": lambda: optax.adamw(schedule, eps=optim.eps, **common),
+        "lion": lambda: optax.lion(schedule, **common),
+    }[optim.optimizer]()
+    if optim.clip_norm:
+        tx = optax.chain(optax.clip_by_global_norm(optim.clip_norm), tx)
+    return tx

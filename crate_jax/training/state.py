@@ -1,0 +1,74 @@
+"""The state of a run: everything that a step reads and writes, and how it starts."""
+
+from typing import Any
+
+import flax.linen as nn
+import flax.struct
+import jax
+import jax.numpy as jnp
+import optax
+from jax import Array
+from jax.sharding import Mesh
+
+from crate_jax.models.cost import sample_images
+from crate_jax.parallel import state_shardings
+
+
+@flax.struct.dataclass
+class TrainState:
+    """What changes from step to step.
+
+    Attributes:
+        step: optimizer steps done, int32 scalar.
+        params: the model's parameters, float32.
+        opt_state: of the optax chain.
+        ema_params: exponential moving average of params, or None when none is kept.
+    """
+
+    step: Array
+    params: Any
+    opt_state: Any
+    ema_params: Any = None
+
+
+def init_state(
+    model: nn.Module, tx: optax.GradientTransformation, key: Array, *, ema: bool = False
+) -> TrainState:
+    """A fresh state; pure, so it runs under `jit` and `jax.eval_shape`.
+
+    Args:
+        model: of `crate_jax.create_model`.
+        tx: the optimizer.
+        key: typed key; the parameters are a function of it alone.
+        ema: whether averaged parameters are kept.
+    """
+    params = model.init(key, sample_images(model), train=False)["params"]
+    ema_params = jax.tree.map(jnp.copy, params) if ema else None  # a donated buffer can't be shared
+    return TrainState(jnp.zeros((), jnp.int32), params, tx.init(params), ema_params)
+
+
+def init_sharded(
+    model: nn.Module, tx: optax.GradientTransformation, key: Array, mesh: Mesh, *, ema: bool = False
+) -> tuple[TrainState, Any]:
+    """`init_state` laid out on a mesh; no device ever holds more than its share.
+
+    Returns:
+        The state, equal on every mesh, and its tree of shardings.
+    """
+    init = lambda key: init_state(model, tx, key, ema=ema)  # noqa: E731
+    shardings = state_shardings(jax.eval_shape(init, key), mesh)
+    return jax.jit(init, out_shardings=shardings)(key), shardings
+
+
+def replace_params(state: TrainState, params: Any) -> TrainState:
+    """The state with other parameters (and average) of the same shapes, on the same devices.
+
+    Args:
+        state: a fresh state; its optimizer state is kept.
+        params: tree of arrays, on the host or not.
+    """
+    put = lambda new, old: jax.device_put(new, old.sharding)  # noqa: E731
+    ema_params = None
+    if state.ema_params is not None:
+        ema_params = jax.tree.map(put, params, state.ema_params)
+    return state.replace(params=jax.tree.map(put, params, state.params), ema_params=ema_params)
