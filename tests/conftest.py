@@ -1,0 +1,42 @@
+"""What every test runs under: eight CPU devices, strict array rules, no writes into the home folder."""
+
+import os
+import shutil
+import tempfile
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")  # before the first import of jax
+
+import jax
+import pytest
+
+from crate_jax import Crate
+
+SCRATCH = tempfile.mkdtemp(prefix="crate_jax_tests_")
+# TFDS reads its variable when it is first imported, so both are set here and not in a fixture.
+os.environ["TFDS_DATA_DIR"] = os.path.join(SCRATCH, "tfds")
+# For the programs that tests start: jax of this process has read its environment already.
+os.environ["JAX_COMPILATION_CACHE_DIR"] = os.path.join(SCRATCH, "compiled")
+
+jax.config.update("jax_num_cpu_devices", 8)
+jax.config.update("jax_numpy_rank_promotion", "raise")
+jax.config.update("jax_numpy_dtype_promotion", "strict")
+
+
+def pytest_unconfigure():
+    shutil.rmtree(SCRATCH, ignore_errors=True)
+
+
+@pytest.fixture(scope="session")
+def tiny_model():
+    """17 tokens of width 24, three layers, three subspaces of dimension 8."""
+    return Crate(image_size=16, patch_size=4, num_classes=7, width=24, depth=3, num_heads=3)
+
+
+@pytest.fixture(scope="session")
+def tiny_images():
+    return jax.random.normal(jax.random.key(11), (2, 16, 16, 3))
+
+
+@pytest.fixture(scope="session")
+def tiny_params(tiny_model, tiny_images):
+    return tiny_model.init(jax.random.key(12), tiny_images, train=False)["params"]
