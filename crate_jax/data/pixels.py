@@ -1,0 +1,30 @@
+"""Stored pixels to what a model takes, on the device."""
+
+import jax.numpy as jnp
+from jax import Array
+
+
+def normalize(images_BxHxWxc: Array, *, mean: tuple[float, ...], std: tuple[float, ...]) -> Array:
+    """(x / 255 − mean) / std. Pixels travel to the device as bytes, a quarter of their float size.
+
+    Args:
+        images_BxHxWxc: uint8.
+        mean: one value, or one a channel, for pixels in [0, 1].
+        std: likewise.
+
+    Returns:
+        Normalised images, float32, same shape.
+
+    Raises:
+        ValueError: mean or std has another number of values.
+    """
+    c = images_BxHxWxc.shape[-1]
+    for name, values in (("mean", mean), ("std", std)):
+        if len(values) not in (1, c):
+            raise ValueError(
+                f"data.{name} must have one value, or one for each of the {c} channels; got {values}."
+            )
+    mean_c = jnp.broadcast_to(jnp.asarray(mean, jnp.float32), (c,))
+    std_c = jnp.broadcast_to(jnp.asarray(std, jnp.float32), (c,))
+    x_BxHxWxc = images_BxHxWxc.astype(jnp.float32) / 255
+    return (x_BxHxWxc - mean_c[None, None, None, :]) / std_c[None, None, None, :]

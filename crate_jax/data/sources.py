@@ -1,0 +1,178 @@
+"""Where examples come from: TFDS data sources, image folders, synthetic images."""
+
+import dataclasses
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+from crate_jax.config import DataConfig, did_you_mean
+
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
+
+
+class Examples(Protocol):
+    """Random access to {"image": encoded bytes or pixels (H, W, c) uint8, "label": integer}."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> dict[str, Any]: ...
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+    """One split of one data set.
+
+    Attributes:
+        name: what errors and logs call it, such as ``digits/train``.
+        examples: random access to the examples.
+        num_classes: labels are in [0, num_classes).
+    """
+
+    name: str
+    examples: Examples
+    num_classes: int
+
+    def __len__(self) -> int:
+        return len(self.examples)
+
+
+def open_source(data: DataConfig, split: str, *, image_shape: Sequence[int]) -> Source:
+    """Open one split; nothing is read but what is needed to count and find its examples.
+
+    Args:
+        data: reads dataset, data_dir and download.
+        split: a TFDS split, such as ``train[:90%]``, or a folder below data_dir.
+        image_shape: (H, W, c) of synthetic images; stored ones have their own.
+
+    Raises:
+        FileNotFoundError: the directory, split or prepared data set does not exist.
+        KeyError: TFDS knows no such data set; the nearest name is suggested.
+        ValueError: the data set is not one of images with labels, is stored as TFRecord, or is empty.
+    """
+    if data.dataset == "synthetic":
+        # Ten classes whatever the split: speed is what these are for.
+        source = Source(f"synthetic/{split}", SyntheticImages(tuple(image_shape), 10), 10)
+    elif data.data_dir is not None and not os.path.isdir(data.data_dir):
+        raise FileNotFoundError(
+            f"data.data_dir must be an existing directory; got {data.data_dir}. "
+            "Set --config.data.data_dir."
+        )
+    elif data.dataset == "folder":
+        source = _open_folder(data, split)
+    else:
+        source = _open_tfds(data, split)
+    if not len(source):
+        raise ValueError(f"{source.name} must hold examples; it is empty. Choose another split.")
+    return source
+
+
+@dataclasses.dataclass(frozen=True)
+class SyntheticImages:
+    """Random pixels and labels, a function of the index alone."""
+
+    image_shape: tuple[int, ...]
+    num_classes: int
+    length: int = 100_000
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        rng = np.random.default_rng(index)
+        image = rng.integers(0, 256, self.image_shape, np.uint8)
+        return {"image": image, "label": int(rng.integers(self.num_classes))}
+
+
+@dataclasses.dataclass(frozen=True)
+class FolderImages:
+    """Image files with their labels."""
+
+    paths: list[str]
+    labels: list[int]
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        path = self.paths[index]
+        return {"image": Path(path).read_bytes(), "label": self.labels[index], "name": path}
+
+
+def _open_folder(data: DataConfig, split: str) -> Source:
+    """``data_dir/split/class/image``; classes are numbered in the order of their sorted names."""
+    if data.data_dir is None:
+        raise ValueError("data.data_dir must be set for a folder. Set --config.data.data_dir=ROOT.")
+    root = Path(data.data_dir) / split
+    if not root.is_dir():
+        have = sorted(p.name for p in Path(data.data_dir).iterdir() if p.is_dir())
+        raise FileNotFoundError(
+            f"split must be a folder below {data.data_dir}; got {split}. " + did_you_mean(split, have)
+        )
+    classes = sorted(p.name for p in root.iterdir() if p.is_dir())
+    found = [
+        (str(path), label)
+        for label, name in enumerate(classes)
+        for path in sorted((root / name).rglob("*"))
+        if path.suffix.lower() in IMAGE_SUFFIXES
+    ]
+    examples = FolderImages([path for path, _ in found], [label for _, label in found])
+    return Source(f"{root}", examples, len(classes))
+
+
+def _open_tfds(data: DataConfig, split: str) -> Source:
+    """A TFDS data set that is prepared as array_record or parquet; images stay encoded."""
+    import tensorflow_datasets as tfds
+
+    builder = _tfds_builder(data)
+    features = builder.info.features
+    if not {"image", "label"} <= set(features or ()):
+        raise ValueError(f"data.dataset must have the features image and label; got {data.dataset}.")
+    images = [name for name, f in features.items() if isinstance(f, tfds.features.Image)]
+    try:
+        examples = builder.as_data_source(
+            split, decoders={name: tfds.decode.SkipDecoding() for name in images}
+        )
+    except NotImplementedError as error:
+        raise ValueError(
+            f"data.dataset must be prepared as array_record or parquet; {data.dataset} in "
+            f"{builder.data_path} is not. Prepare it again with file_format='array_record'."
+        ) from error
+    except ValueError as error:
+        raise FileNotFoundError(
+            f"split must be one of {', '.join(builder.info.splits)}, or part of one; got {split}. "
+            + did_you_mean(split, builder.info.splits)
+        ) from error
+    return Source(f"{data.dataset}/{split}", examples, features["label"].num_classes)
+
+
+def _tfds_builder(data: DataConfig) -> Any:
+    """The prepared builder, or the reason why there is none."""
+    import tensorflow_datasets as tfds
+
+    if data.dataset == "digits":
+        from crate_jax.data.digits import Digits
+
+        builder = Digits(data_dir=data.data_dir, file_format="array_record")
+        builder.download_and_prepare()  # returns at once when prepared; reads no network
+        return builder
+    try:
+        builder = tfds.builder(data.dataset, data_dir=data.data_dir)
+    except tfds.core.DatasetNotFoundError as error:
+        known = ["digits", "folder", "synthetic", *tfds.core.registered.list_imported_builders()]
+        raise KeyError(
+            f"data.dataset must be digits, folder, synthetic or a TFDS name; got {data.dataset}. "
+            + did_you_mean(data.dataset, known)
+        ) from error
+    if not builder.is_prepared():
+        if not data.download:
+            raise FileNotFoundError(
+                f"data.dataset must be prepared; {data.dataset} is not in {builder.data_path}. "
+                "Set --config.data.data_dir to where it is, or let TFDS download and prepare it "
+                "with --config.data.download=True."
+            )
+        builder = tfds.builder(data.dataset, data_dir=data.data_dir, file_format="array_record")
+        builder.download_and_prepare()
+    return builder
