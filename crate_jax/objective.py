@@ -1,14 +1,14 @@
 """The sparse rate reduction: what a CRATE layer descends, as pure functions of arrays.
 
 The paper keeps tokens as the columns of Z (d x N); here they are the rows of ``Z`` (..., N, d), so
-the paper's ``U_kᵀ Z`` is ``Z @ U[:, k]``. Every function takes any number of leading batch axes, runs
-under `jax.jit`, is differentiable, and computes in float32 at full matrix precision. Rates are in nats.
-The determinant is taken of the smaller of the two Gram matrices (Sylvester's identity).
+the paper's ``U_kᵀ Z`` is ``Z @ U[:, k]``. Every function takes any number of leading batch axes,
+runs under `jax.jit`, is differentiable, and computes in float32 at full matrix precision. Rates are
+in nats. The determinant is that of the smaller of the two Gram matrices (Sylvester's identity).
 """
 
-import jax
 import jax.numpy as jnp
 from jax import Array
+from jax.core import Tracer
 
 
 def coding_rate(Z: Array, *, eps: float) -> Array:
@@ -32,7 +32,9 @@ def coding_rate(Z: Array, *, eps: float) -> Array:
 
 
 def subspace_coding_rate(Z: Array, U: Array, *, eps: float) -> Array:
-    """Rate of the tokens coded in K subspaces: R^c(Z; U) = Σ_k ½ logdet(I + p/(N ε²) (U_kᵀZ)ᵀ(U_kᵀZ)).
+    """Rate of the tokens coded in K subspaces.
+
+    R^c(Z; U) = Σ_k ½ logdet(I + p/(N ε²) (U_kᵀZ)ᵀ(U_kᵀZ)).
 
     Source: arXiv 2306.01129, section 2.2.
 
@@ -138,21 +140,24 @@ def sparsity(Z: Array) -> Array:
         ValueError: ``Z`` has fewer than two axes.
     """
     _check_tokens(Z, 1.0)
-    return jnp.mean(Z == jnp.zeros((), Z.dtype), axis=(-2, -1), dtype=jnp.float32)
+    return jnp.mean(jnp.equal(Z, 0), axis=(-2, -1), dtype=jnp.float32)
 
 
 def _half_logdet(X: Array, scale: float) -> Array:
-    """½ logdet(I + scale · Gram(X)) by Cholesky: the matrix is symmetric with eigenvalues >= 1."""
-    N, d = X.shape[-2:]
-    pattern = "...nd,...md->...nm" if N <= d else "...nd,...ne->...de"
-    gram = jnp.einsum(pattern, X, X, precision="highest")
-    identity = jnp.broadcast_to(jnp.eye(min(N, d), dtype=gram.dtype), gram.shape)
-    factor = jnp.linalg.cholesky(identity + scale * gram)
-    return jnp.log(jnp.diagonal(factor, axis1=-2, axis2=-1)).sum(-1)
+    """½ logdet(I + scale · Gram(X)), as log|det R| of the QR factors of [√scale X; I].
+
+    The Gram matrix is never formed: that squares the condition number, and the Cholesky factor of a
+    float32 Gram matrix is NaN for tokens that are compressed to nearly one direction.
+    """
+    n = min(X.shape[-2:])
+    tall = X if X.shape[-1] == n else jnp.swapaxes(X, -2, -1)
+    identity = jnp.broadcast_to(jnp.eye(n, dtype=X.dtype), (*X.shape[:-2], n, n))
+    R = jnp.linalg.qr(jnp.concatenate([scale**0.5 * tall, identity], axis=-2), mode="r")
+    return jnp.log(jnp.abs(jnp.diagonal(R, axis1=-2, axis2=-1))).sum(-1)
 
 
 def _check_tokens(Z: Array, eps: float) -> None:
     if Z.ndim < 2:
         raise ValueError(f"Z must be (..., N, d); got shape {Z.shape}. Add the token axis.")
-    if not isinstance(eps, jax.core.Tracer) and not eps > 0:
+    if not isinstance(eps, Tracer) and not eps > 0:
         raise ValueError(f"eps must be > 0; got {eps}. The paper's figures use eps**2 = 0.01.")
