@@ -1,4 +1,4 @@
-"""What every test runs under: eight CPU devices, strict array rules, no writes into the home folder."""
+"""What every test runs under: eight CPU devices, strict array rules, nothing written at home."""
 
 import os
 import shutil
@@ -40,3 +40,19 @@ def tiny_images():
 @pytest.fixture(scope="session")
 def tiny_params(tiny_model, tiny_images):
     return tiny_model.init(jax.random.key(12), tiny_images, train=False)["params"]
+
+
+@pytest.fixture(scope="session")
+def equations():
+    """A function: every equation of a jaxpr and how often one run executes it, loops unrolled."""
+
+    def walk(jaxpr, times=1):
+        for equation in jaxpr.eqns:
+            yield equation, times
+            inside = times * equation.params.get("length", 1)
+            for value in equation.params.values():
+                inner = getattr(value, "jaxpr", value)
+                if hasattr(inner, "eqns"):
+                    yield from walk(inner, inside)
+
+    return walk
