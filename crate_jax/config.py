@@ -103,6 +103,11 @@ class TrainConfig:
     parallel: ParallelConfig = dataclasses.field(default_factory=ParallelConfig)
 
 
+# The usual evaluation geometry on ImageNet, and the statistics of its pixels in [0, 1].
+IMAGENET_EVAL = "resize_shorter(256)|center_crop(224)"
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+
 # What a started run may not change: another value would make it another run.
 IDENTITY = (
     "name", "seed", "batch_size", "model", "data.dataset", "data.train_split", "data.train_transforms",
@@ -159,6 +164,18 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
     known = sorted(known)
     near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
     return f"Did you mean {near[0]}?" if near else f"Known: {', '.join(known)}."
+
+
+def choose(arg: str | None, recipes: dict[str, Any], default: str) -> Any:
+    """The recipe that ``--config=file.py:arg`` asks for.
+
+    Raises:
+        KeyError: there is no such recipe; the nearest is suggested.
+    """
+    name = arg or default
+    if name not in recipes:
+        raise KeyError(f"the recipe must be known; got {name}. {did_you_mean(name, recipes)}")
+    return recipes[name]
 
 
 def get_field(config: Any, path: str) -> Any:
@@ -253,7 +270,9 @@ def differences(old: TrainConfig, new: TrainConfig) -> dict[str, tuple[Any, Any]
 def _flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     flat = {}
     for key, value in tree.items():
-        flat |= _flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+        flat |= (
+            _flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+        )
     return flat
 
 

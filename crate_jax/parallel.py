@@ -59,6 +59,20 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec(AXES))
 
 
+def check_batch_size(name: str, size: int, shards: int) -> None:
+    """Refuse a batch that cannot be dealt out evenly.
+
+    Raises:
+        ValueError: the size is not a multiple of the shards; the nearest that is, is suggested.
+    """
+    if size % shards:
+        nearest = max(1, round(size / shards)) * shards
+        raise ValueError(
+            f"{name} must be a multiple of {shards}, the devices (times optim.accumulate_steps); "
+            f"got {size}. Nearest: {nearest}."
+        )
+
+
 def state_shardings(abstract_state: Any, mesh: Mesh) -> Any:
     """Shardings of a training state: large leaves are split over ``fsdp`` on their longest axis that
     divides, all others are replicated.

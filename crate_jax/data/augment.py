@@ -79,7 +79,9 @@ def random_resized_crop(
     return resize(image[top : top + h, left : left + w], rng, size)
 
 
-def random_flip(image: np.ndarray, rng: np.random.Generator, probability: float = 0.5) -> np.ndarray:
+def random_flip(
+    image: np.ndarray, rng: np.random.Generator, probability: float = 0.5
+) -> np.ndarray:
     """Mirror left and right with a probability."""
     return image[:, ::-1] if rng.random() < probability else image
 

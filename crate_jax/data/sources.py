@@ -39,13 +39,16 @@ class Source:
         return len(self.examples)
 
 
-def open_source(data: DataConfig, split: str, *, image_shape: Sequence[int]) -> Source:
+def open_source(
+    data: DataConfig, split: str, *, image_shape: Sequence[int], num_classes: int
+) -> Source:
     """Open one split; nothing is read but what is needed to count and find its examples.
 
     Args:
         data: reads dataset, data_dir and download.
         split: a TFDS split, such as ``train[:90%]``, or a folder below data_dir.
         image_shape: (H, W, c) of synthetic images; stored ones have their own.
+        num_classes: of synthetic images, likewise.
 
     Raises:
         FileNotFoundError: the directory, split or prepared data set does not exist.
@@ -53,8 +56,8 @@ def open_source(data: DataConfig, split: str, *, image_shape: Sequence[int]) -> 
         ValueError: the data set is not one of images with labels, is stored as TFRecord, or is empty.
     """
     if data.dataset == "synthetic":
-        # Ten classes whatever the split: speed is what these are for.
-        source = Source(f"synthetic/{split}", SyntheticImages(tuple(image_shape), 10), 10)
+        images = SyntheticImages(tuple(image_shape), num_classes)
+        source = Source(f"synthetic/{split}", images, num_classes)
     elif data.data_dir is not None and not os.path.isdir(data.data_dir):
         raise FileNotFoundError(
             f"data.data_dir must be an existing directory; got {data.data_dir}. "
@@ -109,7 +112,8 @@ def _open_folder(data: DataConfig, split: str) -> Source:
     if not root.is_dir():
         have = sorted(p.name for p in Path(data.data_dir).iterdir() if p.is_dir())
         raise FileNotFoundError(
-            f"split must be a folder below {data.data_dir}; got {split}. " + did_you_mean(split, have)
+            f"split must be a folder below {data.data_dir}; got {split}. "
+            + did_you_mean(split, have)
         )
     classes = sorted(p.name for p in root.iterdir() if p.is_dir())
     found = [
@@ -129,7 +133,9 @@ def _open_tfds(data: DataConfig, split: str) -> Source:
     builder = _tfds_builder(data)
     features = builder.info.features
     if not {"image", "label"} <= set(features or ()):
-        raise ValueError(f"data.dataset must have the features image and label; got {data.dataset}.")
+        raise ValueError(
+            f"data.dataset must have the features image and label; got {data.dataset}."
+        )
     images = [name for name, f in features.items() if isinstance(f, tfds.features.Image)]
     try:
         examples = builder.as_data_source(

@@ -1,0 +1,1 @@
+"""The models: layers, embedding, CRATE, and the table of named variants."""

@@ -5,8 +5,9 @@ import fnmatch
 from typing import Any
 
 import flax.linen as nn
+import jax.numpy as jnp
 
-from crate_jax.config import did_you_mean
+from crate_jax.config import ModelConfig, did_you_mean
 from crate_jax.models.crate import Crate
 
 # Sizes from arXiv 2306.01129, table 1, and the 8-pixel models of arXiv 2308.16271.
@@ -40,7 +41,9 @@ def create_model(name: str, **overrides: Any) -> nn.Module:
         KeyError: no such model, or no such field; the nearest known name is suggested.
     """
     if name not in VARIANTS:
-        raise KeyError(f"model.name must be a known model; got {name}. " + did_you_mean(name, VARIANTS))
+        raise KeyError(
+            f"model.name must be a known model; got {name}. " + did_you_mean(name, VARIANTS)
+        )
     fields = [f.name for f in dataclasses.fields(Crate) if f.name not in ("parent", "name")]
     for field in overrides:
         if field not in fields:
@@ -48,3 +51,10 @@ def create_model(name: str, **overrides: Any) -> nn.Module:
                 f"model.{field} must name a field of {name}. " + did_you_mean(field, fields)
             )
     return Crate(**{"image_size": 224, "num_classes": 1000} | VARIANTS[name] | overrides)
+
+
+def build_model(config: ModelConfig) -> nn.Module:
+    """`create_model` from a config section; fields that are None keep the variant's value."""
+    overrides = {k: v for k, v in dataclasses.asdict(config).items() if v is not None}
+    name, dtype = overrides.pop("name"), overrides.pop("dtype")
+    return create_model(name, dtype=jnp.dtype(dtype), **overrides)

@@ -1,0 +1,42 @@
+"""Handwritten digits, 8 x 8 scans from scikit-learn: the run that needs no download.
+
+A small CRATE (width 96, 6 layers) on scans enlarged to 32 pixels. Enlarged, because a LayerNorm over a
+2 x 2 patch of flat paper amplifies noise.
+"""
+
+from crate_jax.config import DataConfig, ModelConfig, OptimConfig, TrainConfig, choose
+
+
+def get_config(arg: str | None = None) -> TrainConfig:
+    """The recipe; it has one form."""
+    return choose(arg, {"default": _digits}, "default")()
+
+
+def _digits() -> TrainConfig:
+    return TrainConfig(
+        name="digits",
+        batch_size=100,
+        eval_batch_size=304,
+        total_epochs=100,
+        log_every_steps=50,
+        log_objective_every_steps=375,
+        eval_every_steps=375,
+        model=ModelConfig(
+            name="crate_tiny_patch16_224",
+            image_size=(32, 32),
+            patch_size=(8, 8),
+            in_channels=1,
+            width=96,
+            depth=6,
+            num_heads=6,
+            pool="mean",
+        ),
+        data=DataConfig(
+            dataset="digits",
+            train_transforms=(
+                "resize(32)|random_affine(degrees=15, shift=0.15, scale=0.15, shear=10)"
+            ),
+            eval_transforms="resize(32)",
+        ),
+        optim=OptimConfig(lr=1e-3, weight_decay=0.05, label_smoothing=0.1, warmup_epochs=5),
+    )

@@ -1,0 +1,43 @@
+"""The picture of a checkpoint."""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+
+
+def draw_layerwise(values: Mapping[str, np.ndarray], path: str | Path, *, title: str) -> None:
+    """Draw R^c and sparsity over the layers, as the paper's figures 3 and 4 do.
+
+    Args:
+        values: of `layerwise`: ``coding_rate_mean``, ``coding_rate_std``, ``zero_fraction``, (L,).
+        path: picture file; its suffix names the format.
+        title: what was measured.
+
+    Raises:
+        ValueError: matplotlib is missing.
+    """
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ValueError(
+            "report must have matplotlib to draw with; it is missing. "
+            "Install it: pip install 'crate-jax[plot]'"
+        ) from error
+    layers = np.arange(1, len(values["zero_fraction"]) + 1)
+    mean, std = np.asarray(values["coding_rate_mean"]), np.asarray(values["coding_rate_std"])
+    figure = Figure(figsize=(8, 3.2), dpi=150, layout="constrained")
+    FigureCanvasAgg(figure)
+    rate, zeros = figure.subplots(1, 2)
+    rate.fill_between(layers, mean - std, mean + std, alpha=0.2, color="tab:blue", linewidth=0)
+    rate.plot(layers, mean, marker="o", color="tab:blue")
+    rate.set(title="compression", ylabel=r"$R^c(Z^{\ell+1/2};\,U^{\ell})$ in nats")
+    zeros.plot(layers, np.asarray(values["zero_fraction"]), marker="o", color="tab:orange")
+    zeros.set(title="sparsification", ylabel=r"share of zeros in $Z^{\ell+1}$")
+    for axes in (rate, zeros):
+        axes.set(xlabel=r"layer $\ell$", xticks=layers)
+        axes.grid(alpha=0.3)
+        axes.spines[["top", "right"]].set_visible(False)
+    figure.suptitle(title, fontsize=11)
+    figure.savefig(path)

@@ -1,0 +1,177 @@
+"""Exact classification metrics over a whole split."""
+
+import functools
+import time
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax import Array
+
+from crate_jax.analysis import layerwise
+from crate_jax.config import TrainConfig, validate
+from crate_jax.data.loader import eval_batches, make_prepare, to_device
+from crate_jax.data.pixels import normalize
+from crate_jax.data.sources import Source, open_source
+from crate_jax.models.crate import pair
+from crate_jax.models.zoo import build_model
+from crate_jax.parallel import batch_sharding, check_batch_size, make_mesh, replicated
+
+Batch = dict[str, Array]
+
+
+def make_eval_step(
+    model: nn.Module, *, preprocess: Callable[[Array], Array] | None = None
+) -> Callable[[Any, Batch], dict[str, Array]]:
+    """Build ``eval_step(params, batch) -> sums`` over the examples whose mask is 1.
+
+    The batch is {"image": (B, H, W, C), "label": (B,) integers, "mask": (B,) of 0 and 1}. Wrap it in
+    `jax.jit`.
+
+    Args:
+        model: of `crate_jax.create_model`.
+        preprocess: applied to the images on the device; None: they are normalised already.
+
+    Returns:
+        The step. Its sums are float32 scalars: ``loss`` (cross-entropy in nats, no smoothing),
+        ``top1``, ``top5`` (of fewer than five classes, all), ``examples``.
+    """
+
+    def eval_step(params: Any, batch: Batch) -> dict[str, Array]:
+        images = batch["image"] if preprocess is None else preprocess(batch["image"])
+        logits_BxY = model.apply({"params": params}, images, train=False)
+        labels_B, mask_B = batch["label"], batch["mask"]
+        _, ranked_Bxk = jax.lax.top_k(logits_BxY, min(5, logits_BxY.shape[1]))
+        hit_Bxk = (ranked_Bxk == labels_B[:, None]).astype(jnp.float32)
+        loss_B = optax.softmax_cross_entropy_with_integer_labels(logits_BxY, labels_B)
+        return {
+            "loss": jnp.sum(loss_B * mask_B),
+            "top1": jnp.sum(hit_Bxk[:, 0] * mask_B),
+            "top5": jnp.sum(hit_Bxk.sum(axis=1) * mask_B),
+            "examples": jnp.sum(mask_B),
+        }
+
+    return eval_step
+
+
+def evaluate(
+    eval_step: Callable[[Any, Batch], dict[str, Array]], params: Any, batches: Iterable[Batch]
+) -> dict[str, float]:
+    """Means over all examples: ``loss`` in nats, ``top1`` and ``top5`` in [0, 1]; and their number.
+
+    Exact: the sums of a batch are added up in double precision on the host, one batch behind the
+    device, and filling is masked out.
+
+    Args:
+        eval_step: of `make_eval_step`, jitted.
+        params: the model's parameters.
+        batches: of `eval_batches`, on the devices.
+
+    Returns:
+        ``loss``, ``top1``, ``top5`` and ``examples``.
+
+    Raises:
+        ValueError: there is no example.
+    """
+    totals = {"loss": 0.0, "top1": 0.0, "top5": 0.0, "examples": 0.0}
+
+    def add(sums: dict[str, Array] | None) -> None:
+        for name, value in jax.device_get(sums or {}).items():
+            totals[name] += float(value)
+
+    previous = None
+    for batch in batches:
+        sums = eval_step(params, batch)
+        add(previous)
+        previous = sums
+    add(previous)
+    examples = totals.pop("examples")
+    if not examples:
+        raise ValueError("batches must hold at least one example; got none. Choose another split.")
+    return {name: total / examples for name, total in totals.items()} | {"examples": int(examples)}
+
+
+def open_model_and_source(config: TrainConfig, split: str) -> tuple[nn.Module, Source]:
+    """The model a config names, with as many classes as the data set has, and one split of that.
+
+    Raises:
+        ValueError: model.num_classes is set and disagrees with the data set.
+    """
+    model: Any = build_model(config.model)
+    shape = (*pair(model.image_size), model.in_channels)
+    source = open_source(config.data, split, image_shape=shape, num_classes=model.num_classes)
+    if config.model.num_classes not in (None, source.num_classes):
+        raise ValueError(
+            f"model.num_classes must equal the {source.num_classes} classes of {source.name}; got "
+            f"{config.model.num_classes}. Leave model.num_classes unset."
+        )
+    return model.clone(num_classes=source.num_classes), source
+
+
+def evaluate_split(
+    config: TrainConfig, split: str, load_params: Callable[[nn.Module], Any]
+) -> dict[str, Any]:
+    """Exact metrics over a split, on all devices.
+
+    Args:
+        config: says model, data and eval_batch_size.
+        split: of the config's data set.
+        load_params: from the model to its parameters.
+
+    Returns:
+        As `evaluate`, and ``images_per_s`` without the compilation.
+
+    Raises:
+        ValueError, KeyError, FileNotFoundError: config, data or weights break a rule.
+    """
+    model, params, batches = _open_split(config, split, load_params)
+    preprocess = functools.partial(normalize, mean=config.data.mean, std=config.data.std)
+    eval_step = jax.jit(make_eval_step(model, preprocess=preprocess))
+    jax.block_until_ready(eval_step(params, next(batches())))  # compiles; not in the throughput
+    start = time.perf_counter()
+    metrics = evaluate(eval_step, params, batches())
+    rate = metrics["examples"] / (time.perf_counter() - start)
+    return metrics | {"images_per_s": round(rate, 1)}
+
+
+def layerwise_split(
+    config: TrainConfig, split: str, load_params: Callable[[nn.Module], Any]
+) -> dict[str, np.ndarray]:
+    """`layerwise` on the first batch of a split: arrays with one value a layer, on the host.
+
+    Raises:
+        ValueError, KeyError, FileNotFoundError: config, data or weights break a rule.
+    """
+    model, params, batches = _open_split(config, split, load_params)
+    batch = next(batches())
+    images = batch["image"][: int(batch["mask"].sum())]  # filling stands at the end
+    images = normalize(images, mean=config.data.mean, std=config.data.std)
+    return jax.device_get(jax.jit(functools.partial(layerwise, model))(params, images))
+
+
+def _open_split(config: TrainConfig, split: str, load_params: Callable[[nn.Module], Any]):
+    """Model, parameters on every device, and a function that starts the batches of a split."""
+    validate(config)
+    mesh = make_mesh(config.parallel.mesh)
+    check_batch_size("eval_batch_size", config.eval_batch_size, mesh.devices.size)
+    model, source = open_model_and_source(config, split)
+    params = jax.device_put(load_params(model), replicated(mesh))
+    shape = (*pair(model.image_size), model.in_channels)  # type: ignore
+    prepare = make_prepare(config.data, shape, train=False)
+
+    def batches() -> Iterator[Batch]:
+        stream = eval_batches(
+            source,
+            config.data,
+            prepare,
+            batch_size=config.eval_batch_size,
+            process_index=jax.process_index(),
+            process_count=jax.process_count(),
+        )
+        return (to_device(batch, batch_sharding(mesh)) for batch in stream)
+
+    return model, params, batches

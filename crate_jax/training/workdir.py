@@ -1,0 +1,77 @@
+"""What surrounds a run: the directory that belongs to it, and the signals that stop it."""
+
+import json
+import os
+import signal
+import threading
+from pathlib import Path
+from typing import Any
+
+from crate_jax.config import IDENTITY, TrainConfig, differences, from_dict, to_dict
+
+
+def check_workdir(config: TrainConfig, workdir: Path) -> None:
+    """Refuse a workdir that another config has begun.
+
+    Fields outside `crate_jax.config.IDENTITY` (learning rate, length, logging, loader workers, …) may
+    change when a run is resumed.
+
+    Raises:
+        ValueError: workdir is no directory, its config.json cannot be read, or a field that makes a run
+            what it is differs; the field is named.
+    """
+    if workdir.exists() and not workdir.is_dir():
+        raise ValueError(f"workdir must be a directory; {workdir} is a file. Choose another.")
+    path = workdir / "config.json"
+    if not path.exists():
+        return
+    try:
+        begun = from_dict(json.loads(path.read_text()))
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"workdir must hold a readable config.json; {path} is not ({type(error).__name__}). "
+            "Choose another --workdir."
+        ) from error
+    for field, (old, new) in differences(begun, config).items():
+        if any(field == name or field.startswith(name + ".") for name in IDENTITY):
+            raise ValueError(
+                f"{field} must stay {old} in {workdir}, which belongs to that config; got {new}. "
+                "Choose another --workdir."
+            )
+
+
+def write_config(config: TrainConfig, workdir: Path, *, enabled: bool = True) -> None:
+    """Write the resolved config into the run, whole or not at all."""
+    if not enabled:
+        return
+    workdir.mkdir(parents=True, exist_ok=True)
+    aside = workdir / "config.tmp"
+    aside.write_text(json.dumps(to_dict(config), indent=2) + "\n")
+    os.replace(aside, workdir / "config.json")
+
+
+class StopSignal:
+    """Turns the first SIGINT or SIGTERM into a request to stop; a second one ends the process at once.
+
+    Attributes:
+        name: of the signal that came, or None.
+    """
+
+    def __init__(self):
+        self.name: str | None = None
+        self._previous: dict[int, Any] = {}
+
+    def __enter__(self) -> "StopSignal":
+        if threading.current_thread() is threading.main_thread():  # elsewhere Python forbids it
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self._previous[number] = signal.signal(number, self._request)
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+
+    def _request(self, number: int, frame: Any) -> None:
+        self.name = signal.Signals(number).name
+        for each in self._previous:
+            signal.signal(each, signal.SIG_DFL)

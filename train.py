@@ -1,0 +1,34 @@
+"""Train a CRATE: ``python train.py --config=configs/RECIPE.py[:VARIANT] --workdir=DIR``.
+
+Any field of the recipe can be changed: ``--config.optim.lr=1e-4``. The same command again resumes.
+"""
+
+import sys
+from pathlib import Path
+
+from absl import app, flags
+from ml_collections import config_flags
+
+from crate_jax import cli
+
+DEFAULT_CONFIG = str(Path(__file__).parent / "configs" / "digits.py")
+
+_CONFIG = config_flags.DEFINE_config_file("config", DEFAULT_CONFIG, "Recipe: FILE.py[:VARIANT].")
+_WORKDIR = flags.DEFINE_string("workdir", None, "The run's directory; default runs/<config name>.")
+
+
+def main(argv: list[str]) -> None:
+    """Train what the flags say and end with one JSON line."""
+    del argv
+
+    def command():
+        from crate_jax.training.loop import train  # after the flags: --help needs no libraries
+
+        cli.enable_compilation_cache()
+        return train(_CONFIG.value, _WORKDIR.value or f"runs/{_CONFIG.value.name}")
+
+    sys.exit(cli.run_command(command))
+
+
+if __name__ == "__main__":
+    app.run(main, flags_parser=lambda argv: cli.parse_flags(argv, DEFAULT_CONFIG))
