@@ -20,6 +20,8 @@ os.environ["JAX_COMPILATION_CACHE_DIR"] = os.path.join(SCRATCH, "compiled")
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_numpy_dtype_promotion", "strict")
+# Tests mostly compile: a third of the time. The programs that tests start run optimised.
+jax.config.update("jax_disable_most_optimizations", True)
 
 
 def pytest_unconfigure():
@@ -39,7 +41,8 @@ def tiny_images():
 
 @pytest.fixture(scope="session")
 def tiny_params(tiny_model, tiny_images):
-    return tiny_model.init(jax.random.key(12), tiny_images, train=False)["params"]
+    init = jax.jit(lambda key: tiny_model.init(key, tiny_images, train=False)["params"])
+    return init(jax.random.key(12))
 
 
 @pytest.fixture(scope="session")
