@@ -7,13 +7,12 @@ import sys
 from pathlib import Path
 
 from absl import app, flags
-from ml_collections import config_flags
 
 from crate_jax import cli
 
 DEFAULT_CONFIG = str(Path(__file__).parent / "configs" / "digits.py")
 
-_CONFIG = config_flags.DEFINE_config_file("config", DEFAULT_CONFIG, "Recipe: FILE.py[:VARIANT].")
+_CONFIG = cli.define_config_flag(DEFAULT_CONFIG)
 _WORKDIR = flags.DEFINE_string("workdir", None, "The run's directory; default runs/<config name>.")
 
 
@@ -31,4 +30,4 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    app.run(main, flags_parser=lambda argv: cli.parse_flags(argv, DEFAULT_CONFIG))
+    app.run(main, flags_parser=cli.parse_flags)

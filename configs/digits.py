@@ -1,7 +1,7 @@
 """Handwritten digits, 8 x 8 scans from scikit-learn: the run that needs no download.
 
-A small CRATE (width 96, 6 layers) on scans enlarged to 32 pixels. Enlarged, because a LayerNorm over a
-2 x 2 patch of flat paper amplifies noise.
+A small CRATE (width 96, 4 layers) on scans enlarged to 32 pixels. Enlarged, because a LayerNorm
+over a 2 x 2 patch of flat paper amplifies noise.
 """
 
 from crate_jax.config import DataConfig, ModelConfig, OptimConfig, TrainConfig, choose
@@ -17,18 +17,18 @@ def _digits() -> TrainConfig:
         name="digits",
         batch_size=100,
         eval_batch_size=304,
-        total_epochs=100,
+        total_epochs=80,
         log_every_steps=50,
-        log_objective_every_steps=375,
-        eval_every_steps=375,
+        log_objective_every_steps=300,
+        eval_every_steps=300,
         model=ModelConfig(
             name="crate_tiny_patch16_224",
             image_size=(32, 32),
             patch_size=(8, 8),
             in_channels=1,
             width=96,
-            depth=6,
-            num_heads=6,
+            depth=4,
+            num_heads=3,
             pool="mean",
         ),
         data=DataConfig(
@@ -38,5 +38,5 @@ def _digits() -> TrainConfig:
             ),
             eval_transforms="resize(32)",
         ),
-        optim=OptimConfig(lr=1e-3, weight_decay=0.05, label_smoothing=0.1, warmup_epochs=5),
+        optim=OptimConfig(lr=2e-3, weight_decay=0.05, label_smoothing=0.1, warmup_epochs=5),
     )

@@ -1,8 +1,8 @@
 """Checkpoints of a run: a state, a JSON record beside it, and which of them are kept.
 
-Orbax's CheckpointManager does the work, asynchronously: `save` returns once the state is copied to the
-host, and a step appears under its number only when all of it is written. This module knows pytrees and
-paths, and no model.
+Orbax's CheckpointManager does the work, asynchronously: `save` returns once the state is copied to
+the host, and a step appears under its number only when all of it is written. This module knows
+pytrees and paths, and no model.
 """
 
 from pathlib import Path
@@ -41,7 +41,7 @@ class Checkpointer:
         self.directory = Path(workdir).absolute() / FOLDER
         metric = lambda metrics: metrics[best_metric]  # noqa: E731
         # Orbax's max_to_keep would keep the best and delete the latest, and a resumed run go back.
-        kept = [preservation_policy.LatestN(keep_latest)]
+        kept: list[Any] = [preservation_policy.LatestN(keep_latest)]
         if keep_best:
             kept.append(
                 preservation_policy.BestN(
@@ -152,12 +152,12 @@ class Checkpointer:
 def restore_params(
     workdir: str | Path, abstract_params: Any, step: str | int = "latest"
 ) -> tuple[Any, int]:
-    """The parameters of a run, without its optimizer state; the averaged ones where the run keeps them.
+    """The parameters of a run, without its optimizer state; its averaged ones if it keeps them.
 
     Args:
         workdir: the run's directory.
-        abstract_params: tree of `jax.ShapeDtypeStruct`, with shardings to restore onto those, without
-            to restore to the default device.
+        abstract_params: tree of `jax.ShapeDtypeStruct`, with shardings to restore onto those,
+            without to restore to the default device.
         step: "latest", "best" or a number.
 
     Returns:

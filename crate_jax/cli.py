@@ -12,6 +12,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
 
+import absl.flags
+import absl.logging
 import jax
 
 from crate_jax.config import (
@@ -31,14 +33,15 @@ PACKAGE = Path(__file__).parent
 
 
 def run_command(command: Callable[[], dict[str, Any]]) -> int:
-    """Run a command: its result is the last line on stdout, as JSON; a user's mistake one line on stderr.
+    """Run a command: its result is the last line of stdout, a user's mistake one line of stderr.
 
-    A mistake is an error that this project raises itself, or one of the operating system about a file;
-    any other is a bug and keeps its trace.
+    A mistake is an error that this project raises itself, or one of the operating system about a
+    file; any other is a bug and keeps its trace.
 
     Returns:
         Exit status: 0, or 2 for a mistake or an interruption.
     """
+    quiet_libraries()
     try:
         result = command()
     except KeyboardInterrupt as error:
@@ -46,9 +49,14 @@ def run_command(command: Callable[[], dict[str, Any]]) -> int:
     except (ValueError, KeyError, OSError, FloatingPointError) as error:
         if not isinstance(error, OSError) and not _raised_here(error):
             raise
-        return _complain(str(error.args[0]) if isinstance(error, KeyError) else str(error))
+        return _complain(_text(error))
     sys.stdout.write(json.dumps(result) + "\n")
     return 0
+
+
+def _text(error: Exception) -> str:
+    """What an error says; str() of a KeyError would quote it."""
+    return str(error.args[0]) if isinstance(error, KeyError) and error.args else str(error)
 
 
 def _complain(message: str) -> int:
@@ -61,13 +69,21 @@ def _raised_here(error: Exception) -> bool:
     return bool(frames) and PACKAGE in Path(frames[-1].filename).resolve().parents
 
 
+def quiet_libraries() -> None:
+    """Only errors of Orbax, Grain and TFDS reach the terminal, unless --verbosity asks for more."""
+    if absl.flags.FLAGS.is_parsed() and absl.flags.FLAGS["verbosity"].present:
+        return
+    absl.logging.set_verbosity(absl.logging.ERROR)
+
+
 def enable_compilation_cache() -> None:
     """Keep compiled programs between runs, unless JAX_COMPILATION_CACHE_DIR says where.
 
-    One folder for each kind of processor: code compiled for one may not run on another that shares the
+    One folder for each kind of processor: code compiled for one may not run on another that shares
+        the
     home directory.
     """
-    if jax.config.jax_compilation_cache_dir is None:
+    if not jax.config.values["jax_compilation_cache_dir"]:
         base = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
         cpuinfo = Path("/proc/cpuinfo")
         lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else [platform.processor()]
@@ -78,29 +94,42 @@ def enable_compilation_cache() -> None:
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 
 
-def parse_flags(argv: list[str], default_config: str) -> list[str]:
-    """Parse absl flags; for `absl.app.run`. A mistake ends the process with one line and status 2.
+def define_config_flag(default: str) -> Any:
+    """Define the absl flag --config, and --config.FIELD for every field of `TrainConfig`.
+
+    A mistake in these ends the process with one line and status 2.
 
     Args:
-        argv: the command line.
-        default_config: the recipe when --config is not given.
+        default: path of the recipe when --config is not given.
+
+    Returns:
+        The flag's holder; its ``value`` is the resolved config.
     """
-    from absl import flags
+    from ml_collections import config_flags
 
-    def parse() -> dict[str, Any]:
-        _check_config_flags(argv, default_config)
-        rest = flags.FLAGS(argv)[1:]
-        if rest:
-            raise ValueError(f"the command line must hold flags alone; got {' '.join(rest)}.")
-        return {}
+    _exit_if_wrong(lambda: _check_config_flags(sys.argv, default))
+    return config_flags.DEFINE_config_file("config", default, "Recipe: FILE.py[:VARIANT].")
 
+
+def parse_flags(argv: list[str]) -> list[str]:
+    """Parse absl flags, for `absl.app.run`; a mistake ends the process with one line."""
+
+    def parse() -> list[str]:
+        rest = absl.flags.FLAGS(argv)
+        if len(rest) > 1:
+            raise ValueError(f"the command line must hold flags alone; got {rest[1]}. See --help.")
+        return rest
+
+    return _exit_if_wrong(parse)
+
+
+def _exit_if_wrong(parse: Callable[[], Any]) -> Any:
     try:
-        parse()
-    except (flags.Error, ValueError, KeyError, OSError) as error:
-        if isinstance(error, ValueError | KeyError) and not _raised_here(error):
+        return parse()
+    except (absl.flags.Error, ValueError, KeyError, OSError) as error:
+        if not isinstance(error, absl.flags.Error | OSError) and not _raised_here(error):
             raise
-        sys.exit(_complain(str(error.args[0]) if isinstance(error, KeyError) else str(error)))
-    return argv[:1]
+        sys.exit(_complain(_text(error)))
 
 
 def _check_config_flags(argv: list[str], default_config: str) -> None:

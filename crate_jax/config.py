@@ -110,9 +110,19 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 
 # What a started run may not change: another value would make it another run.
 IDENTITY = (
-    "name", "seed", "batch_size", "model", "data.dataset", "data.train_split", "data.train_transforms",
-    "optim.optimizer", "optim.ema_decay", "optim.schedule",
-)  # fmt: skip
+    "name",
+    "seed",
+    "batch_size",
+    "model",
+    "data.dataset",
+    "data.train_split",
+    "data.train_transforms",
+    "optim.optimizer",
+    "optim.schedule",
+    "optim.ema_decay",
+    "optim.clip_norm",
+    "optim.no_decay",
+)
 
 _CHOICES = {
     "model.pool": (None, "cls", "mean"),
@@ -122,7 +132,8 @@ _CHOICES = {
     "optim.schedule": ("cosine", "official_readme"),
 }
 
-# field: (lowest, highest); a highest that is a float is itself excluded, an infinite one is not there
+# field: (lowest, highest); a highest that is a float is itself excluded, an infinite one is not
+# there
 _INF = float("inf")
 _RANGES: dict[str, tuple[float, float]] = {
     "seed": (0, 2**32),
@@ -199,7 +210,8 @@ def validate(config: TrainConfig) -> TrainConfig:
     """Check every rule that needs nothing but the config, and return the config.
 
     Raises:
-        ValueError: a field breaks its rule; the message names it, the rule, the value and the remedy.
+        ValueError: a field breaks its rule; the message names it, the rule, the value and the
+            remedy.
     """
     for path, choices in _CHOICES.items():
         value = get_field(config, path)

@@ -1,6 +1,7 @@
 """The mesh of devices, and the one rule that lays arrays out on it."""
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -12,7 +13,7 @@ AXES = ("data", "fsdp")
 _MIN_SHARDED_SIZE = 1024
 
 
-def make_mesh(spec: str = "data:-1", devices: list[jax.Device] | None = None) -> Mesh:
+def make_mesh(spec: str = "data:-1", devices: Sequence[Any] | None = None) -> Mesh:
     """Lay all devices out on the axes ``data`` and ``fsdp``.
 
     Args:
@@ -74,8 +75,9 @@ def check_batch_size(name: str, size: int, shards: int) -> None:
 
 
 def state_shardings(abstract_state: Any, mesh: Mesh) -> Any:
-    """Shardings of a training state: large leaves are split over ``fsdp`` on their longest axis that
-    divides, all others are replicated.
+    """Shardings of a training state by one rule of shapes.
+
+    A large leaf is split over ``fsdp`` on its longest axis that divides; all others are replicated.
 
     Args:
         abstract_state: tree of arrays or `jax.ShapeDtypeStruct`.
@@ -83,7 +85,7 @@ def state_shardings(abstract_state: Any, mesh: Mesh) -> Any:
 
     Returns:
         Tree of `NamedSharding`, same structure.
-    """  # noqa: D205
+    """
     n = mesh.shape["fsdp"]
 
     def spec(leaf: Any) -> NamedSharding:

@@ -2,25 +2,27 @@
 
 from typing import Any
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax import Array
 
 from crate_jax.analysis.taps import taps
+from crate_jax.models.crate import Crate
 from crate_jax.objective import coding_rate, projected_coding_rate, sparsity, subspace_coding_rate
 
 DEFINITIONS = ("paper", "official_code")
 
 
 def layerwise(
-    model: nn.Module, params: Any, images: Array, *, definition: str = "paper", eps: float = 0.1
+    model: Crate, params: Any, images: Array, *, definition: str = "paper", eps: float = 0.1
 ) -> dict[str, Array]:
     """Coding rate R^c and sparsity of every layer.
 
-    ``paper`` measures what the captions of the paper's figures name: R^c(Z^{l+1/2}; U^l), R(Z^{l+1/2}) and
-    their difference on the tokens after MSSA. ``official_code`` measures what the released script
-    computes: R^c of U_kᵀ LN(Z^l), each token scaled to unit length in each subspace. Sparsity is the
+    ``paper`` measures what the captions of the paper's figures name: R^c(Z^{l+1/2}; U^l),
+    R(Z^{l+1/2}) and their difference on the tokens after MSSA. ``official_code`` measures what the
+    released script
+    computes: R^c of U_kᵀ LN(Z^l), each token scaled to unit length in each subspace. Sparsity is
+        the
     share of exact zeros after ISTA in both. The class token counts as a token. Float32 throughout,
     whatever the model's dtype, because bfloat16 moves ISTA's zeros.
 
@@ -34,8 +36,8 @@ def layerwise(
         eps: quantisation precision ε; both sources use ε² = 0.01.
 
     Returns:
-        Arrays (L,), float32: ``coding_rate_mean`` and ``coding_rate_std`` (R^c in nats, over the images,
-        unbiased), ``zero_fraction``; by the paper's definition also ``rate_mean`` (R) and
+        Arrays (L,), float32: ``coding_rate_mean`` and ``coding_rate_std`` (R^c in nats, over the
+        images, unbiased), ``zero_fraction``; by the paper's definition also ``rate_mean`` (R) and
         ``rate_reduction_mean`` (ΔR), in nats.
 
     Raises:
@@ -49,7 +51,9 @@ def layerwise(
     values = {}
     if definition == "paper":
         Z_LxBxNxd, U_LxdxKxp = seen["z_half"], params["blocks"]["mssa"]["U"]
-        compressed_LxB = jax.lax.map(lambda zu: subspace_coding_rate(*zu, eps=eps), (Z_LxBxNxd, U_LxdxKxp))
+        compressed_LxB = jax.lax.map(
+            lambda layer: subspace_coding_rate(*layer, eps=eps), (Z_LxBxNxd, U_LxdxKxp)
+        )
         rate_LxB = jax.lax.map(lambda z: coding_rate(z, eps=eps), Z_LxBxNxd)
         values["rate_mean"] = rate_LxB.mean(axis=1)
         values["rate_reduction_mean"] = (rate_LxB - compressed_LxB).mean(axis=1)

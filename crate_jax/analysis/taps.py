@@ -3,14 +3,13 @@
 from collections.abc import Sequence
 from typing import Any
 
-import flax.linen as nn
 from jax import Array
 
-from crate_jax.models.crate import TAPS
+from crate_jax.models.crate import TAPS, Crate
 
 
 def taps(
-    model: nn.Module, params: Any, images: Array, names: Sequence[str] = TAPS
+    model: Crate, params: Any, images: Array, names: Sequence[str] = TAPS
 ) -> tuple[Array, dict[str, Array]]:
     """Run the model and return what its layers computed on the way.
 

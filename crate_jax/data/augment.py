@@ -2,8 +2,8 @@
 
 A pipeline is written as ``name(arguments)|name(arguments)``, for example
 ``random_resized_crop(224)|random_flip()``. Every transform takes an image (H, W, c), uint8, and a
-`numpy.random.Generator`, and returns an image (H', W', c), uint8. Sizes are pixels: one number for a
-square, two for (height, width).
+`numpy.random.Generator`, and returns an image (H', W', c), uint8. Sizes are pixels: one number for
+a square, two for (height, width).
 """
 
 import ast
@@ -30,7 +30,7 @@ def resize(image: np.ndarray, rng: np.random.Generator, size: Size) -> np.ndarra
 
 
 def resize_shorter(image: np.ndarray, rng: np.random.Generator, size: int) -> np.ndarray:
-    """Resize so that the shorter side is `size`, keeping the aspect ratio (longer side truncated)."""
+    """Resize so that the shorter side is `size`; the aspect ratio stays."""
     height, width = image.shape[:2]
     if height < width:
         return resize(image, rng, (size, int(size * width / height)))
@@ -61,8 +61,8 @@ def random_resized_crop(
 ) -> np.ndarray:
     """Crop a window of random area and aspect ratio and resize it; torchvision's distribution.
 
-    The area is a uniform share of the image's, the ratio (width / height) log-uniform; after ten windows
-    that do not fit, the largest central window of the nearest allowed ratio is taken.
+    The area is a uniform share of the image's, the ratio (width / height) log-uniform; after ten
+    windows that do not fit, the largest central window of the nearest allowed ratio is taken.
     """
     height, width = image.shape[:2]
     for _ in range(10):

@@ -7,8 +7,8 @@ import numpy as np
 def decode_image(data: bytes, *, channels: int, name: str = "image") -> np.ndarray:
     """Decode a JPEG, PNG, WebP or any other format that OpenCV reads.
 
-    Grey images become RGB by repetition, colour images grey by luma; transparency is dropped and the
-    EXIF orientation ignored, as the usual ImageNet pipelines do.
+    Grey images become RGB by repetition, colour images grey by luma; transparency is dropped and
+    the EXIF orientation ignored, as the usual ImageNet pipelines do.
 
     Args:
         data: the file's bytes.

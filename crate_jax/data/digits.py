@@ -42,7 +42,7 @@ class Digits(tfds.core.GeneratorBasedBuilder):
     def _generate_examples(self, rows: slice) -> Iterator[tuple[int, dict[str, Any]]]:
         from sklearn.datasets import load_digits  # seconds to import, needed once
 
-        scans = load_digits()
+        scans: Any = load_digits()
         pixels = np.round(scans.images[rows] * (255 / 16)).astype(np.uint8)  # stored as 0 … 16
         for i, (image, label) in enumerate(zip(pixels, scans.target[rows], strict=True)):
             # Encoded here because TFDS encodes a bare array with TensorFlow.

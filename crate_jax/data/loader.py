@@ -92,8 +92,8 @@ def train_batches(
         process_count: how many share a batch; divides batch_size.
 
     Yields:
-        {"image": (b, H, W, c) uint8, "label": (b,) int32} with b = batch_size / process_count: every
-        process_count-th example of the global batch.
+        {"image": (b, H, W, c) uint8, "label": (b,) int32} with b = batch_size / process_count:
+        every process_count-th example of the global batch.
     """
     stream = grain.MapDataset.source(source.examples).seed(seed % 2**32).shuffle().repeat()
     # Random numbers are drawn by the position in the stream, hence before it is shared out.
@@ -123,8 +123,8 @@ def eval_batches(
         process_count: how many share a batch; divides batch_size.
 
     Yields:
-        {"image": (b, H, W, c) uint8, "label": (b,) int32, "mask": (b,) float32, 1 for an example and 0
-        for filling}.
+        {"image": (b, H, W, c) uint8, "label": (b,) int32, "mask": (b,) float32, 1 for an example
+        and 0 for filling}.
     """
     padded = -(-len(source) // batch_size) * batch_size
     indices = grain.MapDataset.range(padded)[process_index::process_count]

@@ -22,7 +22,7 @@ def normalize(images_BxHxWxc: Array, *, mean: tuple[float, ...], std: tuple[floa
     for name, values in (("mean", mean), ("std", std)):
         if len(values) not in (1, c):
             raise ValueError(
-                f"data.{name} must have one value, or one for each of the {c} channels; got {values}."
+                f"data.{name} must have one value, or one for each of {c} channels; got {values}."
             )
     mean_c = jnp.broadcast_to(jnp.asarray(mean, jnp.float32), (c,))
     std_c = jnp.broadcast_to(jnp.asarray(std, jnp.float32), (c,))

@@ -53,7 +53,8 @@ def open_source(
     Raises:
         FileNotFoundError: the directory, split or prepared data set does not exist.
         KeyError: TFDS knows no such data set; the nearest name is suggested.
-        ValueError: the data set is not one of images with labels, is stored as TFRecord, or is empty.
+        ValueError: the data set is not one of images with labels, is stored as TFRecord, or is
+            empty.
     """
     if data.dataset == "synthetic":
         images = SyntheticImages(tuple(image_shape), num_classes)
@@ -157,6 +158,7 @@ def _open_tfds(data: DataConfig, split: str) -> Source:
 def _tfds_builder(data: DataConfig) -> Any:
     """The prepared builder, or the reason why there is none."""
     import tensorflow_datasets as tfds
+    from tensorflow_datasets.core import registered
 
     if data.dataset == "digits":
         from crate_jax.data.digits import Digits
@@ -167,7 +169,7 @@ def _tfds_builder(data: DataConfig) -> Any:
     try:
         builder = tfds.builder(data.dataset, data_dir=data.data_dir)
     except tfds.core.DatasetNotFoundError as error:
-        known = ["digits", "folder", "synthetic", *tfds.core.registered.list_imported_builders()]
+        known = ["digits", "folder", "synthetic", *registered.list_imported_builders()]
         raise KeyError(
             f"data.dataset must be digits, folder, synthetic or a TFDS name; got {data.dataset}. "
             + did_you_mean(data.dataset, known)

@@ -5,7 +5,6 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -17,7 +16,7 @@ from crate_jax.config import TrainConfig, validate
 from crate_jax.data.loader import eval_batches, make_prepare, to_device
 from crate_jax.data.pixels import normalize
 from crate_jax.data.sources import Source, open_source
-from crate_jax.models.crate import pair
+from crate_jax.models.crate import Crate, pair
 from crate_jax.models.zoo import build_model
 from crate_jax.parallel import batch_sharding, check_batch_size, make_mesh, replicated
 
@@ -25,12 +24,12 @@ Batch = dict[str, Array]
 
 
 def make_eval_step(
-    model: nn.Module, *, preprocess: Callable[[Array], Array] | None = None
+    model: Crate, *, preprocess: Callable[[Array], Array] | None = None
 ) -> Callable[[Any, Batch], dict[str, Array]]:
     """Build ``eval_step(params, batch) -> sums`` over the examples whose mask is 1.
 
-    The batch is {"image": (B, H, W, C), "label": (B,) integers, "mask": (B,) of 0 and 1}. Wrap it in
-    `jax.jit`.
+    The batch is {"image": (B, H, W, C), "label": (B,) integers, "mask": (B,) of 0 and 1}. Wrap it
+    in `jax.jit`.
 
     Args:
         model: of `crate_jax.create_model`.
@@ -43,7 +42,7 @@ def make_eval_step(
 
     def eval_step(params: Any, batch: Batch) -> dict[str, Array]:
         images = batch["image"] if preprocess is None else preprocess(batch["image"])
-        logits_BxY = model.apply({"params": params}, images, train=False)
+        logits_BxY: Any = model.apply({"params": params}, images, train=False)
         labels_B, mask_B = batch["label"], batch["mask"]
         _, ranked_Bxk = jax.lax.top_k(logits_BxY, min(5, logits_BxY.shape[1]))
         hit_Bxk = (ranked_Bxk == labels_B[:, None]).astype(jnp.float32)
@@ -95,7 +94,7 @@ def evaluate(
     return {name: total / examples for name, total in totals.items()} | {"examples": int(examples)}
 
 
-def open_model_and_source(config: TrainConfig, split: str) -> tuple[nn.Module, Source]:
+def open_model_and_source(config: TrainConfig, split: str) -> tuple[Crate, Source]:
     """The model a config names, with as many classes as the data set has, and one split of that.
 
     Raises:
@@ -113,7 +112,7 @@ def open_model_and_source(config: TrainConfig, split: str) -> tuple[nn.Module, S
 
 
 def evaluate_split(
-    config: TrainConfig, split: str, load_params: Callable[[nn.Module], Any]
+    config: TrainConfig, split: str, load_params: Callable[[Crate], Any]
 ) -> dict[str, Any]:
     """Exact metrics over a split, on all devices.
 
@@ -139,7 +138,7 @@ def evaluate_split(
 
 
 def layerwise_split(
-    config: TrainConfig, split: str, load_params: Callable[[nn.Module], Any]
+    config: TrainConfig, split: str, load_params: Callable[[Crate], Any]
 ) -> dict[str, np.ndarray]:
     """`layerwise` on the first batch of a split: arrays with one value a layer, on the host.
 
@@ -153,14 +152,14 @@ def layerwise_split(
     return jax.device_get(jax.jit(functools.partial(layerwise, model))(params, images))
 
 
-def _open_split(config: TrainConfig, split: str, load_params: Callable[[nn.Module], Any]):
+def _open_split(config: TrainConfig, split: str, load_params: Callable[[Crate], Any]):
     """Model, parameters on every device, and a function that starts the batches of a split."""
     validate(config)
     mesh = make_mesh(config.parallel.mesh)
     check_batch_size("eval_batch_size", config.eval_batch_size, mesh.devices.size)
     model, source = open_model_and_source(config, split)
     params = jax.device_put(load_params(model), replicated(mesh))
-    shape = (*pair(model.image_size), model.in_channels)  # type: ignore
+    shape = (*pair(model.image_size), model.in_channels)
     prepare = make_prepare(config.data, shape, train=False)
 
     def batches() -> Iterator[Batch]:

@@ -1,5 +1,6 @@
 """Weights in and out of other programs' files."""
 
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -15,16 +16,19 @@ __all__ = ["load_weights"]
 TORCH_SUFFIXES = (".pth", ".pth.tar", ".pt", ".t7")
 
 
-def load_weights(path: str | Path, model: Crate) -> dict[str, Any]:
+def load_weights(path: str | Path, model: Crate, *, skip: Collection[str] = ()) -> dict[str, Any]:
     """Read a model's parameters from a file or from a training run.
 
     Args:
         path: a PyTorch file (``.pth``, ``.pth.tar``, ``.pt``, ``.t7``) with official names, under
             any of the usual wrappers and prefixes; or a run's folder: its newest checkpoint.
         model: the model that the weights are for.
+        skip: top-level groups of the parameter tree to leave out, such as ``head`` for another
+            number of classes; neither read nor checked.
 
     Returns:
-        The parameter tree as float32 arrays on the host: ``model.apply({"params": params}, …)``.
+        The parameter tree, without what was skipped, as float32 arrays on the host:
+            ``model.apply({"params": params}, …)``.
 
     Raises:
         FileNotFoundError: there is nothing at ``path``.
@@ -38,9 +42,12 @@ def load_weights(path: str | Path, model: Crate) -> dict[str, Any]:
         # Here, not above: Orbax is needed by those alone who read a run.
         from crate_jax.checkpoint import restore_params
 
-        params, _ = restore_params(path, abstract_parameters(model), step="latest")
+        wanted = {k: v for k, v in abstract_parameters(model).items() if k not in skip}
+        params, _ = restore_params(path, wanted, step="latest")
     elif path.name.lower().endswith(TORCH_SUFFIXES):
-        params = torch_weights.from_state_dict(torch_weights.read_checkpoint(path), model)
+        params = torch_weights.from_state_dict(
+            torch_weights.read_checkpoint(path), model, skip=skip
+        )
     else:
         raise ValueError(
             f"weights must be a PyTorch file ({', '.join(TORCH_SUFFIXES)}) or the folder of a run; "

@@ -6,7 +6,7 @@ and the layers, separate there, are stacked on axis 0. PyTorch itself is needed 
 """
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -95,23 +95,32 @@ class Entry(NamedTuple):
     official: tuple[int, ...]
 
 
-def from_state_dict(state: Mapping[str, np.ndarray], model: Crate) -> dict[str, Any]:
+def from_state_dict(
+    state: Mapping[str, np.ndarray], model: Crate, *, skip: Collection[str] = ()
+) -> dict[str, Any]:
     """The parameters of a model from an official state dict.
 
     Args:
         state: arrays of any float dtype by official name, without wrappers and prefixes.
         model: the model they are for.
+        skip: top-level groups of the parameter tree to leave out, such as ``head``.
 
     Returns:
-        The parameter tree, new float32 NumPy arrays.
+        The parameter tree without what was skipped, new float32 NumPy arrays.
 
     Raises:
         ValueError: entries are missing, unknown or of another shape; every one is named.
     """
+
+    def skipped(path: str) -> bool:
+        return path.split("/")[0] in skip
+
     entries = _entries(model)
-    shapes = {key: tuple(np.shape(value)) for key, value in state.items()}
+    left_out = {key for key, entry in entries.items() if skipped(entry.path)}
+    entries = {key: entry for key, entry in entries.items() if key not in left_out}
+    shapes = {key: tuple(np.shape(v)) for key, v in state.items() if key not in left_out}
     _check_fit("state", shapes, {key: entry.official for key, entry in entries.items()})
-    params = {path: np.empty(shape, np.float32) for path, shape in _shapes(model).items()}
+    params = {p: np.empty(s, np.float32) for p, s in _shapes(model).items() if not skipped(p)}
     for key, entry in entries.items():
         value = entry.layout.to_ours(np.asarray(state[key]), entry.ours)
         params[entry.path][... if entry.layer is None else entry.layer] = value

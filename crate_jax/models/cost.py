@@ -39,28 +39,40 @@ def abstract_parameters(model: Crate) -> Any:
 def multiply_adds(model: Crate) -> int:
     """Multiply-adds of the matrix products of one forward pass for one image.
 
-    Per layer: N d K p for the subspace tokens, 2 N² K p for the attention, N K p d for W_out (absent
-    with one full subspace), and 2 N d² for ISTA. Norms, softmax and thresholds are left out.
+    Per layer: N d K p for the subspace tokens, 2 N² K p for the attention, N K p d for W_out
+    (absent with one full subspace), and 2 N d² for ISTA. Norms, softmax and thresholds are left
+    out.
     """
     N, d, K, p = num_tokens(model), model.width, model.num_heads, model.subspace_dim
     h, w = pair(model.patch_size)
-    merge = 0 if (K, p) == (1, d) else N * K * p * d
-    layer = N * d * K * p + 2 * N * N * K * p + merge + 2 * N * d * d
+    layer = N * d * K * p + 2 * N * N * K * p + _has_output(model) * N * K * p * d + 2 * N * d * d
     return (N - 1) * h * w * model.in_channels * d + model.depth * layer + d * model.num_classes
 
 
 def activation_bytes(model: Crate) -> int:
     """Bytes per image that the layers keep for the backward pass, by formula.
 
-    Without recomputation a layer keeps its input, both normalised tokens, Z^{l+1/2}, the residual
-    Y − D Y and its output (6 N d), the subspace tokens before and after attention (2 N K p), and the
-    attention (K N²). With remat "dots" it keeps its input and the dense products (the batched ones of
-    the attention are computed again); with "full", its input alone. The compiler may keep less.
+    Without recomputation a layer keeps in float32, whatever its dtype, three arrays of either
+    LayerNorm (6 N d), the exponentials of the softmax (K N²) and the statistics of both (4 N and
+    2 K N); in its dtype the inputs of the matrix products, which are the two normalised tokens and
+    Y − D Y (3 N d), the subspace tokens before and after attention (2 N K p) and the attention
+    (K N²); and a byte an entry where ISTA thresholded (N d). With remat "dots" it keeps its input
+    and the products by U, W_out, Dᵀ and D (4 N d + N K p); with "full", its input alone. With one
+    full subspace there is no W_out, nor the array that it would keep. Dropout and taps are left
+    out.
     """
     N, d, K, p = num_tokens(model), model.width, model.num_heads, model.subspace_dim
-    kept = {
-        "none": 6 * N * d + 2 * N * K * p + K * N * N,
-        "dots": 4 * N * d + N * K * p,
-        "full": N * d,
+    merged, itemsize = _has_output(model), jnp.dtype(model.dtype).itemsize
+    float32_values = 6 * N * d + K * N * N + 4 * N + 2 * K * N
+    values = 3 * N * d + (1 + merged) * N * K * p + K * N * N
+    layer = {
+        "none": 4 * float32_values + itemsize * values + N * d,
+        "dots": itemsize * ((3 + merged) * N * d + N * K * p),
+        "full": itemsize * N * d,
     }[model.remat]
-    return model.depth * kept * jnp.dtype(model.dtype).itemsize
+    return model.depth * layer
+
+
+def _has_output(model: Crate) -> bool:
+    """Whether MSSA has W_out and b_out: not when one subspace fills the space."""
+    return (model.num_heads, model.subspace_dim) != (1, model.width)

@@ -56,9 +56,9 @@ class CrateBlock(nn.Module):
 class Crate(nn.Module):
     """The CRATE image classifier.
 
-    Parameters are float32 and start as the official code's do, in distribution; the computation is in
-    `dtype`, with norms, softmax and logits in float32. Layers are stacked on axis 0 of every leaf
-    under ``blocks``. Source: arXiv 2306.01129.
+    Parameters are float32 and start as the official code's do, in distribution; the computation is
+    in `dtype`, with norms, softmax and logits in float32. Layers are stacked on axis 0 of every
+    leaf under ``blocks``. Source: arXiv 2306.01129.
 
     Attributes:
         image_size: pixels, a side or (height, width).
@@ -76,7 +76,8 @@ class Crate(nn.Module):
         dropout: share of the entries dropped while training, of the embedded tokens and of MSSA's
             output; needs a "dropout" key when it is not 0.
         dtype: of the computation, float32 or bfloat16.
-        remat: what the backward pass computes again: "none"; "dots", all but matrix products; "full".
+        remat: what the backward pass computes again: "none"; "dots", all but matrix products;
+            "full".
         scan_unroll: layers per iteration of the compiled loop over layers.
     """
 
@@ -154,7 +155,7 @@ class Crate(nn.Module):
             block,
             variable_axes={"params": 0},
             split_rngs={"params": True, "dropout": True},
-            in_axes=nn.broadcast,
+            in_axes=nn.broadcast,  # type: ignore[arg-type]
             length=self.depth,
             unroll=self.scan_unroll,
         )
@@ -181,7 +182,7 @@ class Crate(nn.Module):
         if images_BxHxWxc.ndim != 4 or images_BxHxWxc.shape[1:] != expected:
             raise ValueError(
                 f"images must be (B, {', '.join(map(str, expected))}) for this model; got "
-                f"{images_BxHxWxc.shape}. Resize them, or set model.image_size and model.in_channels."
+                f"{images_BxHxWxc.shape}. Resize them, or set image_size and in_channels."
             )
         for name in taps:
             if name not in TAPS:

@@ -1,8 +1,10 @@
 """CRATE's two steps as pure functions, then the Flax modules that own their parameters.
 
-Tokens are rows: where the paper writes D Z, this is ``Z @ D.T``. Matrix products take whole (B·N, d)
-and (B·K, N, p) operands because XLA runs few large products faster than many small ones.
+Tokens are rows: where the paper writes D Z, this is ``Z @ D.T``. Matrix products take whole (B·N,
+d) and (B·K, N, p) operands because XLA runs few large products faster than many small ones.
 """
+
+from collections.abc import Callable
 
 import flax.linen as nn
 import jax
@@ -23,7 +25,7 @@ linear_kernel_init = init.variance_scaling(1 / 3, "fan_in", "uniform")
 dictionary_init = init.variance_scaling(2.0, "fan_in", "uniform")
 
 
-def linear_bias_init(fan_in: int) -> init.Initializer:
+def linear_bias_init(fan_in: int) -> Callable[..., Array]:
     """Uniform in ±1/√fan_in, as nn.Linear starts its bias; Flax's own default is zero."""
 
     def initialise(key, shape, dtype=jnp.float32):
@@ -62,8 +64,9 @@ def subspace_tokens(Z_BxNxd: Array, U_dxKxp: Array) -> Array:
 def subspace_self_attention(W_BxNxKxp: Array) -> tuple[Array, Array]:
     """SSA in every subspace: softmax(p^{-1/2} W_k W_kᵀ) W_k with W_k = U_kᵀ Z.
 
-    Query, key and value are one matrix, so the scores are symmetric before the softmax, which runs in
-    float32. Source: arXiv 2306.01129, equation 11 (tokens as rows); scale p^{-1/2} as in the code.
+    Query, key and value are one matrix, so the scores are symmetric before the softmax, which runs
+    in float32. Source: arXiv 2306.01129, equation 11 (tokens as rows); scale p^{-1/2} as in the
+    code.
 
     Args:
         W_BxNxKxp: subspace tokens.
@@ -135,7 +138,8 @@ class MSSA(nn.Module):
     """`mssa` with its parameters U (d, K, p), W_out (K, p, d) and b_out (d,).
 
     W_out and b_out are absent when one subspace fills the space (K = 1, p = d), as in the official
-    code. They start as PyTorch's nn.Linear does. Parameters are float32, the computation is `dtype`.
+    code. They start as PyTorch's nn.Linear does. Parameters are float32, the computation is
+    `dtype`.
     """
 
     num_heads: int
@@ -144,7 +148,7 @@ class MSSA(nn.Module):
 
     @nn.compact
     def __call__(self, Z_BxNxd: Array) -> tuple[Array, dict[str, Array]]:
-        """Tokens (B, N, d) to their update (B, N, d), and the taps ``subspace_tokens``, ``attention``."""
+        """Tokens (B, N, d) to their update (B, N, d); also ``subspace_tokens``, ``attention``."""
         d, K, p = Z_BxNxd.shape[-1], self.num_heads, self.head_dim
         U_init = init.variance_scaling(1 / 3, "fan_in", "uniform", in_axis=0, out_axis=(1, 2))
         U_dxKxp = self.param("U", U_init, (d, K, p)).astype(self.dtype)

@@ -4,7 +4,6 @@ import dataclasses
 import fnmatch
 from typing import Any
 
-import flax.linen as nn
 import jax.numpy as jnp
 
 from crate_jax.config import ModelConfig, did_you_mean
@@ -26,7 +25,7 @@ def list_models(pattern: str = "*") -> list[str]:
     return sorted(fnmatch.filter(VARIANTS, pattern))
 
 
-def create_model(name: str, **overrides: Any) -> nn.Module:
+def create_model(name: str, **overrides: Any) -> Crate:
     """Build a model by name; it holds no parameters yet.
 
     Args:
@@ -50,10 +49,11 @@ def create_model(name: str, **overrides: Any) -> nn.Module:
             raise KeyError(
                 f"model.{field} must name a field of {name}. " + did_you_mean(field, fields)
             )
-    return Crate(**{"image_size": 224, "num_classes": 1000} | VARIANTS[name] | overrides)
+    values: dict[str, Any] = {"image_size": 224, "num_classes": 1000} | VARIANTS[name] | overrides
+    return Crate(**values)
 
 
-def build_model(config: ModelConfig) -> nn.Module:
+def build_model(config: ModelConfig) -> Crate:
     """`create_model` from a config section; fields that are None keep the variant's value."""
     overrides = {k: v for k, v in dataclasses.asdict(config).items() if v is not None}
     name, dtype = overrides.pop("name"), overrides.pop("dtype")

@@ -1,57 +1,140 @@
 """Where metrics go: a progress line, JSON lines, TensorBoard."""
 
+import contextlib
 import json
 import os
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
+
+from crate_jax.config import TrainConfig
+
+
+class Reporter:
+    """All that a run says of itself, to its files and to whoever watches.
+
+    Args:
+        workdir: existing directory.
+        config: of the run.
+        total_steps: where the run ends.
+        record: of the checkpoint that the run continues from: its ``step`` and ``summary``.
+        enabled: False on all processes but one; then nothing is written.
+
+    Attributes:
+        summary: the last value of each metric that a run is judged by.
+    """
+
+    def __init__(
+        self,
+        workdir: Path,
+        config: TrainConfig,
+        total_steps: int,
+        record: Mapping[str, Any],
+        *,
+        enabled: bool = True,
+    ):
+        first = record["step"]
+        self.summary: dict[str, float] = dict(record["summary"])
+        self._batch_size, self._total = config.batch_size, total_steps
+        self._counted, self._watch = first, Stopwatch()
+        self._progress = Progress(total_steps, sys.stderr if enabled else None)
+        self._writer = None
+        if first >= total_steps:
+            self._progress.say(f"{workdir} is complete at step {first}. Nothing to do.")
+        elif enabled:
+            self._writer = MetricsWriter(workdir, start_step=first)
+        if 0 < first < total_steps:
+            self._progress.say(f"resuming {workdir} after step {first} of {total_steps}")
+
+    def __enter__(self) -> "Reporter":
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        if self._writer is not None:
+            self._writer.close()
+
+    def trained(self, step: int, metrics: Mapping[str, float], *, log: bool) -> None:
+        """A step is done: `loss`, `top1` and whatever else the step measured."""
+        self.summary["train/loss"] = metrics["loss"]
+        if log:
+            rate = (step - self._counted) / self._watch.lap()
+            self._counted = step
+            values = {f"train/{name}": value for name, value in metrics.items()}
+            values["images_per_s"] = round(rate * self._batch_size, 1)
+            self._write(step, values)
+            self._progress.update(step, values, rate)
+
+    def measured(self, step: int, layers: Mapping[str, Iterable[float]]) -> None:
+        """The objective was measured: {name: one value a layer}."""
+        flat = {
+            f"objective/{name}/layer{i:02d}": float(value)
+            for name, values in layers.items()
+            for i, value in enumerate(values)
+        }
+        self._write(step, flat)
+
+    def tested(self, step: int, metrics: Mapping[str, float]) -> dict[str, float]:
+        """The evaluation split was measured; returns its metrics under their full names."""
+        values = {f"test/{name}": value for name, value in metrics.items()}
+        self.summary |= values
+        self._write(step, values)
+        self._progress.say(
+            f"step {step}/{self._total}  test loss {metrics['loss']:.4f}  "
+            f"test top1 {metrics['top1']:.4f}"
+        )
+        return values
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """Time spent inside does not count as training."""
+        self._watch.pause()
+        try:
+            yield
+        finally:
+            self._watch.resume()
+
+    def _write(self, step: int, values: Mapping[str, float]) -> None:
+        if self._writer is not None:
+            self._writer.write(step, values)
 
 
 class Stopwatch:
-    """Throughput of the training steps alone: evaluation and checkpoints are not counted."""
+    """Seconds of work: it can be paused."""
 
     def __init__(self):
-        self._steps, self._seconds, self._since = 0, 0.0, time.perf_counter()
+        self._seconds, self._since = 0.0, time.perf_counter()
 
     def pause(self) -> None:
-        """Stop counting time."""
+        """Stop counting."""
         self._seconds += time.perf_counter() - self._since
 
     def resume(self) -> None:
-        """Count time again."""
+        """Count again."""
         self._since = time.perf_counter()
 
-    def step(self) -> None:
-        """Count one step."""
-        self._steps += 1
-
     def lap(self) -> float:
-        """Steps per second since the last lap."""
+        """Seconds since the last lap, pauses left out; positive."""
         self.pause()
-        rate = self._steps / max(self._seconds, 1e-9)
-        self._steps, self._seconds = 0, 0.0
+        seconds, self._seconds = self._seconds, 0.0
         self.resume()
-        return rate
+        return max(seconds, 1e-9)
 
 
 class MetricsWriter:
     """Writes scalars into a workdir: ``metrics.jsonl`` and TensorBoard's event files.
 
-    A resumed run goes back to its checkpoint: lines of later steps, which an interrupted run may have
+    A resumed run goes back to its checkpoint: lines of later steps, which an interrupted run may
+        have
     left, are taken out, so that the file reads as if nothing had happened.
 
     Args:
         workdir: existing directory.
         start_step: the step the run continues from.
-        enabled: False on all processes but one; then nothing is written.
     """
 
-    def __init__(self, workdir: str | Path, *, start_step: int = 0, enabled: bool = True):
-        self._file, self._board = None, None
-        if not enabled:
-            return
+    def __init__(self, workdir: str | Path, *, start_step: int = 0):
         from tensorboardX import SummaryWriter
 
         path = Path(workdir) / "metrics.jsonl"
@@ -61,17 +144,14 @@ class MetricsWriter:
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
         """Write the values of one step."""
-        if self._file is None or self._board is None:
-            return
         self._file.write(json.dumps({"step": step, **values}) + "\n")
         for name, value in values.items():
             self._board.add_scalar(name, value, step)
 
     def close(self) -> None:
         """Flush and close the files."""
-        for sink in (self._file, self._board):
-            if sink is not None:
-                sink.close()
+        self._file.close()
+        self._board.close()
 
 
 def _drop_after(path: Path, step: int) -> None:

@@ -13,8 +13,8 @@ def make_schedule(optim: OptimConfig, *, total_steps: int, steps_per_epoch: int)
     """Learning rate as a function of the optimizer step.
 
     ``cosine``: linear from 0 to lr over warmup_epochs, then half a cosine to 0 at total_steps.
-    ``official_readme``: constant within an epoch e, lr · min((e + 1)/w, ½(cos(π e/E) + 1)), with w the
-    warmup_epochs and E the epochs of the run, as the official training script computes it.
+    ``official_readme``: constant within an epoch e, lr · min((e + 1)/w, ½(cos(π e/E) + 1)), with w
+    the warmup_epochs and E the epochs of the run, as the official training script computes it.
 
     Args:
         optim: reads lr, schedule and warmup_epochs.
@@ -74,7 +74,9 @@ def make_optimizer(optim: OptimConfig, schedule: optax.Schedule) -> optax.Gradie
     By default every parameter decays, norms and biases included, as in the official code.
     """
     mask = (lambda params: decay_mask(params, optim.no_decay)) if optim.no_decay else None
-    common = dict(b1=optim.b1, b2=optim.b2, weight_decay=optim.weight_decay, mask=mask)
+    common: dict[str, Any] = dict(
+        b1=optim.b1, b2=optim.b2, weight_decay=optim.weight_decay, mask=mask
+    )
     tx = {
         "adamw": lambda: optax.adamw(schedule, eps=optim.eps, **common),
         "lion": lambda: optax.lion(schedule, **common),

@@ -1,8 +1,8 @@
 """The state of a run: everything that a step reads and writes, and how it starts."""
 
+import dataclasses
 from typing import Any
 
-import flax.linen as nn
 import flax.struct
 import jax
 import jax.numpy as jnp
@@ -11,6 +11,7 @@ from jax import Array
 from jax.sharding import Mesh
 
 from crate_jax.models.cost import sample_images
+from crate_jax.models.crate import Crate
 from crate_jax.parallel import state_shardings
 
 
@@ -32,7 +33,7 @@ class TrainState:
 
 
 def init_state(
-    model: nn.Module, tx: optax.GradientTransformation, key: Array, *, ema: bool = False
+    model: Crate, tx: optax.GradientTransformation, key: Array, *, ema: bool = False
 ) -> TrainState:
     """A fresh state; pure, so it runs under `jit` and `jax.eval_shape`.
 
@@ -47,16 +48,30 @@ def init_state(
     return TrainState(jnp.zeros((), jnp.int32), params, tx.init(params), ema_params)
 
 
+def abstract_state(
+    model: Crate, tx: optax.GradientTransformation, key: Array, mesh: Mesh, *, ema: bool = False
+) -> tuple[TrainState, Any]:
+    """Shapes, dtypes and shardings of a state on a mesh, without computing it.
+
+    Returns:
+        The state as `jax.ShapeDtypeStruct` leaves with shardings, and the tree of the shardings.
+    """
+    shapes = jax.eval_shape(lambda key: init_state(model, tx, key, ema=ema), key)
+    shardings = state_shardings(shapes, mesh)
+    leaf = lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)  # noqa: E731
+    return jax.tree.map(leaf, shapes, shardings), shardings
+
+
 def init_sharded(
-    model: nn.Module, tx: optax.GradientTransformation, key: Array, mesh: Mesh, *, ema: bool = False
+    model: Crate, tx: optax.GradientTransformation, key: Array, mesh: Mesh, *, ema: bool = False
 ) -> tuple[TrainState, Any]:
     """`init_state` laid out on a mesh; no device ever holds more than its share.
 
     Returns:
         The state, equal on every mesh, and its tree of shardings.
     """
+    _, shardings = abstract_state(model, tx, key, mesh, ema=ema)
     init = lambda key: init_state(model, tx, key, ema=ema)  # noqa: E731
-    shardings = state_shardings(jax.eval_shape(init, key), mesh)
     return jax.jit(init, out_shardings=shardings)(key), shardings
 
 
@@ -71,4 +86,5 @@ def replace_params(state: TrainState, params: Any) -> TrainState:
     ema_params = None
     if state.ema_params is not None:
         ema_params = jax.tree.map(put, params, state.ema_params)
-    return state.replace(params=jax.tree.map(put, params, state.params), ema_params=ema_params)
+    params = jax.tree.map(put, params, state.params)
+    return dataclasses.replace(state, params=params, ema_params=ema_params)

@@ -4,12 +4,12 @@ import zlib
 from collections.abc import Callable
 from typing import Any
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import optax
 from jax import Array
 
+from crate_jax.models.crate import Crate
 from crate_jax.training.state import TrainState
 
 Batch = dict[str, Array]
@@ -41,7 +41,7 @@ def stream(key: Array, name: str, step: Array | int) -> Array:
 
 
 def make_train_step(
-    model: nn.Module,
+    model: Crate,
     tx: optax.GradientTransformation,
     *,
     schedule: optax.Schedule | None = None,
@@ -53,9 +53,9 @@ def make_train_step(
 ) -> StepFunction:
     """Build ``train_step(state, batch, key) -> (state, metrics)``.
 
-    The batch is {"image": (B, H, W, C), "label": (B,) integers}; the key is the same at every step. Wrap
-    the step in `jax.jit` (with shardings, for a mesh), or in `jax.pmap` with `axis_name`; gradients and
-    metrics are then means over the whole batch either way.
+    The batch is {"image": (B, H, W, C), "label": (B,) integers}; the key is the same at every step.
+    Wrap the step in `jax.jit` (with shardings, for a mesh), or in `jax.pmap` with `axis_name`;
+    gradients and metrics are then means over the whole batch either way.
 
     Args:
         model: of `crate_jax.create_model`.
@@ -74,7 +74,7 @@ def make_train_step(
 
     def loss_fn(params: Any, batch: Batch, key: Array) -> tuple[Array, dict[str, Array]]:
         images = batch["image"] if preprocess is None else preprocess(batch["image"])
-        logits_BxY = model.apply({"params": params}, images, train=True, rngs={"dropout": key})
+        logits_BxY: Any = model.apply({"params": params}, images, train=True, rngs={"dropout": key})
         loss = cross_entropy(logits_BxY, batch["label"], label_smoothing=label_smoothing).mean()
         top1 = (logits_BxY.argmax(axis=1) == batch["label"]).mean(dtype=jnp.float32)
         return loss, {"loss": loss, "top1": top1}

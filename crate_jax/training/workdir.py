@@ -13,12 +13,12 @@ from crate_jax.config import IDENTITY, TrainConfig, differences, from_dict, to_d
 def check_workdir(config: TrainConfig, workdir: Path) -> None:
     """Refuse a workdir that another config has begun.
 
-    Fields outside `crate_jax.config.IDENTITY` (learning rate, length, logging, loader workers, …) may
-    change when a run is resumed.
+    Fields outside `crate_jax.config.IDENTITY` (learning rate, length, logging, loader workers, …)
+    may change when a run is resumed.
 
     Raises:
-        ValueError: workdir is no directory, its config.json cannot be read, or a field that makes a run
-            what it is differs; the field is named.
+        ValueError: workdir is no directory, its config.json cannot be read, or a field that makes a
+            run what it is differs; the field is named.
     """
     if workdir.exists() and not workdir.is_dir():
         raise ValueError(f"workdir must be a directory; {workdir} is a file. Choose another.")
@@ -51,7 +51,7 @@ def write_config(config: TrainConfig, workdir: Path, *, enabled: bool = True) ->
 
 
 class StopSignal:
-    """Turns the first SIGINT or SIGTERM into a request to stop; a second one ends the process at once.
+    """Turns the first SIGINT or SIGTERM into a request to stop; a second one ends the process.
 
     Attributes:
         name: of the signal that came, or None.
