@@ -1,0 +1,119 @@
+"""The formulas of what a model costs, against its program and against the published table."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.interpreters import partial_eval
+
+from crate_jax import Crate, create_model
+from crate_jax.models.cost import (
+    activation_bytes,
+    count_parameters,
+    multiply_adds,
+    num_tokens,
+    sample_images,
+)
+
+# Every size differs, so that no product of two of them stands for another.
+SIZES = dict(image_size=(8, 24), patch_size=(2, 4), num_classes=5, width=20, depth=2)
+HEADS = [dict(num_heads=3, head_dim=8), dict(num_heads=1), dict(num_heads=1, head_dim=12)]
+
+
+def test_tokens_are_the_patches_and_the_class_token():
+    assert num_tokens(Crate(**SIZES, num_heads=4)) == 4 * 6 + 1
+    assert num_tokens(create_model("crate_base_patch8_224")) == 28 * 28 + 1
+
+
+def test_sample_images_fit_the_model():
+    images = sample_images(Crate(**SIZES, num_heads=4, in_channels=2))
+    assert (images.shape, images.dtype) == ((1, 8, 24, 2), jnp.float32)
+
+
+@pytest.mark.parametrize(
+    ("name", "published"),
+    [
+        ("crate_tiny_patch16_224", 1.81),
+        ("crate_small_patch16_224", 3.76),
+        ("crate_base_patch16_224", 6.41),
+        ("crate_large_patch16_224", 21.89),
+    ],
+)
+def test_multiply_adds_of_the_published_models(name, published):
+    assert round(multiply_adds(create_model(name)) / 1e9, 2) == published
+
+
+@pytest.mark.parametrize("heads", HEADS)
+def test_multiply_adds_are_those_of_the_program(heads, equations):
+    model = Crate(**SIZES, **heads, in_channels=2)
+    params = jax.eval_shape(
+        lambda key: model.init(key, sample_images(model), train=False), jax.random.key(0)
+    )
+    program = jax.make_jaxpr(lambda p, x: model.apply(p, x, train=False))(
+        params, sample_images(model)
+    )
+    # What the logits do not need (the taps) is not computed.
+    live, _ = partial_eval.dce_jaxpr(program.jaxpr, [True])
+    counted = 0
+    for equation, times in equations(live):
+        if equation.primitive.name == "dot_general":
+            (contracted, _), _ = equation.params["dimension_numbers"]
+            length = np.prod([equation.invars[0].aval.shape[axis] for axis in contracted])
+            counted += times * int(length) * equation.outvars[0].aval.size
+    assert multiply_adds(model) == counted
+
+
+@pytest.mark.parametrize("heads", HEADS)
+@pytest.mark.parametrize("remat", ["none", "dots", "full"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_activation_bytes_are_what_the_backward_pass_holds(heads, remat, dtype):
+    """Between depth 2 and depth 4 the residuals of `jax.vjp` grow by two layers' worth."""
+
+    def held(depth):
+        model = Crate(**SIZES | {"depth": depth}, **heads, remat=remat, dtype=dtype)
+        images = jax.ShapeDtypeStruct((7, 8, 24, 3), jnp.float32)
+
+        def backward(params, images):
+            loss = lambda params: model.apply(params, images, train=False).sum()  # noqa: E731
+            return jax.vjp(loss, params)[1]
+
+        # Flax's LayerNorm promotes bfloat16 to float32 without saying so.
+        with jax.numpy_dtype_promotion("standard"):
+            init = lambda key: model.init(key, sample_images(model), train=False)  # noqa: E731
+            params = jax.eval_shape(init, jax.random.key(0))
+            residuals = jax.tree.leaves(jax.eval_shape(backward, params, images))
+        # One array for all images of the batch, or for all their tokens, or for all their heads.
+        rows = {7, 7 * num_tokens(model), 7 * model.num_heads}
+        stacked = [
+            a for a in residuals if a.ndim > 2 and a.shape[0] == depth and a.shape[1] in rows
+        ]
+        return sum(a.size * a.dtype.itemsize for a in stacked) / 7, activation_bytes(model)
+
+    (few, few_formula), (many, many_formula) = held(2), held(4)
+    assert few > 0
+    np.testing.assert_allclose(many_formula - few_formula, many - few, rtol=0.02)
+    np.testing.assert_allclose(few_formula, few, rtol=0.02)
+
+
+def test_activation_bytes_of_the_compiled_gradient(tiny_model, tiny_params):
+    """The memory XLA sets aside grows with depth as the formula says: it keeps no less."""
+
+    def set_aside(remat, depth):
+        model = tiny_model.clone(remat=remat, depth=depth)
+        params = jax.tree.map(lambda leaf: leaf, tiny_params)
+        params["blocks"] = jax.tree.map(
+            lambda leaf: jnp.concatenate([leaf] * (depth // 3)), tiny_params["blocks"]
+        )
+        images = jnp.zeros((8, 16, 16, 3))
+        loss = lambda p, x: model.apply({"params": p}, x, train=False).sum()  # noqa: E731
+        compiled = jax.jit(jax.grad(loss)).lower(params, images).compile()
+        return compiled.memory_analysis().temp_size_in_bytes / 8, activation_bytes(model)
+
+    for remat in ("none", "full"):
+        (few, few_formula), (many, many_formula) = set_aside(remat, 6), set_aside(remat, 12)
+        np.testing.assert_allclose(many_formula - few_formula, many - few, rtol=0.25)
+
+
+def test_parameters_are_those_that_init_makes(tiny_model, tiny_params):
+    counted = sum(leaf.size for leaf in jax.tree.leaves(tiny_params))
+    assert count_parameters(tiny_model) == counted
