@@ -125,7 +125,7 @@ def test_the_jax_model_computes_the_same(sizes):
     def loss_of(params):
         targets = optax.smooth_labels(jax.nn.one_hot(labels.numpy(), model.num_classes), 0.1)
         logits = model.apply({"params": params}, nhwc, train=True)
-        return optax.softmax_cross_entropy(logits, targets).mean()
+        return optax.softmax_cross_entropy(logits, targets).mean()  # type: ignore
 
     smoothed_loss(logits, labels).backward()
     grads = to_state_dict(jax.grad(loss_of)(params), model)
@@ -136,7 +136,7 @@ def test_the_jax_model_computes_the_same(sizes):
 def test_starts_as_the_official_code_does():
     torch.manual_seed(0)
     model = TorchCrate(16, 4, 10, width=64, depth=1, num_heads=4)
-    mssa, ista = model.transformer.layers[0]
+    mssa, ista = model.transformer.layers[0]  # type: ignore
     bounds = {
         "D": (ista.fn.weight, (6 / 64) ** 0.5),
         "U": (mssa.fn.qkv.weight, 64**-0.5),
