@@ -20,11 +20,9 @@ def layerwise(
 
     ``paper`` measures what the captions of the paper's figures name: R^c(Z^{l+1/2}; U^l),
     R(Z^{l+1/2}) and their difference on the tokens after MSSA. ``official_code`` measures what the
-    released script
-    computes: R^c of U_kᵀ LN(Z^l), each token scaled to unit length in each subspace. Sparsity is
-        the
-    share of exact zeros after ISTA in both. The class token counts as a token. Float32 throughout,
-    whatever the model's dtype, because bfloat16 moves ISTA's zeros.
+    released script computes: R^c of U_kᵀ LN(Z^l), each token scaled to unit length in each
+    subspace. Sparsity is the share of exact zeros after ISTA in both. The class token counts as a
+    token. Float32 throughout, whatever the model's dtype, because bfloat16 moves ISTA's zeros.
 
     Source: arXiv 2306.01129, section 3.1 and its code.
 
