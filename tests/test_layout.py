@@ -1,0 +1,202 @@
+"""One direction, floor by floor: who may import whom, and what `import crate_jax` must not load."""
+
+import ast
+import graphlib
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+
+# Lowest first: a file imports only from floors below its own.
+FLOORS = [
+    "config",
+    "objective",
+    "models",
+    "parallel",
+    "checkpoint",
+    "data",
+    "analysis",
+    "evaluation",
+    "interop",
+    "training",
+    "cli",
+    "__main__",
+]
+# Inside a folder, lowest first. A file that is not named here may stand anywhere in its folder, as
+# long as there is no circle. The folder's own __init__ is on top of it.
+ROOMS = {
+    "models": ["layers", "embedding", "vit", "crate_mae", "crate_alpha", "crate", "cost", "zoo"],
+    "data": ["digits", "sources", "decode", "mixing", "augment", "loader"],
+    "analysis": ["taps", "maskcut", "pca", "saliency", "layerwise", "report"],
+    "interop": [
+        "safetensors_weights",
+        "npz_weights",
+        "torch_weights",
+        "torch_reference",
+        "compare",
+    ],
+    "training": ["metrics", "optimizer", "state", "step", "loop"],
+}
+# Above the package; nothing inside it may import them.
+ROOF = ("train", "configs", "benchmarks", "tests")
+
+
+def module_name(path: str) -> str:
+    name = path.removesuffix(".py").replace("/", ".")
+    return name.removesuffix(".__init__")
+
+
+def imported(name: str, path: str, source: str, known: set[str]) -> set[str]:
+    """The modules of this project that a file imports, wherever in the file that is written."""
+    package = name if path.endswith("__init__.py") else name.rpartition(".")[0]
+    found = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            parent = package.rsplit(".", node.level - 1)[0] if node.level else ""
+            base = ".".join(filter(None, [parent, node.module]))
+            for alias in node.names:
+                full = f"{base}.{alias.name}"
+                found.add(full if full in known else base)
+    return {module for module in found if module in known or module.split(".")[0] in ROOF}
+
+
+def violations(files: dict[str, str]) -> list[str]:
+    """Imports among `files` (path: source) that go up, or round in a circle."""
+    known = {module_name(path) for path in files}
+    found, within = [], {folder: {} for folder in FLOORS}
+    for path, source in files.items():
+        name = module_name(path)
+        targets = imported(name, path, source, known) - {name}
+        if name == "crate_jax":  # it gathers the public names
+            found += [f"{name} -> {t}" for t in targets if t.split(".")[0] in ROOF]
+            continue
+        if name.split(".")[0] == "configs":
+            allowed = {t for t in targets if t == "crate_jax.config" or t.startswith("configs")}
+            found += [f"{name} -> {t}" for t in targets - allowed]
+            continue
+        floor, _, room = name.removeprefix("crate_jax.").partition(".")
+        within[floor][name] = set()
+        for target in targets:
+            target_floor, _, target_room = target.removeprefix("crate_jax.").partition(".")
+            if target == "crate_jax" or target.split(".")[0] in ROOF:
+                found.append(f"{name} -> {target}")
+            elif target_floor != floor:
+                if FLOORS.index(target_floor) > FLOORS.index(floor):
+                    found.append(f"{name} -> {target}")
+            else:
+                within[floor][name].add(target)
+                order = ROOMS.get(floor, [])
+                listed = room in order and target_room in order
+                if listed and order.index(target_room) > order.index(room):
+                    found.append(f"{name} -> {target}")
+    for graph in within.values():
+        try:
+            graphlib.TopologicalSorter(graph).prepare()
+        except graphlib.CycleError as error:
+            found.append("circle: " + " -> ".join(error.args[1]))
+    return sorted(found)
+
+
+def sources(*folders: str) -> dict[str, str]:
+    paths = [path for folder in folders for path in sorted((ROOT / folder).rglob("*.py"))]
+    return {path.relative_to(ROOT).as_posix(): path.read_text("utf-8") for path in paths}
+
+
+def test_files_import_only_from_below():
+    files = sources("crate_jax", "configs")
+    assert len(files) > 20
+    assert violations(files) == []
+
+
+def test_every_file_has_a_floor():
+    tops = {path.split("/")[1].removesuffix(".py") for path in sources("crate_jax")}
+    assert tops - {"__init__"} <= set(FLOORS)
+
+
+@pytest.mark.parametrize(
+    ("path", "line", "found"),
+    [
+        ("models/layers.py", "from crate_jax.config import x", []),
+        (
+            "models/layers.py",
+            "from crate_jax.models.crate import Crate",
+            ["layers -> models.crate"],
+        ),
+        ("models/layers.py", "from .crate import Crate", ["layers -> models.crate"]),
+        (
+            "models/crate.py",
+            "def f():\n    from ..training import loop",
+            ["crate -> training.loop"],
+        ),
+        ("models/crate.py", "from crate_jax.models.layers import mssa", []),
+        ("models/crate.py", "from crate_jax.models import zoo", ["crate -> models.zoo"]),
+        ("objective.py", "import crate_jax.models.crate", ["objective -> models.crate"]),
+        ("config.py", "import crate_jax", ["config -> crate_jax"]),
+        ("training/loop.py", "from crate_jax import analysis, objective", []),
+        ("training/loop.py", "from crate_jax import create_model", ["loop -> crate_jax"]),
+        ("training/loop.py", "from configs import digits", ["loop -> configs"]),
+        (
+            "analysis/taps.py",
+            "from crate_jax.analysis import layerwise",
+            ["taps -> analysis.layer"],
+        ),
+        ("analysis/__init__.py", "from crate_jax.analysis.taps import taps", []),
+    ],
+)
+def test_the_rule_sees_what_it_should(path, line, found):
+    names = "config objective models/layers models/crate models/zoo training/__init__ training/loop"
+    names += " analysis/__init__ analysis/layerwise analysis/taps __init__"
+    files = {f"crate_jax/{name}.py": "" for name in names.split()} | {f"crate_jax/{path}": line}
+    seen = [text.replace("crate_jax.", "") for text in violations(files)]
+    assert len(seen) == len(found)
+    for text, ending in zip(seen, found, strict=True):
+        assert ending in text
+
+
+def test_the_rule_sees_circles_and_what_recipes_may_not():
+    files = {
+        "crate_jax/__init__.py": "",
+        "crate_jax/training/__init__.py": "",
+        "crate_jax/training/one.py": "from crate_jax.training import two",
+        "crate_jax/training/two.py": "from crate_jax.training.one import x",
+        "configs/mine.py": "from crate_jax.training import one",
+    }
+    circle, recipe = violations(files)
+    assert circle.startswith("circle: ")
+    assert recipe == "configs.mine -> crate_jax.training.one"
+
+
+def test_import_loads_no_more_than_models_need():
+    program = """
+import json, sys
+import crate_jax
+names = ["analysis.taps", "analysis.layerwise", "objective.coding_rate", "Crate", "create_model"]
+for name in [*names, "list_models", "load_weights"]:
+    value = crate_jax
+    for part in name.split("."):
+        value = getattr(value, part)
+print(json.dumps(sorted({module.split(".")[0] for module in sys.modules})))
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    loaded = set(json.loads(done.stdout))
+    assert {"crate_jax", "jax", "flax"} <= loaded
+    heavy = {"grain", "tensorflow", "tensorflow_datasets", "orbax", "cv2", "torch", "matplotlib"}
+    assert loaded & (heavy | {"sklearn", "tensorboardX", "ml_collections"}) == set()
+
+
+def test_the_package_raises_and_logs_but_does_not_assert_or_print():
+    found = []
+    for path, source in sources("crate_jax").items():
+        for node in ast.walk(ast.parse(source)):
+            printing = isinstance(node, ast.Call) and ast.unparse(node.func) == "print"
+            if printing or isinstance(node, ast.Assert):
+                found.append(f"{path}:{node.lineno}")
+    assert found == []
