@@ -1,6 +1,7 @@
 """Where examples come from: TFDS data sources, image folders, synthetic images."""
 
 import dataclasses
+import functools
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -53,8 +54,8 @@ def open_source(
     Raises:
         FileNotFoundError: the directory, split or prepared data set does not exist.
         KeyError: TFDS knows no such data set; the nearest name is suggested.
-        ValueError: the data set is not one of images with labels, is stored as TFRecord, or is
-            empty.
+        ValueError: the data set is not one of images with labels, is stored as TFRecord, holds
+            another number of examples than it says, or is empty.
     """
     if data.dataset == "synthetic":
         images = SyntheticImages(tuple(image_shape), num_classes)
@@ -137,21 +138,29 @@ def _open_tfds(data: DataConfig, split: str) -> Source:
         raise ValueError(
             f"data.dataset must have the features image and label; got {data.dataset}."
         )
-    images = [name for name, f in features.items() if isinstance(f, tfds.features.Image)]
     try:
-        examples = builder.as_data_source(
-            split, decoders={name: tfds.decode.SkipDecoding() for name in images}
-        )
-    except NotImplementedError as error:
-        raise ValueError(
-            f"data.dataset must be prepared as array_record or parquet; {data.dataset} in "
-            f"{builder.data_path} is not. Prepare it again with file_format='array_record'."
-        ) from error
+        length = builder.info.splits[split].num_examples
     except ValueError as error:
         raise FileNotFoundError(
             f"split must be one of {', '.join(builder.info.splits)}, or part of one; got {split}. "
             + did_you_mean(split, builder.info.splits)
         ) from error
+    images = [name for name, f in features.items() if isinstance(f, tfds.features.Image)]
+    decoders = {name: tfds.decode.SkipDecoding() for name in images}
+    again = "Prepare it again with file_format='array_record'."
+    try:  # TFDS opens no empty split
+        examples: Any = builder.as_data_source(split, decoders=decoders) if length else []
+    except NotImplementedError as error:
+        raise ValueError(
+            f"data.dataset must be prepared as array_record or parquet; {data.dataset} in "
+            f"{builder.data_path} is not. {again}"
+        ) from error
+    # TFDS drops examples when it writes parquet, and reads whole files where a part is asked for.
+    if len(examples) != length:
+        raise ValueError(
+            f"{data.dataset}/{split} must hold {length} examples; TFDS reads {len(examples)} of "
+            f"{builder.data_path}. {again}"
+        )
     return Source(f"{data.dataset}/{split}", examples, features["label"].num_classes)
 
 
@@ -161,26 +170,32 @@ def _tfds_builder(data: DataConfig) -> Any:
     from tensorflow_datasets.core import registered
 
     if data.dataset == "digits":
-        from crate_jax.data.digits import Digits
+        from crate_jax.data.digits import Digits as make
 
-        builder = Digits(data_dir=data.data_dir, file_format="array_record")
-        builder.download_and_prepare()  # returns at once when prepared; reads no network
-        return builder
+        download = True  # from no network: scikit-learn has them
+    else:
+        make, download = functools.partial(tfds.builder, data.dataset), data.download
     try:
-        builder = tfds.builder(data.dataset, data_dir=data.data_dir)
+        builder = make(data_dir=data.data_dir)
     except tfds.core.DatasetNotFoundError as error:
-        known = ["digits", "folder", "synthetic", *registered.list_imported_builders()]
+        known = {"digits", "folder", "synthetic", *registered.list_imported_builders()}
         raise KeyError(
             f"data.dataset must be digits, folder, synthetic or a TFDS name; got {data.dataset}. "
             + did_you_mean(data.dataset, known)
         ) from error
+    except (AssertionError, ValueError) as error:  # of the version; of the spelling or the config
+        reason = str(error).strip().split("\n")[0]
+        raise ValueError(
+            "data.dataset must be a TFDS name, or name/config, or name:version; got "
+            f"{data.dataset} ({reason}). Set --config.data.dataset."
+        ) from error
     if not builder.is_prepared():
-        if not data.download:
+        if not download:
             raise FileNotFoundError(
                 f"data.dataset must be prepared; {data.dataset} is not in {builder.data_path}. "
                 "Set --config.data.data_dir to where it is, or let TFDS download and prepare it "
                 "with --config.data.download=True."
             )
-        builder = tfds.builder(data.dataset, data_dir=data.data_dir, file_format="array_record")
+        builder = make(data_dir=data.data_dir, file_format="array_record")
         builder.download_and_prepare()
     return builder
