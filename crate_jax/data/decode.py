@@ -28,7 +28,10 @@ def decode_image(data: bytes, *, channels: int, name: str = "image") -> np.ndarr
         )
     mode = cv2.IMREAD_GRAYSCALE if channels == 1 else cv2.IMREAD_COLOR_RGB
     buffer = np.frombuffer(data, np.uint8)
-    image = cv2.imdecode(buffer, mode | cv2.IMREAD_IGNORE_ORIENTATION) if buffer.size else None
+    try:
+        image = cv2.imdecode(buffer, mode | cv2.IMREAD_IGNORE_ORIENTATION) if buffer.size else None
+    except cv2.error:  # a header that promises more pixels than OpenCV allows
+        image = None
     if image is None:
         raise ValueError(
             f"{name} must be an image; its {len(data)} bytes do not decode. Remove or replace it."
