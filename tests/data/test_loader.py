@@ -1,0 +1,327 @@
+"""Batches are a function of the seed and of the examples seen before, and of nothing else."""
+
+import itertools
+from contextlib import closing
+
+import jax
+import numpy as np
+import pytest
+from absl import flags
+
+from crate_jax.config import DataConfig
+from crate_jax.data import loader
+from crate_jax.data.loader import eval_batches, make_prepare, to_device, train_batches
+from crate_jax.data.sources import Source, SyntheticImages, open_source
+from crate_jax.parallel import batch_sharding, make_mesh
+
+SHAPE = (6, 5, 3)
+RANDOM = "random_affine(degrees=30, shift=0.2)|random_flip()"
+EXAMPLES = 60
+
+
+def config(**changes):
+    return DataConfig(train_transforms=RANDOM, num_threads=2, prefetch_batches=2, **changes)
+
+
+def numbered(length=EXAMPLES):
+    """Examples whose label is their number."""
+    rng = np.random.default_rng(0)
+    images = rng.integers(0, 256, (length, *SHAPE), np.uint8)
+    examples = [{"image": image, "label": i} for i, image in enumerate(images)]
+    return Source("numbered/all", examples, num_classes=length)
+
+
+def train(count, *, source=None, data=None, batch_size=8, seed=3, **options):
+    """The first batches, as (images, labels) of all of them one after the other."""
+    data = data or config()
+    stream = train_batches(
+        source or numbered(),
+        data,
+        make_prepare(data, SHAPE, train=True),
+        batch_size=batch_size,
+        seed=seed,
+        **options,
+    )
+    with closing(stream):
+        batches = list(itertools.islice(stream, count))
+    for batch in batches:
+        assert set(batch) == {"image", "label"}
+        assert (batch["image"].dtype, batch["label"].dtype) == (np.uint8, np.int32)
+        assert batch["image"].shape == (len(batch["label"]), *SHAPE)
+        assert len(batch["label"]) == batch_size // options.get("process_count", 1)
+    return tuple(np.concatenate([b[name] for b in batches]) for name in ("image", "label"))
+
+
+def evaluation(source, data=None, **options):
+    """All evaluation batches, one after the other, and how many they are."""
+    data = data or config()
+    prepare = make_prepare(data, SHAPE, train=False)
+    with closing(eval_batches(source, data, prepare, **options)) as stream:
+        batches = list(stream)
+    rows = {len(v) for batch in batches for v in batch.values()}
+    assert rows == {options["batch_size"] // options.get("process_count", 1)}
+    return {k: np.concatenate([b[k] for b in batches]) for k in batches[0]}, len(batches)
+
+
+def assert_same(found, expected):
+    for a, b in zip(found, expected, strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+@pytest.fixture(scope="module")
+def reference():
+    """Twenty batches of eight: two epochs of sixty and forty more."""
+    return train(20)
+
+
+# --- order ----------------------------------------------------------------------------------------
+
+
+def test_every_example_once_per_epoch_and_another_order_each(reference):
+    _, labels = reference
+    first, second = labels[:60], labels[60:120]  # epochs end within a batch
+    assert sorted(first) == sorted(second) == list(range(60))
+    assert sorted(set(labels[120:])) == sorted(labels[120:])
+    assert (first != second).mean() > 0.9
+    assert (first != np.arange(60)).mean() > 0.9
+
+
+def test_augmentation_differs_from_epoch_to_epoch(reference):
+    images, labels = reference
+    twice = [images[:120][labels[:120] == n] for n in range(60)]
+    assert sum((a != b).any() for a, b in twice) >= 55
+
+
+def test_augmented_pixels_are_of_the_example(reference):
+    data = config()
+    data.train_transforms = "random_flip()"
+    images, labels = train(8, data=data)
+    source, flipped = numbered(), 0
+    for image, label in zip(images, labels, strict=True):
+        stored = source.examples[label]["image"]
+        assert (image == stored).all() or (image == stored[:, ::-1]).all()
+        flipped += bool((image != stored).any())
+    assert 15 < flipped < 49  # of 64
+
+
+def test_same_seed_same_batches(reference):
+    assert_same(train(20), reference)
+
+
+def test_other_seeds_differ(reference):
+    images, labels = reference
+    for seed in (0, 4, 2**32 - 1):
+        other_images, other_labels = train(3, seed=seed)
+        assert (other_labels != labels[:24]).mean() > 0.7
+        assert (other_images != images[:24]).any()
+
+
+# --- what batches do not depend on ----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("threads, prefetch", [(1, 1), (7, 9)])
+def test_threads_change_nothing(reference, threads, prefetch):
+    data = config()
+    data.num_threads, data.prefetch_batches = threads, prefetch
+    assert_same(train(20, data=data), reference)
+
+
+@pytest.mark.parametrize("batch_size", [4, 20, 80])
+def test_batch_size_only_cuts_the_stream(reference, batch_size):
+    found = train(160 // batch_size, batch_size=batch_size)
+    assert_same(found, reference)
+
+
+@pytest.mark.parametrize("seen", [8, 56, 64, 128])
+def test_resumed_stream_goes_on(reference, seen):
+    found = train((160 - seen) // 8, examples_seen=seen)
+    assert_same(found, [part[seen:] for part in reference])
+
+
+def test_start_far_on_costs_nothing():
+    far = 10**9 // 8 * 8
+    images, labels = train(2, examples_seen=far)
+    again_images, again_labels = train(1, examples_seen=far + 8)
+    assert_same((images[8:], labels[8:]), (again_images, again_labels))
+
+
+@pytest.mark.parametrize("count", [2, 4])
+@pytest.mark.parametrize("seen", [0, 24])
+def test_processes_share_each_batch(reference, count, seen):
+    parts = [
+        train(4, examples_seen=seen, process_index=i, process_count=count) for i in range(count)
+    ]
+    for k, expected in enumerate(reference):
+        rows = np.stack([part[k] for part in parts], axis=1)  # one of each process in turn
+        np.testing.assert_array_equal(rows.reshape(-1, *rows.shape[2:]), expected[seen : seen + 32])
+
+
+def test_worker_processes_change_nothing_and_need_no_flags():
+    # Grain's workers want parsed absl flags, which a notebook or a test has not got.
+    synthetic = Source("synthetic/all", SyntheticImages(SHAPE, 10, length=50), num_classes=10)
+    expected = train(12, source=synthetic)
+    was_parsed = flags.FLAGS.is_parsed()
+    flags.FLAGS.unparse_flags()
+    try:
+        found = train(6, source=synthetic, data=config(num_workers=2))
+        assert_same(found, [part[:48] for part in expected])
+        # A run goes on with the batches it would have had, whatever loads them now.
+        resumed = train(6, source=synthetic, data=config(num_workers=1), examples_seen=48)
+        assert_same(resumed, [part[48:] for part in expected])
+    finally:
+        if was_parsed:
+            flags.FLAGS.mark_as_parsed()
+        else:
+            flags.FLAGS.unparse_flags()
+
+
+# --- evaluation -----------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def many():
+    return numbered(297)
+
+
+@pytest.mark.parametrize("batch_size, batches", [(8, 38), (100, 3), (304, 1)])
+@pytest.mark.parametrize("count", [1, 2, 4])
+def test_evaluation_sees_every_example_once_in_order(many, count, batch_size, batches):
+    parts = []
+    for i in range(count):
+        part, found = evaluation(many, batch_size=batch_size, process_index=i, process_count=count)
+        assert found == batches  # equally many on every process, or one would wait for ever
+        parts.append(part)
+    joined = {
+        k: np.stack([p[k] for p in parts], axis=1).reshape(-1, *parts[0][k].shape[1:])
+        for k in ("image", "label", "mask")
+    }
+    assert (joined["mask"].dtype, joined["label"].dtype) == (np.float32, np.int32)
+    filling = batches * batch_size - 297
+    np.testing.assert_array_equal(joined["mask"], [1.0] * 297 + [0.0] * filling)
+    np.testing.assert_array_equal(joined["label"], list(range(297)) + [0] * filling)
+    stored = np.stack([e["image"] for e in many.examples])
+    np.testing.assert_array_equal(joined["image"][:297], stored)
+    np.testing.assert_array_equal(joined["image"][297:], stored[:1].repeat(filling, axis=0))
+
+
+def test_evaluation_of_full_batches_is_not_filled(many):
+    rows, batches = evaluation(many, batch_size=27)
+    assert batches == 11
+    assert rows["mask"].sum() == len(rows["mask"]) == 297
+
+
+def test_evaluation_in_a_worker_process(many):
+    expected, _ = evaluation(many, batch_size=100)
+    found, batches = evaluation(many, config(num_workers=1), batch_size=100)
+    assert batches == 3
+    for name, rows in expected.items():
+        np.testing.assert_array_equal(found[name], rows)
+
+
+def test_evaluation_uses_the_eval_transforms(many):
+    data = config(eval_transforms="random_flip(1.0)")
+    rows, _ = evaluation(many, data, batch_size=27)
+    expected = np.stack([e["image"][:, ::-1] for e in many.examples])
+    np.testing.assert_array_equal(rows["image"], expected)
+
+
+# --- one example ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("train_pipeline", [True, False])
+def test_wrong_shape_names_field_and_remedy(train_pipeline):
+    field = "train_transforms" if train_pipeline else "eval_transforms"
+    data = DataConfig(**{field: "resize(4)"})
+    prepare = make_prepare(data, (6, 6, 3), train=train_pipeline)
+    with pytest.raises(ValueError) as caught:
+        prepare.random_map(numbered().examples[0], np.random.default_rng(0))
+    assert str(caught.value) == (
+        f"data.{field} must give the 6x6x3 images that the model takes; got 4x4x3. "
+        "End it with resize((6, 6))."
+    )
+
+
+def test_error_of_an_example_reaches_the_consumer():
+    data = config()
+    prepare = make_prepare(data, (7, 7, 3), train=True)
+    with (
+        closing(train_batches(numbered(), data, prepare, batch_size=8, seed=0)) as stream,
+        pytest.raises(ValueError, match=r"data\.train_transforms must give the 7x7x3 images"),
+    ):
+        next(stream)
+
+
+def test_misspelt_pipeline_fails_before_anything_is_read():
+    with pytest.raises(KeyError, match=r"data\.eval_transforms must name known transforms; got re"):
+        make_prepare(DataConfig(eval_transforms="resise(8)"), SHAPE, train=False)
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_encoded_images_are_decoded(channels):
+    data = DataConfig(dataset="digits", eval_transforms="resize(16)")
+    source = open_source(data, "test", image_shape=(16, 16, channels), num_classes=10)
+    prepare = make_prepare(data, (16, 16, channels), train=False)
+    example = prepare.random_map(source.examples[5], np.random.default_rng(0))
+    assert (example["image"].shape, example["image"].dtype) == ((16, 16, channels), np.uint8)
+    assert example["label"] == source.examples[5]["label"]
+    assert (example["image"] == example["image"][:, :, :1]).all()  # grey
+    assert example["image"].max() > 200
+
+
+def test_bytes_that_do_not_decode_are_named():
+    prepare = make_prepare(DataConfig(), SHAPE, train=True)
+    element = {"image": b"garbage", "label": 0, "name": "train/ant/1.jpg"}
+    with pytest.raises(ValueError, match=r"^train/ant/1\.jpg must be an image; its 7 bytes"):
+        prepare.random_map(element, np.random.default_rng(0))
+
+
+# --- to the devices -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("spec", ["data:-1", "data:2,fsdp:4"])
+def test_to_device_deals_rows_out(spec):
+    rng = np.random.default_rng(0)
+    batch = {
+        "image": rng.integers(0, 256, (16, *SHAPE), np.uint8),
+        "label": np.arange(16, dtype=np.int32),
+    }
+    mesh = make_mesh(spec)
+    arrays = to_device(batch, batch_sharding(mesh))
+    for name, rows in batch.items():
+        array = arrays[name]
+        assert (array.shape, array.dtype) == (rows.shape, rows.dtype)
+        assert len(array.addressable_shards) == 8
+        for shard, device in zip(array.addressable_shards, jax.devices(), strict=True):
+            assert shard.device == device
+            start = 2 * device.id
+            np.testing.assert_array_equal(shard.data, rows[start : start + 2])
+
+
+@pytest.mark.parametrize("stopped", [True, False])
+def test_stream_closes_its_loader_when_it_ends(stopped):
+    left, closed = [1, 2, 3], []
+
+    class Loader:
+        def __iter__(self):
+            return self
+
+        def __next__(self):
+            if not left:
+                raise StopIteration
+            return {"label": np.array([left.pop(0)])}
+
+        def close(self):
+            closed.append(True)
+
+    class Batches:
+        def to_iter_dataset(self, options):
+            return Loader()
+
+    stream = loader._iterate(Batches(), config())
+    assert next(stream)["label"] == [1]
+    assert not closed
+    if stopped:
+        stream.close()
+    else:
+        assert [int(batch["label"][0]) for batch in stream] == [2, 3]
+    assert closed
