@@ -1,0 +1,141 @@
+"""Meshes by their specs, where each leaf of a state lies, and batches that do not divide."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AxisType, PartitionSpec
+
+from crate_jax.parallel import (
+    batch_sharding,
+    check_batch_size,
+    make_mesh,
+    replicated,
+    state_shardings,
+)
+
+
+@pytest.mark.parametrize(
+    "spec, data, fsdp",
+    [
+        ("data:-1", 8, 1),
+        ("fsdp:-1", 1, 8),
+        ("data:8", 8, 1),
+        ("data:2,fsdp:4", 2, 4),
+        (" fsdp:2 , data:-1 ", 4, 2),
+        ("data:4,fsdp:-1", 4, 2),
+        ("data:8,fsdp:-1", 8, 1),
+    ],
+)
+def test_mesh_sizes(spec, data, fsdp):
+    mesh = make_mesh(spec)
+    assert dict(mesh.shape) == {"data": data, "fsdp": fsdp}
+    assert mesh.axis_names == ("data", "fsdp")
+    assert mesh.axis_types == (AxisType.Auto, AxisType.Auto)  # linen raises under Explicit axes
+    assert sorted(d.id for d in mesh.devices.flat) == list(range(8))
+
+
+def test_default_mesh_and_some_devices():
+    assert dict(make_mesh().shape) == {"data": 8, "fsdp": 1}
+    some = jax.devices()[2:5]
+    mesh = make_mesh("data:-1", some)
+    assert sorted(d.id for d in mesh.devices.flat) == [d.id for d in some]
+
+
+@pytest.mark.parametrize("spec", ["model:8", "", "data:8,", "Data:8", "8"])
+def test_unknown_axis(spec):
+    with pytest.raises(KeyError) as caught:
+        make_mesh(spec)
+    assert caught.value.args == (f"parallel.mesh must name axes out of data, fsdp; got {spec}.",)
+
+
+@pytest.mark.parametrize("spec", ["data:0", "data:-2", "data:x", "data:", "data", "data:2.5"])
+def test_malformed_size(spec):
+    with pytest.raises(ValueError) as caught:
+        make_mesh(spec)
+    assert str(caught.value) == (
+        f"parallel.mesh must be axis:size,… with sizes > 0 or -1; got {spec}."
+    )
+
+
+@pytest.mark.parametrize(
+    "spec", ["data:4", "data:16", "data:3,fsdp:-1", "data:-1,fsdp:-1", "data:16,fsdp:-1"]
+)
+def test_sizes_that_are_not_the_number_of_devices(spec):
+    with pytest.raises(ValueError) as caught:
+        make_mesh(spec)
+    assert str(caught.value) == (
+        f"parallel.mesh must multiply to the 8 devices; got {spec}. Give one axis the size -1."
+    )
+
+
+# --- where arrays lie -----------------------------------------------------------------------------
+
+LEAVES = {
+    "wide": ((64, 1024), 1),  # its longest axis
+    "tall": ((1024, 64), 0),
+    "square": ((64, 64), 0),  # the first of two equals
+    "bases": ((4, 96, 6, 16), 1),
+    "odd_longest": ((1023, 24), 1),  # 1023 divides by none of 2, 4, 8
+    "exactly_large": ((1024,), 0),
+    "nothing_divides": ((63, 65), None),
+    "small": ((8, 127), None),  # 1,016 values
+    "scalar": ((), None),
+}
+
+
+@pytest.mark.parametrize("spec, n", [("fsdp:-1", 8), ("data:2,fsdp:4", 4)])
+def test_large_leaves_are_split_and_small_ones_are_not(spec, n):
+    mesh = make_mesh(spec)
+    state = {"params": {k: jnp.zeros(shape, jnp.float32) for k, (shape, _) in LEAVES.items()}}
+    shardings = state_shardings(jax.eval_shape(lambda: state), mesh)
+    assert jax.tree.structure(shardings) == jax.tree.structure(state)
+    laid = jax.device_put(state, shardings)
+    for name, (shape, axis) in LEAVES.items():
+        sharding, array = shardings["params"][name], laid["params"][name]
+        expected = list(shape)
+        if axis is None:
+            assert sharding.spec == PartitionSpec(), name
+        else:
+            assert list(sharding.spec)[axis] == "fsdp", name
+            expected[axis] //= n
+        assert len(array.addressable_shards) == 8
+        for shard in array.addressable_shards:
+            assert shard.data.shape == tuple(expected), name
+            assert shard.data.nbytes * (1 if axis is None else n) == array.nbytes, name
+
+
+def test_without_fsdp_everything_is_replicated():
+    mesh = make_mesh("data:-1")
+    state = {k: jax.ShapeDtypeStruct(shape, jnp.float32) for k, (shape, _) in LEAVES.items()}
+    for sharding in jax.tree.leaves(state_shardings(state, mesh)):
+        assert sharding == replicated(mesh)
+        assert sharding.is_fully_replicated
+
+
+def test_batches_are_spread_over_both_axes():
+    for spec in ("data:-1", "data:2,fsdp:4", "fsdp:-1"):
+        sharding = batch_sharding(make_mesh(spec))
+        rows = jax.device_put(np.arange(24).reshape(24, 1), sharding)
+        held = sorted(tuple(s.data.ravel().tolist()) for s in rows.addressable_shards)
+        assert held == [(3 * i, 3 * i + 1, 3 * i + 2) for i in range(8)]
+
+
+# --- batch sizes ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "size, shards, nearest", [(100, 8, 96), (101, 8, 104), (3, 8, 8), (30, 16, 32), (7, 2, 8)]
+)
+def test_batch_that_does_not_divide(size, shards, nearest):
+    with pytest.raises(ValueError) as caught:
+        check_batch_size("eval_batch_size", size, shards)
+    assert str(caught.value) == (
+        f"eval_batch_size must be a multiple of {shards}, the devices (times "
+        f"optim.accumulate_steps); got {size}. Nearest: {nearest}."
+    )
+
+
+@pytest.mark.parametrize("size, shards", [(8, 8), (304, 8), (5, 1)])
+def test_batch_that_divides(size, shards):
+    check_batch_size("batch_size", size, shards)
