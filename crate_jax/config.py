@@ -237,7 +237,7 @@ def validate(config: TrainConfig) -> TrainConfig:
                 f"{path} must be one or two positive sizes in pixels; got {value}. "
                 f"Set --config.{path}=HEIGHT,WIDTH."
             )
-    if min(config.data.std) <= 0:
+    if not all(value > 0 for value in config.data.std):
         raise ValueError(f"data.std must be > 0; got {config.data.std}. Set --config.data.std.")
     if config.batch_size % config.optim.accumulate_steps:
         raise ValueError(
