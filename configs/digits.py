@@ -6,13 +6,12 @@ over a 2 x 2 patch of flat paper amplifies noise.
 
 from crate_jax.config import DataConfig, ModelConfig, OptimConfig, TrainConfig, choose
 
+RECIPES = {"default": "the only form"}
+
 
 def get_config(arg: str | None = None) -> TrainConfig:
     """The recipe; it has one form."""
-    return choose(arg, {"default": _digits}, "default")()
-
-
-def _digits() -> TrainConfig:
+    choose(arg, RECIPES, "default")
     return TrainConfig(
         name="digits",
         batch_size=100,

@@ -35,11 +35,13 @@ DATASETS = {
 }
 
 
+RECIPES = {f"{name}-{size}": (name, size) for name in DATASETS for size in SIZES}
+RECIPES |= {name: (name, "small") for name in DATASETS}
+
+
 def get_config(arg: str | None = None) -> TrainConfig:
     """The recipe for DATASET or DATASET-SIZE."""
-    known = {f"{name}-{size}": (name, size) for name in DATASETS for size in SIZES}
-    known |= {name: (name, "small") for name in DATASETS}
-    name, size = choose(arg, known, "cifar10")
+    name, size = choose(arg, RECIPES, "cifar10")
     dataset, train_split, eval_split = DATASETS[name]
     return TrainConfig(
         name=f"finetune_{name}_{size}",

@@ -45,11 +45,13 @@ PRESETS: dict[str, dict[str, Any]] = {
 }
 
 
+RECIPES = {f"{size}-{preset}": (size, preset) for size in SIZES for preset in PRESETS}
+RECIPES |= {size: (size, "paper") for size in SIZES}
+
+
 def get_config(arg: str | None = None) -> TrainConfig:
     """The recipe for SIZE or SIZE-PRESET."""
-    known = {f"{size}-{preset}": (size, preset) for size in SIZES for preset in PRESETS}
-    known |= {size: (size, "paper") for size in SIZES}
-    size, preset = choose(arg, known, "small")
+    size, preset = choose(arg, RECIPES, "small")
     values = PRESETS[preset]
     return TrainConfig(
         name=f"imagenet1k_{size}_{preset}",

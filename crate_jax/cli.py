@@ -135,7 +135,7 @@ def _exit_if_wrong(parse: Callable[[], Any]) -> Any:
 def _check_config_flags(argv: list[str], default_config: str) -> None:
     """Name what is wrong with --config and --config.field before config_flags trips over it."""
     path = default_config
-    for flag, following in zip(argv[1:], [*argv[2:], ""], strict=True):
+    for flag, following in zip(argv[1:], [*argv[2:], ""], strict=False):
         name, separator, value = flag.lstrip("-").partition("=")
         if not flag.startswith("-"):
             continue

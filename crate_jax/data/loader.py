@@ -5,6 +5,9 @@ else: not on workers or threads, and not on how many processes share the work.
 """
 
 import dataclasses
+import multiprocessing
+import os
+import threading
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -154,7 +157,8 @@ def _iterate(batches: grain.MapDataset, data: DataConfig) -> Iterator[dict[str, 
         iterable = iterable.mp_prefetch(
             grain.MultiprocessingOptions(
                 num_workers=data.num_workers, per_worker_buffer_size=data.prefetch_batches
-            )
+            ),
+            worker_init_fn=_end_with_parent,
         )
     iterator = iter(iterable)
     try:
@@ -162,6 +166,18 @@ def _iterate(batches: grain.MapDataset, data: DataConfig) -> Iterator[dict[str, 
     finally:
         if hasattr(iterator, "close"):
             iterator.close()
+
+
+def _end_with_parent(worker_index: int, worker_count: int) -> None:
+    """Let a worker end when its program is killed; it would wait for ever to hand over a batch."""
+    parent = multiprocessing.parent_process()
+
+    def wait() -> None:
+        if parent is not None:
+            parent.join()
+            os._exit(1)
+
+    threading.Thread(target=wait, daemon=True).start()
 
 
 def _ensure_flags_parsed() -> None:

@@ -16,6 +16,7 @@ from crate_jax.config import TrainConfig, validate
 from crate_jax.data.loader import eval_batches, make_prepare, to_device
 from crate_jax.data.pixels import normalize
 from crate_jax.data.sources import Source, open_source
+from crate_jax.models.cost import abstract_parameters
 from crate_jax.models.crate import Crate, pair
 from crate_jax.models.zoo import build_model
 from crate_jax.parallel import batch_sharding, check_batch_size, make_mesh, replicated
@@ -98,9 +99,11 @@ def open_model_and_source(config: TrainConfig, split: str) -> tuple[Crate, Sourc
     """The model a config names, with as many classes as the data set has, and one split of that.
 
     Raises:
-        ValueError: model.num_classes is set and disagrees with the data set.
+        ValueError: the model's sizes do not fit together, or model.num_classes is set and
+            disagrees with the data set.
     """
-    model: Any = build_model(config.model)
+    model = build_model(config.model)
+    abstract_parameters(model)  # sizes that do not fit together fail here, before any data is read
     shape = (*pair(model.image_size), model.in_channels)
     source = open_source(config.data, split, image_shape=shape, num_classes=model.num_classes)
     if config.model.num_classes not in (None, source.num_classes):

@@ -44,10 +44,10 @@ class CrateBlock(nn.Module):
     @nn.compact
     def __call__(self, Z_BxNxd: Array, train: bool) -> tuple[Array, dict[str, Array]]:
         """Tokens (B, N, d) to tokens (B, N, d), and those of `TAPS` that were asked for."""
-        Y_BxNxd = layer_norm(self.dtype, "mssa_norm")(Z_BxNxd)
+        Y_BxNxd = layer_norm(Z_BxNxd, self.dtype, "mssa_norm")
         update_BxNxd, seen = MSSA(self.num_heads, self.head_dim, self.dtype, name="mssa")(Y_BxNxd)
         half_BxNxd = Z_BxNxd + nn.Dropout(self.dropout, deterministic=not train)(update_BxNxd)
-        Y_BxNxd = layer_norm(self.dtype, "ista_norm")(half_BxNxd)
+        Y_BxNxd = layer_norm(half_BxNxd, self.dtype, "ista_norm")
         Z_BxNxd = ISTA(self.eta, self.lmbda, self.dtype, name="ista")(Y_BxNxd)
         seen |= {"mssa": update_BxNxd, "z_half": half_BxNxd, "ista": Z_BxNxd}
         return Z_BxNxd, {name: seen[name] for name in self.taps}
@@ -140,7 +140,7 @@ class Crate(nn.Module):
         Z_BxNxd = nn.Dropout(self.dropout, deterministic=not train)(Z_BxNxd)
         Z_BxNxd, seen = self._blocks(tuple(taps))(Z_BxNxd, train)
         pooled_Bxd = Z_BxNxd[:, 0] if self.pool == "cls" else Z_BxNxd.mean(axis=1)
-        pooled_Bxd = layer_norm(jnp.float32, "head_norm")(pooled_Bxd)
+        pooled_Bxd = layer_norm(pooled_Bxd, jnp.float32, "head_norm")
         logits_BxY = dense(self.num_classes, self.width, jnp.float32, "head")(pooled_Bxd)
         return (logits_BxY, seen) if taps else logits_BxY
 

@@ -49,9 +49,9 @@ class PatchEmbedding(nn.Module):
         """Images (B, H, W, c) to tokens (B, N + 1, d)."""
         X_BxNxk = patchify(images_BxHxWxc.astype(self.dtype), self.patch_size)
         B, N, k = X_BxNxk.shape
-        X_BxNxk = layer_norm(self.dtype, "patch_norm")(X_BxNxk)
+        X_BxNxk = layer_norm(X_BxNxk, self.dtype, "patch_norm")
         Z_BxNxd = dense(self.width, k, self.dtype, "projection")(X_BxNxk)
-        Z_BxNxd = layer_norm(self.dtype, "token_norm")(Z_BxNxd)
+        Z_BxNxd = layer_norm(Z_BxNxd, self.dtype, "token_norm")
         cls_d = self.param("cls_token", init.normal(1.0), (self.width,))
         pos_Mxd = self.param("pos_embedding", init.normal(1.0), (N + 1, self.width))
         cls_Bx1xd = jnp.broadcast_to(cls_d.astype(self.dtype), (B, 1, self.width))

@@ -14,9 +14,13 @@ from jax.nn import initializers as init
 from jax.typing import DTypeLike
 
 
-def layer_norm(dtype: DTypeLike, name: str) -> nn.LayerNorm:
-    """PyTorch's LayerNorm: eps 1e-5, statistics in float32 by the two-pass variance."""
-    return nn.LayerNorm(epsilon=1e-5, use_fast_variance=False, dtype=dtype, name=name)
+def layer_norm(X: Array, dtype: DTypeLike, name: str) -> Array:
+    """PyTorch's LayerNorm over the last axis: eps 1e-5, computed in float32, returned as `dtype`.
+
+    Call it within a module's ``__call__``; `name` is that of its parameters, scale and bias.
+    """
+    norm = nn.LayerNorm(epsilon=1e-5, use_fast_variance=False, name=name)
+    return norm(X.astype(jnp.float32)).astype(dtype)
 
 
 # nn.Linear's defaults in PyTorch: weight and bias uniform in ±1/√fan_in.

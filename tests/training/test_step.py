@@ -13,7 +13,7 @@ import pytest
 from crate_jax import Crate
 from crate_jax.interop.torch_weights import from_state_dict, to_state_dict
 from crate_jax.parallel import batch_sharding, make_mesh, replicated
-from crate_jax.training.state import init_sharded, init_state, replace_params
+from crate_jax.training.state import TrainState, init_sharded, init_state, replace_params
 from crate_jax.training.step import cross_entropy, make_train_step, stream
 
 GOLDEN = Path(__file__).parents[1] / "golden"
@@ -222,9 +222,9 @@ def test_ten_steps_follow_the_official_trajectory(case, optimizer):
     b1, b2 = settings["betas"]
     make = {"adamw": optax.adamw, "lion": optax.lion}[optimizer]
     tx = make(settings["lr"], b1=b1, b2=b2, weight_decay=settings["weight_decay"])
-    state = start(model, tx)
-    weights = np.load(GOLDEN / f"{case}_weights.npz")
-    state = replace_params(state, from_state_dict(dict(weights), model))
+    params = from_state_dict(dict(np.load(GOLDEN / f"{case}_weights.npz")), model)
+    params = jax.tree.map(jnp.asarray, params)
+    state = TrainState(jnp.zeros((), jnp.int32), params, tx.init(params))
     step = jax.jit(make_train_step(model, tx, label_smoothing=case_config["label_smoothing"]))
     batch = {
         "image": golden["images_nchw"].transpose(0, 2, 3, 1),

@@ -1,0 +1,51 @@
+"""Running the project's commands as a user does."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+
+# A run of train.py that takes seconds: every field but these is the digits recipe's.
+TINY = [
+    "--config.model.width=24",
+    "--config.model.depth=2",
+    "--config.model.image_size=16,16",
+    "--config.data.train_transforms=resize(16)|random_affine(degrees=10)",
+    "--config.data.eval_transforms=resize(16)",
+    "--config.batch_size=48",
+    "--config.optim.warmup_epochs=0",
+    "--config.log_every_steps=1",
+    "--config.eval_every_steps=4",
+    "--config.log_objective_every_steps=0",
+]
+
+
+def environment(devices=1):
+    flags = f"--xla_force_host_platform_device_count={devices}"
+    return os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags}
+
+
+def start(*arguments, devices=1):
+    """A command in the background, its output piped."""
+    return subprocess.Popen(
+        [sys.executable, *map(str, arguments)],
+        cwd=ROOT,
+        env=environment(devices),
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def run(*arguments, devices=1, timeout=200):
+    """A command to its end: (exit status, stdout, stderr)."""
+    process = start(*arguments, devices=devices)
+    try:
+        out, err = process.communicate(timeout=timeout)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        raise
+    return process.returncode, out, err

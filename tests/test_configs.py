@@ -1,0 +1,107 @@
+"""Every recipe builds its model, optimizer and step, without its data."""
+
+import importlib.util
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from crate_jax.config import DataConfig, TrainConfig, from_dict, to_dict, validate
+from crate_jax.data.augment import parse_transforms
+from crate_jax.data.pixels import normalize
+from crate_jax.evaluation.classify import make_eval_step
+from crate_jax.models.crate import pair
+from crate_jax.models.zoo import build_model
+from crate_jax.training.optimizer import make_optimizer, make_schedule
+from crate_jax.training.state import init_state
+from crate_jax.training.step import make_train_step
+
+CONFIGS = Path(__file__).parents[1] / "configs"
+
+
+def load(path):
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+MODULES = {path.stem: load(path) for path in sorted(CONFIGS.glob("*.py"))}
+RECIPES = [(name, arg) for name, module in MODULES.items() for arg in module.RECIPES]
+
+
+def lowered_step(config, num_classes=10):
+    """The training step's program, from shapes alone."""
+    model = build_model(config.model).clone(num_classes=config.model.num_classes or num_classes)
+    schedule = make_schedule(config.optim, total_steps=1000, steps_per_epoch=5)
+    tx = make_optimizer(config.optim, schedule)
+    preprocess = lambda x: normalize(x, mean=config.data.mean, std=config.data.std)  # noqa: E731
+    step = make_train_step(
+        model,
+        tx,
+        schedule=schedule,
+        preprocess=preprocess,
+        label_smoothing=config.optim.label_smoothing,
+    )
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    ema = config.optim.ema_decay > 0
+    state = jax.eval_shape(lambda k: init_state(model, tx, k, ema=ema), key)
+    shape = (config.batch_size, *pair(model.image_size), model.in_channels)
+    batch = {
+        "image": jax.ShapeDtypeStruct(shape, jnp.uint8),
+        "label": jax.ShapeDtypeStruct((config.batch_size,), jnp.int32),
+    }
+    mask = {"mask": jax.ShapeDtypeStruct((config.batch_size,), jnp.float32)}
+    evaluation = jax.eval_shape(
+        make_eval_step(model, preprocess=preprocess), state.params, batch | mask
+    )
+    return state, jax.jit(step).lower(state, batch, key), evaluation
+
+
+@pytest.mark.parametrize(("name", "arg"), RECIPES)
+def test_recipe_builds_and_lowers(name, arg):
+    config = validate(MODULES[name].get_config(arg))
+    parse_transforms(config.data.train_transforms, "data.train_transforms")
+    parse_transforms(config.data.eval_transforms, "data.eval_transforms")
+    state, lowered, evaluation = lowered_step(config)
+    new_state, metrics = lowered.out_info
+    assert jax.tree.map(lambda x: x.shape, new_state) == jax.tree.map(lambda x: x.shape, state)
+    assert {"loss", "top1", "lr"} <= set(metrics)
+    assert evaluation["top5"].shape == ()
+
+
+def test_imagenet_presets_say_what_their_sources_say():
+    paper = MODULES["imagenet1k"].get_config("base-paper")
+    assert (paper.optim.optimizer, paper.optim.lr, paper.optim.weight_decay) == (
+        "lion",
+        2.4e-4,
+        0.5,
+    )
+    assert (paper.batch_size, paper.total_epochs, paper.optim.warmup_epochs) == (2048, 150, 5)
+    readme = MODULES["imagenet1k"].get_config("base-readme")
+    assert (readme.optim.lr, readme.optim.weight_decay) == (2e-4, 0.05)
+    assert (readme.batch_size, readme.total_epochs) == (512, 200)
+    assert readme.optim.schedule == "official_readme" and readme.optim.warmup_epochs == 20
+    assert paper.optim.label_smoothing == readme.optim.label_smoothing == 0.1
+    for config in (paper, readme):
+        assert config.optim.clip_norm == 0 and config.optim.no_decay == ()
+
+
+def test_recipes_have_different_names():
+    names = [MODULES[name].get_config(arg).name for name, arg in RECIPES]
+    # Short forms are the same recipe as one of the long ones.
+    assert len(set(names)) == 1 + 8 + 16
+
+
+def test_configs_survive_json():
+    for name, arg in RECIPES:
+        config = MODULES[name].get_config(arg)
+        assert from_dict(to_dict(config)) == config
+    assert isinstance(from_dict(to_dict(config)).data, DataConfig)
+    assert isinstance(config, TrainConfig)
+
+
+def test_an_unknown_recipe_suggests_the_nearest():
+    with pytest.raises(KeyError, match=r"got larg. Did you mean large\?"):
+        MODULES["imagenet1k"].get_config("larg")

@@ -1,0 +1,243 @@
+"""The loop: resuming, what it writes, what it refuses, and that it reads its whole config."""
+
+import dataclasses
+import json
+import math
+import sys
+import warnings
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+import crate_jax.config as config_module
+from crate_jax.checkpoint import Checkpointer, restore_params
+from crate_jax.config import DataConfig, ModelConfig, OptimConfig, ParallelConfig, TrainConfig
+from crate_jax.data.sources import open_source
+from crate_jax.models.crate import Crate
+from crate_jax.training.loop import train
+
+
+def metrics_of(workdir):
+    """The metrics file without what depends on the clock."""
+    lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in line.items() if k != "images_per_s"} for line in lines]
+
+
+def state_of(workdir, step):
+    """All arrays of a checkpoint by path."""
+    import orbax.checkpoint as ocp
+
+    path = Path(workdir) / "checkpoints" / str(step) / "state"
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # Orbax's about restoring without shardings
+        tree = ocp.PyTreeCheckpointer().restore(path)
+    return {jax.tree_util.keystr(k): np.asarray(v) for k, v in jax.tree.leaves_with_path(tree)}
+
+
+@pytest.fixture(scope="module")
+def shared(tmp_path_factory):
+    return tmp_path_factory.mktemp("runs")
+
+
+@pytest.fixture
+def four_steps(shared, tiny_config):
+    """A complete run of four steps, trained once."""
+    workdir = shared / "four"
+    summary = train(tiny_config(log_objective_every_steps=2, optim__ema_decay=0.9), workdir)
+    return workdir, summary
+
+
+def test_two_steps_and_two_more_are_four_bit_for_bit(four_steps, tiny_config, tmp_path):
+    workdir, summary = four_steps
+    options = dict(log_objective_every_steps=2, optim__ema_decay=0.9)
+    # The schedule must be that of the longer run, so the first half is stopped, not finished.
+    with pytest.MonkeyPatch.context() as patch:
+        stop_at(patch, step=2)
+        with pytest.raises(KeyboardInterrupt, match=r"SIGTERM at step 2 of 4.*again to resume"):
+            train(tiny_config(**options), tmp_path)
+    assert Checkpointer(tmp_path, read_only=True).steps == [2]
+    resumed = train(tiny_config(**options), tmp_path)
+    for name in ("step", "train/loss", "test/loss", "test/top1", "test/examples"):
+        assert resumed[name] == summary[name]
+    whole, parts = state_of(workdir, 4), state_of(tmp_path, 4)
+    assert whole.keys() == parts.keys() and len(whole) > 20
+    for path in whole:
+        np.testing.assert_array_equal(parts[path], whole[path], err_msg=path)
+    assert metrics_of(tmp_path) == metrics_of(workdir)
+
+
+def stop_at(patch, step):
+    """Send this process SIGTERM while it runs a step."""
+    import signal
+
+    import crate_jax.training.loop as loop
+
+    original = loop.to_device
+    seen = {"batches": 0}
+
+    def to_device(batch, sharding):
+        seen["batches"] += "mask" not in batch
+        if seen["batches"] == step and "mask" not in batch:
+            signal.raise_signal(signal.SIGTERM)
+        return original(batch, sharding)
+
+    patch.setattr(loop, "to_device", to_device)
+
+
+def test_metrics_are_complete(four_steps):
+    workdir, summary = four_steps
+    lines = metrics_of(workdir)
+    trained = [line for line in lines if "train/loss" in line]
+    assert [line["step"] for line in trained] == [1, 2, 3, 4]
+    for line in trained:
+        expected = {"train/loss", "train/top1", "train/lr", "train/grad_norm", "train/param_norm"}
+        assert expected <= set(line)
+        assert all(math.isfinite(v) for v in line.values())
+    assert summary["train/loss"] == trained[-1]["train/loss"]
+    tested = [line for line in lines if "test/top1" in line]
+    assert [line["step"] for line in tested] == [2, 4]
+    assert all(line["test/examples"] == 297 for line in tested)
+    measured = [line for line in lines if "objective/zero_fraction/layer00" in line]
+    assert [line["step"] for line in measured] == [2, 4]
+    for line in measured:
+        assert line["objective/coding_rate_mean/layer01"] > 0
+        assert 0 < line["objective/zero_fraction/layer01"] < 1
+    assert list(workdir.glob("events.out.tfevents*"))
+
+
+def test_test_metrics_are_those_of_the_averaged_parameters(four_steps, tiny_config):
+    from crate_jax.evaluation.classify import evaluate_split
+
+    workdir, summary = four_steps
+    config = tiny_config()
+    state = state_of(workdir, 4)
+
+    def load(which):
+        def from_state(model):
+            from crate_jax.models.cost import abstract_parameters
+
+            names = jax.tree.map_with_path(
+                lambda path, _: f"['{which}']" + jax.tree_util.keystr(path),
+                abstract_parameters(model),
+            )
+            return jax.tree.map(lambda name: state[name], names)
+
+        return from_state
+
+    averaged = evaluate_split(config, "test", load("ema_params"))
+    latest = evaluate_split(config, "test", load("params"))
+    np.testing.assert_allclose(averaged["loss"], summary["test/loss"], rtol=1e-5)
+    assert abs(latest["loss"] - averaged["loss"]) > 1e-3
+
+
+def test_a_complete_run_does_nothing(four_steps, tiny_config, capsys):
+    workdir, summary = four_steps
+    before = {p: p.stat().st_mtime_ns for p in (workdir / "checkpoints").rglob("*")}
+    metrics = (workdir / "metrics.jsonl").read_bytes()
+    again = train(tiny_config(log_objective_every_steps=2, optim__ema_decay=0.9), workdir)
+    assert "is complete at step 4. Nothing to do." in capsys.readouterr().err
+    assert {k: again[k] for k in summary if k != "seconds"} == {
+        k: summary[k] for k in summary if k != "seconds"
+    }
+    assert (workdir / "metrics.jsonl").read_bytes() == metrics
+    assert {p: p.stat().st_mtime_ns for p in (workdir / "checkpoints").rglob("*")} == before
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (dict(model__width=36), r"model.width must stay 24 in .*; got 36. Choose another"),
+        (dict(name="other"), r"name must stay tiny in .* belongs to that config"),
+        (dict(seed=5), r"seed must stay 0"),
+        (dict(optim__optimizer="lion"), r"optim.optimizer must stay adamw"),
+    ],
+)
+def test_another_config_is_refused(four_steps, tiny_config, change, message):
+    workdir, _ = four_steps
+    before = (workdir / "config.json").read_bytes()
+    with pytest.raises(ValueError, match=message):
+        train(tiny_config(log_objective_every_steps=2, optim__ema_decay=0.9, **change), workdir)
+    assert (workdir / "config.json").read_bytes() == before
+
+
+def test_a_non_finite_loss_stops_the_run_and_spares_the_checkpoint(tiny_config, tmp_path):
+    train(tiny_config(total_steps=2), tmp_path)
+    before, _ = restore_params(tmp_path, abstract(tiny_config))
+    message = r"train/\w+ must be finite; got (nan|inf) at step \d+. Checkpoint 2 is intact; lower"
+    with pytest.raises(FloatingPointError, match=message):
+        train(tiny_config(total_steps=6, optim__lr=1e30), tmp_path)
+    assert Checkpointer(tmp_path, read_only=True).steps == [2]
+    after, step = restore_params(tmp_path, abstract(tiny_config))
+    assert step == 2
+    for a, b in zip(jax.tree.leaves(before), jax.tree.leaves(after), strict=True):
+        np.testing.assert_array_equal(a, b)
+        assert np.isfinite(a).all()
+
+
+def abstract(tiny_config):
+    from crate_jax.models.cost import abstract_parameters
+    from crate_jax.models.zoo import build_model
+
+    return abstract_parameters(build_model(tiny_config().model).clone(num_classes=10))
+
+
+def test_fine_tuning_starts_from_the_weights_with_a_new_head(four_steps, tiny_config, tmp_path):
+    workdir, _ = four_steps
+    import crate_jax.training.loop as loop
+
+    config = tiny_config(init_weights=str(workdir), init_new_head=True, seed=7)
+    run = loop.set_up(config)
+    state, _, record = loop._restore_or_init(run, Checkpointer(tmp_path))
+    stored, _ = restore_params(workdir, abstract(tiny_config))
+    assert record["step"] == 0
+    np.testing.assert_array_equal(
+        state.params["blocks"]["ista"]["D"], stored["blocks"]["ista"]["D"]
+    )
+    assert np.all(
+        np.asarray(state.params["head"]["kernel"]) != np.asarray(stored["head"]["kernel"])
+    )
+
+
+def test_every_field_of_the_config_is_read(four_steps, tiny_config, tmp_path):
+    """By code outside config.py, in a run that uses every feature."""
+    read = set()
+    classes = (TrainConfig, DataConfig, OptimConfig, ParallelConfig, ModelConfig)
+
+    def spy(cls):
+        names = {field.name for field in dataclasses.fields(cls)}
+
+        def getter(self, name):
+            caller = sys._getframe(1).f_code.co_filename
+            if name in names and caller not in (config_module.__file__, dataclasses.__file__):
+                read.add((cls.__name__, name))
+            return object.__getattribute__(self, name)
+
+        return getter
+
+    with pytest.MonkeyPatch.context() as patch:
+        for cls in classes:
+            patch.setattr(cls, "__getattribute__", spy(cls), raising=False)
+        train(
+            tiny_config(init_weights=str(four_steps[0]), init_new_head=True, total_steps=1),
+            tmp_path,
+        )
+        with pytest.raises(FileNotFoundError):
+            open_source(
+                DataConfig(dataset="cifar10", data_dir=str(tmp_path)),
+                "train",
+                image_shape=(8, 8, 3),
+                num_classes=10,
+            )
+    # The model section is unpacked whole: its fields are the model's.
+    taken = {field.name for field in dataclasses.fields(Crate)}
+    assert {field.name for field in dataclasses.fields(ModelConfig)} <= taken
+    unread = {
+        (cls.__name__, field.name)
+        for cls in classes
+        if cls is not ModelConfig
+        for field in dataclasses.fields(cls)
+    } - read
+    # total_steps stands in for total_epochs here; name is read by train.py, see test_cli.
+    assert unread == {("TrainConfig", "total_epochs"), ("TrainConfig", "name")}
