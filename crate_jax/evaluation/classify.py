@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from jax import Array
+from jax.experimental import multihost_utils
 
 from crate_jax.analysis import layerwise
 from crate_jax.config import TrainConfig, validate
@@ -145,14 +146,18 @@ def layerwise_split(
 ) -> dict[str, np.ndarray]:
     """`layerwise` on the first batch of a split: arrays with one value a layer, on the host.
 
+    One device measures it: the QR factorisations of several CPU devices can wait for each other for
+    ever (jaxlib 0.10: each blocks a thread of the pool that all of them need).
+
     Raises:
         ValueError, KeyError, FileNotFoundError: config, data or weights break a rule.
     """
     model, params, batches = _open_split(config, split, load_params)
-    batch = next(batches())
-    images = batch["image"][: int(batch["mask"].sum())]  # filling stands at the end
-    images = normalize(images, mean=config.data.mean, std=config.data.std)
-    return jax.device_get(jax.jit(functools.partial(layerwise, model))(params, images))
+    batch = multihost_utils.process_allgather(next(batches()), tiled=True)
+    images = batch["image"][batch["mask"] > 0]
+    images = normalize(jnp.asarray(images), mean=config.data.mean, std=config.data.std)
+    measure = jax.jit(functools.partial(layerwise, model))
+    return jax.device_get(measure(jax.device_get(params), images))
 
 
 def _open_split(config: TrainConfig, split: str, load_params: Callable[[Crate], Any]):
