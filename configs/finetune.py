@@ -3,15 +3,17 @@
 Data sets cifar10, cifar100, flowers, pets; sizes tiny, small (the default), base, large. Give the
 weights with ``--config.init_weights=FILE_OR_RUN``; the head starts anew.
 
-Source (arXiv 2306.01129, appendix, and the official fine-tuning script): AdamW, lr 5e-5, weight
+Source (arXiv 2306.01129 and the official fine-tuning script): AdamW, lr 5e-5, weight
 decay 0.01, batch 256, 200 epochs, images as 224 x 224 squares; Flowers trains on ``train`` alone
 (1,020 images), Pets on ``trainval``. The script decays the rate once an epoch by a cosine; here it
 is per step. The script also applies RandAugment(2, 14), which this recipe does not have yet: random
 resized crop and flip only, so expect less than the table.
 
-Expected top-1 (arXiv 2306.01129, table 2), tiny / small / base / large:
-cifar10 95.5 / 96.0 / 96.8 / 97.2, cifar100 78.9 / 81.0 / 82.7 / 83.6, flowers 84.6 / 87.1 / 88.7 /
-88.3, pets 81.4 / 84.9 / 85.3 / 87.4. Not yet run here.
+Expected top-1 (arXiv 2306.01129), tiny / small / base / large; not yet run here:
+cifar10   95.5 / 96.0 / 96.8 / 97.2
+cifar100  78.9 / 81.0 / 82.7 / 83.6
+flowers   84.6 / 87.1 / 88.7 / 88.3
+pets      81.4 / 84.9 / 85.3 / 87.4
 """
 
 from crate_jax.config import (

@@ -4,16 +4,16 @@ Sizes tiny, small, base, large; presets ``paper`` (the default) and ``readme``, 
 
 paper   arXiv 2306.01129: Lion, lr 2.4e-4, weight decay 0.5, batch 2048, 150 epochs, 5 epochs of
         linear warm-up, cosine to 0, label smoothing 0.1.
-readme  the official repository's README: Lion, lr 2e-4, weight decay 0.05, batch 512, 200 epochs;
-its
-        code steps the schedule once an epoch, with a warm-up of 20 epochs. Label smoothing 0.1.
+readme  the official repository's README: Lion, lr 2e-4, weight decay 0.05, batch 512, 200
+        epochs; its code steps the schedule once an epoch, with a warm-up of 20 epochs. Label
+        smoothing 0.1 as in the paper.
 
 Both: random resized crop to 224 and horizontal flip, evaluation on the central 224 of 256,
 ImageNet's mean and deviation, decay on every parameter, no clipping (the official code defines a
 clip and never uses it). Ours computes in bfloat16 where the official code trains in float16.
 
-Expected top-1 / ReaL (arXiv 2306.01129, table 2): tiny 66.7 / 74.0, small 69.2 / 76.0, base 70.8 /
-76.5, large 71.3 / 77.4. Not yet run here.
+Expected top-1 / ReaL (arXiv 2306.01129); not yet run here:
+tiny 66.7 / 74.0, small 69.2 / 76.0, base 70.8 / 76.5, large 71.3 / 77.4.
 """
 
 from typing import Any

@@ -79,9 +79,8 @@ def quiet_libraries() -> None:
 def enable_compilation_cache() -> None:
     """Keep compiled programs between runs, unless JAX_COMPILATION_CACHE_DIR says where.
 
-    One folder for each kind of processor: code compiled for one may not run on another that shares
-        the
-    home directory.
+    One folder for each kind of processor: code compiled for one may not run on another that
+    shares the home directory.
     """
     if not jax.config.values["jax_compilation_cache_dir"]:
         base = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")

@@ -132,8 +132,7 @@ _CHOICES = {
     "optim.schedule": ("cosine", "official_readme"),
 }
 
-# field: (lowest, highest); a highest that is a float is itself excluded, an infinite one is not
-# there
+# field: (lowest, bound); the bound itself is excluded.
 _INF = float("inf")
 _RANGES: dict[str, tuple[float, float]] = {
     "seed": (0, 2**32),

@@ -14,7 +14,7 @@ from jax.core import Tracer
 def coding_rate(Z: Array, *, eps: float) -> Array:
     """Lossy coding rate of the tokens: R(Z) = ½ logdet(I + d/(N ε²) Z Zᵀ).
 
-    Source: arXiv 2306.01129, section 2.2.
+    Source: arXiv 2306.01129, equation 7 (section 2.3).
 
     Args:
         Z: tokens (..., N, d), any float dtype.
@@ -36,7 +36,7 @@ def subspace_coding_rate(Z: Array, U: Array, *, eps: float) -> Array:
 
     R^c(Z; U) = Σ_k ½ logdet(I + p/(N ε²) (U_kᵀZ)ᵀ(U_kᵀZ)).
 
-    Source: arXiv 2306.01129, section 2.2.
+    Source: arXiv 2306.01129, equation 8 (section 2.3).
 
     Args:
         Z: tokens (..., N, d), any float dtype.
@@ -107,7 +107,7 @@ def sparse_rate_reduction(Z: Array, U: Array, *, lmbda: float, eps: float) -> Ar
 
     Its gradient is that of ΔR: ‖Z‖₀, the number of non-zero entries, is constant almost everywhere,
     which is why the network descends it by a proximal (ISTA) step on ‖Z‖₁ instead.
-    Source: arXiv 2306.01129, equation 1.
+    Source: arXiv 2306.01129, equation 1 (section 2.1).
 
     Args:
         Z: tokens (..., N, d), any float dtype.
@@ -128,6 +128,7 @@ def sparse_rate_reduction(Z: Array, U: Array, *, lmbda: float, eps: float) -> Ar
 def sparsity(Z: Array) -> Array:
     """Share of the entries of the tokens that are exactly zero: 1 − ‖Z‖₀ / (N d).
 
+    The official code reports this; the paper's figure 3 plots its complement, ‖Z‖₀ / (N d).
     Measure it on float32 tokens: bfloat16 arithmetic moves ISTA's zeros.
 
     Args:

@@ -7,7 +7,7 @@ import numpy as np
 
 
 def draw_layerwise(values: Mapping[str, np.ndarray], path: str | Path, *, title: str) -> None:
-    """Draw R^c and sparsity over the layers, as the paper's figures 3 and 4 do.
+    """Draw R^c and sparsity over the layers, as figure 3 of arXiv 2306.01129 does.
 
     Args:
         values: of `layerwise`: ``coding_rate_mean``, ``coding_rate_std``, ``zero_fraction``, (L,).

@@ -1,8 +1,10 @@
 """Where examples come from: TFDS data sources, image folders, synthetic images."""
 
+import contextlib
 import dataclasses
 import functools
 import os
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -173,6 +175,7 @@ def _tfds_builder(data: DataConfig) -> Any:
         from crate_jax.data.digits import Digits as make
 
         download = True  # from no network: scikit-learn has them
+        tfds.disable_progress_bar()  # it takes two seconds
     else:
         make, download = functools.partial(tfds.builder, data.dataset), data.download
     try:
@@ -197,5 +200,7 @@ def _tfds_builder(data: DataConfig) -> Any:
                 "with --config.data.download=True."
             )
         builder = make(data_dir=data.data_dir, file_format="array_record")
-        builder.download_and_prepare()
+        # TFDS reports on stdout, which belongs to the command's own result.
+        with contextlib.redirect_stdout(sys.stderr):
+            builder.download_and_prepare()
     return builder

@@ -30,7 +30,7 @@ def pair(size: int | Sequence[int]) -> tuple[int, int]:
 class CrateBlock(nn.Module):
     """One layer: Z^{l+1/2} = Z^l + MSSA(LN(Z^l)), then Z^{l+1} = ISTA(LN(Z^{l+1/2})).
 
-    Source: arXiv 2306.01129, section 2.5. The ISTA step has no residual.
+    Source: arXiv 2306.01129, equation 18 (section 2.5). The ISTA step has no residual.
     """
 
     num_heads: int

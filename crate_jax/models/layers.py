@@ -94,7 +94,8 @@ def mssa(
     """Multi-head subspace self-attention: W_out [SSA_1; …; SSA_K] + b_out.
 
     One approximate gradient step on R^c(Z; U) is Z + MSSA(Z); the residual is the caller's.
-    Source: arXiv 2306.01129, equations 11 and 12.
+    Source: arXiv 2306.01129, equations 11 and 12 (section 2.3).
+    Differs from the paper, as the official code does: W_out is learned and not p/(N ε²) [U_1, …, U_K].
 
     Args:
         Z_BxNxd: tokens, normalised.
@@ -120,7 +121,7 @@ def ista_step(Y_BxNxd: Array, D_dxd: Array, *, eta: float, lmbda: float) -> Arra
 
     ReLU(Y + η Dᵀ(Y − D Y) − η λ); with tokens as rows D Y is ``Y @ D.T`` and Dᵀ R is ``R @ D``.
     There is no residual: the result replaces the tokens.
-    Source: arXiv 2306.01129, equation 17.
+    Source: arXiv 2306.01129, equation 17 (section 2.4).
     Differs from official: Dᵀ(Y − D Y) takes two matrix products where DᵀY − DᵀD Y takes three.
 
     Args:

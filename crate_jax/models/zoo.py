@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from crate_jax.config import ModelConfig, did_you_mean
 from crate_jax.models.crate import Crate
 
-# Sizes from arXiv 2306.01129, table 1, and the 8-pixel models of arXiv 2308.16271.
+# Sizes from arXiv 2306.01129, and the 8-pixel models of arXiv 2308.16271.
 VARIANTS: dict[str, dict[str, Any]] = {
     "crate_tiny_patch16_224": dict(patch_size=16, width=384, depth=12, num_heads=6),
     "crate_small_patch16_224": dict(patch_size=16, width=576, depth=12, num_heads=12),

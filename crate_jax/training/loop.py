@@ -6,8 +6,7 @@ Invariants:
 2. Everything random is a function of the seed and the step, so a run that was stopped and started
    again ends with the bits of one that was not.
 3. The metrics of a step are fetched while the next one runs, and settled before anything is
-   evaluated or
-   saved: a non-finite value stops the run before it reaches a checkpoint.
+   evaluated or saved: a non-finite value stops the run before it reaches a checkpoint.
 4. Only process 0 writes metrics and the config; every process takes part in checkpoints.
 5. Within the loop nothing moves between host and devices but what is moved explicitly.
 """
@@ -41,8 +40,7 @@ from crate_jax.training.state import TrainState, abstract_state, init_sharded, r
 from crate_jax.training.step import make_train_step
 from crate_jax.training.workdir import StopSignal, check_workdir, write_config
 
-# Images of a batch on which the objective is measured: all layers' tokens of these are held at
-# once.
+# Images of a batch on which the objective is measured: the tokens of all layers are held at once.
 OBJECTIVE_IMAGES = 64
 
 
