@@ -2,8 +2,8 @@
 
     python benchmarks/time_to_first_step.py --model crate_base_patch16_224 --batch-size 16
 
-Every measurement is a process of its own; cold ones start with an empty cache, warm ones with what the
-cold one left. Medians over the rounds; the last line is JSON.
+Every measurement is a process of its own; cold ones start with an empty cache, warm ones with what
+the cold one left. Medians over the rounds; the last line is JSON.
 """
 
 import argparse

@@ -95,7 +95,8 @@ def mssa(
 
     One approximate gradient step on R^c(Z; U) is Z + MSSA(Z); the residual is the caller's.
     Source: arXiv 2306.01129, equations 11 and 12 (section 2.3).
-    Differs from the paper, as the official code does: W_out is learned and not p/(N ε²) [U_1, …, U_K].
+    Differs from the paper, as the official code does: W_out is learned and not p/(N ε²) [U_1, …,
+        U_K].
 
     Args:
         Z_BxNxd: tokens, normalised.
