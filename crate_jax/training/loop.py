@@ -194,8 +194,15 @@ def _compile(run: Run, shardings: Any) -> Programs:
         )
         return evaluate(eval_step, params, (to_device(batch, sharding) for batch in stream))
 
+    gather = jax.jit(
+        lambda params, images: (params, images[:OBJECTIVE_IMAGES]), out_shardings=everywhere
+    )
+    measure = jax.jit(lambda params, images: layerwise(run.model, params, preprocess(images)))
+
     def objective(params: Any, images: jax.Array) -> dict[str, jax.Array]:
-        return layerwise(run.model, params, preprocess(images[:OBJECTIVE_IMAGES]))
+        # On one device: factorisations of several CPU devices can wait for each other for ever.
+        local = jax.tree.map(lambda x: x.addressable_data(0), gather(params, images))
+        return measure(*local)
 
     return Programs(
         train_step=jax.jit(
@@ -205,7 +212,7 @@ def _compile(run: Run, shardings: Any) -> Programs:
             donate_argnums=0,
         ),
         evaluate=evaluate_all,
-        objective=jax.jit(objective, out_shardings=everywhere),
+        objective=objective,
     )
 
 
