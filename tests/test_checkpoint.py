@@ -359,9 +359,9 @@ def test_step_that_does_not_exist(tmp_path):
     checkpointer.close()
 
 
-def leave_half_a_save(tmp_path):
-    """What a killed save of step 3 leaves: a folder under a temporary name."""
-    folder = tmp_path / FOLDER / "3.orbax-checkpoint-tmp"
+def leave_half_a_save(tmp_path, step):
+    """What a killed save leaves: a folder under a temporary name."""
+    folder = tmp_path / FOLDER / f"{step}.orbax-checkpoint-tmp"
     shutil.copytree(tmp_path / FOLDER / "2", folder)
     for path in list(folder.rglob("d/*")):
         truncate(path)
@@ -369,21 +369,23 @@ def leave_half_a_save(tmp_path):
     return folder
 
 
-def test_killed_save_is_ignored_and_swept_up(tmp_path):
+@pytest.mark.parametrize("killed", [3, 5])
+def test_killed_save_is_ignored_and_swept_up(tmp_path, killed):
     write(tmp_path, [0.1, 0.2]).close()
-    folder = leave_half_a_save(tmp_path)
+    leave_half_a_save(tmp_path, killed)
     checkpointer = Checkpointer(tmp_path)
     assert (checkpointer.steps, checkpointer.latest_step) == ([1, 2], 2)
-    assert not folder.exists()
     checkpointer.save(3, small(3), {"step": 3})
-    state, _ = checkpointer.restore(3, small_abstract())
+    state, record = checkpointer.restore(3, small_abstract())
     checkpointer.close()
     assert_same_bits(state, small(3))
+    assert record == {"step": 3}
+    assert sorted(p.name for p in (tmp_path / FOLDER).iterdir()) == ["2", "3"]
 
 
 def test_reader_changes_nothing(tmp_path):
     write(tmp_path, [0.2, 0.1]).close()
-    folder = leave_half_a_save(tmp_path)  # perhaps a save under way, by the run that is read
+    folder = leave_half_a_save(tmp_path, 3)  # perhaps a save under way, by the run that is read
     before = listing(tmp_path)
     reader = Checkpointer(tmp_path, read_only=True, keep_latest=1)
     assert (reader.steps, reader.resolve("best"), reader.resolve("latest")) == ([1, 2], 1, 2)
