@@ -159,7 +159,8 @@ def test_message_states_the_rule(path, value, rule):
 
 @pytest.mark.parametrize("path", sorted(p for p in BOUNDS if p.startswith("model.")))
 def test_unset_fields_of_the_model_break_no_rule(path):
-    validate(changed(path, None))
+    config = changed(path, None)
+    assert validate(config) is config
 
 
 @pytest.mark.parametrize("path", CHOICES)

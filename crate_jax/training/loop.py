@@ -135,10 +135,10 @@ def train(config: TrainConfig, workdir: str | Path) -> dict[str, Any]:
     check_workdir(config, workdir)
     run = set_up(config)
     lead = jax.process_index() == 0
-    write_config(config, workdir, enabled=lead)
     checkpointer = Checkpointer(workdir, keep_latest=config.keep_latest, keep_best=config.keep_best)
     try:
         state, shardings, record = _restore_or_init(run, checkpointer)
+        write_config(config, workdir, enabled=lead)
         with Reporter(workdir, config, run.total_steps, record, enabled=lead) as reporter:
             if record["step"] < run.total_steps:
                 programs = _compile(run, shardings)
