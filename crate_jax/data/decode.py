@@ -29,8 +29,8 @@ def decode_image(data: bytes, *, channels: int, name: str = "image") -> np.ndarr
     mode = cv2.IMREAD_GRAYSCALE if channels == 1 else cv2.IMREAD_COLOR_RGB
     buffer = np.frombuffer(data, np.uint8)
     try:
-        image = cv2.imdecode(buffer, mode | cv2.IMREAD_IGNORE_ORIENTATION) if buffer.size else None
-    except cv2.error:  # a header that promises more pixels than OpenCV allows
+        image = cv2.imdecode(buffer, mode | cv2.IMREAD_IGNORE_ORIENTATION)
+    except cv2.error:  # no bytes at all, or a header that promises more pixels than OpenCV allows
         image = None
     if image is None:
         raise ValueError(
