@@ -133,6 +133,7 @@ def rewrite_parquet(folder, split):
 
     from crate_jax.data.digits import Digits
 
+    open_digits(split)  # prepares it where this has not been done
     raw = tfds.decode.DeserializeMethod.RAW_BYTES
     records = Digits().as_data_source(split, deserialize_method=raw)
     table = pa.table({"data": pa.array([bytes(r) for r in records], pa.binary())})
