@@ -83,6 +83,11 @@ def set_up(config: TrainConfig) -> Run:
         ValueError, KeyError, FileNotFoundError: what the user can mend, in one line.
     """
     validate(config)
+    if config.init_new_head and not config.init_weights:
+        raise ValueError(
+            "init_weights must be set where init_new_head is; got none. "
+            "Set --config.init_weights=FILE_OR_RUN, or --config.init_new_head=False."
+        )
     mesh = make_mesh(config.parallel.mesh)
     devices = mesh.devices.size
     check_batch_size("batch_size", config.batch_size, devices * config.optim.accumulate_steps)
