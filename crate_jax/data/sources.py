@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import functools
+import io
 import os
 import sys
 from collections.abc import Sequence
@@ -201,6 +202,7 @@ def _tfds_builder(data: DataConfig) -> Any:
             )
         builder = make(data_dir=data.data_dir, file_format="array_record")
         # TFDS reports on stdout, which belongs to the command's own result.
-        with contextlib.redirect_stdout(sys.stderr):
+        report = io.StringIO() if data.dataset == "digits" else sys.stderr
+        with contextlib.redirect_stdout(report):
             builder.download_and_prepare()
     return builder
