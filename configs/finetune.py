@@ -50,7 +50,7 @@ def get_config(arg: str | None = None) -> TrainConfig:
         batch_size=256,
         eval_batch_size=256,
         total_epochs=200,
-        init_new_head=True,
+        init_fit=("head",),
         eval_every_steps=500,
         model=ModelConfig(name=f"crate_{size}_patch16_224", dtype="bfloat16"),
         data=DataConfig(

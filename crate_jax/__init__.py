@@ -1,10 +1,18 @@
 """CRATE, the white-box transformer of sparse rate reduction, in JAX and Flax."""
 
 from crate_jax import analysis, objective
-from crate_jax.interop import load_weights
+from crate_jax.interop import load_weights, save_weights
 from crate_jax.models.crate import Crate
 from crate_jax.models.zoo import create_model, list_models
 
 __version__ = "0.1.0"
 
-__all__ = ["Crate", "analysis", "create_model", "list_models", "load_weights", "objective"]
+__all__ = [
+    "Crate",
+    "analysis",
+    "create_model",
+    "list_models",
+    "load_weights",
+    "objective",
+    "save_weights",
+]

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
 from orbax.checkpoint.checkpoint_managers import preservation_policy
 
@@ -130,6 +131,15 @@ class Checkpointer:
         """The JSON record of a step, without its state."""
         return self._read(step, ocp.args.Composite(record=ocp.args.JsonRestore()))["record"]
 
+    def saved_shapes(self, step: int) -> Any:
+        """The tree of a step's state as `jax.ShapeDtypeStruct` leaves; nothing else is read."""
+        try:
+            folder = self.directory / str(step) / "state"
+            tree = ocp.PyTreeCheckpointHandler().metadata(folder).tree
+        except Exception as error:
+            raise self._unreadable(step, error) from error
+        return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), tree)
+
     def wait(self) -> None:
         """Block until every started save is on disk."""
         self._manager.wait_until_finished()
@@ -142,11 +152,14 @@ class Checkpointer:
         try:
             return self._manager.restore(step, args=items)
         except Exception as error:  # Orbax raises bare Exceptions, and KeyErrors and JSON errors
-            reason = str(error).strip().split("\n")[0][:200]
-            raise ValueError(
-                f"checkpoint must be readable; step {step} in {self.directory} is not ({reason}). "
-                "Move that folder away to use an earlier step."
-            ) from error
+            raise self._unreadable(step, error) from error
+
+    def _unreadable(self, step: int, error: Exception) -> ValueError:
+        reason = str(error).strip().split("\n")[0][:200]
+        return ValueError(
+            f"checkpoint must be readable; step {step} in {self.directory} is not ({reason}). "
+            "Move that folder away to use an earlier step."
+        )
 
 
 def restore_params(
@@ -185,6 +198,34 @@ def restore_params(
         )
         restored = reader._read(number, ocp.args.Composite(state=state))["state"]
         return next(iter(restored.values())), number
+    finally:
+        reader.close()
+
+
+def read_params(workdir: str | Path, step: str | int) -> tuple[Any, dict[str, Any]]:
+    """The parameters of a run whatever their shapes are; its averaged ones if it keeps them.
+
+    Args:
+        workdir: the run's directory.
+        step: "latest", "best" or a number.
+
+    Returns:
+        The parameters as NumPy arrays, and the JSON record of that step.
+
+    Raises:
+        FileNotFoundError: there is no checkpoint.
+        ValueError: there is no such step, or it cannot be read.
+    """
+    reader = Checkpointer(workdir, read_only=True)
+    try:
+        number = reader.resolve(step)
+        record = reader.restore_record(number)
+        name = "ema_params" if record.get("ema", False) else "params"
+        wanted = {name: reader.saved_shapes(number)[name]}
+        as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), wanted)
+        state = ocp.args.PyTreeRestore(item=wanted, restore_args=as_numpy, partial_restore=True)
+        restored = reader._read(number, ocp.args.Composite(state=state))["state"]
+        return restored[name], record
     finally:
         reader.close()
 

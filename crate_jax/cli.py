@@ -16,18 +16,8 @@ import absl.flags
 import absl.logging
 import jax
 
-from crate_jax.config import (
-    IMAGENET_EVAL,
-    IMAGENET_MEAN,
-    IMAGENET_STD,
-    DataConfig,
-    ModelConfig,
-    TrainConfig,
-    did_you_mean,
-    from_dict,
-    get_field,
-)
-from crate_jax.models.crate import pair
+from crate_jax import commands
+from crate_jax.config import IMAGENET_EVAL, TrainConfig, did_you_mean, get_field
 
 PACKAGE = Path(__file__).parent
 
@@ -39,7 +29,8 @@ def run_command(command: Callable[[], dict[str, Any]]) -> int:
     file; any other is a bug and keeps its trace.
 
     Returns:
-        Exit status: 0, or 2 for a mistake or an interruption.
+        Exit status: 0; 1 if the result says that something is not ``within_tolerance``; 2 for a
+        mistake or an interruption.
     """
     quiet_libraries()
     try:
@@ -51,7 +42,7 @@ def run_command(command: Callable[[], dict[str, Any]]) -> int:
             raise
         return _complain(_text(error))
     sys.stdout.write(json.dumps(result) + "\n")
-    return 0
+    return 0 if result.get("within_tolerance", True) else 1
 
 
 def _text(error: Exception) -> str:
@@ -154,36 +145,96 @@ def _check_config_flags(argv: list[str], default_config: str) -> None:
 def main(argv: list[str] | None = None) -> int:
     """`python -m crate_jax COMMAND …`; returns the exit status."""
     parser = _Parser(prog="python -m crate_jax", description=__doc__)
-    commands = parser.add_subparsers(dest="command", required=True, parser_class=_Parser)
+    subparsers = parser.add_subparsers(dest="command", required=True, parser_class=_Parser)
 
-    evaluate = commands.add_parser("evaluate", help="exact loss, top-1 and top-5 over a split")
+    evaluate = subparsers.add_parser("evaluate", help="exact loss, top-1 and top-5 over a split")
     evaluate.add_argument("--workdir", help="a run; its newest checkpoint unless --step says else")
     evaluate.add_argument("--step", help="latest, best or a number (with --workdir)")
     evaluate.add_argument("--weights", help="a weights file or run (with --model and --dataset)")
-    evaluate.add_argument("--model", help="one of crate_jax.list_models() (with --weights)")
-    evaluate.add_argument("--dataset", help="digits, folder, synthetic or a TFDS name")
-    evaluate.add_argument("--data_dir", help="where the data set is prepared, or a folder's root")
-    evaluate.add_argument("--split", help="default: the run's, or test")
-    evaluate.add_argument("--batch_size", type=int, help="examples per step over all devices")
-    evaluate.add_argument(
-        "--transforms", help="as data.eval_transforms; default: the run's, or " + IMAGENET_EVAL
-    )
-    evaluate.set_defaults(function=_evaluate)
+    _add_model(evaluate)
+    _add_data(evaluate)
+    evaluate.set_defaults(function=commands.evaluate)
 
-    summary = commands.add_parser("summary", help="parameters, multiply-adds, tokens, memory")
+    convert = subparsers.add_parser("convert", help="weights from one kind of file to another")
+    convert.add_argument(
+        "--from", dest="source", required=True, help="a weights file, a run or one of its steps"
+    )
+    convert.add_argument(
+        "--to", dest="target", required=True, help="FILE.safetensors, .npz, .pth or .pt"
+    )
+    _add_model(convert)
+    convert.set_defaults(function=commands.convert)
+
+    compare = subparsers.add_parser("compare", help="ours against PyTorch, layer by layer")
+    compare.add_argument(
+        "--weights", required=True, help="a weights file, a run or one of its steps"
+    )
+    compare.add_argument("--reference", help="PyTorch's weights; default: the same")
+    _add_model(compare)
+    compare.add_argument("--images", help="a folder of images; default: the run's, or seeded noise")
+    _add_data(compare)
+    compare.add_argument(
+        "--dtype", choices=("float32", "bfloat16"), default="float32", help="of our computation"
+    )
+    compare.add_argument(
+        "--train-steps", "--train_steps", type=int, default=10, help="of each optimizer; 0: none"
+    )
+    compare.add_argument(
+        "--rate-scale",
+        "--rate_scale",
+        type=float,
+        default=0.05,
+        help="learning rates as a share of the official peak; default 1/20, as in the first epoch "
+        "of the official schedule",
+    )
+    compare.add_argument("--html", help="also write the comparison as a page to this file")
+    compare.set_defaults(function=commands.compare)
+
+    summary = subparsers.add_parser("summary", help="parameters, multiply-adds, tokens, memory")
     summary.add_argument("model", help="one of crate_jax.list_models()")
     summary.add_argument("--image_size", type=int, nargs="+", help="pixels: a side, or two")
     summary.add_argument("--num_classes", type=int)
-    summary.set_defaults(function=_summary)
+    summary.set_defaults(function=commands.summary)
 
-    report = commands.add_parser("report", help="draw a run's layer-wise objective")
+    report = subparsers.add_parser("report", help="draw a run's layer-wise objective")
     report.add_argument("--workdir", required=True, help="a run")
     report.add_argument("--step", default="latest", help="latest, best or a number")
     report.add_argument("--output", help="a picture file; default WORKDIR/layerwise.png")
-    report.set_defaults(function=_report)
+    report.set_defaults(function=commands.report)
 
     args = parser.parse_args(argv)
     return run_command(lambda: args.function(args))
+
+
+def _add_model(parser: argparse.ArgumentParser) -> None:
+    """Which model, and how the weights are made to fit it."""
+    parser.add_argument("--model", help="one of crate_jax.list_models()")
+    parser.add_argument(
+        "--model-kwargs",
+        "--model_kwargs",
+        nargs="+",
+        default=[],
+        metavar="FIELD=VALUE",
+        help="fields that differ from --model, such as num_classes=10 image_size=32,32",
+    )
+    parser.add_argument(
+        "--fit",
+        nargs="+",
+        default=[],
+        metavar="WHAT",
+        help="what may differ between weights and model: head, image_size, patch_size, in_channels",
+    )
+
+
+def _add_data(parser: argparse.ArgumentParser) -> None:
+    """Which examples, and what happens to them."""
+    parser.add_argument("--dataset", help="digits, folder, synthetic or a TFDS name")
+    parser.add_argument("--data_dir", help="where the data set is prepared, or a folder's root")
+    parser.add_argument("--split", help="default: the run's, or test")
+    parser.add_argument("--batch_size", type=int, help="examples per step over all devices")
+    parser.add_argument(
+        "--transforms", help="as data.eval_transforms; default: the run's, or " + IMAGENET_EVAL
+    )
 
 
 class _Parser(argparse.ArgumentParser):
@@ -191,94 +242,3 @@ class _Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         sys.exit(_complain(f"{message}. See {self.prog} --help."))
-
-
-def _evaluate(args: argparse.Namespace) -> dict[str, Any]:
-    """Exact metrics of a run or of a weights file."""
-    from crate_jax.checkpoint import restore_params
-    from crate_jax.evaluation.classify import evaluate_split
-    from crate_jax.interop import load_weights
-    from crate_jax.models.cost import abstract_parameters
-
-    if bool(args.workdir) == bool(args.weights):
-        raise ValueError("evaluate must get one of --workdir and --weights. See --help.")
-    if args.weights and not (args.model and args.dataset):
-        raise ValueError("evaluate --weights must get --model and --dataset too. See --help.")
-    if args.workdir and args.model:
-        raise ValueError("--model must go with --weights; a run knows its own. Leave it out.")
-    if args.weights and args.step:
-        raise ValueError("--step must go with --workdir. Leave it out.")
-    step: int | None = None
-    if args.workdir:
-        config, step = _saved_config(args.workdir, args.step or "latest")
-    else:
-        config = TrainConfig(
-            model=ModelConfig(name=args.model),
-            data=DataConfig(eval_transforms=IMAGENET_EVAL, mean=IMAGENET_MEAN, std=IMAGENET_STD),
-        )
-    for target, field, value in (
-        (config.data, "dataset", args.dataset),
-        (config.data, "data_dir", args.data_dir),
-        (config.data, "eval_transforms", args.transforms),
-        (config.data, "eval_split", args.split),
-        (config, "eval_batch_size", args.batch_size),
-    ):
-        if value is not None:
-            setattr(target, field, value)
-
-    def load(model: Any) -> Any:
-        if step is None:
-            return load_weights(args.weights, model)
-        return restore_params(args.workdir, abstract_parameters(model), step)[0]
-
-    metrics = evaluate_split(config, config.data.eval_split, load)
-    return {"dataset": config.data.dataset, "split": config.data.eval_split, "step": step} | metrics
-
-
-def _summary(args: argparse.Namespace) -> dict[str, Any]:
-    """What a model costs, by formula."""
-    from crate_jax.models import cost
-    from crate_jax.models.zoo import create_model
-
-    overrides = {k: getattr(args, k) for k in ("image_size", "num_classes") if getattr(args, k)}
-    model: Any = create_model(args.model, **overrides)
-    return {
-        "model": args.model,
-        "image_size": list(pair(model.image_size)),
-        "tokens": cost.num_tokens(model),
-        "parameters": cost.count_parameters(model),
-        "gmacs": round(cost.multiply_adds(model) / 1e9, 3),
-        "activation_mib_per_image": round(cost.activation_bytes(model) / 2**20, 1),
-    }
-
-
-def _report(args: argparse.Namespace) -> dict[str, Any]:
-    """The layer-wise objective of a run on its evaluation split, as numbers and as a picture."""
-    from crate_jax.analysis.report import draw_layerwise
-    from crate_jax.checkpoint import restore_params
-    from crate_jax.evaluation.classify import layerwise_split
-    from crate_jax.models.cost import abstract_parameters
-
-    config, step = _saved_config(args.workdir, args.step)
-
-    def load(model: Any) -> Any:
-        return restore_params(args.workdir, abstract_parameters(model), step)[0]
-
-    values = layerwise_split(config, config.data.eval_split, load)
-    output = args.output or str(Path(args.workdir) / "layerwise.png")
-    split = f"{config.data.dataset}/{config.data.eval_split}"
-    draw_layerwise(values, output, title=f"{config.name}, step {step}, on {split}")
-    rounded = {name: [round(float(v), 4) for v in array] for name, array in values.items()}
-    return rounded | {"step": step, "output": output}
-
-
-def _saved_config(workdir: str, step: str) -> tuple[TrainConfig, int]:
-    """The config in a run's checkpoint, and the number of that checkpoint."""
-    from crate_jax.checkpoint import Checkpointer
-
-    reader = Checkpointer(workdir, read_only=True)
-    try:
-        number = reader.resolve(step)
-        return from_dict(reader.restore_record(number)["config"]), number
-    finally:
-        reader.close()

@@ -90,7 +90,7 @@ class TrainConfig:
     total_epochs: float = 1.0  # length of the run, > 0
     total_steps: int | None = None  # the same in optimizer steps; overrides total_epochs
     init_weights: str | None = None  # start from this file or run; None: from scratch
-    init_new_head: bool = False  # keep the fresh head instead of the one in init_weights
+    init_fit: tuple[str, ...] = ()  # of init_weights: head, image_size, patch_size, in_channels, …
     log_every_steps: int = 50  # >= 1
     log_objective_every_steps: int = 0  # layer-wise R^c and sparsity; 0: never
     eval_every_steps: int = 0  # 0: at the end only

@@ -13,6 +13,7 @@ ROOT = Path(__file__).parent.parent
 
 # Lowest first: a file imports only from floors below its own.
 FLOORS = [
+    "files",
     "config",
     "objective",
     "models",
@@ -23,6 +24,7 @@ FLOORS = [
     "evaluation",
     "interop",
     "training",
+    "commands",
     "cli",
     "__main__",
 ]
@@ -35,9 +37,11 @@ ROOMS = {
     "interop": [
         "safetensors_weights",
         "npz_weights",
+        "fit",
         "torch_weights",
         "torch_reference",
         "compare",
+        "compare_report",
     ],
     "training": ["metrics", "optimizer", "state", "step", "loop"],
 }

@@ -109,6 +109,11 @@ class FolderImages:
         return {"image": Path(path).read_bytes(), "label": self.labels[index], "name": path}
 
 
+def image_paths(folder: str | Path) -> list[Path]:
+    """The image files anywhere below a folder, in the order of their paths."""
+    return [p for p in sorted(Path(folder).rglob("*")) if p.suffix.lower() in IMAGE_SUFFIXES]
+
+
 def _open_folder(data: DataConfig, split: str) -> Source:
     """``data_dir/split/class/image``; classes are numbered in the order of their sorted names."""
     if data.data_dir is None:
@@ -124,8 +129,7 @@ def _open_folder(data: DataConfig, split: str) -> Source:
     found = [
         (str(path), label)
         for label, name in enumerate(classes)
-        for path in sorted((root / name).rglob("*"))
-        if path.suffix.lower() in IMAGE_SUFFIXES
+        for path in image_paths(root / name)
     ]
     examples = FolderImages([path for path, _ in found], [label for _, label in found])
     return Source(f"{root}", examples, len(classes))

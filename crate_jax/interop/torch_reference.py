@@ -3,7 +3,7 @@
 What the JAX model is compared with and timed against. Only this file needs PyTorch to be imported.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -202,6 +202,42 @@ class TorchCrate(nn.Module):
         pooled = Z[:, 0] if self.pool == "cls" else Z.mean(dim=1)
         logits = self.mlp_head(pooled)
         return (logits, seen) if taps else logits
+
+
+class Lion(torch.optim.Optimizer):
+    """θ ← θ − lr (sign(β₁ m + (1 − β₁) g) + λ θ), m ← β₂ m + (1 − β₂) g; PyTorch has none.
+
+    Source: arXiv 2302.06675, algorithm 2.
+
+    Args:
+        params: tensors, or groups of them.
+        lr: learning rate.
+        betas: β₁ and β₂.
+        weight_decay: λ, decoupled.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Tensor],
+        lr: float = 1e-4,
+        betas: tuple[float, float] = (0.9, 0.99),
+        weight_decay: float = 0.0,
+    ):
+        super().__init__(params, {"lr": lr, "betas": betas, "weight_decay": weight_decay})
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        """Update every parameter that has a gradient."""
+        for group in self.param_groups:
+            lr, (b1, b2) = group["lr"], group["betas"]
+            for theta in group["params"]:
+                if theta.grad is None:
+                    continue
+                state = self.state[theta]
+                m = state.setdefault("m", torch.zeros_like(theta))
+                direction = torch.lerp(theta.grad, m, b1).sign()
+                theta.sub_(lr * (direction + group["weight_decay"] * theta))
+                m.lerp_(theta.grad, 1 - b2)
 
 
 def from_flax_model(model: Crate) -> TorchCrate:

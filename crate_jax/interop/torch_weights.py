@@ -5,15 +5,16 @@ keeps a linear map as (out, in), here it is (in, out) with the axes K and p of t
 and the layers, separate there, are stacked on axis 0. PyTorch itself is needed only to open a file.
 """
 
+import argparse
 import re
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 from flax import traverse_util
 
-from crate_jax.models.cost import abstract_parameters
+from crate_jax.interop.fit import faults, shapes_of
 from crate_jax.models.crate import Crate
 
 # Where training scripts put the state dict, and what wrappers put before its names.
@@ -32,6 +33,10 @@ class Same:
         """Unchanged but for axes of length one, which ``shape`` decides."""
         return official.reshape(shape)
 
+    def tree_shape(self, official: tuple[int, ...]) -> tuple[int, ...]:
+        """Our shape of an official array."""
+        return official
+
 
 class Leading(Same):
     """Axes of length one in front on the official side."""
@@ -42,6 +47,10 @@ class Leading(Same):
     def to_official(self, ours: np.ndarray) -> np.ndarray:
         """The axes put in front."""
         return ours[(None,) * self.axes]
+
+    def tree_shape(self, official: tuple[int, ...]) -> tuple[int, ...]:
+        """Without those axes."""
+        return official[self.axes :]
 
 
 class Linear:
@@ -58,6 +67,10 @@ class Linear:
     def to_ours(self, official: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
         """Swapped, then cut into the axes of ``shape``."""
         return official.T.reshape(shape)
+
+    def tree_shape(self, official: tuple[int, ...]) -> tuple[int, ...]:
+        """Swapped; the axes that were flattened stay one."""
+        return official[::-1]
 
 
 # Our path, the official name ({i} is the layer), the layout.
@@ -95,6 +108,33 @@ class Entry(NamedTuple):
     official: tuple[int, ...]
 
 
+def official_shapes(model: Crate, *, skip: Collection[str] = ()) -> dict[str, tuple[int, ...]]:
+    """The official state dict of a model: {name: shape}, without what is skipped."""
+    entries = _entries(model, skip)
+    return {name: entry.official for name, entry in entries.items()}
+
+
+def tree_shapes(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
+    """Our {path: shape} of official ones, for no model in particular: K and p are one axis."""
+    found = {}
+    for path, (pattern, layout) in TABLE.items():
+        names = re.compile(re.escape(pattern).replace(re.escape("{i}"), r"\d+"))
+        matching = [shape for name, shape in shapes.items() if names.fullmatch(name)]
+        if matching:
+            layers = (len(matching),) if "{i}" in pattern else ()
+            found[path] = (*layers, *layout.tree_shape(matching[0]))
+    return found
+
+
+def drop(state: Mapping[str, Any], skip: Collection[str]) -> dict[str, Any]:
+    """A state dict without the entries of skipped groups; of ``head``, whatever layers it has."""
+    patterns = [TABLE[path][0] for path in TABLE if path.split("/")[0] in skip]
+    names = {re.escape(p).replace(re.escape("{i}"), r"\d+") for p in patterns}
+    if "head" in skip:
+        names.add(r"mlp_head\.[1-9]\d*\..*")  # behind mlp_head.0, the norm
+    return {k: v for k, v in state.items() if not any(re.fullmatch(n, k) for n in names)}
+
+
 def from_state_dict(
     state: Mapping[str, np.ndarray], model: Crate, *, skip: Collection[str] = ()
 ) -> dict[str, Any]:
@@ -111,18 +151,14 @@ def from_state_dict(
     Raises:
         ValueError: entries are missing, unknown or of another shape; every one is named.
     """
-
-    def skipped(path: str) -> bool:
-        return path.split("/")[0] in skip
-
-    entries = _entries(model)
-    left_out = {key for key, entry in entries.items() if skipped(entry.path)}
-    entries = {key: entry for key, entry in entries.items() if key not in left_out}
-    shapes = {key: tuple(np.shape(v)) for key, v in state.items() if key not in left_out}
-    _check_fit("state", shapes, {key: entry.official for key, entry in entries.items()})
-    params = {p: np.empty(s, np.float32) for p, s in _shapes(model).items() if not skipped(p)}
-    for key, entry in entries.items():
-        value = entry.layout.to_ours(np.asarray(state[key]), entry.ours)
+    state = drop(state, skip)
+    entries = _entries(model, skip)
+    shapes = {name: tuple(np.shape(v)) for name, v in state.items()}
+    _check_fit("state", shapes, {name: entry.official for name, entry in entries.items()})
+    used = {entry.path for entry in entries.values()}
+    params = {p: np.empty(s, np.float32) for p, s in shapes_of(model).items() if p in used}
+    for name, entry in entries.items():
+        value = entry.layout.to_ours(np.asarray(state[name]), entry.ours)
         params[entry.path][... if entry.layer is None else entry.layer] = value
     return traverse_util.unflatten_dict(params, sep="/")
 
@@ -140,8 +176,9 @@ def to_state_dict(params: Mapping[str, Any], model: Crate) -> dict[str, np.ndarr
     Raises:
         ValueError: leaves are missing, unknown or of another shape; every one is named.
     """
-    arrays = {path: np.asarray(leaf) for path, leaf in _flatten(params).items()}
-    _check_fit("params", {path: array.shape for path, array in arrays.items()}, _shapes(model))
+    flat = traverse_util.flatten_dict(dict(params), sep="/")
+    arrays = {path: np.asarray(leaf) for path, leaf in flat.items()}
+    _check_fit("params", {path: array.shape for path, array in arrays.items()}, shapes_of(model))
     state = {}
     for key, entry in _entries(model).items():
         whole = arrays[entry.path]
@@ -154,8 +191,8 @@ def read_checkpoint(path: str | Path) -> dict[str, np.ndarray]:
     """The state dict in a PyTorch file, whatever wraps it.
 
     Descends through ``state_dict``, ``model`` and ``net`` (what lies beside them is the state of a
-    training run), and strips ``module.`` and ``_orig_mod.`` from the names. Only tensors are
-    unpickled: a file cannot run code.
+    training run), and strips ``module.`` and ``_orig_mod.`` from the names. Weights are data: only
+    tensors and plain values are unpickled, and a file that asks for anything else is refused.
 
     Args:
         path: a file written by `torch.save`.
@@ -167,23 +204,50 @@ def read_checkpoint(path: str | Path) -> dict[str, np.ndarray]:
         ValueError: PyTorch is missing, or the file holds no state dict that can be read.
         FileNotFoundError: there is no such file.
     """
+    torch = _torch(path)
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"{path} must be a file; got none there. Check the path.")
+    try:
+        # Training scripts save their flags beside the weights; a Namespace holds values, no code.
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            state = torch.load(path, map_location="cpu", weights_only=True)
+    # A KeyError, EOFError, struct.error, RuntimeError or UnpicklingError, by where the damage is.
+    except Exception as error:
+        raise ValueError(_refusal(path, error)) from None
+    return {name: _to_numpy(value) for name, value in _unwrap(state, str(path)).items()}
+
+
+def _refusal(path: str | Path, error: Exception) -> str:
+    """Why a file was not read: it wants to run something, or it is damaged or no PyTorch file."""
+    wanted = re.search(r"GLOBAL (\S+)", str(error))
+    if wanted:
+        return (
+            f"{path} must hold tensors alone; it asks to run or build {wanted[1]}, which is refused. "
+            "Only if you trust its author, open it with weights_only=False and save its state dict."
+        )
+    return (
+        f"{path} must be a whole PyTorch file; reading it ended in a {type(error).__name__}. "
+        "It may be truncated: copy it again."
+    )
+
+
+def write_checkpoint(path: str | Path, state: Mapping[str, np.ndarray]) -> None:
+    """Write a bare state dict that the official model's ``load_state_dict(strict=True)`` takes.
+
+    Raises:
+        ValueError: PyTorch is missing.
+    """
+    torch = _torch(path)
+    torch.save({name: torch.from_numpy(array) for name, array in state.items()}, path)
+
+
+def _torch(path: str | Path) -> Any:
+    """PyTorch, or what to do without it."""
     try:
         import torch
     except ImportError:
         raise ValueError(f"{path} needs PyTorch. pip install 'crate-jax[torch]'") from None
-    if not Path(path).is_file():
-        raise FileNotFoundError(f"{path} must be a file; got none there. Check the path.")
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    # A KeyError, EOFError, struct.error, RuntimeError or UnpicklingError, by where the damage is.
-    except Exception as error:
-        found = re.search(r"GLOBAL (\S+)", str(error))
-        raise ValueError(
-            f"{path} must be a PyTorch file of tensors; got "
-            + (f"an object of {found[1]}" if found else f"a {type(error).__name__} on reading it")
-            + ". If you trust it, open it with weights_only=False and save its state dict alone."
-        ) from None
-    return {key: _to_numpy(value) for key, value in _unwrap(state, str(path)).items()}
+    return torch
 
 
 def _unwrap(state: Any, path: str) -> dict[str, Any]:
@@ -198,14 +262,24 @@ def _unwrap(state: Any, path: str) -> dict[str, Any]:
             f"{path} must hold a state dict, bare or under {', '.join(WRAPPERS)}; got "
             f"{type(state).__name__}. Save model.state_dict()."
         )
-    bare = {}
     for key, value in state.items():
-        name = re.sub(rf"^({'|'.join(map(re.escape, PREFIXES))})+", "", str(key))
         if not hasattr(value, "detach"):
             raise ValueError(
                 f"{path} must hold only tensors; got {type(value).__name__} at {key}. "
                 "Save model.state_dict()."
             )
+    return bare_names(state, path)
+
+
+def bare_names(state: Mapping[Any, Any], path: str | Path) -> dict[str, Any]:
+    """The same entries without what wrappers put before their names.
+
+    Raises:
+        ValueError: two names become the same.
+    """
+    prefixes, bare = re.compile(rf"^({'|'.join(map(re.escape, PREFIXES))})+"), {}
+    for key, value in state.items():
+        name = prefixes.sub("", str(key))
         if name in bare:
             raise ValueError(f"{path} must name each parameter once; got {name} twice. Remove one.")
         bare[name] = value
@@ -218,20 +292,12 @@ def _to_numpy(tensor: Any) -> np.ndarray:
     return (tensor.float() if tensor.is_floating_point() else tensor).numpy()
 
 
-def _shapes(model: Crate) -> dict[str, tuple[int, ...]]:
-    """Our paths and shapes."""
-    return {path: leaf.shape for path, leaf in _flatten(abstract_parameters(model)).items()}
-
-
-def _flatten(tree: Mapping[str, Any]) -> dict[str, Any]:
-    """Leaves by path."""
-    return traverse_util.flatten_dict(dict(tree), sep="/")  # type: ignore
-
-
-def _entries(model: Crate) -> dict[str, Entry]:
-    """Every official entry of this model, by name."""
+def _entries(model: Crate, skip: Collection[str] = ()) -> dict[str, Entry]:
+    """Every official entry of this model that is not skipped, by name."""
     entries = {}
-    for path, shape in _shapes(model).items():
+    for path, shape in shapes_of(model).items():
+        if path.split("/")[0] in skip:
+            continue
         pattern, layout = TABLE[path]
         stacked = "{i}" in pattern
         ours = shape[1:] if stacked else shape
@@ -246,28 +312,9 @@ def _check_fit(
     name: str, got: Mapping[str, tuple[int, ...]], expected: Mapping[str, tuple[int, ...]]
 ) -> None:
     """Every entry there, none besides, each of its shape; or an error that names the others."""
-    wrong = [k for k in expected if k in got and got[k] != expected[k]]
-    faults = {
-        "missing": _join(k for k in expected if k not in got),
-        "unknown": _join(k for k in got if k not in expected),
-        "of another shape": ", ".join(f"{k} {got[k]} instead of {expected[k]}" for k in wrong),
-    }
-    if any(faults.values()):
+    wrong = faults(got, expected)
+    if wrong:
         raise ValueError(
-            f"{name} must hold the model's parameters and nothing else; got "
-            + "; ".join(f"{fault}: {keys}" for fault, keys in faults.items() if keys)
-            + ". Build the model with the sizes of these weights."
+            f"{name} must hold the model's parameters and nothing else; got {wrong}. "
+            "Build the model with the sizes of these weights."
         )
-
-
-def _join(keys: Iterable[str]) -> str:
-    """Names in a row, those that differ by layer alone as one: layers.{3,4}.0.norm.bias."""
-    layers: dict[str, list[str]] = {}
-    for key in keys:
-        parts = re.fullmatch(r"(transformer\.layers\.)(\d+)(\..*)", key)
-        pattern = f"{parts[1]}{{}}{parts[3]}" if parts else key
-        layers.setdefault(pattern, []).append(parts[2] if parts else "")
-    return ", ".join(
-        pattern.replace("{}", found[0] if len(found) == 1 else "{" + ",".join(found) + "}")
-        for pattern, found in layers.items()
-    )

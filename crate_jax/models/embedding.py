@@ -1,7 +1,9 @@
 """Images to tokens: patches, class token, positions."""
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 from jax.nn import initializers as init
 from jax.typing import DTypeLike
@@ -31,6 +33,50 @@ def patchify(images_BxHxWxc: Array, patch_size: tuple[int, int]) -> Array:
         )
     grid_BxRxhxCxwxc = images_BxHxWxc.reshape(B, H // h, h, W // w, w, c)
     return grid_BxRxhxCxwxc.transpose(0, 1, 3, 2, 4, 5).reshape(B, (H // h) * (W // w), h * w * c)
+
+
+def resize_positions(pos_Mxd: Array, old: tuple[int, int], new: tuple[int, int]) -> Array:
+    """Positions of another grid of patches, by bicubic interpolation; the class token's row stays.
+
+    The cubic is Keys's with a = −1/2, smoothed where the grid shrinks: PyTorch's ``interpolate(…,
+    mode="bicubic", antialias=True)``.
+
+    Args:
+        pos_Mxd: row 0 the class token's, then the patches row by row; M = old height · width + 1.
+        old: (height, width) of their grid in patches.
+        new: (height, width) of the grid wanted.
+
+    Returns:
+        Positions (new height · width + 1, d), of the input's dtype.
+    """
+    grid_RxCxd = pos_Mxd[1:].reshape(*old, -1)
+    resized_RxCxd = jax.image.resize(grid_RxCxd, (*new, grid_RxCxd.shape[-1]), "cubic")
+    return jnp.concatenate([pos_Mxd[:1], resized_RxCxd.reshape(new[0] * new[1], -1)])
+
+
+def resize_patch_kernel(
+    kernel_hxwxcxd: np.ndarray, old: tuple[int, int], new: tuple[int, int]
+) -> np.ndarray:
+    """The linear map of a patch for patches of another size.
+
+    With B the bicubic resizing of a patch, the new map w' is the one with ⟨w', B x⟩ = ⟨w, x⟩ for
+    every patch x where B enlarges, and nearest to it for white noise where it shrinks: w' =
+    (Bᵀ)⁺ w. Source: arXiv 2212.08013, section 3.4.
+
+    Args:
+        kernel_hxwxcxd: from the pixels and channels of a patch to d values.
+        old: (h, w) in pixels.
+        new: (height, width) of the patches wanted, in pixels.
+
+    Returns:
+        The kernel (height, width, c, d), float32; computed in double precision.
+    """
+    h, w = old
+    pixels_hwxhxw = np.eye(h * w, dtype=np.float32).reshape(h * w, h, w)
+    B_hwxk = jax.image.resize(pixels_hwxhxw, (h * w, *new), "cubic").reshape(h * w, -1)
+    flat_hwxcd = kernel_hxwxcxd.reshape(h * w, -1).astype(np.float64)
+    resized = np.linalg.pinv(np.asarray(B_hwxk, np.float64)) @ flat_hwxcd
+    return resized.reshape(*new, *kernel_hxwxcxd.shape[2:]).astype(np.float32)
 
 
 class PatchEmbedding(nn.Module):

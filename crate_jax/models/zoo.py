@@ -7,7 +7,7 @@ from typing import Any
 import jax.numpy as jnp
 
 from crate_jax.config import ModelConfig, did_you_mean
-from crate_jax.models.crate import Crate
+from crate_jax.models.crate import Crate, pair
 
 # Sizes from arXiv 2306.01129, and the 8-pixel models of arXiv 2308.16271.
 VARIANTS: dict[str, dict[str, Any]] = {
@@ -18,6 +18,20 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "crate_small_384_patch8_224": dict(patch_size=8, width=384, depth=12, num_heads=6),
     "crate_base_patch8_224": dict(patch_size=8, width=768, depth=12, num_heads=12),
 }
+
+ARCHITECTURE = (
+    "image_size",
+    "patch_size",
+    "num_classes",
+    "width",
+    "depth",
+    "num_heads",
+    "head_dim",
+    "pool",
+    "in_channels",
+    "eta",
+    "lmbda",
+)
 
 
 def list_models(pattern: str = "*") -> list[str]:
@@ -51,6 +65,16 @@ def create_model(name: str, **overrides: Any) -> Crate:
             )
     values: dict[str, Any] = {"image_size": 224, "num_classes": 1000} | VARIANTS[name] | overrides
     return Crate(**values)
+
+
+def architecture(model: Crate) -> dict[str, Any]:
+    """The fields that decide what a model computes, as JSON values; ``Crate(**fields)`` rebuilds it.
+
+    What says only how to compute it (dropout, dtype, remat, scan_unroll) is left out.
+    """
+    fields = {name: getattr(model, name) for name in ARCHITECTURE}
+    sizes = {name: list(pair(fields[name])) for name in ("image_size", "patch_size")}
+    return fields | sizes | {"head_dim": model.subspace_dim}
 
 
 def build_model(config: ModelConfig) -> Crate:

@@ -31,7 +31,7 @@ from crate_jax.data.loader import Prepare, eval_batches, make_prepare, to_device
 from crate_jax.data.pixels import normalize
 from crate_jax.data.sources import Source
 from crate_jax.evaluation.classify import evaluate, make_eval_step, open_model_and_source
-from crate_jax.interop import load_weights
+from crate_jax.interop import load_fitted
 from crate_jax.models.crate import Crate, pair
 from crate_jax.parallel import batch_sharding, check_batch_size, make_mesh, replicated
 from crate_jax.training.metrics import Reporter
@@ -83,10 +83,10 @@ def set_up(config: TrainConfig) -> Run:
         ValueError, KeyError, FileNotFoundError: what the user can mend, in one line.
     """
     validate(config)
-    if config.init_new_head and not config.init_weights:
+    if config.init_fit and not config.init_weights:
         raise ValueError(
-            "init_weights must be set where init_new_head is; got none. "
-            "Set --config.init_weights=FILE_OR_RUN, or --config.init_new_head=False."
+            f"init_weights must be set where init_fit is; got none to fit {config.init_fit} to. "
+            "Set --config.init_weights=FILE_OR_RUN, or --config.init_fit=()."
         )
     mesh = make_mesh(config.parallel.mesh)
     devices = mesh.devices.size
@@ -165,12 +165,13 @@ def _restore_or_init(
         abstract, shardings = abstract_state(run.model, run.tx, run.key, run.mesh, ema=ema)
         state, record = checkpointer.restore(checkpointer.latest_step, abstract)
         return state, shardings, record
+    fitted: list[str] = []
     state, shardings = init_sharded(run.model, run.tx, run.key, run.mesh, ema=ema)
     if config.init_weights:
-        skip = ("head",) if config.init_new_head else ()
-        loaded = load_weights(config.init_weights, run.model, skip=skip)
-        state = replace_params(state, {**state.params, **loaded})
-    return state, shardings, {"step": 0, "summary": {}}
+        loaded = load_fitted(config.init_weights, run.model, fit=config.init_fit, key=run.key)
+        state = replace_params(state, loaded.params)
+        fitted = loaded.report
+    return state, shardings, {"step": 0, "summary": {}, "fitted": fitted}
 
 
 def _compile(run: Run, shardings: Any) -> Programs:

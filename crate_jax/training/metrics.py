@@ -45,6 +45,8 @@ class Reporter:
             self._progress.say(f"{workdir} is complete at step {first}. Nothing to do.")
         elif enabled:
             self._writer = MetricsWriter(workdir, start_step=first)
+        for change in record.get("fitted", ()):
+            self._progress.say(f"{config.init_weights} fitted: {change}")
         if 0 < first < total_steps:
             self._progress.say(f"resuming {workdir} after step {first} of {total_steps}")
 

@@ -1,0 +1,334 @@
+"""Our model beside PyTorch's on the same weights and images: where they differ, and by how much.
+
+Differences are relative to the largest entry of PyTorch's float32 array, the yardstick. Loss and
+training step are handed in, because they stand above this file.
+"""
+
+import dataclasses
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import torch
+import torch.nn.functional as F
+from jax import Array
+
+from crate_jax.config import OptimConfig
+from crate_jax.interop.torch_reference import Lion, TorchCrate, from_flax_model
+from crate_jax.interop.torch_weights import to_state_dict
+from crate_jax.models.crate import TAPS, Crate, pair
+from crate_jax.models.embedding import PatchEmbedding
+
+SMOOTHING = 0.1
+
+# The optimizers of the official code at their peak rates: argparse's AdamW and the README's Lion.
+OPTIMIZERS = {
+    "adamw": OptimConfig(optimizer="adamw", lr=4e-4, weight_decay=0.1, label_smoothing=SMOOTHING),
+    "lion": OptimConfig(
+        optimizer="lion", lr=2e-4, weight_decay=0.05, b2=0.99, label_smoothing=SMOOTHING
+    ),
+}
+
+# The largest relative difference allowed in float32.
+TOLERANCES = {"layers": 1e-5, "logits": 1e-4, "gradients": 1e-4, "losses": 1e-4}
+# This share of the weights must stay this close through the AdamW steps. Not all: a step on a
+# gradient that is zero up to rounding goes either way, so a few weights part while losses agree.
+WEIGHTS_WITHIN, WEIGHTS_SHARE = 1e-5, 0.999
+# In lower precision a tensor may be so many times as far from the yardstick as PyTorch's autocast,
+# and a loss so far in all.
+LOW_PRECISION_FACTOR, LOW_PRECISION_LOSS = 10.0, 2e-2
+
+Loss = Callable[[Array, Array], Array]
+# (parameters, images, labels, optimizer, steps) to the losses and the parameters after them.
+Train = Callable[[Any, Array, Array, OptimConfig, int], tuple[list[float], Any]]
+Arrays = dict[str, np.ndarray]
+
+
+@dataclasses.dataclass(frozen=True)
+class Difference:
+    """Two arrays compared.
+
+    Attributes:
+        name: what they are, such as ``layer 3 mssa``; layers count from 0.
+        kind: "layers", "logits" or "gradients".
+        max_abs: largest absolute difference.
+        relative: that, over the largest absolute entry of the yardstick.
+        cosine: of the two arrays as vectors.
+        tolerance: what ``relative`` may be.
+        torch_relative: of PyTorch in the same low precision, from the same yardstick; None in
+            float32.
+    """
+
+    name: str
+    kind: str
+    max_abs: float
+    relative: float
+    cosine: float
+    tolerance: float
+    torch_relative: float | None = None
+
+    @property
+    def within(self) -> bool:
+        """Whether it is in tolerance; a NaN is not."""
+        return self.relative <= self.tolerance
+
+
+@dataclasses.dataclass(frozen=True)
+class Comparison:
+    """All that `compare` found.
+
+    Attributes:
+        dtype: of our computation.
+        images: how many were compared.
+        rows: of every tensor, in the order of computation, the gradients last.
+        top1_agreement: share of the images that both put into the same class.
+        losses: of the batch: ``ours`` and ``torch``.
+        training: by optimizer: losses of each step (``ours``, ``torch``), their ``relative``
+            differences, and ``weights_within``, the share of weights within 1e-5 at the end.
+        images_per_s: of a forward pass: ``ours`` and ``torch``.
+    """
+
+    dtype: str
+    images: int
+    rows: list[Difference]
+    top1_agreement: float
+    losses: dict[str, float]
+    training: dict[str, dict[str, Any]]
+    images_per_s: dict[str, float]
+
+    @property
+    def loss_tolerance(self) -> float:
+        """What the relative difference of a loss may be."""
+        return TOLERANCES["losses"] if self.dtype == "float32" else LOW_PRECISION_LOSS
+
+    @property
+    def first_difference(self) -> str | None:
+        """The first of all comparisons that is out of tolerance, or None."""
+        for row in self.rows:
+            if not row.within:
+                return row.name
+        for name, found in self.training.items():
+            for step, relative in enumerate(found["relative"], start=1):
+                if not relative <= self.loss_tolerance:
+                    return f"{name} loss of step {step}"
+            apart = not found["weights_within"] >= WEIGHTS_SHARE
+            if apart and name == "adamw" and self.dtype == "float32":
+                return f"{name} weights after the last step"
+        return None
+
+
+def difference(
+    name: str, ours: np.ndarray, yardstick: np.ndarray, low: np.ndarray | None = None
+) -> Difference:
+    """Compare two arrays of one shape, in double precision.
+
+    Args:
+        name: decides whose tolerance counts: a gradient's, the logits' or a layer's.
+        ours: from JAX.
+        yardstick: from PyTorch in float32.
+        low: from PyTorch in the precision of ours, where that is not float32.
+    """
+    kind = "gradients" if name.startswith("gradient ") else "layers"
+    kind = "logits" if name == "logits" else kind
+    a, b = (np.asarray(x, np.float64).ravel() for x in (ours, yardstick))
+    scale = float(np.abs(b).max()) or 1.0
+    max_abs, norms = float(np.abs(a - b).max()), float(np.linalg.norm(a) * np.linalg.norm(b))
+    tolerance, torch_relative = TOLERANCES[kind], None
+    if low is not None:
+        torch_relative = float(np.abs(np.asarray(low, np.float64).ravel() - b).max()) / scale
+        tolerance = LOW_PRECISION_FACTOR * torch_relative
+    return Difference(
+        name=name,
+        kind=kind,
+        max_abs=max_abs,
+        relative=max_abs / scale,
+        cosine=float(a @ b) / norms if norms else float(max_abs == 0),
+        tolerance=tolerance,
+        torch_relative=torch_relative,
+    )
+
+
+def compare(
+    model: Crate,
+    params: Any,
+    images: np.ndarray,
+    labels: np.ndarray,
+    *,
+    loss: Loss,
+    train: Train,
+    train_steps: int = 0,
+    rate_scale: float = 1.0,
+    reference_params: Any = None,
+    rounds: int = 5,
+) -> Comparison:
+    """Run both frameworks on the same inputs and compare all that they compute.
+
+    Forward pass layer by layer, logits, gradients of the smoothed cross-entropy, a few full-batch
+    steps of AdamW and of Lion, and the time of a forward pass. float32 products run at full
+    precision, also where an accelerator would round them by default. In another dtype the yardstick
+    stays PyTorch in float32, and PyTorch's own autocast is measured against it beside ours.
+    PyTorch runs on the CPU.
+
+    Args:
+        model: ours; its dtype is the one compared.
+        params: its parameters.
+        images: (B, H, W, c) float32, normalised.
+        labels: (B,) integer classes.
+        loss: (logits, labels) to the loss of each example, smoothed by `SMOOTHING`.
+        train: our training steps.
+        train_steps: of each optimizer; 0: none.
+        rate_scale: their learning rates, as a share of the peak rates in `OPTIMIZERS`.
+        reference_params: PyTorch's parameters; None: the same.
+        rounds: timings of each framework, in turns.
+    """
+    theirs = to_state_dict(params if reference_params is None else reference_params, model)
+    dtype = jnp.dtype(model.dtype).name
+    images_nchw, targets = torch.tensor(images.transpose(0, 3, 1, 2)), torch.tensor(labels).long()
+
+    def reference() -> TorchCrate:
+        module = from_flax_model(model)
+        module.load_state_dict({name: torch.tensor(array) for name, array in theirs.items()})
+        return module
+
+    with jax.default_matmul_precision("highest" if dtype == "float32" else "default"):
+        params = jax.tree.map(jnp.asarray, params)
+        x, y = jnp.asarray(images), jnp.asarray(labels)
+        ours = _our_arrays(model, params, x, y, loss)
+        yardstick = _torch_arrays(reference(), images_nchw, targets, torch.float32)
+        low: Arrays = {}
+        if dtype != "float32":
+            low = _torch_arrays(reference(), images_nchw, targets, getattr(torch, dtype))
+        rows = [
+            difference(name, ours[name], yardstick[name], low.get(name))
+            for name in yardstick
+            if name != "loss"
+        ]
+        training = {}
+        for name, optim in OPTIMIZERS.items() if train_steps else ():
+            optim = dataclasses.replace(optim, lr=rate_scale * optim.lr)
+            losses, after = train(params, x, y, optim, train_steps)
+            module = reference()
+            their_losses = _train_torch(module, images_nchw, targets, optim, train_steps)
+            after = to_state_dict(after, model)
+            training[name] = _compare_training(losses, after, their_losses, module)
+        rates = _images_per_s(model, params, x, reference(), images_nchw, rounds)
+    same = ours["logits"].argmax(axis=1) == yardstick["logits"].argmax(axis=1)
+    return Comparison(
+        dtype=dtype,
+        images=len(images),
+        rows=rows,
+        top1_agreement=float(same.mean()),
+        losses={"ours": float(ours["loss"]), "torch": float(yardstick["loss"])},
+        training=training,
+        images_per_s=rates,
+    )
+
+
+def _our_arrays(model: Crate, params: Any, x: Array, y: Array, loss: Loss) -> Arrays:
+    """Every tensor of ours by name, in the order of computation."""
+    embedding = PatchEmbedding(pair(model.patch_size), model.width, model.dtype)
+
+    @jax.jit
+    def forward(params: Any) -> Any:
+        tokens = embedding.apply({"params": params["embedding"]}, x)
+        return tokens, model.apply({"params": params}, x, train=False, taps=TAPS)
+
+    def mean_loss(params: Any) -> Array:
+        logits: Any = model.apply({"params": params}, x, train=False)
+        return loss(logits, y).mean()
+
+    tokens, (logits, seen) = forward(params)
+    value, grads = jax.jit(jax.value_and_grad(mean_loss))(params)
+    return _named(tokens, seen, logits, value, to_state_dict(grads, model))
+
+
+def _torch_arrays(
+    module: TorchCrate, images: torch.Tensor, targets: torch.Tensor, dtype: torch.dtype
+) -> Arrays:
+    """The same tensors of PyTorch's; in another dtype than float32 under autocast."""
+    with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+        with torch.no_grad():
+            tokens = module.embed(images)
+            logits, seen = module(images, taps=TAPS)
+        loss = F.cross_entropy(module(images), targets, label_smoothing=SMOOTHING)
+    loss.backward()
+    grads = {name: parameter.grad for name, parameter in module.named_parameters()}
+    as_numpy = lambda x: x.detach().float().numpy()  # noqa: E731
+    return _named(*jax.tree.map(as_numpy, (tokens, seen, logits, loss, grads)))
+
+
+def _named(tokens: Any, seen: Mapping[str, Any], logits: Any, loss: Any, grads: Any) -> Arrays:
+    """One flat dict, in the order of computation."""
+    named = {"embedding tokens": tokens}
+    for layer in range(len(seen[TAPS[0]])):
+        named |= {f"layer {layer} {tap}": seen[tap][layer] for tap in TAPS}
+    named |= {"logits": logits, "loss": loss}
+    named |= {f"gradient {name}": grad for name, grad in grads.items()}
+    return {name: np.asarray(value, np.float32) for name, value in named.items()}
+
+
+def _train_torch(
+    module: TorchCrate,
+    images: torch.Tensor,
+    targets: torch.Tensor,
+    optim: OptimConfig,
+    steps: int,
+) -> list[float]:
+    """Full-batch steps in place, at a constant rate; the loss before each."""
+    common: dict[str, Any] = dict(
+        lr=optim.lr, betas=(optim.b1, optim.b2), weight_decay=optim.weight_decay
+    )
+    optimizer = {
+        "adamw": lambda: torch.optim.AdamW(module.parameters(), eps=optim.eps, **common),
+        "lion": lambda: Lion(module.parameters(), **common),
+    }[optim.optimizer]()
+    losses = []
+    for _ in range(steps):
+        optimizer.zero_grad()
+        loss = F.cross_entropy(module(images), targets, label_smoothing=optim.label_smoothing)
+        loss.backward()
+        optimizer.step()
+        losses.append(float(loss.detach()))
+    return losses
+
+
+def _compare_training(
+    losses: list[float], after: Arrays, their_losses: list[float], module: TorchCrate
+) -> dict[str, Any]:
+    """The losses side by side, and how many weights stayed together."""
+    apart = [
+        np.abs(after[name] - parameter.detach().numpy()).ravel()
+        for name, parameter in module.named_parameters()
+    ]
+    pairs = zip(losses, their_losses, strict=True)
+    return {
+        "ours": losses,
+        "torch": their_losses,
+        "relative": [abs(ours - theirs) / abs(theirs) for ours, theirs in pairs],
+        "weights_within": float((np.concatenate(apart) <= WEIGHTS_WITHIN).mean()),
+    }
+
+
+def _images_per_s(
+    model: Crate, params: Any, x: Array, module: TorchCrate, images: torch.Tensor, rounds: int
+) -> dict[str, float]:
+    """Forward passes of both in turns, medians; the first of each, which compiles, left out."""
+    apply = jax.jit(lambda params, x: model.apply({"params": params}, x, train=False))
+    dtype = getattr(torch, jnp.dtype(model.dtype).name)
+
+    def run_torch() -> None:
+        with torch.no_grad(), torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+            module(images)
+
+    runs = {"ours": lambda: jax.block_until_ready(apply(params, x)), "torch": run_torch}
+    seconds: dict[str, list[float]] = {name: [] for name in runs}
+    for _ in range(rounds + 1):
+        for name, run in runs.items():
+            start = time.perf_counter()
+            run()
+            seconds[name].append(time.perf_counter() - start)
+    return {name: len(images) / statistics.median(times[1:]) for name, times in seconds.items()}

@@ -1,0 +1,38 @@
+"""NumPy's archive of named arrays: one entry a parameter, by its path in the tree."""
+
+import zipfile
+import zlib
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+
+
+def read(path: str | Path) -> dict[str, np.ndarray]:
+    """All arrays by name.
+
+    Raises:
+        ValueError: the file is no such archive, is damaged, or holds a pickle, which is refused.
+    """
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            if not isinstance(file, np.lib.npyio.NpzFile):
+                raise ValueError("it is one array")
+            return {name: file[name] for name in file.files}
+    except ValueError as error:
+        pickled = "pickle" in str(error) or "Object arrays" in str(error)
+        reason = "it holds a pickle, which could run code" if pickled else str(error)
+        raise ValueError(
+            f"{path} must hold named arrays of numbers; {reason}. Save it with numpy.savez."
+        ) from None
+    except (zipfile.BadZipFile, zlib.error, EOFError, OSError, KeyError) as error:
+        raise ValueError(
+            f"{path} must be a whole .npz file; reading it ended in a {type(error).__name__}. "
+            "It may be truncated: copy it again."
+        ) from None
+
+
+def write(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
+    """Write arrays by name, uncompressed: random weights do not shrink."""
+    with path.open("wb") as file:  # given a name, NumPy would append .npz to it
+        np.savez(file, allow_pickle=False, **arrays)

@@ -1,0 +1,44 @@
+"""Safetensors: named arrays, and the model's configuration in the file's metadata."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+METADATA_KEY = "crate_jax"
+
+
+def read(path: str | Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+    """All arrays by name, and the configuration that `write` put beside them.
+
+    Returns:
+        The arrays, and the fields of the model; {} for a file of another program.
+
+    Raises:
+        ValueError: the file is damaged or of another kind.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="numpy") as file:
+            metadata = file.metadata() or {}
+            arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
+        return arrays, json.loads(metadata.get(METADATA_KEY, "{}"))
+    except (SafetensorError, OSError, TypeError, json.JSONDecodeError) as error:
+        reason = str(error).strip().split("\n")[0]
+        raise ValueError(
+            f"{path} must be a whole safetensors file; reading it ended in: {reason}. "
+            "It may be truncated: copy it again."
+        ) from None
+
+
+def write(path: Path, arrays: Mapping[str, np.ndarray], fields: Mapping[str, Any]) -> None:
+    """Write arrays by name, with the fields of their model as metadata."""
+    from safetensors.numpy import save_file
+
+    metadata = {"format": "flax", METADATA_KEY: json.dumps(dict(fields))}
+    # The library writes the memory of an array as it lies.
+    contiguous = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
+    save_file(contiguous, path, metadata=metadata)
