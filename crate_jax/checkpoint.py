@@ -134,7 +134,7 @@ class Checkpointer:
     def saved_shapes(self, step: int) -> Any:
         """The tree of a step's state as `jax.ShapeDtypeStruct` leaves; nothing else is read."""
         try:
-            folder = self.directory / str(step) / "state"
+            folder: Any = self.directory / str(step) / "state"
             tree = ocp.PyTreeCheckpointHandler().metadata(folder).tree
         except Exception as error:
             raise self._unreadable(step, error) from error

@@ -29,9 +29,8 @@ def evaluate(args: argparse.Namespace) -> dict[str, Any]:
     """Exact metrics of a run or of a weights file."""
     from crate_jax.checkpoint import restore_params
     from crate_jax.evaluation.classify import evaluate_split
-    from crate_jax.interop import load_weights
+    from crate_jax.interop import load_fitted
     from crate_jax.models.cost import abstract_parameters
-    from crate_jax.models.zoo import architecture
 
     if bool(args.workdir) == bool(args.weights):
         raise ValueError("evaluate must get one of --workdir and --weights. See --help.")
@@ -46,21 +45,27 @@ def evaluate(args: argparse.Namespace) -> dict[str, Any]:
         config, step = _saved_config(args.workdir, args.step or "latest")
     else:
         model: Any = _named_model(args)
-        kwargs = {k: v for k, v in architecture(model).items() if k != "num_classes"}
-        sizes = {k: tuple(kwargs.pop(k)) for k in ("image_size", "patch_size")}
+        kwargs = _model_kwargs(args)
+        for name in {"image_size", "patch_size"} & set(kwargs):
+            kwargs[name] = pair(kwargs[name])
         config = TrainConfig(
-            model=ModelConfig(name=args.model, **kwargs, **sizes), data=_default_data(model)
+            model=ModelConfig(name=args.model, **kwargs), data=_default_data(model)
         )
     _override_data(config.data, args)
     config.eval_batch_size = args.batch_size or config.eval_batch_size
 
+    fitted: list[str] = []
+
     def load(model: Any) -> Any:
         if step is None:
-            return load_weights(args.weights, model, fit=args.fit)
+            loaded = load_fitted(args.weights, model, fit=args.fit)
+            fitted.extend(loaded.report)
+            return loaded.params
         return restore_params(args.workdir, abstract_parameters(model), step)[0]
 
     metrics = evaluate_split(config, config.data.eval_split, load)
-    return {"dataset": config.data.dataset, "split": config.data.eval_split, "step": step} | metrics
+    inputs = {"dataset": config.data.dataset, "split": config.data.eval_split}
+    return inputs | {"step": step, "fitted": fitted} | metrics
 
 
 def convert(args: argparse.Namespace) -> dict[str, Any]:
@@ -164,6 +169,8 @@ def _images_to_compare(
     args: argparse.Namespace, model: Crate
 ) -> tuple[np.ndarray, np.ndarray, str]:
     """Normalised images (B, H, W, c), labels (B,), and what they are in words."""
+    import jax.numpy as jnp
+
     from crate_jax.data.loader import eval_batches, make_prepare
     from crate_jax.data.pixels import normalize
     from crate_jax.data.sources import FolderImages, Source, image_paths, open_source
@@ -199,7 +206,7 @@ def _images_to_compare(
     prepare = make_prepare(data, shape, train=False)
     batch_size = min(batch_size, len(source))
     batch = next(eval_batches(source, data, prepare, batch_size=batch_size))
-    images = normalize(batch["image"], mean=data.mean, std=data.std)
+    images = normalize(jnp.asarray(batch["image"]), mean=data.mean, std=data.std)
     return np.asarray(images), batch["label"].astype(np.int64), source.name
 
 
@@ -211,6 +218,11 @@ def _named_model(args: argparse.Namespace) -> Crate | None:
         if args.model_kwargs:
             raise ValueError("--model-kwargs must go with --model. See --help.")
         return None
+    return create_model(args.model, **_model_kwargs(args))
+
+
+def _model_kwargs(args: argparse.Namespace) -> dict[str, Any]:
+    """--model-kwargs as a dict."""
     kwargs = {}
     for text in args.model_kwargs:
         name, separator, value = text.partition("=")
@@ -220,7 +232,7 @@ def _named_model(args: argparse.Namespace) -> Crate | None:
             kwargs[name] = ast.literal_eval(value)
         except (ValueError, SyntaxError):
             kwargs[name] = value  # a word, such as pool=mean
-    return create_model(args.model, **kwargs)
+    return kwargs
 
 
 def _default_data(model: Crate) -> DataConfig:

@@ -153,7 +153,8 @@ def save_weights(path: str | Path, params: Mapping[str, Any], model: Crate) -> N
     wrong = fitting.faults(_shapes(arrays), fitting.shapes_of(model))
     if wrong:
         raise ValueError(
-            f"params must be those of the model and nothing else; got {wrong}. "
+            f"params must be those of the model and nothing else; got "
+            f"{fitting.in_words(wrong)}. "
             "Save them with the model that they were trained with."
         )
     suffix = path.suffix.lower()
@@ -232,7 +233,8 @@ def _read_run(path: Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
     if "config" in record:
         model = build_model(from_dict(record["config"]).model)
         fields = architecture(model.clone(num_classes=params["head"]["bias"].shape[0]))
-    return traverse_util.flatten_dict(params, sep="/"), fields
+    flat: Any = traverse_util.flatten_dict(params, sep="/")
+    return flat, fields
 
 
 def _check_fit(
@@ -262,9 +264,11 @@ def _check_fit(
         )
     if faults:
         whose = fitting.describe_difference(found, source)
+        if whose:  # the shapes follow from it
+            faults.pop("of another shape", None)
+        told = ". ".join(filter(None, (whose, fitting.in_words(faults))))
         raise ValueError(
-            f"{path} must hold the parameters of the model and nothing else; "
-            + (f"{whose}. It has {faults}. " if whose else f"it has {faults}. ")
+            f"{path} must hold the parameters of the model and nothing else; {told}. "
             + fitting.remedy(found, source)
         )
 

@@ -15,12 +15,13 @@ from crate_jax.interop.compare import (
 )
 from crate_jax.models.crate import TAPS
 
+SHOWN_GRADIENTS = 10  # in the terminal; a large model has hundreds
 HEADER = ("", "max abs", "relative", "cosine", "tolerance", "")
 
 
 def sections(found: Comparison) -> dict[str, list[tuple[str, ...]]]:
     """Every comparison as rows of text, by heading."""
-    kinds = {"layers": [], "logits": [], "gradients": []}
+    kinds: dict[str, list[tuple[str, ...]]] = {"layers": [], "logits": [], "gradients": []}
     for row in found.rows:
         kinds[row.kind].append(_cells(row))
     losses = [
@@ -87,6 +88,9 @@ def table(found: Comparison) -> str:
     """The whole comparison as text."""
     parts = []
     for heading, rows in sections(found).items():
+        if heading == "Gradients" and len(rows) > 1 + SHOWN_GRADIENTS:
+            rows = [HEADER, *sorted(rows[1:], key=lambda row: -float(row[2]))[:SHOWN_GRADIENTS]]
+            heading = f"Gradients, the {SHOWN_GRADIENTS} that differ most"
         width = max(len(row[0]) for row in rows)
         lines = [f"{row[0]:{width}}" + "".join(f"  {cell:>12}" for cell in row[1:]) for row in rows]
         parts.append("\n".join([heading, *(line.rstrip() for line in lines)]))
@@ -115,7 +119,7 @@ def page(found: Comparison, conditions: Mapping[str, Any]) -> str:
     )
     return f"""<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><title>JAX and PyTorch compared</title><style>
-body {{ font: 15px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 60rem; padding: 0 1rem }}
+body {{ font: 15px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 60rem }}
 table {{ border-collapse: collapse; font: 13px/1.4 ui-monospace, monospace }}
 td, th {{ padding: .1rem .8rem; text-align: right; border-bottom: 1px solid #ddd }}
 td:first-child, th:first-child {{ text-align: left }}

@@ -1,11 +1,11 @@
 """Weights of one model for another: what may differ, how it is fitted, and what to say otherwise.
 
-Everything is a function of parameter trees as flat {path: array} and of models; files are elsewhere.
+All of it is a function of parameter trees and models; files are elsewhere.
 """
 
 import math
 import re
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Mapping
 from fractions import Fraction
 from typing import Any
 
@@ -36,32 +36,53 @@ Shapes = Mapping[str, tuple[int, ...]]
 
 def shapes_of(model: Crate) -> dict[str, tuple[int, ...]]:
     """The flat parameter tree of a model: {path: shape}."""
-    flat = traverse_util.flatten_dict(abstract_parameters(model), sep="/")
+    flat: Any = traverse_util.flatten_dict(abstract_parameters(model), sep="/")
     return {path: leaf.shape for path, leaf in flat.items()}
 
 
-def faults(got: Shapes, expected: Shapes) -> str:
-    """What is missing, unknown or of another shape, every entry named; "" if nothing is."""
-    wrong = [k for k in expected if k in got and got[k] != expected[k]]
-    found = {
-        "missing": _join(k for k in expected if k not in got),
-        "unknown": _join(k for k in got if k not in expected),
-        "of another shape": ", ".join(f"{k} {got[k]} instead of {expected[k]}" for k in wrong),
+def faults(got: Shapes, expected: Shapes) -> dict[str, str]:
+    """What is missing, unknown or of another shape, every entry named; {} if nothing is."""
+    wrong = {
+        k: f"{got[k]} instead of {expected[k]}"
+        for k in expected
+        if k in got and got[k] != expected[k]
     }
-    return "; ".join(f"{fault}: {names}" for fault, names in found.items() if names)
+    found = {
+        "missing": _join({k: "" for k in expected if k not in got}),
+        "unknown": _join({k: "" for k in got if k not in expected}),
+        "of another shape": _join(wrong),
+    }
+    return {fault: names for fault, names in found.items() if names}
 
 
-def _join(names: Iterable[str]) -> str:
-    """Names in a row, those that differ by layer alone as one: layers.{3,4}.0.norm.bias."""
-    layers: dict[str, list[str]] = {}
-    for name in names:
+def in_words(found: Mapping[str, str]) -> str:
+    """`faults` as a part of a sentence."""
+    return "; ".join(f"{fault}: {names}" for fault, names in found.items())
+
+
+def _join(entries: Mapping[str, str]) -> str:
+    """Names and remarks in a row; what differs by layer alone is one: layers.{3-5,7}.0.norm.bias."""
+    layers: dict[tuple[str, str], list[int]] = {}
+    for name, remark in entries.items():
         parts = re.fullmatch(r"(transformer\.layers\.)(\d+)(\..*)", name)
         pattern = f"{parts[1]}{{}}{parts[3]}" if parts else name
-        layers.setdefault(pattern, []).append(parts[2] if parts else "")
+        layers.setdefault((pattern, remark), []).extend([int(parts[2])] if parts else [])
     return ", ".join(
-        pattern.replace("{}", found[0] if len(found) == 1 else "{" + ",".join(found) + "}")
-        for pattern, found in layers.items()
+        " ".join(filter(None, (pattern.replace("{}", _ranges(numbers)), remark)))
+        for (pattern, remark), numbers in layers.items()
     )
+
+
+def _ranges(numbers: list[int]) -> str:
+    """3, or {3-5,7}."""
+    runs: list[list[int]] = []
+    for number in sorted(numbers):
+        if runs and number == runs[-1][-1] + 1:
+            runs[-1][1:] = [number]
+        else:
+            runs.append([number])
+    text = ",".join("-".join(map(str, run)) for run in runs)
+    return text if len(numbers) == 1 else "{" + text + "}"
 
 
 def sizes(shapes: Shapes) -> dict[str, int]:
@@ -86,13 +107,12 @@ def describe_difference(found: Mapping[str, int], model: Crate) -> str:
         return "it holds no weights of a CRATE"
     if not wrong:
         return ""
-    core = {"width", "depth", "num_heads x head_dim", "pixels of a patch"} & set(found)
-    names = [
-        name
-        for name in VARIANTS
-        if all(sizes(shapes_of(create_model(name)))[size] == found[size] for size in core)
-    ]
-    who = f"these weights are those of {' or '.join(names)}" if names else "these weights differ"
+    variants = {name: sizes(shapes_of(create_model(name))) for name in VARIANTS}
+    layers = {"width", "depth", "num_heads x head_dim"} & set(found)
+    same = [n for n, v in variants.items() if all(v[size] == found[size] for size in layers)]
+    patch = "pixels of a patch"
+    names = [n for n in same if variants[n][patch] == found.get(patch)] or same
+    who = f"these weights are {' or '.join(names)}'s" if names else "these weights differ"
     return f"{who}: " + ", ".join(
         f"{name} {size} where the model has {wanted[name]}" for name, size in wrong.items()
     )
@@ -143,8 +163,8 @@ def source_model(
         cells = found.get("positions", 1 + math.prod(_grid(model))) - 1
         rows, columns = _guess_grid(cells, _grid(model))
         H, W = rows * h, columns * w
-    guessed = {"image_size": (H, W), "patch_size": (h, w), "in_channels": c}
-    fields = guessed | {k: tuple(v) if isinstance(v, list) else v for k, v in stated.items()}
+    fields: dict[str, Any] = {"image_size": (H, W), "patch_size": (h, w), "in_channels": c}
+    fields |= {name: tuple(v) if isinstance(v, list) else v for name, v in stated.items()}
     return model.clone(**fields)
 
 
@@ -234,11 +254,12 @@ def fit_params(
     for name in ("pool", "eta", "lmbda"):
         if theirs[name] != ours[name]:
             report.append(f"{name}: {ours[name]}, where the weights had {theirs[name]}")
-    wrong = faults({path: leaf.shape for path, leaf in flat.items()}, shapes_of(model))
+    got = {path: tuple(leaf.shape) for path, leaf in flat.items()}
+    wrong = faults(got, shapes_of(model))
     if wrong:
         raise ValueError(
-            f"params must be those of a model of the same layers; got {wrong}. "
-            + remedy(sizes({path: leaf.shape for path, leaf in flat.items()}), model)
+            f"params must be those of a model of the same layers; got {in_words(wrong)}. "
+            + remedy(sizes(got), model)
         )
     return traverse_util.unflatten_dict(flat, sep="/"), report
 

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from flax import traverse_util
 
-from crate_jax.interop.fit import faults, shapes_of
+from crate_jax.interop.fit import faults, in_words, shapes_of
 from crate_jax.models.crate import Crate
 
 # Where training scripts put the state dict, and what wrappers put before its names.
@@ -222,8 +222,8 @@ def _refusal(path: str | Path, error: Exception) -> str:
     wanted = re.search(r"GLOBAL (\S+)", str(error))
     if wanted:
         return (
-            f"{path} must hold tensors alone; it asks to run or build {wanted[1]}, which is refused. "
-            "Only if you trust its author, open it with weights_only=False and save its state dict."
+            f"{path} must hold tensors alone; it asks to run or build {wanted[1]}, which is "
+            "refused. Ask its author for the state dict alone."
         )
     return (
         f"{path} must be a whole PyTorch file; reading it ended in a {type(error).__name__}. "
@@ -315,6 +315,6 @@ def _check_fit(
     wrong = faults(got, expected)
     if wrong:
         raise ValueError(
-            f"{name} must hold the model's parameters and nothing else; got {wrong}. "
+            f"{name} must hold the model's parameters and nothing else; got {in_words(wrong)}. "
             "Build the model with the sizes of these weights."
         )

@@ -35,7 +35,9 @@ def patchify(images_BxHxWxc: Array, patch_size: tuple[int, int]) -> Array:
     return grid_BxRxhxCxwxc.transpose(0, 1, 3, 2, 4, 5).reshape(B, (H // h) * (W // w), h * w * c)
 
 
-def resize_positions(pos_Mxd: Array, old: tuple[int, int], new: tuple[int, int]) -> Array:
+def resize_positions(
+    pos_Mxd: Array | np.ndarray, old: tuple[int, int], new: tuple[int, int]
+) -> Array:
     """Positions of another grid of patches, by bicubic interpolation; the class token's row stays.
 
     The cubic is Keys's with a = −1/2, smoothed where the grid shrinks: PyTorch's ``interpolate(…,

@@ -68,7 +68,7 @@ def create_model(name: str, **overrides: Any) -> Crate:
 
 
 def architecture(model: Crate) -> dict[str, Any]:
-    """The fields that decide what a model computes, as JSON values; ``Crate(**fields)`` rebuilds it.
+    """The fields that decide what a model computes, as JSON values: ``Crate(**architecture(m))``.
 
     What says only how to compute it (dropout, dtype, remat, scan_unroll) is left out.
     """
