@@ -61,7 +61,7 @@ def in_words(found: Mapping[str, str]) -> str:
 
 
 def _join(entries: Mapping[str, str]) -> str:
-    """Names and remarks in a row; what differs by layer alone is one: layers.{3-5,7}.0.norm.bias."""
+    """Names and remarks in a row; those that differ by layer alone as one: layers.{3-5,7}.x."""
     layers: dict[tuple[str, str], list[int]] = {}
     for name, remark in entries.items():
         parts = re.fullmatch(r"(transformer\.layers\.)(\d+)(\..*)", name)
