@@ -5,8 +5,8 @@ weights with ``--config.init_weights=FILE_OR_RUN``; the head starts anew.
 
 Source (arXiv 2306.01129 and the official fine-tuning script): AdamW, lr 5e-5, weight
 decay 0.01, batch 256, 200 epochs, images as 224 x 224 squares; Flowers trains on ``train`` alone
-(1,020 images), Pets on ``trainval``. The script decays the rate once an epoch by a cosine; here it
-is per step. The script also applies RandAugment(2, 14), which this recipe does not have yet: random
+(1,020 images), Pets on ``trainval``. Like the script, this decays the rate once an epoch by a
+cosine. The script also applies RandAugment(2, 14), which this recipe does not have yet: random
 resized crop and flip only, so expect less than the table.
 
 Expected top-1 (arXiv 2306.01129), tiny / small / base / large; not yet run here:
@@ -63,5 +63,5 @@ def get_config(arg: str | None = None) -> TrainConfig:
             std=IMAGENET_STD,
             num_workers=8,
         ),
-        optim=OptimConfig(lr=5e-5, weight_decay=0.01),
+        optim=OptimConfig(lr=5e-5, weight_decay=0.01, schedule="official_readme"),
     )

@@ -92,6 +92,8 @@ def compare(args: argparse.Namespace) -> dict[str, Any]:
 
     if args.train_steps < 0 or args.rate_scale <= 0:
         raise ValueError("--train-steps must be >= 0 and --rate-scale > 0. See --help.")
+    if args.batch_size is not None and args.batch_size < 1:
+        raise ValueError(f"--batch_size must be >= 1; got {args.batch_size}. The default is 8.")
     if args.html and find_spec("matplotlib") is None:
         raise ValueError("--html must have matplotlib. Install it: pip install 'crate-jax[plot]'")
     try:
@@ -135,6 +137,7 @@ def compare(args: argparse.Namespace) -> dict[str, Any]:
         "images": found.images,
         "relative": {row.name: float(f"{row.relative:.3g}") for row in found.rows},
         "losses": found.losses,
+        "gradient_images": found.gradient_images,
         "training": found.training,
         "top1_agreement": found.top1_agreement,
         "images_per_s": {k: round(v, 1) for k, v in found.images_per_s.items()},

@@ -86,7 +86,10 @@ class Comparison:
         images: how many were compared.
         rows: of every tensor, in the order of computation, the gradients last.
         top1_agreement: share of the images that both put into the same class.
-        losses: of the batch: ``ours`` and ``torch``.
+        losses: of the batch whose gradients were compared: ``ours`` and ``torch``.
+        gradient_images: how many that were. Where a value of ISTA lies within rounding of its
+            threshold, it is a coin toss on which side it falls, and the gradient jumps; in float32
+            only images count in which all of them fell alike.
         training: by optimizer: losses of each step (``ours``, ``torch``), their ``relative``
             differences, and ``weights_within``, the share of weights within 1e-5 at the end.
         images_per_s: of a forward pass: ``ours`` and ``torch``.
@@ -97,6 +100,7 @@ class Comparison:
     rows: list[Difference]
     top1_agreement: float
     losses: dict[str, float]
+    gradient_images: int
     training: dict[str, dict[str, Any]]
     images_per_s: dict[str, float]
 
@@ -197,24 +201,31 @@ def compare(
     with jax.default_matmul_precision("highest" if dtype == "float32" else "default"):
         params = jax.tree.map(jnp.asarray, params)
         x, y = jnp.asarray(images), jnp.asarray(labels)
-        ours = _our_arrays(model, params, x, y, loss)
-        yardstick = _torch_arrays(reference(), images_nchw, targets, torch.float32)
+        ours = _our_tensors(model, params, x)
+        yardstick = _torch_tensors(reference(), images_nchw, torch.float32)
         low: Arrays = {}
         if dtype != "float32":
-            low = _torch_arrays(reference(), images_nchw, targets, getattr(torch, dtype))
-        rows = [
-            difference(name, ours[name], yardstick[name], low.get(name))
-            for name in yardstick
-            if name != "loss"
-        ]
+            low = _torch_tensors(reference(), images_nchw, getattr(torch, dtype))
+            low |= _torch_gradients(reference(), images_nchw, targets, getattr(torch, dtype))[0]
+        our_grads, their_grads, on_one_piece = _gradients(
+            lambda kept: _our_gradients(model, params, x[kept], y[kept], loss),
+            lambda kept: _torch_gradients(
+                reference(), images_nchw[kept], targets[kept], torch.float32
+            ),
+            images=len(images),
+            exact=dtype == "float32",
+        )
+        losses = {"ours": float(our_grads.pop("loss")), "torch": float(their_grads.pop("loss"))}
+        ours, yardstick = ours | our_grads, yardstick | their_grads
+        rows = [difference(k, ours[k], yardstick[k], low.get(k)) for k in yardstick]
         training = {}
         for name, optim in OPTIMIZERS.items() if train_steps else ():
             optim = dataclasses.replace(optim, lr=rate_scale * optim.lr)
-            losses, after = train(params, x, y, optim, train_steps)
+            trained, after = train(params, x, y, optim, train_steps)
             module = reference()
-            their_losses = _train_torch(module, images_nchw, targets, optim, train_steps)
+            their_trained = _train_torch(module, images_nchw, targets, optim, train_steps)
             after = to_state_dict(after, model)
-            training[name] = _compare_training(losses, after, their_losses, module)
+            training[name] = _compare_training(trained, after, their_trained, module)
         rates = _images_per_s(model, params, x, reference(), images_nchw, rounds)
     same = ours["logits"].argmax(axis=1) == yardstick["logits"].argmax(axis=1)
     return Comparison(
@@ -222,14 +233,15 @@ def compare(
         images=len(images),
         rows=rows,
         top1_agreement=float(same.mean()),
-        losses={"ours": float(ours["loss"]), "torch": float(yardstick["loss"])},
+        losses=losses,
+        gradient_images=on_one_piece,
         training=training,
         images_per_s=rates,
     )
 
 
-def _our_arrays(model: Crate, params: Any, x: Array, y: Array, loss: Loss) -> Arrays:
-    """Every tensor of ours by name, in the order of computation."""
+def _our_tensors(model: Crate, params: Any, x: Array) -> Arrays:
+    """Every tensor of our forward pass by name, in the order of computation."""
     embedding = PatchEmbedding(pair(model.patch_size), model.width, model.dtype)
 
     @jax.jit
@@ -237,38 +249,83 @@ def _our_arrays(model: Crate, params: Any, x: Array, y: Array, loss: Loss) -> Ar
         tokens = embedding.apply({"params": params["embedding"]}, x)
         return tokens, model.apply({"params": params}, x, train=False, taps=TAPS)
 
-    def mean_loss(params: Any) -> Array:
-        logits: Any = model.apply({"params": params}, x, train=False)
-        return loss(logits, y).mean()
-
     tokens, (logits, seen) = forward(params)
-    value, grads = jax.jit(jax.value_and_grad(mean_loss))(params)
-    return _named(tokens, seen, logits, value, to_state_dict(grads, model))
+    return _named(tokens, seen, logits)
 
 
-def _torch_arrays(
-    module: TorchCrate, images: torch.Tensor, targets: torch.Tensor, dtype: torch.dtype
-) -> Arrays:
+def _torch_tensors(module: TorchCrate, images: torch.Tensor, dtype: torch.dtype) -> Arrays:
     """The same tensors of PyTorch's; in another dtype than float32 under autocast."""
-    with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
-        with torch.no_grad():
-            tokens = module.embed(images)
-            logits, seen = module(images, taps=TAPS)
-        loss = F.cross_entropy(module(images), targets, label_smoothing=SMOOTHING)
-    loss.backward()
-    grads = {name: parameter.grad for name, parameter in module.named_parameters()}
-    as_numpy = lambda x: x.detach().float().numpy()  # noqa: E731
-    return _named(*jax.tree.map(as_numpy, (tokens, seen, logits, loss, grads)))
+    with torch.no_grad(), torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+        tokens, (logits, seen) = module.embed(images), module(images, taps=TAPS)
+    return _named(*jax.tree.map(lambda x: x.float().numpy(), (tokens, seen, logits)))
 
 
-def _named(tokens: Any, seen: Mapping[str, Any], logits: Any, loss: Any, grads: Any) -> Arrays:
+def _named(tokens: Any, seen: Mapping[str, Any], logits: Any) -> Arrays:
     """One flat dict, in the order of computation."""
     named = {"embedding tokens": tokens}
     for layer in range(len(seen[TAPS[0]])):
         named |= {f"layer {layer} {tap}": seen[tap][layer] for tap in TAPS}
-    named |= {"logits": logits, "loss": loss}
-    named |= {f"gradient {name}": grad for name, grad in grads.items()}
+    named["logits"] = logits
     return {name: np.asarray(value, np.float32) for name, value in named.items()}
+
+
+def _gradients(
+    ours: Callable[[np.ndarray], tuple[Arrays, np.ndarray]],
+    theirs: Callable[[np.ndarray], tuple[Arrays, np.ndarray]],
+    *,
+    images: int,
+    exact: bool,
+) -> tuple[Arrays, Arrays, int]:
+    """Loss and gradients of both on the images whose thresholds fall alike, and their number.
+
+    Args:
+        ours: from indices of images to loss and gradients, and where ISTA's output is positive,
+            (L, B, N, d).
+        theirs: likewise.
+        images: how many there are.
+        exact: False leaves none out.
+    """
+    kept = np.arange(images)
+    while True:
+        (our_grads, our_support), (their_grads, their_support) = ours(kept), theirs(kept)
+        alike = (our_support == their_support).all(axis=(0, 2, 3))
+        # With none left there is nothing to compare on: then on all of them.
+        if not exact or alike.all() or not alike.any():
+            return our_grads, their_grads, len(kept)
+        kept = kept[alike]
+
+
+def _our_gradients(
+    model: Crate, params: Any, x: Array, y: Array, loss: Loss
+) -> tuple[Arrays, np.ndarray]:
+    """Loss and its gradients by official name, and where ISTA's output is positive."""
+
+    @jax.jit
+    def loss_and_gradients(params: Any) -> Any:
+        def mean_loss(params: Any) -> tuple[Array, Array]:
+            result: Any = model.apply({"params": params}, x, train=False, taps=("ista",))
+            logits, seen = result
+            return loss(logits, y).mean(), seen["ista"] > 0
+
+        return jax.value_and_grad(mean_loss, has_aux=True)(params)
+
+    (value, support), grads = loss_and_gradients(params)
+    named = {f"gradient {k}": v for k, v in to_state_dict(grads, model).items()}
+    return {"loss": np.asarray(value)} | named, np.asarray(support)
+
+
+def _torch_gradients(
+    module: TorchCrate, images: torch.Tensor, targets: torch.Tensor, dtype: torch.dtype
+) -> tuple[Arrays, np.ndarray]:
+    """The same of PyTorch's."""
+    with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+        logits, seen = module(images, taps=("ista",))
+        loss = F.cross_entropy(logits, targets, label_smoothing=SMOOTHING)
+    loss.backward()
+    grads: Arrays = {"loss": loss.detach().numpy()}
+    for name, parameter in module.named_parameters():
+        grads[f"gradient {name}"] = parameter.grad.numpy()  # type: ignore[union-attr]
+    return grads, (seen["ista"].detach() > 0).numpy()
 
 
 def _train_torch(

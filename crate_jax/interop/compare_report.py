@@ -66,6 +66,12 @@ def verdict(found: Comparison) -> list[str]:
         )
         for kind, value in worst.items()
     ]
+    if found.gradient_images < found.images:
+        lines.append(
+            f"gradients: of {found.gradient_images} images; in the other "
+            f"{found.images - found.gradient_images} a value of ISTA lies within rounding of its "
+            "threshold and fell to either side"
+        )
     lines.append(f"top-1 agreement: {found.top1_agreement:.4f} of {found.images} images")
     for name, run in found.training.items():
         lines.append(

@@ -1,9 +1,11 @@
 """Schedules, decay masks and the optax chain."""
 
+import math
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from crate_jax.config import OptimConfig, did_you_mean
@@ -38,12 +40,15 @@ def make_schedule(optim: OptimConfig, *, total_steps: int, steps_per_epoch: int)
 
 
 def _official_readme(optim: OptimConfig, epochs: float, steps_per_epoch: int) -> optax.Schedule:
+    # A table in double precision: PyTorch's numbers to the last bit of float32.
+    epoch = np.arange(math.ceil(epochs))
+    factor = 0.5 * (np.cos(np.pi * epoch / epochs) + 1)
+    if optim.warmup_epochs:
+        factor = np.minimum((epoch + 1) / optim.warmup_epochs, factor)
+    rates = (optim.lr * factor).astype(np.float32)
+
     def schedule(step: Any) -> jax.Array:
-        epoch = jnp.floor_divide(step, steps_per_epoch).astype(jnp.float32)
-        factor = 0.5 * (jnp.cos(jnp.pi * epoch / epochs) + 1)
-        if optim.warmup_epochs:
-            factor = jnp.minimum((epoch + 1) / optim.warmup_epochs, factor)
-        return optim.lr * factor
+        return jnp.asarray(rates)[jnp.minimum(step // steps_per_epoch, len(rates) - 1)]
 
     return schedule
 
