@@ -208,10 +208,14 @@ def get_field(config: Any, path: str) -> Any:
 def validate(config: TrainConfig) -> TrainConfig:
     """Check every rule that needs nothing but the config, and return the config.
 
+    Names that a flag gave as one string, ``a,b``, become several.
+
     Raises:
         ValueError: a field breaks its rule; the message names it, the rule, the value and the
             remedy.
     """
+    config.init_fit = _split(config.init_fit)
+    config.optim.no_decay = _split(config.optim.no_decay)
     for path, choices in _CHOICES.items():
         value = get_field(config, path)
         if value not in choices:
@@ -244,6 +248,11 @@ def validate(config: TrainConfig) -> TrainConfig:
             f"{config.optim.accumulate_steps}. Change one of them."
         )
     return config
+
+
+def _split(names: tuple[str, ...]) -> tuple[str, ...]:
+    """("a,b", "c") as ("a", "b", "c"): ml_collections reads ``--field=a,b`` as one name."""
+    return tuple(part.strip() for name in names for part in name.split(",") if part.strip())
 
 
 def to_dict(config: TrainConfig) -> dict[str, Any]:

@@ -387,3 +387,11 @@ def test_did_you_mean():
     assert did_you_mean("alpah", known) == "Did you mean alpha?"
     assert did_you_mean("qqq", known) == "Known: alpha, alphabet, zeta."
     assert did_you_mean("alpha", iter(known)) == "Did you mean alpha?"
+
+
+def test_names_that_a_flag_gave_as_one_string_become_several():
+    config = TrainConfig(init_fit=("head, image_size", "eta"))
+    config.optim.no_decay = ("bias,scale",)
+    validate(config)
+    assert config.init_fit == ("head", "image_size", "eta")
+    assert config.optim.no_decay == ("bias", "scale")

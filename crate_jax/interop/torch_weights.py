@@ -7,6 +7,7 @@ and the layers, separate there, are stacked on axis 0. PyTorch itself is needed 
 
 import argparse
 import re
+import zipfile
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -210,7 +211,9 @@ def read_checkpoint(path: str | Path) -> dict[str, np.ndarray]:
     try:
         # Training scripts save their flags beside the weights; a Namespace holds values, no code.
         with torch.serialization.safe_globals([argparse.Namespace]):
-            state = torch.load(path, map_location="cpu", weights_only=True)
+            # Mapped, not read, where the format allows: every array is copied once, into its place.
+            mapped = zipfile.is_zipfile(path)
+            state = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
     # A KeyError, EOFError, struct.error, RuntimeError or UnpicklingError, by where the damage is.
     except Exception as error:
         raise ValueError(_refusal(path, error)) from None

@@ -137,6 +137,7 @@ def train(config: TrainConfig, workdir: str | Path) -> dict[str, Any]:
     """
     start = time.perf_counter()
     workdir = Path(workdir)
+    validate(config)
     check_workdir(config, workdir)
     run = set_up(config)
     lead = jax.process_index() == 0

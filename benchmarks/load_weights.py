@@ -1,0 +1,117 @@
+"""How long does it take to load weights, and how much memory? Each kind of file in its own process.
+
+    python benchmarks/load_weights.py --model crate_large_patch16_224
+
+Random weights are written as a training checkpoint of the official kind (``state_dict`` under
+``module.`` names), a bare state dict, safetensors and npz, then loaded by `crate_jax.load_weights`.
+Seconds are from the call to the finished tree, once with nothing but crate_jax imported (so that a
+PyTorch file pays for PyTorch's import) and once with everything; memory is the growth of the
+process's largest resident size over the load, PyTorch already imported, as a multiple of the file.
+Files are in the page cache. The last line is JSON.
+"""
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from importlib.metadata import version
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+
+def write_files(folder: Path, name: str) -> list[Path]:
+    """The same random weights in every format."""
+    import torch
+
+    import crate_jax
+    from crate_jax.interop.torch_reference import from_flax_model
+
+    torch.manual_seed(0)
+    model = crate_jax.create_model(name)
+    state = from_flax_model(model).state_dict()  # type: ignore[arg-type]
+    wrapped = {"epoch": 1, "state_dict": {f"module.{k}": v for k, v in state.items()}}
+    torch.save(wrapped, folder / "official.pth.tar")
+    params = crate_jax.load_weights(folder / "official.pth.tar", model)  # type: ignore[arg-type]
+    paths = [folder / f"ours.{suffix}" for suffix in ("pth", "safetensors", "npz")]
+    for path in paths:
+        crate_jax.save_weights(path, params, model)  # type: ignore[arg-type]
+    return [folder / "official.pth.tar", *paths]
+
+
+def resident(field: str) -> int:
+    """Bytes of this process in memory, now (VmRSS) or at most so far (VmHWM); Linux."""
+    status = Path("/proc/self/status").read_text()
+    return 1024 * int(status.split(f"{field}:")[1].split()[0])
+
+
+def load(path: str, name: str, import_torch: bool) -> dict[str, float]:
+    """In a process of its own: seconds and bytes of one load."""
+    import jax
+
+    import crate_jax
+
+    if import_torch:
+        import torch  # noqa: F401
+    jax.devices()
+    model = crate_jax.create_model(name)
+    before = resident("VmRSS")
+    start = time.perf_counter()
+    crate_jax.load_weights(path, model)  # type: ignore[arg-type]
+    seconds = time.perf_counter() - start
+    grown = resident("VmHWM") - before
+    return {"seconds": seconds, "memory_ratio": grown / os.path.getsize(path)}
+
+
+def main() -> None:
+    """Write, load in turns, print."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", default="crate_large_patch16_224")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--output", type=Path, help="write the JSON there too")
+    parser.add_argument("--child", nargs=2, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.child:
+        print(json.dumps(load(args.child[0], args.model, args.child[1] == "warm")))
+        return
+    found: dict[str, dict[str, list[float]]] = {}
+    with tempfile.TemporaryDirectory() as folder:
+        paths = write_files(Path(folder), args.model)
+        megabytes = round(os.path.getsize(paths[0]) / 1e6)
+        for _ in range(args.rounds):
+            for path in paths:
+                for state in ("cold", "warm"):
+                    command = [sys.executable, __file__, "--model", args.model, "--child"]
+                    out = subprocess.run(
+                        [*command, str(path), state], check=True, capture_output=True, text=True
+                    )
+                    numbers = json.loads(out.stdout.splitlines()[-1])
+                    entry = found.setdefault(path.name, {})
+                    entry.setdefault(f"seconds_{state}", []).append(numbers["seconds"])
+                    if state == "warm":
+                        entry.setdefault("memory_ratio", []).append(numbers["memory_ratio"])
+    result = {
+        "files": {
+            name: {key: round(statistics.median(values), 2) for key, values in entry.items()}
+            for name, entry in found.items()
+        },
+        "megabytes": megabytes,
+        "hardware": f"{os.cpu_count()} x {platform.processor() or platform.machine()}",
+        "versions": {name: version(name) for name in ("jax", "numpy", "torch", "safetensors")},
+        "command": " ".join(["python", "benchmarks/load_weights.py", *sys.argv[1:]]),
+    }
+    for name, entry in result["files"].items():
+        print(f"{name:18}", entry)
+    if args.output:
+        args.output.write_text(json.dumps(result, indent=2) + "\n")
+    print(json.dumps(result))
+
+
+if __name__ == "__main__":
+    main()
