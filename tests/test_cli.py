@@ -173,7 +173,7 @@ def test_train_without_flags_starts():
         (["--config.data.eval_transforms=resize(16)"], "must give the 32x32x1 images"),
         (["--config.parallel.mesh=data:3"], "parallel.mesh must multiply to the 1 devices"),
         (["--config.init_weights=nothing.pth"], "weights must be a file or a run's folder"),
-        (["--config=configs/finetune.py:pets"], "init_weights must be set where init_new_head is"),
+        (["--config=configs/finetune.py:pets"], "init_weights must be set where init_fit is"),
     ],
 )
 def test_a_mistake_is_one_line(flags, message, tmp_path):

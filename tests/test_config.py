@@ -77,7 +77,7 @@ CHOICES = {
 UNRULED = {
     "name",
     "init_weights",
-    "init_new_head",
+    "init_fit",
     "model.name",
     "data.dataset",
     "data.data_dir",
@@ -228,7 +228,7 @@ def unusual():
         total_epochs=2.5,
         total_steps=9,
         init_weights="weights.npz",
-        init_new_head=True,
+        init_fit=("head",),
         log_every_steps=1,
         log_objective_every_steps=2,
         eval_every_steps=3,

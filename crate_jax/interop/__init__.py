@@ -266,7 +266,7 @@ def _check_fit(
         whose = fitting.describe_difference(found, source)
         if whose:  # the shapes follow from it
             faults.pop("of another shape", None)
-        told = ". ".join(filter(None, (whose, fitting.in_words(faults))))
+        told = "; ".join(filter(None, (whose, fitting.in_words(faults))))
         raise ValueError(
             f"{path} must hold the parameters of the model and nothing else; {told}. "
             + fitting.remedy(found, source)

@@ -15,9 +15,10 @@ def read(path: str | Path) -> dict[str, np.ndarray]:
         ValueError: the file is no such archive, is damaged, or holds a pickle, which is refused.
     """
     try:
-        with np.load(path, allow_pickle=False) as file:
-            if not isinstance(file, np.lib.npyio.NpzFile):
-                raise ValueError("it is one array")
+        loaded = np.load(path, allow_pickle=False)
+        if not isinstance(loaded, np.lib.npyio.NpzFile):
+            raise ValueError("it is one array")
+        with loaded as file:
             return {name: file[name] for name in file.files}
     except ValueError as error:
         pickled = "pickle" in str(error) or "Object arrays" in str(error)

@@ -6,35 +6,11 @@ import types
 import jax
 import numpy as np
 import pytest
+from weights import MODEL, MODELS, assert_equal_trees, random_params, random_state
 
-from crate_jax import Crate, load_weights
+from crate_jax import load_weights
 from crate_jax.checkpoint import Checkpointer
 from crate_jax.interop.torch_weights import from_state_dict, read_checkpoint, to_state_dict
-from crate_jax.models.cost import abstract_parameters
-
-MODELS = {
-    "plain": Crate(8, 4, 5, width=6, depth=3, num_heads=2),
-    "wide subspaces": Crate((4, 8), 4, 2, width=4, depth=1, num_heads=3, head_dim=5),
-    "no projection": Crate(8, 4, 5, width=6, depth=2, num_heads=1),
-}
-MODEL = MODELS["plain"]
-
-
-def random_params(model: Crate):
-    """Different numbers in every entry, so that no two could be swapped unseen."""
-    rng = np.random.default_rng(0)
-    return jax.tree.map(
-        lambda leaf: rng.normal(size=leaf.shape).astype(np.float32), abstract_parameters(model)
-    )
-
-
-def random_state(model: Crate) -> dict[str, np.ndarray]:
-    return to_state_dict(random_params(model), model)
-
-
-def assert_equal_trees(a, b) -> None:
-    assert jax.tree.structure(a) == jax.tree.structure(b)
-    jax.tree.map(np.testing.assert_array_equal, a, b)
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -178,14 +154,14 @@ def test_files_that_hold_no_state_dict(torch, tmp_path):
         ([1, 2], "must hold a state dict, bare or under state_dict, model, net; got list"),
         ({"epoch": 3}, "must hold only tensors; got int at epoch"),
         (tensors(torch) | tensors(torch, "module."), "name each parameter once; got .* twice"),
-        (types.SimpleNamespace(a=1), "must be a PyTorch file of tensors; got an object of types.S"),
+        (types.SimpleNamespace(a=1), "must hold tensors alone; it asks to run or build types.Simp"),
     ):
         torch.save(content, path)
         with pytest.raises(ValueError, match=message):
             read_checkpoint(path)
     for damaged in (b"", b"hello world\n" * 9, path.read_bytes()[:100]):
         path.write_bytes(damaged)
-        with pytest.raises(ValueError, match="must be a PyTorch file of tensors; got a "):
+        with pytest.raises(ValueError, match="must be a whole PyTorch file; reading it"):
             read_checkpoint(path)
 
 

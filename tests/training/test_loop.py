@@ -187,7 +187,7 @@ def test_fine_tuning_starts_from_the_weights_with_a_new_head(four_steps, tiny_co
     workdir, _ = four_steps
     import crate_jax.training.loop as loop
 
-    config = tiny_config(init_weights=str(workdir), init_new_head=True, seed=7)
+    config = tiny_config(init_weights=str(workdir), init_fit=("head",), seed=7)
     run = loop.set_up(config)
     state, _, record = loop._restore_or_init(run, Checkpointer(tmp_path))
     stored, _ = restore_params(workdir, abstract(tiny_config))
@@ -220,7 +220,7 @@ def test_every_field_of_the_config_is_read(four_steps, tiny_config, tmp_path):
         for cls in classes:
             patch.setattr(cls, "__getattribute__", spy(cls), raising=False)
         train(
-            tiny_config(init_weights=str(four_steps[0]), init_new_head=True, total_steps=1),
+            tiny_config(init_weights=str(four_steps[0]), init_fit=("head",), total_steps=1),
             tmp_path,
         )
         with pytest.raises(FileNotFoundError):
