@@ -15,11 +15,12 @@ def read(path: str | Path) -> dict[str, np.ndarray]:
         ValueError: the file is no such archive, is damaged, or holds a pickle, which is refused.
     """
     try:
-        loaded = np.load(path, allow_pickle=False)
-        if not isinstance(loaded, np.lib.npyio.NpzFile):
-            raise ValueError("it is one array")
-        with loaded as file:
-            return {name: file[name] for name in file.files}
+        # Opened here: NumPy leaves a damaged archive open.
+        with open(path, "rb") as file:
+            archive = np.load(file, allow_pickle=False)
+            if not isinstance(archive, np.lib.npyio.NpzFile):
+                raise ValueError("it is one array")
+            return {name: archive[name] for name in archive.files}
     except ValueError as error:
         pickled = "pickle" in str(error) or "Object arrays" in str(error)
         reason = "it holds a pickle, which could run code" if pickled else str(error)
