@@ -10,14 +10,14 @@ these weights and once from scratch, all else equal; all through train.py. The l
 
 import argparse
 import json
-import os
-import platform
 import statistics
 import subprocess
 import sys
 import tempfile
 from importlib.metadata import version
 from pathlib import Path
+
+from hardware import describe_cpu
 
 ROOT = Path(__file__).resolve().parent.parent
 FIT = "--config.init_fit=head,image_size"
@@ -84,7 +84,7 @@ def main() -> None:
         "pretrained_top1_at_24_pixels": round(first["test/top1"], 4),
         "epochs": args.epochs,
         "runs": runs,
-        "hardware": f"{os.cpu_count()} x {platform.processor() or platform.machine()}",
+        "hardware": describe_cpu(),
         "jax": version("jax"),
         "command": " ".join(["python", "benchmarks/finetune_digits.py", *sys.argv[1:]]),
     }

@@ -13,7 +13,6 @@ Files are in the page cache. The last line is JSON.
 import argparse
 import json
 import os
-import platform
 import statistics
 import subprocess
 import sys
@@ -21,6 +20,8 @@ import tempfile
 import time
 from importlib.metadata import version
 from pathlib import Path
+
+from hardware import describe_cpu
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -102,7 +103,7 @@ def main() -> None:
             for name, entry in found.items()
         },
         "megabytes": megabytes,
-        "hardware": f"{os.cpu_count()} x {platform.processor() or platform.machine()}",
+        "hardware": describe_cpu(),
         "versions": {name: version(name) for name in ("jax", "numpy", "torch", "safetensors")},
         "command": " ".join(["python", "benchmarks/load_weights.py", *sys.argv[1:]]),
     }
