@@ -187,6 +187,11 @@ def main(argv: list[str] | None = None) -> int:
         help="learning rates as a share of the official peak; default 1/20, as in the first epoch "
         "of the official schedule",
     )
+    compare.add_argument(
+        "--float64",
+        action="store_true",
+        help="also train PyTorch in float64: how far rounding alone carries a training",
+    )
     compare.add_argument("--html", help="also write the comparison as a page to this file")
     compare.set_defaults(function=commands.compare)
 

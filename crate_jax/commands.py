@@ -119,6 +119,7 @@ def compare(args: argparse.Namespace) -> dict[str, Any]:
             train=functools.partial(_train_steps, model),
             train_steps=args.train_steps,
             rate_scale=args.rate_scale,
+            float64=args.float64,
             reference_params=reference,
         )
         conditions = {

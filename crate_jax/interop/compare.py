@@ -91,7 +91,8 @@ class Comparison:
             threshold, it is a coin toss on which side it falls, and the gradient jumps; in float32
             only images count in which all of them fell alike.
         training: by optimizer: losses of each step (``ours``, ``torch``), their ``relative``
-            differences, and ``weights_within``, the share of weights within 1e-5 at the end.
+            differences, and ``weights_within``, the share of weights within 1e-5 at the end; with
+            ``float64`` also ``relative_to_float64`` and ``torch_relative_to_float64``.
         images_per_s: of a forward pass: ``ours`` and ``torch``.
     """
 
@@ -166,6 +167,7 @@ def compare(
     train: Train,
     train_steps: int = 0,
     rate_scale: float = 1.0,
+    float64: bool = False,
     reference_params: Any = None,
     rounds: int = 5,
 ) -> Comparison:
@@ -186,6 +188,8 @@ def compare(
         train: our training steps.
         train_steps: of each optimizer; 0: none.
         rate_scale: their learning rates, as a share of the peak rates in `OPTIMIZERS`.
+        float64: also train PyTorch in double precision, and measure both from its losses: how far
+            rounding alone carries a training.
         reference_params: PyTorch's parameters; None: the same.
         rounds: timings of each framework, in turns.
     """
@@ -226,6 +230,14 @@ def compare(
             their_trained = _train_torch(module, images_nchw, targets, optim, train_steps)
             after = to_state_dict(after, model)
             training[name] = _compare_training(trained, after, their_trained, module)
+            if float64:
+                exact = _train_torch(
+                    reference().double(), images_nchw.double(), targets, optim, train_steps
+                )
+                training[name] |= {
+                    "relative_to_float64": _relative(trained, exact),
+                    "torch_relative_to_float64": _relative(their_trained, exact),
+                }
         rates = _images_per_s(model, params, x, reference(), images_nchw, rounds)
     same = ours["logits"].argmax(axis=1) == yardstick["logits"].argmax(axis=1)
     return Comparison(
@@ -361,13 +373,17 @@ def _compare_training(
         np.abs(after[name] - parameter.detach().numpy()).ravel()
         for name, parameter in module.named_parameters()
     ]
-    pairs = zip(losses, their_losses, strict=True)
     return {
         "ours": losses,
         "torch": their_losses,
-        "relative": [abs(ours - theirs) / abs(theirs) for ours, theirs in pairs],
+        "relative": _relative(losses, their_losses),
         "weights_within": float((np.concatenate(apart) <= WEIGHTS_WITHIN).mean()),
     }
+
+
+def _relative(losses: list[float], yardstick: list[float]) -> list[float]:
+    """Differences step for step, as shares of the yardstick."""
+    return [abs(a - b) / abs(b) for a, b in zip(losses, yardstick, strict=True)]
 
 
 def _images_per_s(

@@ -80,6 +80,11 @@ def verdict(found: Comparison) -> list[str]:
             f"{run['weights_within']:.4%} of the weights within {WEIGHTS_WITHIN:.0e}"
             + (f" (at least {WEIGHTS_SHARE:.1%})" if name == "adamw" and not low else "")
         )
+        if "relative_to_float64" in run:
+            lines.append(
+                f"{name}, from PyTorch in float64: ours {max(run['relative_to_float64']):.1e}, "
+                f"PyTorch in float32 {max(run['torch_relative_to_float64']):.1e}"
+            )
     rates = found.images_per_s
     lines.append(
         f"forward pass: ours {rates['ours']:.1f} images/s, PyTorch (eager, CPU) "

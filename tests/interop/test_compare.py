@@ -53,7 +53,7 @@ def moved(params, path, by=1e-2):
 
 @pytest.fixture(scope="module")
 def agreeing(inputs):
-    return compare(MODEL, *inputs, train_steps=3)
+    return compare(MODEL, *inputs, train_steps=3, float64=True)
 
 
 def test_the_same_weights_are_within_tolerance(agreeing):
@@ -75,6 +75,8 @@ def test_the_same_weights_are_within_tolerance(agreeing):
         assert len(training["ours"]) == len(training["torch"]) == 3
         assert training["ours"][0] > training["ours"][2]
         assert training["weights_within"] > 0.99
+        for whose in ("relative_to_float64", "torch_relative_to_float64"):
+            assert 0 < max(training[whose]) < 1e-5
     assert all(rate > 0 for rate in agreeing.images_per_s.values())
 
 
