@@ -117,7 +117,8 @@ def test_bfloat16_is_measured_from_float32_beside_autocast(inputs):
     found = compare(MODEL.clone(dtype=jnp.bfloat16), *inputs, train_steps=1)
     assert found.dtype == "bfloat16"
     for row in found.rows:
-        assert row.tolerance == comparing.LOW_PRECISION_FACTOR * row.torch_relative
+        judged = comparing.LOW_PRECISION_FACTOR * row.torch_relative
+        assert row.tolerance == (np.inf if row.kind == "gradients" else judged)
     layers = [row for row in found.rows if row.kind == "layers"]
     assert 1e-3 < max(row.relative for row in layers) < 0.1
     assert 1e-3 < max(row.torch_relative for row in layers) < 0.1
