@@ -40,6 +40,7 @@ ROOMS = {
         "fit",
         "torch_weights",
         "torch_reference",
+        "compare_runs",
         "compare",
         "compare_report",
     ],

@@ -5,26 +5,23 @@ training step are handed in, because they stand above this file.
 """
 
 import dataclasses
+import functools
 import math
-import statistics
-import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import torch
-import torch.nn.functional as F
 from jax import Array
 
 from crate_jax.config import OptimConfig
-from crate_jax.interop.torch_reference import Lion, TorchCrate, from_flax_model
+from crate_jax.interop import compare_runs as runs
+from crate_jax.interop.compare_runs import SMOOTHING, Arrays, Loss
+from crate_jax.interop.torch_reference import TorchCrate, from_flax_model
 from crate_jax.interop.torch_weights import to_state_dict
-from crate_jax.models.crate import TAPS, Crate, pair
-from crate_jax.models.embedding import PatchEmbedding
-
-SMOOTHING = 0.1
+from crate_jax.models.crate import Crate
 
 # The optimizers of the official code at their peak rates: argparse's AdamW and the README's Lion.
 OPTIMIZERS = {
@@ -44,10 +41,8 @@ WEIGHTS_WITHIN, WEIGHTS_SHARE = 1e-5, 0.999
 # threshold that falls otherwise, are reported and not judged.
 LOW_PRECISION_FACTOR, LOW_PRECISION_LOSS = 10.0, 2e-2
 
-Loss = Callable[[Array, Array], Array]
 # (parameters, images, labels, optimizer, steps) to the losses and the parameters after them.
 Train = Callable[[Any, Array, Array, OptimConfig, int], tuple[list[float], Any]]
-Arrays = dict[str, np.ndarray]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -207,15 +202,15 @@ def compare(
     with jax.default_matmul_precision("highest" if dtype == "float32" else "default"):
         params = jax.tree.map(jnp.asarray, params)
         x, y = jnp.asarray(images), jnp.asarray(labels)
-        ours = _our_tensors(model, params, x)
-        yardstick = _torch_tensors(reference(), images_nchw, torch.float32)
+        ours = runs.our_tensors(model, params, x)
+        yardstick = runs.torch_tensors(reference(), images_nchw, torch.float32)
         low: Arrays = {}
         if dtype != "float32":
-            low = _torch_tensors(reference(), images_nchw, getattr(torch, dtype))
-            low |= _torch_gradients(reference(), images_nchw, targets, getattr(torch, dtype))[0]
+            low = runs.torch_tensors(reference(), images_nchw, getattr(torch, dtype))
+            low |= runs.torch_gradients(reference(), images_nchw, targets, getattr(torch, dtype))[0]
         our_grads, their_grads, on_one_piece = _gradients(
-            lambda kept: _our_gradients(model, params, x[kept], y[kept], loss),
-            lambda kept: _torch_gradients(
+            lambda kept: runs.our_gradients(model, params, x[kept], y[kept], loss),
+            lambda kept: runs.torch_gradients(
                 reference(), images_nchw[kept], targets[kept], torch.float32
             ),
             images=len(images),
@@ -224,23 +219,19 @@ def compare(
         losses = {"ours": float(our_grads.pop("loss")), "torch": float(their_grads.pop("loss"))}
         ours, yardstick = ours | our_grads, yardstick | their_grads
         rows = [difference(k, ours[k], yardstick[k], low.get(k)) for k in yardstick]
-        training = {}
-        for name, optim in OPTIMIZERS.items() if train_steps else ():
-            optim = dataclasses.replace(optim, lr=rate_scale * optim.lr)
-            trained, after = train(params, x, y, optim, train_steps)
-            module = reference()
-            their_trained = _train_torch(module, images_nchw, targets, optim, train_steps)
-            after = to_state_dict(after, model)
-            training[name] = _compare_training(trained, after, their_trained, module)
-            if float64:
-                exact = _train_torch(
-                    reference().double(), images_nchw.double(), targets, optim, train_steps
-                )
-                training[name] |= {
-                    "relative_to_float64": _relative(trained, exact),
-                    "torch_relative_to_float64": _relative(their_trained, exact),
-                }
-        rates = _images_per_s(model, params, x, reference(), images_nchw, rounds)
+        training = {
+            name: _train_both(
+                dataclasses.replace(optim, lr=rate_scale * optim.lr),
+                functools.partial(train, params, x, y),
+                lambda: (reference(), images_nchw, targets),
+                model=model,
+                steps=train_steps,
+                float64=float64,
+            )
+            for name, optim in OPTIMIZERS.items()
+            if train_steps
+        }
+        rates = runs.images_per_s_of_both(model, params, x, reference(), images_nchw, rounds)
     same = ours["logits"].argmax(axis=1) == yardstick["logits"].argmax(axis=1)
     return Comparison(
         dtype=dtype,
@@ -252,35 +243,6 @@ def compare(
         training=training,
         images_per_s=rates,
     )
-
-
-def _our_tensors(model: Crate, params: Any, x: Array) -> Arrays:
-    """Every tensor of our forward pass by name, in the order of computation."""
-    embedding = PatchEmbedding(pair(model.patch_size), model.width, model.dtype)
-
-    @jax.jit
-    def forward(params: Any) -> Any:
-        tokens = embedding.apply({"params": params["embedding"]}, x)
-        return tokens, model.apply({"params": params}, x, train=False, taps=TAPS)
-
-    tokens, (logits, seen) = forward(params)
-    return _named(tokens, seen, logits)
-
-
-def _torch_tensors(module: TorchCrate, images: torch.Tensor, dtype: torch.dtype) -> Arrays:
-    """The same tensors of PyTorch's; in another dtype than float32 under autocast."""
-    with torch.no_grad(), torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
-        tokens, (logits, seen) = module.embed(images), module(images, taps=TAPS)
-    return _named(*jax.tree.map(lambda x: x.float().numpy(), (tokens, seen, logits)))
-
-
-def _named(tokens: Any, seen: Mapping[str, Any], logits: Any) -> Arrays:
-    """One flat dict, in the order of computation."""
-    named = {"embedding tokens": tokens}
-    for layer in range(len(seen[TAPS[0]])):
-        named |= {f"layer {layer} {tap}": seen[tap][layer] for tap in TAPS}
-    named["logits"] = logits
-    return {name: np.asarray(value, np.float32) for name, value in named.items()}
 
 
 def _gradients(
@@ -309,101 +271,38 @@ def _gradients(
         kept = kept[alike]
 
 
-def _our_gradients(
-    model: Crate, params: Any, x: Array, y: Array, loss: Loss
-) -> tuple[Arrays, np.ndarray]:
-    """Loss and its gradients by official name, and where ISTA's output is positive."""
-
-    @jax.jit
-    def loss_and_gradients(params: Any) -> Any:
-        def mean_loss(params: Any) -> tuple[Array, Array]:
-            result: Any = model.apply({"params": params}, x, train=False, taps=("ista",))
-            logits, seen = result
-            return loss(logits, y).mean(), seen["ista"] > 0
-
-        return jax.value_and_grad(mean_loss, has_aux=True)(params)
-
-    (value, support), grads = loss_and_gradients(params)
-    named = {f"gradient {k}": v for k, v in to_state_dict(grads, model).items()}
-    return {"loss": np.asarray(value)} | named, np.asarray(support)
-
-
-def _torch_gradients(
-    module: TorchCrate, images: torch.Tensor, targets: torch.Tensor, dtype: torch.dtype
-) -> tuple[Arrays, np.ndarray]:
-    """The same of PyTorch's."""
-    with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
-        logits, seen = module(images, taps=("ista",))
-        loss = F.cross_entropy(logits, targets, label_smoothing=SMOOTHING)
-    loss.backward()
-    grads: Arrays = {"loss": loss.detach().numpy()}
-    for name, parameter in module.named_parameters():
-        grads[f"gradient {name}"] = parameter.grad.numpy()  # type: ignore[union-attr]
-    return grads, (seen["ista"].detach() > 0).numpy()
-
-
-def _train_torch(
-    module: TorchCrate,
-    images: torch.Tensor,
-    targets: torch.Tensor,
+def _train_both(
     optim: OptimConfig,
+    train_ours: Callable[[OptimConfig, int], tuple[list[float], Any]],
+    start: Callable[[], tuple[TorchCrate, torch.Tensor, torch.Tensor]],
+    *,
+    model: Crate,
     steps: int,
-) -> list[float]:
-    """Full-batch steps in place, at a constant rate; the loss before each."""
-    common: dict[str, Any] = dict(
-        lr=optim.lr, betas=(optim.b1, optim.b2), weight_decay=optim.weight_decay
-    )
-    optimizer = {
-        "adamw": lambda: torch.optim.AdamW(module.parameters(), eps=optim.eps, **common),
-        "lion": lambda: Lion(module.parameters(), **common),
-    }[optim.optimizer]()
-    losses = []
-    for _ in range(steps):
-        optimizer.zero_grad()
-        loss = F.cross_entropy(module(images), targets, label_smoothing=optim.label_smoothing)
-        loss.backward()
-        optimizer.step()
-        losses.append(float(loss.detach()))
-    return losses
-
-
-def _compare_training(
-    losses: list[float], after: Arrays, their_losses: list[float], module: TorchCrate
+    float64: bool,
 ) -> dict[str, Any]:
-    """The losses side by side, and how many weights stayed together."""
+    """The losses of one optimizer side by side, and how many weights stayed together."""
+    losses, after = train_ours(optim, steps)
+    module, images, targets = start()
+    their_losses = runs.train_torch(module, images, targets, optim, steps)
+    ours = to_state_dict(after, model)
     apart = [
-        np.abs(after[name] - parameter.detach().numpy()).ravel()
+        np.abs(ours[name] - parameter.detach().numpy()).ravel()
         for name, parameter in module.named_parameters()
     ]
-    return {
+    found = {
         "ours": losses,
         "torch": their_losses,
         "relative": _relative(losses, their_losses),
         "weights_within": float((np.concatenate(apart) <= WEIGHTS_WITHIN).mean()),
     }
+    if float64:
+        module = start()[0].double()
+        exact = runs.train_torch(module, images.double(), targets, optim, steps)
+        found["relative_to_float64"] = _relative(losses, exact)
+        found["torch_relative_to_float64"] = _relative(their_losses, exact)
+    return found
 
 
 def _relative(losses: list[float], yardstick: list[float]) -> list[float]:
     """Differences step for step, as shares of the yardstick."""
     return [abs(a - b) / abs(b) for a, b in zip(losses, yardstick, strict=True)]
-
-
-def _images_per_s(
-    model: Crate, params: Any, x: Array, module: TorchCrate, images: torch.Tensor, rounds: int
-) -> dict[str, float]:
-    """Forward passes of both in turns, medians; the first of each, which compiles, left out."""
-    apply = jax.jit(lambda params, x: model.apply({"params": params}, x, train=False))
-    dtype = getattr(torch, jnp.dtype(model.dtype).name)
-
-    def run_torch() -> None:
-        with torch.no_grad(), torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
-            module(images)
-
-    runs = {"ours": lambda: jax.block_until_ready(apply(params, x)), "torch": run_torch}
-    seconds: dict[str, list[float]] = {name: [] for name in runs}
-    for _ in range(rounds + 1):
-        for name, run in runs.items():
-            start = time.perf_counter()
-            run()
-            seconds[name].append(time.perf_counter() - start)
-    return {name: len(images) / statistics.median(times[1:]) for name, times in seconds.items()}
