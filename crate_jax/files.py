@@ -20,12 +20,15 @@ def written_aside(path: str | Path) -> Iterator[Path]:
 
     Raises:
         FileNotFoundError: there is no such folder.
+        IsADirectoryError: the path itself is one.
     """
     path = Path(path)
     if not path.parent.is_dir():
         raise FileNotFoundError(
             f"{path} must lie in an existing folder; there is no {path.parent}. Make it first."
         )
+    if path.is_dir():
+        raise IsADirectoryError(f"{path} must be a file; it is a folder. Name a file in it.")
     aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         yield aside

@@ -25,6 +25,14 @@ def test_a_failure_leaves_the_old_and_nothing_else(tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["weights.npz"]
 
 
+def test_a_folder_in_its_place(tmp_path):
+    with (
+        pytest.raises(IsADirectoryError, match="must be a file; it is a folder"),
+        written_aside(tmp_path),
+    ):
+        raise AssertionError("nothing to write to")
+
+
 def test_a_folder_that_is_not_there(tmp_path):
     with (
         pytest.raises(FileNotFoundError, match="must lie in an existing folder; there is no"),

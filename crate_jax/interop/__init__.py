@@ -15,7 +15,7 @@ from crate_jax.files import written_aside
 from crate_jax.interop import fit as fitting
 from crate_jax.interop import npz_weights, safetensors_weights, torch_weights
 from crate_jax.models.crate import Crate
-from crate_jax.models.zoo import architecture, build_model
+from crate_jax.models.zoo import architecture, build_model, from_architecture
 
 __all__ = ["find_run", "load_fitted", "load_weights", "save_weights"]
 
@@ -111,7 +111,7 @@ def load_fitted(
     if model is None:
         if not weights.fields:
             raise ValueError(f"{path} must state its model; it does not. Name the model.")
-        model = Crate(**weights.fields)
+        model = from_architecture(weights.fields)
     shapes = _shapes(weights.arrays)
     found = fitting.sizes(torch_weights.tree_shapes(shapes) if weights.official else shapes)
     source = fitting.source_model(found, weights.fields, model, fit)
@@ -187,6 +187,7 @@ def _read(path: Path) -> Weights:
         arrays = torch_weights.read_checkpoint(path)
     elif name.endswith(".safetensors"):
         arrays, fields = safetensors_weights.read(path)
+        fields = fields and architecture(from_architecture(fields))
     elif name.endswith(".npz"):
         arrays = npz_weights.read(path)
     else:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import fnmatch
+import numbers
 from typing import Any
 
 import jax.numpy as jnp
@@ -63,6 +64,7 @@ def create_model(name: str, **overrides: Any) -> Crate:
             raise KeyError(
                 f"model.{field} must name a field of {name}. " + did_you_mean(field, fields)
             )
+        _check_type(field, overrides[field])
     values: dict[str, Any] = {"image_size": 224, "num_classes": 1000} | VARIANTS[name] | overrides
     return Crate(**values)
 
@@ -75,6 +77,45 @@ def architecture(model: Crate) -> dict[str, Any]:
     fields = {name: getattr(model, name) for name in ARCHITECTURE}
     sizes = {name: list(pair(fields[name])) for name in ("image_size", "patch_size")}
     return fields | sizes | {"head_dim": model.subspace_dim}
+
+
+def from_architecture(fields: Any) -> Crate:
+    """The model of `architecture`, from values that came out of a file.
+
+    Raises:
+        ValueError: they are not the fields of a model, or one is of another type.
+    """
+    if not isinstance(fields, dict) or set(fields) != set(ARCHITECTURE):
+        raise ValueError(
+            f"the model in a file must be stated by {', '.join(ARCHITECTURE)}; got {fields}. "
+            "Another version may have written it: name the model, and convert from .npz or .pth."
+        )
+    for name, value in fields.items():
+        _check_type(name, value)
+    values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()}
+    return Crate(**values)
+
+
+def _check_type(field: str, value: Any) -> None:
+    """A number where a number belongs; other wrong types end in a trace from deep within JAX."""
+    counts = ("num_classes", "width", "depth", "num_heads", "in_channels", "scan_unroll")
+    if field in ("image_size", "patch_size"):
+        sides = value if isinstance(value, tuple | list) else (value,)
+        rule = "one or two positive sizes in pixels"
+        good = len(sides) in (1, 2) and all(_is_count(side) for side in sides)
+    elif field in counts or (field == "head_dim" and value is not None):
+        rule, good = "a positive whole number", _is_count(value)
+    elif field in ("eta", "lmbda", "dropout"):
+        rule = "a number"
+        good = isinstance(value, numbers.Real) and not isinstance(value, bool)
+    else:
+        return
+    if not good:
+        raise ValueError(f"model.{field} must be {rule}; got {value!r}. Change it.")
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, numbers.Integral) and not isinstance(value, bool) and value >= 1
 
 
 def build_model(config: ModelConfig) -> Crate:

@@ -1,6 +1,7 @@
 """Files that must not be loaded: one line says why, and what was there stays."""
 
 import io
+import json
 import os
 import pickle
 
@@ -9,6 +10,7 @@ import pytest
 from weights import MODEL, random_params, random_state
 
 from crate_jax import Crate, cli, create_model, load_weights, save_weights
+from crate_jax.models.zoo import architecture
 
 KWARGS = ["--model=crate_tiny_patch16_224", "--model-kwargs"]
 KWARGS += ["image_size=8", "patch_size=4", "num_classes=5", "width=6", "depth=3", "num_heads=2"]
@@ -222,6 +224,42 @@ def refuse_target(tmp_path, refuse):
     line = refuse(tmp_path / "good.npz", f"--to={tmp_path / 'w.pth.tar'}", *KWARGS)
     assert not (tmp_path / "w.pth.tar").exists()
     return line
+
+
+@pytest.mark.parametrize(
+    ("stated", "message"),
+    [
+        ("{", "must be a whole safetensors file"),
+        ("[1, 2]", "must be stated by image_size, "),
+        ('{"width": 6, "future": 1}', "must be stated by image_size, "),
+        (json.dumps(architecture(MODEL) | {"width": "6"}), "model.width must be a positive whole"),
+        (json.dumps(architecture(MODEL) | {"eta": None}), "model.eta must be a number; got None"),
+        (json.dumps(architecture(MODEL) | {"image_size": [8, 0]}), "model.image_size must be one"),
+    ],
+)
+def test_a_model_stated_wrongly(tmp_path, refuse, stated, message):
+    from safetensors.numpy import save_file
+
+    save_file(random_state(MODEL), tmp_path / "w.safetensors", metadata={"crate_jax": stated})
+    for arguments in (KWARGS, ["--fit=eta"]):
+        line = refuse(tmp_path / "w.safetensors", *arguments)
+        assert message in line
+
+
+@pytest.mark.parametrize(
+    ("kwarg", "message"),
+    [
+        ("width=abc", "model.width must be a positive whole number; got 'abc'"),
+        ("depth=1.5", "model.depth must be a positive whole number; got 1.5"),
+        ("image_size=1,2,3", "model.image_size must be one or two positive sizes"),
+        ("eta=big", "model.eta must be a number; got 'big'"),
+        ("widht=6", "Did you mean width?"),
+        ("pool=max", "model.pool must be one of cls, mean; got max"),
+    ],
+)
+def test_a_model_asked_for_wrongly(tmp_path, refuse, kwarg, message):
+    np.savez(tmp_path / "w.npz", **random_state(MODEL))
+    assert message in refuse(tmp_path / "w.npz", *KWARGS, kwarg)
 
 
 def test_a_full_disk_leaves_the_old_file(tmp_path, refuse, monkeypatch):

@@ -175,6 +175,17 @@ def test_where_nothing_differs_nothing_changes(file, params, request):
     assert loaded.report == []
 
 
+def test_as_many_patches_as_the_model_has_are_its_own_grid(tmp_path, params):
+    """16 patches could be 4 x 4, but the model's 2 x 8 fits as it is."""
+    from crate_jax.interop.torch_weights import to_state_dict
+
+    oblong = MODEL.clone(image_size=(8, 32))
+    np.savez(tmp_path / "w.npz", **to_state_dict(params, oblong))
+    loaded = load_fitted(tmp_path / "w.npz", oblong, fit=("image_size",))
+    assert loaded.report == []
+    assert_equal_trees(loaded.params, params)
+
+
 def test_load_weights_logs_what_it_fitted(official, caplog):
     with caplog.at_level("INFO", logger="crate_jax"):
         load_weights(official, MODEL.clone(image_size=24), fit=("image_size",))
