@@ -272,7 +272,7 @@ def test_ctrl_c_saves_and_says_how_to_resume(tmp_path):
             "workdir must hold a checkpoint; /no/such/run has",
         ),
         (["evaluate", "--weights=a.pth"], "must get --model and --dataset too"),
-        (["evaluate", "--workdir=a", "--model=b"], "--model must go with --weights"),
+        (["evaluate", "--workdir=a", "--model=b"], "--model and --fit must go with --weights"),
         (
             ["evaluate", "--weights=a", "--model=b", "--dataset=c", "--step=1"],
             "--step must go with",
@@ -300,4 +300,4 @@ def test_weights_that_do_not_fit_are_refused():
         "--model=crate_tiny_patch16_224",
         "--dataset=synthetic",
     )
-    assert "state" in line and "to_patch_embedding" in line
+    assert "width 48 where the model has 384" in line and "missing: transformer.layers" in line

@@ -111,14 +111,11 @@ def table(found: Comparison) -> str:
 
 
 def page(found: Comparison, conditions: Mapping[str, Any]) -> str:
-    """The whole comparison as one HTML page that needs no other file.
+    """The whole comparison as one HTML page that needs no other file; matplotlib draws its plot.
 
     Args:
         found: of `compare`.
-        conditions: what a reader needs to judge it: model, weights, versions, hardware.
-
-    Raises:
-        ValueError: matplotlib is missing.
+        conditions: what a reader needs to judge it: model, weights, inputs, versions.
     """
     lines = verdict(found)
     colour = "#1a7f37" if found.first_difference is None else "#b42318"
@@ -161,19 +158,10 @@ def _html_rows(rows: list[tuple[str, ...]]) -> str:
 
 
 def plot(found: Comparison) -> str:
-    """Relative differences by layer, and of the losses by step, as inline SVG.
+    """Relative differences by layer, and of the losses by step, as inline SVG."""
+    from matplotlib.backends.backend_svg import FigureCanvasSVG
+    from matplotlib.figure import Figure
 
-    Raises:
-        ValueError: matplotlib is missing.
-    """
-    try:
-        from matplotlib.backends.backend_svg import FigureCanvasSVG
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ValueError(
-            "--html must have matplotlib to draw with; it is missing. "
-            "Install it: pip install 'crate-jax[plot]'"
-        ) from error
     figure = Figure(figsize=(9, 3.2), layout="constrained")
     FigureCanvasSVG(figure)
     panels = figure.subplots(1, 2 if found.training else 1, squeeze=False)[0]

@@ -3,6 +3,7 @@
 All of it is a function of parameter trees and models; files are elsewhere.
 """
 
+import functools
 import math
 import re
 from collections.abc import Collection, Mapping
@@ -107,7 +108,7 @@ def describe_difference(found: Mapping[str, int], model: Crate) -> str:
         return "it holds no weights of a CRATE"
     if not wrong:
         return ""
-    variants = {name: sizes(shapes_of(create_model(name))) for name in VARIANTS}
+    variants = _variant_sizes()
     layers = {"width", "depth", "num_heads x head_dim"} & set(found)
     same = [n for n, v in variants.items() if all(v[size] == found[size] for size in layers)]
     patch = "pixels of a patch"
@@ -116,6 +117,12 @@ def describe_difference(found: Mapping[str, int], model: Crate) -> str:
     return f"{who}: " + ", ".join(
         f"{name} {size} where the model has {wanted[name]}" for name, size in wrong.items()
     )
+
+
+@functools.cache
+def _variant_sizes() -> dict[str, dict[str, int]]:
+    """The sizes of every named model."""
+    return {name: sizes(shapes_of(create_model(name))) for name in VARIANTS}
 
 
 def remedy(found: Mapping[str, int], model: Crate) -> str:

@@ -65,6 +65,8 @@ def create_model(name: str, **overrides: Any) -> Crate:
                 f"model.{field} must name a field of {name}. " + did_you_mean(field, fields)
             )
         _check_type(field, overrides[field])
+    # A model with a list in it could not be hashed, which jax.jit's static arguments need.
+    overrides = {k: tuple(v) if isinstance(v, list) else v for k, v in overrides.items()}
     values: dict[str, Any] = {"image_size": 224, "num_classes": 1000} | VARIANTS[name] | overrides
     return Crate(**values)
 
@@ -115,7 +117,7 @@ def _check_type(field: str, value: Any) -> None:
 
 
 def _is_count(value: Any) -> bool:
-    return isinstance(value, numbers.Integral) and not isinstance(value, bool) and value >= 1
+    return isinstance(value, numbers.Integral) and not isinstance(value, bool) and int(value) >= 1
 
 
 def build_model(config: ModelConfig) -> Crate:

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import shutil
 from pathlib import Path
 
 import jax
@@ -166,6 +167,15 @@ def test_a_run_its_checkpoints_and_one_of_them(run):
     (run / "checkpoints" / "7").mkdir()
     with pytest.raises(ValueError, match="checkpoint must be readable; step 7 in"):
         load_weights(run / "checkpoints" / "7", MODEL)
+
+
+def test_a_checkpoint_without_its_state(tmp_path):
+    checkpointer = Checkpointer(tmp_path)
+    checkpointer.save(3, {"params": jnp.ones(2)}, {"ema": False})
+    checkpointer.close()
+    shutil.rmtree(tmp_path / "checkpoints" / "3" / "state")
+    with pytest.raises(ValueError, match="checkpoint must be readable; step 3 in"):
+        load_weights(tmp_path, MODEL)
 
 
 def test_a_run_of_averaged_weights(tmp_path):
