@@ -85,6 +85,7 @@ def convert(args: argparse.Namespace) -> dict[str, Any]:
 
 def compare(args: argparse.Namespace) -> dict[str, Any]:
     """Ours against PyTorch on the same weights and images: a table, perhaps a page, a verdict."""
+    import jax
     import jax.numpy as jnp
 
     from crate_jax.files import written_aside
@@ -129,6 +130,7 @@ def compare(args: argparse.Namespace) -> dict[str, Any]:
             "fitted": fitted,
             "inputs": inputs,
             "dtype": args.dtype,
+            "device": f"{jax.devices()[0].device_kind} (PyTorch: cpu)",
             "rate_scale": args.rate_scale,
         } | {name: version(name) for name in ("jax", "flax", "optax", "torch")}
         sys.stdout.write(compare_report.table(found))

@@ -57,15 +57,12 @@ def verdict(found: Comparison) -> list[str]:
         kind: max((r.relative for r in found.rows if r.kind == kind), default=0.0)
         for kind in ("layers", "logits", "gradients")
     }
+    bars = {kind: f"tolerance {TOLERANCES[kind]:.0e}" for kind in worst}
+    if low:
+        bars |= dict.fromkeys(worst, f"may be {LOW_PRECISION_FACTOR:g} times that of autocast")
+        bars["gradients"] = "not judged"
     lines = [
-        f"{kind}: worst relative difference {value:.1e}"
-        + (
-            f" (may be {LOW_PRECISION_FACTOR:g} times PyTorch's own in {found.dtype})"
-            if low and kind != "gradients"
-            else " (not judged)"
-            if low
-            else f" (tolerance {TOLERANCES[kind]:.0e})"
-        )
+        f"{kind}: worst relative difference {value:.1e} ({bars[kind]})"
         for kind, value in worst.items()
     ]
     if found.gradient_images < found.images:
