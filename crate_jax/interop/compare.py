@@ -191,58 +191,94 @@ def compare(
         rounds: timings of each framework, in turns.
     """
     theirs = to_state_dict(params if reference_params is None else reference_params, model)
+    reference = _Reference(
+        model, theirs, torch.tensor(images.transpose(0, 3, 1, 2)), torch.tensor(labels).long()
+    )
     dtype = jnp.dtype(model.dtype).name
-    images_nchw, targets = torch.tensor(images.transpose(0, 3, 1, 2)), torch.tensor(labels).long()
-
-    def reference() -> TorchCrate:
-        module = from_flax_model(model)
-        module.load_state_dict({name: torch.tensor(array) for name, array in theirs.items()})
-        return module
-
     with jax.default_matmul_precision("highest" if dtype == "float32" else "default"):
         params = jax.tree.map(jnp.asarray, params)
         x, y = jnp.asarray(images), jnp.asarray(labels)
-        ours = runs.our_tensors(model, params, x)
-        yardstick = runs.torch_tensors(reference(), images_nchw, torch.float32)
-        low: Arrays = {}
-        if dtype != "float32":
-            low = runs.torch_tensors(reference(), images_nchw, getattr(torch, dtype))
-            low |= runs.torch_gradients(reference(), images_nchw, targets, getattr(torch, dtype))[0]
-        our_grads, their_grads, on_one_piece = _gradients(
-            lambda kept: runs.our_gradients(model, params, x[kept], y[kept], loss),
-            lambda kept: runs.torch_gradients(
-                reference(), images_nchw[kept], targets[kept], torch.float32
-            ),
-            images=len(images),
-            exact=dtype == "float32",
+        tensors, top1_agreement = _compare_tensors(model, params, x, reference)
+        gradients, losses, gradient_images = _compare_gradients(
+            model, params, x, y, loss, reference
         )
-        losses = {"ours": float(our_grads.pop("loss")), "torch": float(their_grads.pop("loss"))}
-        ours, yardstick = ours | our_grads, yardstick | their_grads
-        rows = [difference(k, ours[k], yardstick[k], low.get(k)) for k in yardstick]
         training = {
             name: _train_both(
                 dataclasses.replace(optim, lr=rate_scale * optim.lr),
                 functools.partial(train, params, x, y),
-                lambda: (reference(), images_nchw, targets),
-                model=model,
+                reference,
                 steps=train_steps,
                 float64=float64,
             )
             for name, optim in OPTIMIZERS.items()
             if train_steps
         }
-        rates = runs.images_per_s_of_both(model, params, x, reference(), images_nchw, rounds)
-    same = ours["logits"].argmax(axis=1) == yardstick["logits"].argmax(axis=1)
+        rates = runs.images_per_s_of_both(
+            model, params, x, reference.module(), reference.images, rounds
+        )
     return Comparison(
         dtype=dtype,
         images=len(images),
-        rows=rows,
-        top1_agreement=float(same.mean()),
+        rows=tensors + gradients,
+        top1_agreement=top1_agreement,
         losses=losses,
-        gradient_images=on_one_piece,
+        gradient_images=gradient_images,
         training=training,
         images_per_s=rates,
     )
+
+
+@dataclasses.dataclass(frozen=True)
+class _Reference:
+    """PyTorch's side: the weights by official name, images (B, c, H, W) and classes (B,)."""
+
+    model: Crate
+    state: Arrays
+    images: torch.Tensor
+    targets: torch.Tensor
+
+    def module(self) -> TorchCrate:
+        """A fresh model with the weights."""
+        module = from_flax_model(self.model)
+        module.load_state_dict({name: torch.tensor(array) for name, array in self.state.items()})
+        return module
+
+    def tensors(self, dtype: torch.dtype) -> Arrays:
+        """The forward pass, by name."""
+        return runs.torch_tensors(self.module(), self.images, dtype)
+
+    def gradients(self, kept: Any, dtype: torch.dtype) -> tuple[Arrays, np.ndarray]:
+        """Loss and gradients on some of the images, and where ISTA's output is positive."""
+        return runs.torch_gradients(self.module(), self.images[kept], self.targets[kept], dtype)
+
+
+def _compare_tensors(
+    model: Crate, params: Any, x: Array, reference: _Reference
+) -> tuple[list[Difference], float]:
+    """Every tensor of the forward pass, and the share of images in the same class."""
+    dtype = getattr(torch, jnp.dtype(model.dtype).name)
+    ours, yardstick = runs.our_tensors(model, params, x), reference.tensors(torch.float32)
+    low = {} if dtype == torch.float32 else reference.tensors(dtype)
+    same = ours["logits"].argmax(axis=1) == yardstick["logits"].argmax(axis=1)
+    rows = [difference(k, ours[k], yardstick[k], low.get(k)) for k in yardstick]
+    return rows, float(same.mean())
+
+
+def _compare_gradients(
+    model: Crate, params: Any, x: Array, y: Array, loss: Loss, reference: _Reference
+) -> tuple[list[Difference], dict[str, float], int]:
+    """Every gradient, the losses, and the number of images whose gradients were compared."""
+    dtype = getattr(torch, jnp.dtype(model.dtype).name)
+    ours, yardstick, images = _gradients(
+        lambda kept: runs.our_gradients(model, params, x[kept], y[kept], loss),
+        lambda kept: reference.gradients(kept, torch.float32),
+        images=len(x),
+        exact=dtype == torch.float32,
+    )
+    low = {} if dtype == torch.float32 else reference.gradients(slice(None), dtype)[0]
+    losses = {"ours": float(ours.pop("loss")), "torch": float(yardstick.pop("loss"))}
+    rows = [difference(k, ours[k], yardstick[k], low.get(k)) for k in yardstick]
+    return rows, losses, images
 
 
 def _gradients(
@@ -274,17 +310,16 @@ def _gradients(
 def _train_both(
     optim: OptimConfig,
     train_ours: Callable[[OptimConfig, int], tuple[list[float], Any]],
-    start: Callable[[], tuple[TorchCrate, torch.Tensor, torch.Tensor]],
+    reference: _Reference,
     *,
-    model: Crate,
     steps: int,
     float64: bool,
 ) -> dict[str, Any]:
     """The losses of one optimizer side by side, and how many weights stayed together."""
     losses, after = train_ours(optim, steps)
-    module, images, targets = start()
+    module, images, targets = reference.module(), reference.images, reference.targets
     their_losses = runs.train_torch(module, images, targets, optim, steps)
-    ours = to_state_dict(after, model)
+    ours = to_state_dict(after, reference.model)
     apart = [
         np.abs(ours[name] - parameter.detach().numpy()).ravel()
         for name, parameter in module.named_parameters()
@@ -296,8 +331,8 @@ def _train_both(
         "weights_within": float((np.concatenate(apart) <= WEIGHTS_WITHIN).mean()),
     }
     if float64:
-        module = start()[0].double()
-        exact = runs.train_torch(module, images.double(), targets, optim, steps)
+        double = reference.module().double()
+        exact = runs.train_torch(double, images.double(), targets, optim, steps)
         found["relative_to_float64"] = _relative(losses, exact)
         found["torch_relative_to_float64"] = _relative(their_losses, exact)
     return found
