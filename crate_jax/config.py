@@ -50,7 +50,14 @@ class DataConfig:
     std: tuple[float, ...] = (0.5,)  # then divided by, > 0
     num_workers: int = 0  # loader processes; 0: threads of this process
     num_threads: int = 4  # reading threads per loader process, >= 1
-    prefetch_batches: int = 4  # batches made ahead, >= 1
+    prefetch_mib: int = 256  # host memory for batches made ahead, MiB, >= 1
+    mixup_alpha: float = 0.0  # Beta(α, α) of blended images, >= 0; 0: none
+    cutmix_alpha: float = 0.0  # Beta(α, α) of pasted boxes, >= 0; 0: none
+    mix_switch: float = 0.5  # how often CutMix, where both are on, [0, 1]
+    on_bad_example: str = "raise"  # or "skip": the next good one instead (evaluation: left out)
+    max_bad_share: float = 0.01  # of the examples that may be skipped, [0, 1]
+    check_crc: bool = False  # whether TFRecord checksums are verified at each read
+    index_dir: str | None = None  # where indices of TFRecord and tar files are kept; None: beside
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -117,6 +124,9 @@ IDENTITY = (
     "data.dataset",
     "data.train_split",
     "data.train_transforms",
+    "data.mixup_alpha",
+    "data.cutmix_alpha",
+    "data.mix_switch",
     "optim.optimizer",
     "optim.schedule",
     "optim.ema_decay",
@@ -130,6 +140,7 @@ _CHOICES = {
     "model.remat": (None, "none", "dots", "full"),
     "optim.optimizer": ("adamw", "lion"),
     "optim.schedule": ("cosine", "official_readme"),
+    "data.on_bad_example": ("raise", "skip"),
 }
 
 # field: (lowest, bound); the bound itself is excluded.
@@ -156,7 +167,11 @@ _RANGES: dict[str, tuple[float, float]] = {
     "model.scan_unroll": (1, _INF),
     "data.num_workers": (0, _INF),
     "data.num_threads": (1, _INF),
-    "data.prefetch_batches": (1, _INF),
+    "data.prefetch_mib": (1, _INF),
+    "data.mixup_alpha": (0, _INF),
+    "data.cutmix_alpha": (0, _INF),
+    "data.mix_switch": (0, 1 + 1e-9),
+    "data.max_bad_share": (0, 1 + 1e-9),
     "optim.weight_decay": (0, _INF),
     "optim.b1": (0, 1),
     "optim.b2": (0, 1),

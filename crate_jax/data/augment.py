@@ -3,7 +3,8 @@
 A pipeline is written as ``name(arguments)|name(arguments)``, for example
 ``random_resized_crop(224)|random_flip()``. Every transform takes an image (H, W, c), uint8, and a
 `numpy.random.Generator`, and returns an image (H', W', c), uint8. Sizes are pixels: one number for
-a square, two for (height, width).
+a square, two for (height, width). Where torchvision has a transform of that name, this has its
+distribution.
 """
 
 import ast
@@ -16,30 +17,35 @@ import cv2
 import numpy as np
 
 from crate_jax.config import did_you_mean
+from crate_jax.data import color
+from crate_jax.data.decode import EncodedImage
+from crate_jax.data.randaugment import randaugment
+from crate_jax.data.resize import as_hwc, resize_pixels
 
-Transform = Callable[[np.ndarray, np.random.Generator], np.ndarray]
+Transform = functools.partial[np.ndarray]  # called with (image, rng)
 Size = int | tuple[int, int]
 
 
-def resize(image: np.ndarray, rng: np.random.Generator, size: Size) -> np.ndarray:
-    """Resize to a fixed size: bilinear, or by pixel areas where it shrinks."""
-    height, width = (size, size) if isinstance(size, int) else size
-    shrinks = height * width < image.shape[0] * image.shape[1]
-    method = cv2.INTER_AREA if shrinks else cv2.INTER_LINEAR
-    return _as_hwc(cv2.resize(image, (width, height), interpolation=method))
+def resize(
+    image: np.ndarray, rng: np.random.Generator, size: Size, interpolation: str = "bilinear"
+) -> np.ndarray:
+    """Resize to a fixed size with antialiasing; "bilinear" or "bicubic"."""
+    return resize_pixels(image, _pair(size), interpolation=interpolation)
 
 
-def resize_shorter(image: np.ndarray, rng: np.random.Generator, size: int) -> np.ndarray:
+def resize_shorter(
+    image: np.ndarray, rng: np.random.Generator, size: int, interpolation: str = "bilinear"
+) -> np.ndarray:
     """Resize so that the shorter side is `size`; the aspect ratio stays."""
     height, width = image.shape[:2]
     if height < width:
-        return resize(image, rng, (size, int(size * width / height)))
-    return resize(image, rng, (int(size * height / width), size))
+        return resize(image, rng, (size, int(size * width / height)), interpolation)
+    return resize(image, rng, (int(size * height / width), size), interpolation)
 
 
 def center_crop(image: np.ndarray, rng: np.random.Generator, size: Size) -> np.ndarray:
     """Cut the central window out; the image must be at least as large."""
-    height, width = (size, size) if isinstance(size, int) else size
+    height, width = _pair(size)
     if image.shape[0] < height or image.shape[1] < width:
         raise ValueError(
             f"center_crop must get images of at least {height}x{width}; got "
@@ -51,18 +57,20 @@ def center_crop(image: np.ndarray, rng: np.random.Generator, size: Size) -> np.n
 
 
 def random_resized_crop(
-    image: np.ndarray,
+    image: np.ndarray | EncodedImage,
     rng: np.random.Generator,
     size: Size,
     min_area: float = 0.08,
     max_area: float = 1.0,
     min_ratio: float = 3 / 4,
     max_ratio: float = 4 / 3,
+    interpolation: str = "bilinear",
 ) -> np.ndarray:
-    """Crop a window of random area and aspect ratio and resize it; torchvision's distribution.
+    """Crop a window of random area and aspect ratio and resize it.
 
     The area is a uniform share of the image's, the ratio (width / height) log-uniform; after ten
-    windows that do not fit, the largest central window of the nearest allowed ratio is taken.
+    windows that do not fit, the largest central window of the nearest allowed ratio is taken. An
+    image that is encoded still is decoded no finer than the window needs.
     """
     height, width = image.shape[:2]
     for _ in range(10):
@@ -70,20 +78,24 @@ def random_resized_crop(
         ratio = math.exp(rng.uniform(math.log(min_ratio), math.log(max_ratio)))
         w, h = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
         if 0 < w <= width and 0 < h <= height:
-            top, left = rng.integers(height - h + 1), rng.integers(width - w + 1)
+            top, left = int(rng.integers(height - h + 1)), int(rng.integers(width - w + 1))
             break
     else:
         ratio = min(max(width / height, min_ratio), max_ratio)
         w, h = min(width, round(height * ratio)), min(height, round(width / ratio))
         top, left = (height - h) // 2, (width - w) // 2
-    return resize(image[top : top + h, left : left + w], rng, size)
+    if isinstance(image, EncodedImage):
+        window = image.window(top, left, h, w, _pair(size))
+    else:
+        window = image[top : top + h, left : left + w]
+    return resize(window, rng, size, interpolation)
 
 
 def random_flip(
     image: np.ndarray, rng: np.random.Generator, probability: float = 0.5
 ) -> np.ndarray:
     """Mirror left and right with a probability."""
-    return image[:, ::-1] if rng.random() < probability else image
+    return as_hwc(cv2.flip(image, 1)) if rng.random() < probability else image
 
 
 def random_affine(
@@ -112,12 +124,106 @@ def random_affine(
     linear = size * rotation @ np.array([[1, np.tan(slant)], [0, 1]])
     centre = np.array([(width - 1) / 2, (height - 1) / 2])
     offset = centre - linear @ centre + (dx, dy)
-    return _as_hwc(cv2.warpAffine(image, np.column_stack([linear, offset]), (width, height)))
+    return as_hwc(cv2.warpAffine(image, np.column_stack([linear, offset]), (width, height)))
+
+
+def color_jitter(
+    image: np.ndarray,
+    rng: np.random.Generator,
+    brightness: float = 0.0,
+    contrast: float = 0.0,
+    saturation: float = 0.0,
+    hue: float = 0.0,
+) -> np.ndarray:
+    """Change four properties in random order: factors within 1 ± amount (not below 0), hue ± hue.
+
+    Hue is a share of the circle, at most 0.5.
+    """
+    for i in rng.permutation(4):
+        if i == 3 and hue:
+            image = color.adjust_hue(image, rng.uniform(-hue, hue))
+        elif i < 3 and (amount := (brightness, contrast, saturation)[i]):
+            adjust = (color.adjust_brightness, color.adjust_contrast, color.adjust_saturation)[i]
+            image = adjust(image, rng.uniform(max(0.0, 1 - amount), 1 + amount))
+    return image
+
+
+def random_grayscale(
+    image: np.ndarray, rng: np.random.Generator, probability: float = 0.1
+) -> np.ndarray:
+    """Take the colours away with a probability; the number of channels stays."""
+    return color.adjust_saturation(image, 0.0) if rng.random() < probability else image
+
+
+def random_solarize(
+    image: np.ndarray, rng: np.random.Generator, threshold: float = 128, probability: float = 0.5
+) -> np.ndarray:
+    """Invert the values from a threshold on, with a probability."""
+    return color.solarize(image, threshold) if rng.random() < probability else image
+
+
+def random_blur(
+    image: np.ndarray,
+    rng: np.random.Generator,
+    min_sigma: float = 0.1,
+    max_sigma: float = 2.0,
+    probability: float = 0.5,
+) -> np.ndarray:
+    """Blur by a Gaussian of random deviation in pixels, with a probability."""
+    if rng.random() >= probability:
+        return image
+    sigma = rng.uniform(min_sigma, max_sigma)
+    return as_hwc(cv2.GaussianBlur(image, (0, 0), sigma))
+
+
+def random_erasing(
+    image: np.ndarray,
+    rng: np.random.Generator,
+    probability: float = 0.5,
+    min_area: float = 0.02,
+    max_area: float = 1 / 3,
+    min_ratio: float = 0.3,
+    max_ratio: float = 3.3,
+    value: int | tuple[int, ...] | str = 128,
+) -> np.ndarray:
+    """Fill a window of random area and aspect ratio, with a probability (arXiv 1708.04896).
+
+    torchvision erases normalised images, where 0 is the data set's mean pixel: give 255 times
+    that mean, for ImageNet (124, 116, 104). ``"noise"`` fills with uniform random pixels.
+    """
+    if rng.random() >= probability:
+        return image
+    height, width, channels = image.shape
+    for _ in range(10):
+        area = height * width * rng.uniform(min_area, max_area)
+        ratio = math.exp(rng.uniform(math.log(min_ratio), math.log(max_ratio)))
+        h, w = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
+        if h < height and w < width:
+            top, left = rng.integers(height - h + 1), rng.integers(width - w + 1)
+            image = image.copy()
+            noise = value == "noise"
+            fill = rng.integers(0, 256, (h, w, channels), np.uint8) if noise else value
+            image[top : top + h, left : left + w] = fill
+            break
+    return image
 
 
 TRANSFORMS: dict[str, Callable[..., np.ndarray]] = {
     f.__name__: f
-    for f in (resize, resize_shorter, center_crop, random_resized_crop, random_flip, random_affine)
+    for f in (
+        resize,
+        resize_shorter,
+        center_crop,
+        random_resized_crop,
+        random_flip,
+        random_affine,
+        randaugment,
+        color_jitter,
+        random_grayscale,
+        random_solarize,
+        random_blur,
+        random_erasing,
+    )
 }
 
 
@@ -161,6 +267,6 @@ def parse_transforms(spec: str, field: str) -> list[Transform]:
     return transforms
 
 
-def _as_hwc(image: np.ndarray) -> np.ndarray:
-    """OpenCV drops the channel axis of grey images; put it back."""
-    return image[:, :, None] if image.ndim == 2 else image
+def _pair(size: Size) -> tuple[int, int]:
+    """One number for a square, two for (height, width)."""
+    return (size, size) if isinstance(size, int) else size

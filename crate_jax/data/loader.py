@@ -1,14 +1,17 @@
-"""The Grain graph: shuffle, augment, shard, batch, prefetch, and on to the devices.
+"""The Grain graph: shuffle, augment, shard, batch, read ahead, and on to the devices.
 
 What a batch holds depends on the seed and on the number of examples seen before it, and on nothing
 else: not on workers or threads, and not on how many processes share the work.
 """
 
 import dataclasses
+import functools
+import logging
 import multiprocessing
 import os
 import threading
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Sequence
 from typing import Any
 
 import cv2
@@ -18,43 +21,71 @@ import numpy as np
 from jax.sharding import Sharding
 
 from crate_jax.config import DataConfig
-from crate_jax.data.augment import Transform, parse_transforms
-from crate_jax.data.decode import decode_image
+from crate_jax.data.augment import Transform, parse_transforms, random_resized_crop
+from crate_jax.data.decode import BadExampleError, EncodedImage
 from crate_jax.data.sources import Source
 
 # The loader runs examples in parallel; OpenCV's own threads would only get in each other's way.
 cv2.setNumThreads(0)
 
+# Most batches made ahead, however small they are, and how many of them are on the devices.
+MAX_AHEAD, ON_DEVICE = 32, 2
+LOGGED_BAD_EXAMPLES = 10
+
+_log = logging.getLogger("crate_jax")
+_log.setLevel(logging.WARNING)
+
 
 @dataclasses.dataclass(frozen=True)
-class Prepare(grain.transforms.RandomMap):
-    """One stored example to {"image": (H, W, c) uint8, "label": int32}.
+class Prepare:
+    """From a stored example to what a batch holds; see `make_prepare`.
 
     Attributes:
         transforms: applied in order.
         image_shape: (H, W, c) that must come out.
         field: the config field that holds the transforms, for errors.
+        fast: decode with small differences, see `EncodedImage`.
     """
 
     transforms: tuple[Transform, ...]
     image_shape: tuple[int, int, int]
     field: str
+    fast: bool
 
-    def random_map(self, element: dict[str, Any], rng: np.random.Generator) -> dict[str, Any]:
-        """Decode and transform; the same element and generator state give the same pixels."""
-        image = element["image"]
+    def __call__(
+        self, example: dict[str, Any], rng: np.random.Generator, *, name: str = "image"
+    ) -> np.ndarray:
+        """Decode and transform; the same example and generator state give the same pixels.
+
+        Args:
+            example: its ``image`` is encoded bytes, or pixels (H, W, c), uint8.
+            rng: of the transforms.
+            name: what errors call the example.
+
+        Returns:
+            Pixels of `image_shape`, uint8, contiguous.
+
+        Raises:
+            BadExampleError: the bytes do not decode.
+            ValueError: the transforms do not lead to `image_shape`.
+        """
+        image = example["image"]
         if isinstance(image, bytes):
-            name = element.get("name", "data.dataset")
-            image = decode_image(image, channels=self.image_shape[-1], name=name)
+            channels = self.image_shape[-1]
+            image = EncodedImage(image, channels=channels, name=name, fast=self.fast)
         for transform in self.transforms:
+            if isinstance(image, EncodedImage) and transform.func is not random_resized_crop:
+                image = image.pixels()
             image = transform(image, rng)
+        if isinstance(image, EncodedImage):
+            image = image.pixels()
         if image.shape != self.image_shape:
             wanted, got = ("x".join(map(str, s)) for s in (self.image_shape, image.shape))
             raise ValueError(
                 f"{self.field} must give the {wanted} images that the model takes; got {got}. "
                 f"End it with resize({self.image_shape[:2]})."
             )
-        return {"image": np.ascontiguousarray(image), "label": np.int32(element["label"])}
+        return np.ascontiguousarray(image)
 
 
 def make_prepare(data: DataConfig, image_shape: Sequence[int], *, train: bool) -> Prepare:
@@ -65,7 +96,166 @@ def make_prepare(data: DataConfig, image_shape: Sequence[int], *, train: bool) -
     """
     field = "data.train_transforms" if train else "data.eval_transforms"
     spec = data.train_transforms if train else data.eval_transforms
-    return Prepare(tuple(parse_transforms(spec, field)), tuple(image_shape), field)  # type: ignore
+    return Prepare(tuple(parse_transforms(spec, field)), tuple(image_shape), field, fast=train)  # type: ignore[arg-type]
+
+
+def load_example(
+    source: Source, index: int, prepare: Prepare, rng: np.random.Generator
+) -> dict[str, Any]:
+    """Read, check and prepare one example.
+
+    Returns:
+        {"image": (H, W, c) uint8, "label": int32}.
+
+    Raises:
+        BadExampleError: it cannot be read, is no image, or its label is out of range; the message
+            names data set, split, index and, where there is one, file.
+    """
+    name = f"{source.name}[{index}]"
+    try:
+        example = source.examples[index]
+    except Exception as error:  # whatever a reader of files calls a damaged one
+        lines = str(error).strip().splitlines() or [""]
+        raise BadExampleError(
+            f"{name} must be readable; got {type(error).__name__}: {lines[0]} Restore its file."
+        ) from error
+    if "name" in example:
+        name += f" ({example['name']})"
+    label = int(example["label"])
+    if not 0 <= label < source.num_classes:
+        raise BadExampleError(
+            f"{name} must have a label of 0 … {source.num_classes - 1}; got {label}. Mend it."
+        )
+    return {"image": prepare(example, rng, name=name), "label": np.int32(label)}
+
+
+@dataclasses.dataclass(frozen=True)
+class LoadForTraining(grain.transforms.RandomMap):
+    """Index to example; a bad one is replaced by the next good one if `skip`.
+
+    ``bad`` is the index that had to be replaced, or −1.
+    """
+
+    source: Source
+    prepare: Prepare
+    skip: bool
+
+    def random_map(self, element: int, rng: np.random.Generator) -> dict[str, Any]:
+        """Load the example with this index, or the next good one."""
+        for step in range(len(self.source)):
+            try:
+                index = (element + step) % len(self.source)
+                example = load_example(self.source, index, self.prepare, rng)
+                return example | {"bad": np.int64(element if step else -1)}
+            except BadExampleError:
+                if not self.skip:
+                    raise
+        raise ValueError(f"{self.source.name} must hold good examples; none can be read.")
+
+
+@dataclasses.dataclass(frozen=True)
+class LoadForEvaluation(grain.transforms.Map):
+    """Index to example with its mask: 1, or 0 for filling and, if `skip`, for a bad example."""
+
+    source: Source
+    prepare: Prepare
+    skip: bool
+
+    def map(self, element: int) -> dict[str, Any]:
+        """Load the example with this index; the transforms draw from a generator of its own."""
+        if element < len(self.source):
+            try:
+                rng = np.random.default_rng(element)
+                example = load_example(self.source, element, self.prepare, rng)
+                return example | {"mask": np.float32(1), "bad": np.int64(-1)}
+            except BadExampleError:
+                if not self.skip:
+                    raise
+        bad = element if element < len(self.source) else -1
+        image = np.zeros(self.prepare.image_shape, np.uint8)
+        return {"image": image, "label": np.int32(0), "mask": np.float32(0), "bad": np.int64(bad)}
+
+
+class Batches:
+    """An iterator over batches, made ahead in the background; close it when done.
+
+    Attributes:
+        waited_s: seconds that callers of ``next`` have waited, altogether.
+        skipped: bad examples that were replaced or, in evaluation, left out.
+    """
+
+    def __init__(
+        self,
+        batches: grain.MapDataset,
+        data: DataConfig,
+        load: LoadForTraining | LoadForEvaluation,
+        rows: int,
+        sharding: Sharding | None,
+    ):
+        self.waited_s, self.skipped = 0.0, 0
+        self._load, self._data, self._seen = load, data, 0
+        batch_bytes = rows * int(np.prod(load.prepare.image_shape))
+        ahead = max(2, min(MAX_AHEAD, data.prefetch_mib * 2**20 // batch_bytes))
+        threads = min(data.num_threads, ahead)
+        if data.num_workers:
+            _ensure_flags_parsed()
+            each = -(-ahead // data.num_workers)
+            made = batches.to_iter_dataset(grain.ReadOptions(min(threads, each), each))
+            made = made.mp_prefetch(
+                grain.MultiprocessingOptions(data.num_workers, per_worker_buffer_size=1),
+                worker_init_fn=_end_with_parent,
+            )
+        else:
+            made = batches.to_iter_dataset(grain.ReadOptions(threads, ahead))
+        made = made.map(self._without_bad)
+        if sharding is not None:
+            # A thread of its own transfers: the next batch is on the devices when a step ends.
+            made = made.map(functools.partial(to_device, sharding=sharding))
+            made = grain.experimental.ThreadPrefetchIterDataset(
+                made, prefetch_buffer_size=ON_DEVICE
+            )
+        self._iterator = iter(made)
+
+    def __iter__(self) -> "Batches":
+        return self
+
+    def __next__(self) -> dict[str, Any]:
+        start = time.perf_counter()
+        try:
+            return next(self._iterator)
+        finally:
+            self.waited_s += time.perf_counter() - start
+
+    def close(self) -> None:
+        """Stop the workers and threads."""
+        if hasattr(self._iterator, "close"):
+            self._iterator.close()
+
+    def _without_bad(self, batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """Take the account of bad examples out of a batch: count, log the first, stop at many."""
+        bad = batch.pop("bad")
+        self._seen += len(bad)
+        source = self._load.source
+        for index in bad[bad >= 0].tolist():
+            self.skipped += 1
+            if self.skipped <= LOGGED_BAD_EXAMPLES:
+                _log.warning("skipped: %s", self._why(index))
+        limit = self._data.max_bad_share * max(self._seen, len(source))
+        if self.skipped > limit:
+            raise ValueError(
+                f"{source.name} must have at most a share of {self._data.max_bad_share} of bad "
+                f"examples; {self.skipped} of {max(self._seen, len(source))} were skipped. Restore "
+                "its files, or raise data.max_bad_share."
+            )
+        return batch
+
+    def _why(self, index: int) -> str:
+        """What is wrong with an example, found out again: a worker said only which it was."""
+        try:
+            load_example(self._load.source, index, self._load.prepare, np.random.default_rng(0))
+        except BadExampleError as error:
+            return str(error)
+        return f"{self._load.source.name}[{index}] could not be read, and now can"
 
 
 def train_batches(
@@ -78,7 +268,8 @@ def train_batches(
     examples_seen: int = 0,
     process_index: int = 0,
     process_count: int = 1,
-) -> Iterator[dict[str, np.ndarray]]:
+    sharding: Sharding | None = None,
+) -> Batches:
     """Endless training batches, each example once per epoch, every epoch in a new order.
 
     The stream is cut into batches across the ends of epochs, so every batch is full. Starting after
@@ -86,22 +277,30 @@ def train_batches(
 
     Args:
         source: of `open_source`.
-        data: reads num_workers, num_threads and prefetch_batches.
+        data: reads num_workers, num_threads, prefetch_mib, on_bad_example and max_bad_share.
         prepare: of `make_prepare`.
         batch_size: examples per batch over all processes.
         seed: of order and augmentation.
         examples_seen: examples of the stream to leave out at its start.
         process_index: which process this is.
         process_count: how many share a batch; divides batch_size.
+        sharding: of global arrays on the devices, to which batches are then transferred two ahead;
+            None leaves them on the host.
 
-    Yields:
-        {"image": (b, H, W, c) uint8, "label": (b,) int32} with b = batch_size / process_count:
-        every process_count-th example of the global batch.
+    Returns:
+        Iterator over {"image": (b, H, W, c) uint8, "label": (b,) int32}. On the host,
+        b = batch_size / process_count: every process_count-th example of the global batch.
+
+    Raises:
+        BadExampleError: by the iterator, if data.on_bad_example is "raise".
+        ValueError: by the iterator, if more examples are bad than data.max_bad_share allows.
     """
-    stream = grain.MapDataset.source(source.examples).seed(seed % 2**32).shuffle().repeat()
+    load = LoadForTraining(source, prepare, skip=data.on_bad_example == "skip")
+    stream = grain.MapDataset.range(len(source)).seed(seed % 2**32).shuffle().repeat()
     # Random numbers are drawn by the position in the stream, hence before it is shared out.
-    stream = stream.random_map(prepare)[examples_seen:][process_index::process_count]
-    return _iterate(stream.batch(batch_size // process_count), data)
+    stream = stream.random_map(load)[examples_seen:][process_index::process_count]
+    rows = batch_size // process_count
+    return Batches(stream.batch(rows), data, load, rows, sharding)
 
 
 def eval_batches(
@@ -112,60 +311,38 @@ def eval_batches(
     batch_size: int,
     process_index: int = 0,
     process_count: int = 1,
-) -> Iterator[dict[str, np.ndarray]]:
+    sharding: Sharding | None = None,
+) -> Batches:
     """Every example once, in order, in equally many full batches on every process.
 
-    What is missing in the last batch is filled with copies of the first example and masked out.
+    What is missing in the last batch is filled with black images and masked out.
 
     Args:
         source: of `open_source`.
-        data: reads num_workers, num_threads and prefetch_batches.
+        data: as for `train_batches`; a bad example that is skipped is masked out.
         prepare: of `make_prepare`, without randomness that matters.
         batch_size: examples per batch over all processes.
         process_index: which process this is.
         process_count: how many share a batch; divides batch_size.
+        sharding: as for `train_batches`.
 
-    Yields:
-        {"image": (b, H, W, c) uint8, "label": (b,) int32, "mask": (b,) float32, 1 for an example
-        and 0 for filling}.
+    Returns:
+        Iterator over {"image": (b, H, W, c) uint8, "label": (b,) int32, "mask": (b,) float32, 1
+        for an example and 0 for filling}.
+
+    Raises:
+        As `train_batches`.
     """
+    load = LoadForEvaluation(source, prepare, skip=data.on_bad_example == "skip")
     padded = -(-len(source) // batch_size) * batch_size
     indices = grain.MapDataset.range(padded)[process_index::process_count]
-
-    def fetch(index: int) -> dict[str, Any]:
-        real = index < len(source)
-        rng = np.random.default_rng(index)
-        example = prepare.random_map(source.examples[index if real else 0], rng)
-        return example | {"mask": np.float32(real)}
-
-    return _iterate(indices.map(fetch).batch(batch_size // process_count), data)
+    rows = batch_size // process_count
+    return Batches(indices.map(load).batch(rows), data, load, rows, sharding)
 
 
 def to_device(batch: dict[str, np.ndarray], sharding: Sharding) -> dict[str, jax.Array]:
     """This process's rows of a batch to its devices, as one global array a leaf."""
     return {k: jax.make_array_from_process_local_data(sharding, v) for k, v in batch.items()}
-
-
-def _iterate(batches: grain.MapDataset, data: DataConfig) -> Iterator[dict[str, np.ndarray]]:
-    """Run the graph ahead of its consumer, in threads or in processes."""
-    options = grain.ReadOptions(
-        num_threads=data.num_threads, prefetch_buffer_size=data.prefetch_batches
-    )
-    iterable = batches.to_iter_dataset(options)
-    if data.num_workers:
-        _ensure_flags_parsed()
-        iterable = iterable.mp_prefetch(
-            grain.MultiprocessingOptions(
-                num_workers=data.num_workers, per_worker_buffer_size=data.prefetch_batches
-            ),
-            worker_init_fn=_end_with_parent,
-        )
-    iterator = iter(iterable)
-    try:
-        yield from iterator
-    finally:
-        if hasattr(iterator, "close"):
-            iterator.close()
 
 
 def _end_with_parent(worker_index: int, worker_count: int) -> None:

@@ -1,8 +1,9 @@
 """Exact classification metrics over a whole split."""
 
+import contextlib
 import functools
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import jax
@@ -14,7 +15,7 @@ from jax.experimental import multihost_utils
 
 from crate_jax.analysis import layerwise
 from crate_jax.config import TrainConfig, validate
-from crate_jax.data.loader import eval_batches, make_prepare, to_device
+from crate_jax.data.loader import Batches, eval_batches, make_prepare
 from crate_jax.data.pixels import normalize
 from crate_jax.data.sources import Source, open_source
 from crate_jax.models.cost import abstract_parameters
@@ -134,9 +135,11 @@ def evaluate_split(
     model, params, batches = _open_split(config, split, load_params)
     preprocess = functools.partial(normalize, mean=config.data.mean, std=config.data.std)
     eval_step = jax.jit(make_eval_step(model, preprocess=preprocess))
-    jax.block_until_ready(eval_step(params, next(batches())))  # compiles; not in the throughput
+    with contextlib.closing(batches()) as first:  # compiles; not in the throughput
+        jax.block_until_ready(eval_step(params, next(first)))
     start = time.perf_counter()
-    metrics = evaluate(eval_step, params, batches())
+    with contextlib.closing(batches()) as stream:
+        metrics = evaluate(eval_step, params, stream)
     rate = metrics["examples"] / (time.perf_counter() - start)
     return metrics | {"images_per_s": round(rate, 1)}
 
@@ -153,7 +156,8 @@ def layerwise_split(
         ValueError, KeyError, FileNotFoundError: config, data or weights break a rule.
     """
     model, params, batches = _open_split(config, split, load_params)
-    batch = multihost_utils.process_allgather(next(batches()), tiled=True)
+    with contextlib.closing(batches()) as stream:
+        batch = multihost_utils.process_allgather(next(stream), tiled=True)
     images = batch["image"][batch["mask"] > 0]
     images = normalize(jnp.asarray(images), mean=config.data.mean, std=config.data.std)
     measure = jax.jit(functools.partial(layerwise, model))
@@ -170,15 +174,15 @@ def _open_split(config: TrainConfig, split: str, load_params: Callable[[Crate], 
     shape = (*pair(model.image_size), model.in_channels)
     prepare = make_prepare(config.data, shape, train=False)
 
-    def batches() -> Iterator[Batch]:
-        stream = eval_batches(
+    def batches() -> Batches:
+        return eval_batches(
             source,
             config.data,
             prepare,
             batch_size=config.eval_batch_size,
             process_index=jax.process_index(),
             process_count=jax.process_count(),
+            sharding=batch_sharding(mesh),
         )
-        return (to_device(batch, batch_sharding(mesh)) for batch in stream)
 
     return model, params, batches

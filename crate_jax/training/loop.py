@@ -11,6 +11,7 @@ Invariants:
 5. Within the loop nothing moves between host and devices but what is moved explicitly.
 """
 
+import contextlib
 import dataclasses
 import functools
 import math
@@ -27,7 +28,15 @@ from jax.sharding import Mesh
 from crate_jax.analysis import layerwise
 from crate_jax.checkpoint import Checkpointer
 from crate_jax.config import TrainConfig, to_dict, validate
-from crate_jax.data.loader import Prepare, eval_batches, make_prepare, to_device, train_batches
+from crate_jax.data.loader import (
+    Batches,
+    LoadForTraining,
+    Prepare,
+    eval_batches,
+    make_prepare,
+    train_batches,
+)
+from crate_jax.data.mixing import make_mix
 from crate_jax.data.pixels import normalize
 from crate_jax.data.sources import Source
 from crate_jax.evaluation.classify import evaluate, make_eval_step, open_model_and_source
@@ -99,7 +108,8 @@ def set_up(config: TrainConfig) -> Run:
     eval_prepare = make_prepare(config.data, shape, train=False)
     for source, prepare in ((train_source, train_prepare), (eval_source, eval_prepare)):
         # A pipeline that does not fit the model fails here, on one example, and not in a worker.
-        prepare.random_map(source.examples[0], np.random.default_rng(0))
+        load = LoadForTraining(source, prepare, skip=config.data.on_bad_example == "skip")
+        load.random_map(0, np.random.default_rng(0))
     steps_per_epoch = max(1, len(train_source) // config.batch_size)
     total_steps = config.total_steps or math.ceil(config.total_epochs * steps_per_epoch)
     schedule = make_schedule(config.optim, total_steps=total_steps, steps_per_epoch=steps_per_epoch)
@@ -148,8 +158,14 @@ def train(config: TrainConfig, workdir: str | Path) -> dict[str, Any]:
         with Reporter(workdir, config, run.total_steps, record, enabled=lead) as reporter:
             if record["step"] < run.total_steps:
                 programs = _compile(run, shardings)
-                with StopSignal() as stop, jax.transfer_guard("disallow"):
-                    record = _steps(run, programs, state, record, checkpointer, reporter, stop)
+                with (
+                    StopSignal() as stop,
+                    contextlib.closing(_batches_after(run, record["step"])) as batches,
+                    jax.transfer_guard("disallow"),
+                ):
+                    record = _steps(
+                        run, programs, batches, state, record, checkpointer, reporter, stop
+                    )
     finally:
         checkpointer.close()
     seconds = round(time.perf_counter() - start, 1)
@@ -184,6 +200,12 @@ def _compile(run: Run, shardings: Any) -> Programs:
         run.tx,
         schedule=run.schedule,
         preprocess=preprocess,
+        mix=make_mix(
+            num_classes=run.model.num_classes,
+            mixup_alpha=config.data.mixup_alpha,
+            cutmix_alpha=config.data.cutmix_alpha,
+            switch=config.data.mix_switch,
+        ),
         label_smoothing=config.optim.label_smoothing,
         accumulate_steps=config.optim.accumulate_steps,
         ema_decay=config.optim.ema_decay,
@@ -198,8 +220,10 @@ def _compile(run: Run, shardings: Any) -> Programs:
             batch_size=config.eval_batch_size,
             process_index=jax.process_index(),
             process_count=jax.process_count(),
+            sharding=sharding,
         )
-        return evaluate(eval_step, params, (to_device(batch, sharding) for batch in stream))
+        with contextlib.closing(stream):
+            return evaluate(eval_step, params, stream)
 
     gather = jax.jit(
         lambda params, images: (params, images[:OBJECTIVE_IMAGES]), out_shardings=everywhere
@@ -223,9 +247,25 @@ def _compile(run: Run, shardings: Any) -> Programs:
     )
 
 
+def _batches_after(run: Run, step: int) -> Batches:
+    """The training batches after a step, on the devices."""
+    return train_batches(
+        run.train_source,
+        run.config.data,
+        run.train_prepare,
+        batch_size=run.config.batch_size,
+        seed=run.config.seed,
+        examples_seen=step * run.config.batch_size,
+        process_index=jax.process_index(),
+        process_count=jax.process_count(),
+        sharding=batch_sharding(run.mesh),
+    )
+
+
 def _steps(
     run: Run,
     programs: Programs,
+    batches: Batches,
     state: TrainState,
     record: dict[str, Any],
     checkpointer: Checkpointer,
@@ -234,18 +274,7 @@ def _steps(
 ) -> dict[str, Any]:
     """All steps after the restored one; returns the record of the last."""
     config, total = run.config, run.total_steps
-    sharding = batch_sharding(run.mesh)
     key = jax.device_put(run.key, replicated(run.mesh))
-    batches = train_batches(
-        run.train_source,
-        config.data,
-        run.train_prepare,
-        batch_size=config.batch_size,
-        seed=config.seed,
-        examples_seen=record["step"] * config.batch_size,
-        process_index=jax.process_index(),
-        process_count=jax.process_count(),
-    )
 
     def due(step: int, every: int) -> bool:
         return step == total or (every > 0 and step % every == 0)
@@ -253,11 +282,12 @@ def _steps(
     def settle(step: int, metrics: dict[str, jax.Array]) -> None:
         values = {name: float(value) for name, value in jax.device_get(metrics).items()}
         _check_finite(step, values, checkpointer)
-        reporter.trained(step, values, log=due(step, config.log_every_steps))
+        log = due(step, config.log_every_steps)
+        reporter.trained(step, values, log=log, waited_s=batches.waited_s, skipped=batches.skipped)
 
     unsettled = None
     for step in range(record["step"] + 1, total + 1):
-        batch = to_device(next(batches), sharding)
+        batch = next(batches)
         state, metrics = programs.train_step(state, batch, key)
         if unsettled:
             settle(*unsettled)

@@ -38,7 +38,7 @@ class Reporter:
         first = record["step"]
         self.summary: dict[str, float] = dict(record["summary"])
         self._batch_size, self._total = config.batch_size, total_steps
-        self._counted, self._watch = first, Stopwatch()
+        self._counted, self._waited_s, self._watch = first, 0.0, Stopwatch()
         self._progress = Progress(total_steps, sys.stderr if enabled else None)
         self._writer = None
         if first >= total_steps:
@@ -57,14 +57,34 @@ class Reporter:
         if self._writer is not None:
             self._writer.close()
 
-    def trained(self, step: int, metrics: Mapping[str, float], *, log: bool) -> None:
-        """A step is done: `loss`, `top1` and whatever else the step measured."""
+    def trained(
+        self,
+        step: int,
+        metrics: Mapping[str, float],
+        *,
+        log: bool,
+        waited_s: float = 0.0,
+        skipped: int = 0,
+    ) -> None:
+        """A step is done.
+
+        Args:
+            step: which.
+            metrics: `loss`, `top1` and whatever else the step measured.
+            log: whether it is written.
+            waited_s: seconds for which the steps of this program have waited for data, in all.
+            skipped: bad examples that were replaced, in all.
+        """
         self.summary["train/loss"] = metrics["loss"]
         if log:
-            rate = (step - self._counted) / self._watch.lap()
-            self._counted = step
+            seconds = self._watch.lap()
+            rate = (step - self._counted) / seconds
             values = {f"train/{name}": value for name, value in metrics.items()}
             values["images_per_s"] = round(rate * self._batch_size, 1)
+            values["data_wait_share"] = round(min(1, (waited_s - self._waited_s) / seconds), 4)
+            if skipped:
+                values["data_skipped"] = skipped
+            self._counted, self._waited_s = step, waited_s
             self._write(step, values)
             self._progress.update(step, values, rate)
 

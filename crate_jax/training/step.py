@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import optax
 from jax import Array
 
+from crate_jax.data.mixing import Mix
 from crate_jax.models.crate import Crate
 from crate_jax.training.state import TrainState
 
@@ -17,20 +18,24 @@ StepFunction = Callable[[TrainState, Batch, Array], tuple[TrainState, dict[str, 
 
 
 def cross_entropy(logits_BxY: Array, labels_B: Array, *, label_smoothing: float = 0.0) -> Array:
-    """Cross-entropy against (1 − α) one-hot + α/Y, per example, without making either array.
+    """Cross-entropy against (1 − α) p + α/Y, per example, without making that array.
 
-    logsumexp(z) − (1 − α) z_y − α mean(z); PyTorch's ``CrossEntropyLoss(label_smoothing=α)``.
+    logsumexp(z) − (1 − α) Σ_y p_y z_y − α mean(z); PyTorch's
+    ``CrossEntropyLoss(label_smoothing=α)``.
 
     Args:
         logits_BxY: any float dtype; the loss is computed in float32.
-        labels_B: integer classes in [0, Y).
+        labels_B: integer classes in [0, Y), for p one-hot; or p itself (B, Y), rows of sum 1.
         label_smoothing: α in [0, 1).
 
     Returns:
         Loss in nats (B,), float32.
     """
     z_BxY = logits_BxY.astype(jnp.float32)
-    target_B = jnp.take_along_axis(z_BxY, labels_B[:, None], axis=1)[:, 0]
+    if labels_B.ndim == 2:
+        target_B = jnp.sum(labels_B * z_BxY, axis=1)
+    else:
+        target_B = jnp.take_along_axis(z_BxY, labels_B[:, None], axis=1)[:, 0]
     loss_B = jax.nn.logsumexp(z_BxY, axis=1) - (1 - label_smoothing) * target_B
     return loss_B - label_smoothing * z_BxY.mean(axis=1)
 
@@ -46,6 +51,7 @@ def make_train_step(
     *,
     schedule: optax.Schedule | None = None,
     preprocess: Callable[[Array], Array] | None = None,
+    mix: Mix | None = None,
     label_smoothing: float = 0.0,
     accumulate_steps: int = 1,
     ema_decay: float = 0.0,
@@ -62,21 +68,27 @@ def make_train_step(
         tx: the optimizer; it sees the gradient of the mean loss over the batch.
         schedule: reported as ``lr`` when given.
         preprocess: applied to the images on the device; None: they are normalised already.
+        mix: of `crate_jax.data.mixing.make_mix`; applied to the images of each micro-batch.
         label_smoothing: in [0, 1).
         accumulate_steps: micro-batches, run one after the other, whose gradients are averaged.
         ema_decay: of the averaged parameters in the state, when it keeps any.
         axis_name: the `jax.pmap` axis to average over.
 
     Returns:
-        The step. Metrics are float32 scalars: ``loss``, ``top1``, ``grad_norm`` (before clipping),
+        The step. Metrics are float32 scalars: ``loss``, ``top1`` (of mixed images, against
+        the heavier class), ``grad_norm`` (before clipping),
         ``param_norm`` (after the update), ``lr``.
     """
 
     def loss_fn(params: Any, batch: Batch, key: Array) -> tuple[Array, dict[str, Array]]:
         images = batch["image"] if preprocess is None else preprocess(batch["image"])
+        labels_B = targets = batch["label"]
+        if mix is not None:
+            images, targets = mix(stream(key, "mix", 0), images, labels_B)
+            labels_B = targets.argmax(axis=1)
         logits_BxY: Any = model.apply({"params": params}, images, train=True, rngs={"dropout": key})
-        loss = cross_entropy(logits_BxY, batch["label"], label_smoothing=label_smoothing).mean()
-        top1 = (logits_BxY.argmax(axis=1) == batch["label"]).mean(dtype=jnp.float32)
+        loss = cross_entropy(logits_BxY, targets, label_smoothing=label_smoothing).mean()
+        top1 = (logits_BxY.argmax(axis=1) == labels_B).mean(dtype=jnp.float32)
         return loss, {"loss": loss, "top1": top1}
 
     def train_step(state: TrainState, batch: Batch, key: Array):

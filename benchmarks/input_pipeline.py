@@ -1,0 +1,302 @@
+"""How many training images a second does the host make? Ours against Pillow and tf.data.
+
+    python benchmarks/input_pipeline.py --output benchmarks/results/input_pipeline_cpu_2core.json
+
+The images are scikit-learn's two photographs, 500 x 375, JPEG of quality 92, in memory. Every
+pipeline decodes, takes a random resized crop of 224 and a random flip, and makes batches of 128:
+
+- ours: `crate_jax.data.loader.train_batches`, whole; pixels stay bytes (the device normalises).
+- Pillow: what torchvision does with RandomResizedCrop, RandomHorizontalFlip, ToTensor and
+  Normalize, on Pillow images, in the same Grain loader. Needs Pillow.
+- tf.data: decode_and_crop_jpeg, resize, flip; pixels stay bytes. Left out without TensorFlow.
+
+Each runs with 1 and 2 threads and, but for tf.data, which has none, with 1 and 2 worker processes.
+All take turns in one process; a figure is the median of the rounds, of batches made after the
+read-ahead is drained. ``ratio_pillow`` compares ours at its best with Pillow at its best under the
+largest number of threads or workers; ``ratio_tf_data`` likewise. ``--soak N`` instead draws N
+batches of synthetic images and reports how memory grew. The last line is JSON.
+"""
+
+import argparse
+import contextlib
+import dataclasses
+import io
+import itertools
+import json
+import math
+import os
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import cv2
+import grain
+import numpy as np
+from hardware import describe_cpu
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from crate_jax.config import IMAGENET_MEAN, IMAGENET_STD, DataConfig
+from crate_jax.data.loader import make_prepare, train_batches
+from crate_jax.data.sources import Source, SyntheticImages
+
+BATCH, SIZE, EXAMPLES = 128, 224, 4096
+WARM_UP, TIMED = 8, 16  # batches
+
+
+def photographs() -> list[bytes]:
+    """Two JPEGs of 500 x 375 pixels, quality 92."""
+    from sklearn.datasets import load_sample_images
+
+    images: Any = load_sample_images()
+    encoded = []
+    for image in images.images:
+        small = cv2.resize(image, (500, 375), interpolation=cv2.INTER_AREA)
+        options = [cv2.IMWRITE_JPEG_QUALITY, 92]
+        encoded.append(cv2.imencode(".jpg", small[:, :, ::-1], options)[1].tobytes())
+    return encoded
+
+
+@dataclasses.dataclass(frozen=True)
+class Repeated:
+    """A few JPEGs, over and over, as a data set."""
+
+    jpegs: list[bytes]
+
+    def __len__(self) -> int:
+        return EXAMPLES
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        return {"image": self.jpegs[index % len(self.jpegs)], "label": index % len(self.jpegs)}
+
+
+@dataclasses.dataclass(frozen=True)
+class WithPillow(grain.transforms.RandomMap):
+    """Torchvision's training transforms, by Pillow and NumPy."""
+
+    jpegs: list[bytes]
+
+    def random_map(self, element: int, rng: np.random.Generator) -> dict[str, Any]:
+        """Index to a normalised image (c, H, W), float32."""
+        from PIL import Image
+
+        with Image.open(io.BytesIO(self.jpegs[element % len(self.jpegs)])) as file:
+            image = file.convert("RGB")
+        width, height = image.size
+        while True:
+            area = width * height * rng.uniform(0.08, 1)
+            ratio = math.exp(rng.uniform(math.log(3 / 4), math.log(4 / 3)))
+            w, h = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
+            if w <= width and h <= height:
+                break
+        left, top = int(rng.integers(width - w + 1)), int(rng.integers(height - h + 1))
+        crop = image.crop((left, top, left + w, top + h))
+        crop = crop.resize((SIZE, SIZE), Image.Resampling.BILINEAR)
+        if rng.random() < 0.5:
+            crop = crop.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+        pixels = np.asarray(crop).transpose(2, 0, 1).astype(np.float32) / 255
+        mean = np.asarray(IMAGENET_MEAN, np.float32)[:, None, None]
+        std = np.asarray(IMAGENET_STD, np.float32)[:, None, None]
+        return {"image": (pixels - mean) / std, "label": np.int32(element % len(self.jpegs))}
+
+
+def ours(jpegs: list[bytes], threads: int, workers: int) -> Any:
+    """The project's own training batches."""
+    data = DataConfig(
+        train_transforms=f"random_resized_crop({SIZE})|random_flip()",
+        num_threads=threads,
+        num_workers=workers,
+        prefetch_mib=1,
+    )
+    source = Source("photographs", Repeated(jpegs), len(jpegs))
+    prepare = make_prepare(data, (SIZE, SIZE, 3), train=True)
+    return train_batches(source, data, prepare, batch_size=BATCH, seed=0)
+
+
+def pillow(jpegs: list[bytes], threads: int, workers: int) -> Any:
+    """Batches made by Pillow in the same loader."""
+    stream = grain.MapDataset.range(EXAMPLES).seed(0).shuffle().repeat()
+    stream = stream.random_map(WithPillow(jpegs)).batch(BATCH)
+    made = stream.to_iter_dataset(grain.ReadOptions(threads, max(2, threads)))
+    if workers:
+        made = made.mp_prefetch(grain.MultiprocessingOptions(workers, per_worker_buffer_size=1))
+    return iter(made)
+
+
+def tf_data(jpegs: list[bytes], threads: int, workers: int) -> Any:
+    """Batches made by tf.data with as many threads."""
+    import tensorflow as tf
+
+    def prepare(jpeg: Any) -> Any:
+        shape = tf.image.extract_jpeg_shape(jpeg)
+        begin, extent, _ = tf.image.sample_distorted_bounding_box(
+            shape,
+            tf.zeros([1, 0, 4]),
+            area_range=(0.08, 1.0),
+            aspect_ratio_range=(3 / 4, 4 / 3),
+            max_attempts=10,
+            use_image_if_no_bounding_boxes=True,
+            min_object_covered=0.0,
+        )
+        window = tf.concat([begin[:2], extent[:2]], 0)
+        image = tf.image.decode_and_crop_jpeg(jpeg, window, channels=3)
+        image = tf.image.resize(image, (SIZE, SIZE))
+        return tf.cast(tf.image.random_flip_left_right(image), tf.uint8)
+
+    options = tf.data.Options()
+    options.threading.private_threadpool_size = threads
+    options.deterministic = True
+    stream = tf.data.Dataset.from_tensor_slices(jpegs).repeat()
+    stream = stream.map(prepare, num_parallel_calls=threads).batch(BATCH).prefetch(2)
+    return stream.with_options(options).as_numpy_iterator()
+
+
+def images_per_s(make: Callable[..., Any], jpegs: list[bytes], threads: int, workers: int) -> float:
+    """One round of one pipeline."""
+    stream: Iterator[Any] = make(jpegs, threads, workers)
+    try:
+        for _ in itertools.islice(stream, WARM_UP):
+            pass
+        start = time.perf_counter()
+        for _ in itertools.islice(stream, TIMED):
+            pass
+        return TIMED * BATCH / (time.perf_counter() - start)
+    finally:
+        if hasattr(stream, "close"):
+            stream.close()
+
+
+def start_up_s(jpegs: list[bytes], workers: int) -> float:
+    """Seconds from nothing to the first batch with worker processes."""
+    start = time.perf_counter()
+    with contextlib.closing(ours(jpegs, 1, workers)) as stream:
+        next(stream)
+        return time.perf_counter() - start
+
+
+def soak(batches: int, workers: int) -> dict[str, Any]:
+    """Draw synthetic batches; resident memory of this process and its workers over time."""
+    data = DataConfig(train_transforms="random_flip()", num_workers=workers, prefetch_mib=16)
+    source = Source("synthetic", SyntheticImages((32, 32, 3), 10), 10)
+    prepare = make_prepare(data, (32, 32, 3), train=True)
+    marks: list[float] = []
+    every = max(1, batches // 20)
+    with contextlib.closing(
+        train_batches(source, data, prepare, batch_size=32, seed=0)
+    ) as stream:
+        for i in range(1, batches + 1):
+            next(stream)
+            if i % every == 0:
+                marks.append(round(resident_mib(), 1))
+    warm, last = marks[1], statistics.median(marks[-3:])
+    return {"batches": batches, "workers": workers, "mib": marks, "growth": last / warm - 1}
+
+
+def resident_mib() -> float:
+    """Private and shared memory of this process and its children; Linux."""
+    pids = [os.getpid()]
+    for task in Path(f"/proc/{os.getpid()}/task").iterdir():
+        pids += [int(child) for child in (task / "children").read_text().split()]
+    total = 0
+    for pid in pids:
+        with contextlib.suppress(OSError):
+            status = Path(f"/proc/{pid}/status").read_text()
+            total += int(status.split("VmRSS:")[1].split()[0])
+    return total / 1024
+
+
+def installed(name: str) -> str | None:
+    """A package's version; None: it is not there."""
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None
+
+
+def main() -> None:
+    """Measure in turns, print a table and JSON."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--soak", type=int, help="instead: this many synthetic batches")
+    parser.add_argument("--workers", type=int, default=0, help="of --soak")
+    parser.add_argument("--output", type=Path, help="write the JSON there too")
+    args = parser.parse_args()
+    from absl import flags
+
+    flags.FLAGS.mark_as_parsed()
+    names = ("grain", "numpy", "opencv-python-headless", "simplejpeg", "pillow", "tensorflow_cpu")
+    about = {
+        "hardware": describe_cpu(),
+        "versions": {name: installed(name) for name in names if installed(name)},
+        "command": " ".join(["python", "benchmarks/input_pipeline.py", *sys.argv[1:]]),
+    }
+    result = soak(args.soak, args.workers) if args.soak else compare(args.rounds)
+    text = json.dumps(result | about)
+    if args.output:
+        args.output.write_text(json.dumps(result | about, indent=2) + "\n")
+    print(text)
+
+
+def compare(rounds: int) -> dict[str, Any]:
+    """All pipelines in turns."""
+    jpegs = photographs()
+    makers: dict[str, Callable[..., Any]] = {"ours": ours, "pillow": pillow}
+    if installed("tensorflow") or installed("tensorflow_cpu"):
+        makers["tf_data"] = tf_data
+    cases = [
+        (name, threads, workers)
+        for threads, workers in ((1, 0), (2, 0), (1, 1), (1, 2))
+        for name in makers
+        if not (name == "tf_data" and workers)
+    ]
+    found: dict[tuple[str, int, int], list[float]] = {case: [] for case in cases}
+    for _ in range(rounds):
+        for case in cases:
+            found[case].append(images_per_s(makers[case[0]], jpegs, *case[1:]))
+    rows = []
+    print(f"{'':8}  threads  workers  images/s  (lowest … highest)")
+    for (name, threads, workers), values in found.items():
+        middle = statistics.median(values)
+        print(
+            f"{name:8}  {threads:7}  {workers:7}  {middle:8.0f}  "
+            f"({min(values):.0f} … {max(values):.0f})"
+        )
+        rows.append(
+            {
+                "pipeline": name,
+                "threads": threads,
+                "workers": workers,
+                "images_per_s": round(middle, 1),
+                "lowest": round(min(values), 1),
+                "highest": round(max(values), 1),
+            }
+        )
+
+    def best(name: str) -> float | None:
+        """The median at two threads or two workers, whichever is faster."""
+        two = [r["images_per_s"] for r in rows if r["pipeline"] == name]
+        two = [
+            r["images_per_s"]
+            for r in rows
+            if r["pipeline"] == name and max(r["threads"], r["workers"]) == 2
+        ]
+        return max(two, default=None)
+
+    mine, by_pillow, by_tf = best("ours"), best("pillow"), best("tf_data")
+    return {
+        "images_per_s": mine,
+        "ratio_pillow": round(mine / by_pillow, 3) if mine and by_pillow else None,
+        "ratio_tf_data": round(mine / by_tf, 3) if mine and by_tf else None,
+        "start_up_s": round(statistics.median(start_up_s(jpegs, 2) for _ in range(3)), 2),
+        "rounds": rounds,
+        "batch_size": BATCH,
+        "pipelines": rows,
+    }
+
+
+if __name__ == "__main__":
+    main()
