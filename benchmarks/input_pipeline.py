@@ -6,20 +6,25 @@ The images are scikit-learn's two photographs, 500 x 375, JPEG of quality 92, in
 pipeline decodes, takes a random resized crop of 224 and a random flip, and makes batches of 128:
 
 - ours: `crate_jax.data.loader.train_batches`, whole; pixels stay bytes (the device normalises).
+  Crops are resized with antialiasing, the default, and once more without.
 - Pillow: what torchvision does with RandomResizedCrop, RandomHorizontalFlip, ToTensor and
   Normalize, on Pillow images, in the same Grain loader. Needs Pillow.
-- tf.data: decode_and_crop_jpeg, resize, flip; pixels stay bytes. Left out without TensorFlow.
+- tf.data: decode_and_crop_jpeg, tf.image.resize, flip; pixels stay bytes. Without antialiasing, the
+  default there, and once more with it. Left out without TensorFlow.
 
 Each runs with 1 and 2 threads and, but for tf.data, which has none, with 1 and 2 worker processes.
 All take turns in one process; a figure is the median of the rounds, of batches made after the
-read-ahead is drained. ``ratio_pillow`` compares ours at its best with Pillow at its best under the
-largest number of threads or workers; ``ratio_tf_data`` likewise. ``--soak N`` instead draws N
-batches of synthetic images and reports how memory grew. The last line is JSON.
+read-ahead is drained. Ratios compare the best of two threads or two workers on each side:
+``ratio_pillow`` ours with antialiasing with Pillow, which has it; ``ratio_tf_data`` the same work
+on both sides, without antialiasing, ``ratio_tf_data_antialias`` with it, and
+``ratio_tf_data_uneven`` ours with against theirs without. ``--soak N`` instead draws N batches of synthetic images and
+reports how memory grew. The last line is JSON.
 """
 
 import argparse
 import contextlib
 import dataclasses
+import functools
 import io
 import itertools
 import json
@@ -104,10 +109,10 @@ class WithPillow(grain.transforms.RandomMap):
         return {"image": (pixels - mean) / std, "label": np.int32(element % len(self.jpegs))}
 
 
-def ours(jpegs: list[bytes], threads: int, workers: int) -> Any:
+def ours(jpegs: list[bytes], threads: int, workers: int, antialias: bool = True) -> Any:
     """The project's own training batches."""
     data = DataConfig(
-        train_transforms=f"random_resized_crop({SIZE})|random_flip()",
+        train_transforms=f"random_resized_crop({SIZE}, antialias={antialias})|random_flip()",
         num_threads=threads,
         num_workers=workers,
         prefetch_mib=1,
@@ -127,7 +132,7 @@ def pillow(jpegs: list[bytes], threads: int, workers: int) -> Any:
     return iter(made)
 
 
-def tf_data(jpegs: list[bytes], threads: int, workers: int) -> Any:
+def tf_data(jpegs: list[bytes], threads: int, workers: int, antialias: bool = False) -> Any:
     """Batches made by tf.data with as many threads."""
     import tensorflow as tf
 
@@ -144,7 +149,7 @@ def tf_data(jpegs: list[bytes], threads: int, workers: int) -> Any:
         )
         window = tf.concat([begin[:2], extent[:2]], 0)
         image = tf.image.decode_and_crop_jpeg(jpeg, window, channels=3)
-        image = tf.image.resize(image, (SIZE, SIZE))
+        image = tf.image.resize(image, (SIZE, SIZE), antialias=antialias)
         return tf.cast(tf.image.random_flip_left_right(image), tf.uint8)
 
     options = tf.data.Options()
@@ -185,9 +190,7 @@ def soak(batches: int, workers: int) -> dict[str, Any]:
     prepare = make_prepare(data, (32, 32, 3), train=True)
     marks: list[float] = []
     every = max(1, batches // 20)
-    with contextlib.closing(
-        train_batches(source, data, prepare, batch_size=32, seed=0)
-    ) as stream:
+    with contextlib.closing(train_batches(source, data, prepare, batch_size=32, seed=0)) as stream:
         for i in range(1, batches + 1):
             next(stream)
             if i % every == 0:
@@ -244,25 +247,30 @@ def main() -> None:
 def compare(rounds: int) -> dict[str, Any]:
     """All pipelines in turns."""
     jpegs = photographs()
-    makers: dict[str, Callable[..., Any]] = {"ours": ours, "pillow": pillow}
+    makers: dict[str, Callable[..., Any]] = {
+        "ours": ours,
+        "ours_plain": functools.partial(ours, antialias=False),
+        "pillow": pillow,
+    }
     if installed("tensorflow") or installed("tensorflow_cpu"):
-        makers["tf_data"] = tf_data
+        makers["tf_data"] = functools.partial(tf_data, antialias=True)
+        makers["tf_data_plain"] = tf_data
     cases = [
         (name, threads, workers)
         for threads, workers in ((1, 0), (2, 0), (1, 1), (1, 2))
         for name in makers
-        if not (name == "tf_data" and workers)
+        if not (name.startswith("tf_data") and workers)
     ]
     found: dict[tuple[str, int, int], list[float]] = {case: [] for case in cases}
     for _ in range(rounds):
         for case in cases:
             found[case].append(images_per_s(makers[case[0]], jpegs, *case[1:]))
     rows = []
-    print(f"{'':8}  threads  workers  images/s  (lowest … highest)")
+    print(f"{'':14}  threads  workers  images/s  (lowest … highest)")
     for (name, threads, workers), values in found.items():
         middle = statistics.median(values)
         print(
-            f"{name:8}  {threads:7}  {workers:7}  {middle:8.0f}  "
+            f"{name:14}  {threads:7}  {workers:7}  {middle:8.0f}  "
             f"({min(values):.0f} … {max(values):.0f})"
         )
         rows.append(
@@ -275,22 +283,25 @@ def compare(rounds: int) -> dict[str, Any]:
                 "highest": round(max(values), 1),
             }
         )
+    # On each side the better of two threads and two workers.
+    best = {
+        name: max(
+            row["images_per_s"]
+            for row in rows
+            if row["pipeline"] == name and max(row["threads"], row["workers"]) == 2
+        )
+        for name in makers
+    }
 
-    def best(name: str) -> float | None:
-        """The median at two threads or two workers, whichever is faster."""
-        two = [r["images_per_s"] for r in rows if r["pipeline"] == name]
-        two = [
-            r["images_per_s"]
-            for r in rows
-            if r["pipeline"] == name and max(r["threads"], r["workers"]) == 2
-        ]
-        return max(two, default=None)
+    def ratio(mine: str, theirs: str) -> float | None:
+        return round(best[mine] / best[theirs], 3) if theirs in best else None
 
-    mine, by_pillow, by_tf = best("ours"), best("pillow"), best("tf_data")
     return {
-        "images_per_s": mine,
-        "ratio_pillow": round(mine / by_pillow, 3) if mine and by_pillow else None,
-        "ratio_tf_data": round(mine / by_tf, 3) if mine and by_tf else None,
+        "images_per_s": best["ours"],
+        "ratio_pillow": ratio("ours", "pillow"),
+        "ratio_tf_data": ratio("ours_plain", "tf_data_plain"),
+        "ratio_tf_data_antialias": ratio("ours", "tf_data"),
+        "ratio_tf_data_uneven": ratio("ours", "tf_data_plain"),
         "start_up_s": round(statistics.median(start_up_s(jpegs, 2) for _ in range(3)), 2),
         "rounds": rounds,
         "batch_size": BATCH,

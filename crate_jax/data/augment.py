@@ -27,20 +27,28 @@ Size = int | tuple[int, int]
 
 
 def resize(
-    image: np.ndarray, rng: np.random.Generator, size: Size, interpolation: str = "bilinear"
+    image: np.ndarray,
+    rng: np.random.Generator,
+    size: Size,
+    interpolation: str = "bilinear",
+    antialias: bool = True,
 ) -> np.ndarray:
-    """Resize to a fixed size with antialiasing; "bilinear" or "bicubic"."""
-    return resize_pixels(image, _pair(size), interpolation=interpolation)
+    """Resize to a fixed size, "bilinear" or "bicubic"; see `resize_pixels`."""
+    return resize_pixels(image, _pair(size), interpolation=interpolation, antialias=antialias)
 
 
 def resize_shorter(
-    image: np.ndarray, rng: np.random.Generator, size: int, interpolation: str = "bilinear"
+    image: np.ndarray,
+    rng: np.random.Generator,
+    size: int,
+    interpolation: str = "bilinear",
+    antialias: bool = True,
 ) -> np.ndarray:
     """Resize so that the shorter side is `size`; the aspect ratio stays."""
     height, width = image.shape[:2]
     if height < width:
-        return resize(image, rng, (size, int(size * width / height)), interpolation)
-    return resize(image, rng, (int(size * height / width), size), interpolation)
+        return resize(image, rng, (size, int(size * width / height)), interpolation, antialias)
+    return resize(image, rng, (int(size * height / width), size), interpolation, antialias)
 
 
 def center_crop(image: np.ndarray, rng: np.random.Generator, size: Size) -> np.ndarray:
@@ -65,6 +73,7 @@ def random_resized_crop(
     min_ratio: float = 3 / 4,
     max_ratio: float = 4 / 3,
     interpolation: str = "bilinear",
+    antialias: bool = True,
 ) -> np.ndarray:
     """Crop a window of random area and aspect ratio and resize it.
 
@@ -88,7 +97,7 @@ def random_resized_crop(
         window = image.window(top, left, h, w, _pair(size))
     else:
         window = image[top : top + h, left : left + w]
-    return resize(window, rng, size, interpolation)
+    return resize(window, rng, size, interpolation, antialias)
 
 
 def random_flip(

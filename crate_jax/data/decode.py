@@ -10,6 +10,7 @@ import simplejpeg
 MAX_PIXELS = 2**27
 
 JPEG, PNG = b"\xff\xd8", b"\x89PNG\r\n\x1a\n"  # how files begin
+END = b"\xff\xd9"  # how a JPEG ends
 
 
 class BadExampleError(ValueError):
@@ -27,8 +28,9 @@ class EncodedImage:
         channels: 1 (grey) or 3 (RGB).
         name: what an error calls the image.
         fast: take libjpeg-turbo's quicker inverse transform and chroma upsampling, which change
-            pixels by a few of 255, and decode a large window at a half, a quarter or an eighth of
-            its size. For training; evaluation wants the pixels that every decoder agrees on.
+            pixels by a few of 255, decode no rows below a window, and a large window at a half, a
+            quarter or an eighth of its size. For training; evaluation wants the pixels that every
+            decoder agrees on.
 
     Raises:
         ValueError: channels is neither 1 nor 3.
@@ -85,25 +87,29 @@ class EncodedImage:
         if self._fast and self._pixels is None:
             spare = min(height / size[0], width / size[1])
             reduction = next((f for f in (8, 4, 2) if spare >= f), 1)
-            pixels = self._decode_jpeg(reduction)
+            pixels = self._decode_jpeg(reduction, rows=top + height)
         if pixels is None:
             reduction, pixels = 1, self.pixels()
         bottom, right = -(-(top + height) // reduction), -(-(left + width) // reduction)
         return pixels[top // reduction : bottom, left // reduction : right]
 
-    def _decode_jpeg(self, reduction: int = 1) -> np.ndarray | None:
-        """A JPEG's pixels; None: it is none, or is damaged."""
+    def _decode_jpeg(self, reduction: int = 1, rows: int | None = None) -> np.ndarray | None:
+        """A JPEG's pixels, at least so many rows; None: it is none, or is damaged."""
         if self._data[:2] != JPEG or self._size is None:
             return None
-        height, width = self._size
+        (height, width), data = self._size, self._data
+        above = height if rows is None else -(-rows // 16) * 16  # 16 rows are coded together
+        if above < height and (shorter := _shortened(data, above)) is not None:
+            height, data = above, shorter
         try:
             return simplejpeg.decode_jpeg(
-                self._data,
+                data,
                 "GRAY" if self._channels == 1 else "RGB",
                 fastdct=self._fast,
                 fastupsample=self._fast,
                 min_height=-(-height // reduction) if reduction > 1 else 0,
                 min_width=-(-width // reduction) if reduction > 1 else 0,
+                strict=data is self._data,  # what follows the rows of a shorter one is no damage
             )
         except ValueError:
             return None
@@ -140,4 +146,22 @@ def _declared_size(data: bytes) -> tuple[int, int] | None:
             return int(height), int(width)
         except ValueError:
             return None
+    return None
+
+
+def _shortened(data: bytes, rows: int) -> bytearray | None:
+    """A JPEG whose header says that it ends after so many rows, so that no more are decoded.
+
+    None: it is not sequential, or not whole: then all of it is decoded, so that damage is found.
+    """
+    place = 2
+    while data[-2:] == END and data[place] == 0xFF and place + 9 < len(data):
+        marker, length = data[place + 1], int.from_bytes(data[place + 2 : place + 4], "big")
+        if marker in (0xC0, 0xC1):  # the frame header: length, bits per sample, height, width
+            shorter = bytearray(data)
+            shorter[place + 5 : place + 7] = rows.to_bytes(2, "big")
+            return shorter
+        if marker in (0xC2, 0xDA):  # progressive, or the pixels have begun
+            return None
+        place += 2 + length
     return None
