@@ -17,8 +17,8 @@ All take turns in one process; a figure is the median of the rounds, of batches 
 read-ahead is drained. Ratios compare the best of two threads or two workers on each side:
 ``ratio_pillow`` ours with antialiasing with Pillow, which has it; ``ratio_tf_data`` the same work
 on both sides, without antialiasing, ``ratio_tf_data_antialias`` with it, and
-``ratio_tf_data_uneven`` ours with against theirs without. ``--soak N`` instead draws N batches of synthetic images and
-reports how memory grew. The last line is JSON.
+``ratio_tf_data_uneven`` ours with against theirs without. ``--soak N`` instead draws N batches of
+synthetic images and reports how memory grew. The last line is JSON.
 """
 
 import argparse
@@ -46,7 +46,8 @@ from hardware import describe_cpu
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from crate_jax.config import IMAGENET_MEAN, IMAGENET_STD, DataConfig
-from crate_jax.data.loader import make_prepare, train_batches
+from crate_jax.data.examples import make_prepare
+from crate_jax.data.loader import train_batches
 from crate_jax.data.sources import Source, SyntheticImages
 
 BATCH, SIZE, EXAMPLES = 128, 224, 4096

@@ -177,9 +177,10 @@ def _images_to_compare(
     """Normalised images (B, H, W, c), labels (B,), and what they are in words."""
     import jax.numpy as jnp
 
-    from crate_jax.data.loader import eval_batches, make_prepare
+    from crate_jax.data.examples import make_prepare
+    from crate_jax.data.loader import eval_batches
     from crate_jax.data.pixels import normalize
-    from crate_jax.data.sources import FolderImages, Source, image_paths, open_source
+    from crate_jax.data.sources import FolderImages, Source, folder_images, open_source
     from crate_jax.interop import find_run
 
     if args.images and args.dataset:
@@ -191,12 +192,13 @@ def _images_to_compare(
         data = _saved_config(*find_run(args.weights))[0].data
     _override_data(data, args)
     if args.images:
-        paths = [str(path) for path in image_paths(args.images)]
-        if not paths:
+        found = folder_images(args.images, lambda path: 0)
+        if not len(found):
             raise ValueError(f"--images must be a folder with images; got {args.images}.")
         # The labels only have to be the same for both.
-        labels = rng.integers(0, model.num_classes, len(paths)).tolist()
-        source = Source(args.images, FolderImages(paths, labels), model.num_classes)
+        labels = rng.integers(0, model.num_classes, len(found)).astype(np.int32)
+        examples = FolderImages(args.images, found.paths, labels)
+        source = Source(args.images, examples, model.num_classes)
     elif args.dataset or is_run:
         source = open_source(
             data, data.eval_split, image_shape=shape, num_classes=model.num_classes

@@ -39,7 +39,7 @@ class ModelConfig:
 class DataConfig:
     """Where the examples come from and what happens to each on its way to the device."""
 
-    dataset: str = "digits"  # "digits", "folder", "synthetic", or any TFDS name
+    dataset: str = "digits"  # "digits", "folder", "tar", "synthetic", or any TFDS name
     data_dir: str | None = None  # TFDS directory or folder root; None: TFDS's own default
     train_split: str = "train"  # TFDS split syntax, or a folder under data_dir
     eval_split: str = "test"  # likewise

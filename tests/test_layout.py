@@ -32,7 +32,23 @@ FLOORS = [
 # long as there is no circle. The folder's own __init__ is on top of it.
 ROOMS = {
     "models": ["layers", "embedding", "vit", "crate_mae", "crate_alpha", "crate", "cost", "zoo"],
-    "data": ["digits", "sources", "decode", "mixing", "augment", "loader"],
+    "data": [
+        "storage",
+        "tfrecord",
+        "tars",
+        "digits",
+        "tfds_source",
+        "sources",
+        "decode",
+        "resize",
+        "color",
+        "randaugment",
+        "augment",
+        "mixing",
+        "examples",
+        "loader",
+        "prepare",
+    ],
     "analysis": ["taps", "maskcut", "pca", "saliency", "layerwise", "report"],
     "interop": [
         "safetensors_weights",

@@ -15,7 +15,8 @@ from jax.experimental import multihost_utils
 
 from crate_jax.analysis import layerwise
 from crate_jax.config import TrainConfig, validate
-from crate_jax.data.loader import Batches, eval_batches, make_prepare
+from crate_jax.data.examples import make_prepare
+from crate_jax.data.loader import Batches, eval_batches
 from crate_jax.data.pixels import normalize
 from crate_jax.data.sources import Source, open_source
 from crate_jax.models.cost import abstract_parameters

@@ -28,14 +28,8 @@ from jax.sharding import Mesh
 from crate_jax.analysis import layerwise
 from crate_jax.checkpoint import Checkpointer
 from crate_jax.config import TrainConfig, to_dict, validate
-from crate_jax.data.loader import (
-    Batches,
-    LoadForTraining,
-    Prepare,
-    eval_batches,
-    make_prepare,
-    train_batches,
-)
+from crate_jax.data.examples import LoadForTraining, Prepare, make_prepare
+from crate_jax.data.loader import Batches, eval_batches, train_batches
 from crate_jax.data.mixing import make_mix
 from crate_jax.data.pixels import normalize
 from crate_jax.data.sources import Source

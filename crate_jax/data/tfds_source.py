@@ -1,0 +1,150 @@
+"""TFDS data sets, prepared as array_record, parquet or TFRecord, without TensorFlow."""
+
+import contextlib
+import dataclasses
+import functools
+import io
+import sys
+from typing import Any
+
+from crate_jax.config import DataConfig, did_you_mean
+from crate_jax.data import storage, tfrecord
+
+
+def open_tfds(data: DataConfig, split: str) -> tuple[str, "NamedExamples", int, tuple[str, ...]]:
+    """One split; images stay encoded.
+
+    Args:
+        data: reads dataset, data_dir, download, on_bad_example, check_crc and index_dir.
+        split: in TFDS's own syntax.
+
+    Returns:
+        What a `Source` holds: its name, examples, number of classes and their names.
+
+    Raises:
+        As `crate_jax.data.sources.open_source`.
+    """
+    import tensorflow_datasets as tfds
+
+    builder = _tfds_builder(data)
+    features = builder.info.features
+    if not {"image", "label"} <= set(features or ()):
+        raise ValueError(
+            f"data.dataset must have the features image and label; got {data.dataset}."
+        )
+    try:
+        info = builder.info.splits[split]
+    except ValueError as error:
+        raise FileNotFoundError(
+            f"split must be one of {', '.join(builder.info.splits)}, or part of one; got {split}. "
+            + did_you_mean(split, builder.info.splits)
+        ) from error
+    name, length = f"{data.dataset}/{split}", info.num_examples
+    images = [key for key, f in features.items() if isinstance(f, tfds.features.Image)]
+    decoders = {key: tfds.decode.SkipDecoding() for key in images}
+    kind = builder.info.file_format.value if builder.info.file_format else "unknown"
+    examples: Any = []  # TFDS opens no empty split
+    if length and kind == "tfrecord":
+        examples = tfrecord.open_tfrecords(
+            info.file_instructions,
+            features,
+            decoders,
+            folder=str(builder.data_path),
+            index_dir=data.index_dir,
+            check_crc=data.check_crc,
+        )
+        if examples.missing and data.on_bad_example == "raise":
+            raise ValueError(
+                f"{name} must have whole files; {examples.missing[0]} ends before its last "
+                "example. Restore it, or set data.on_bad_example=skip to go on without."
+            )
+    elif length:
+        examples = _as_data_source(builder, split, decoders, name, kind)
+    # TFDS drops examples when it writes parquet, and reads whole files where a part is asked for.
+    if len(examples) != length:
+        raise ValueError(
+            f"{name} must hold {length} examples; TFDS reads {len(examples)} of "
+            f"{builder.data_path}. Prepare it again with file_format='array_record'."
+        )
+    label = features["label"]
+    return name, NamedExamples(examples), label.num_classes, tuple(label.names or ())
+
+
+def _as_data_source(builder: Any, split: str, decoders: Any, name: str, kind: str) -> Any:
+    """TFDS's own random access to array_record and parquet."""
+    if kind == "array_record" and storage.is_remote(str(builder.data_path)):
+        raise ValueError(
+            f"{name} must be local: array_record files cannot be read from {builder.data_path}. "
+            "Mount the bucket as a folder, or prepare the data set as TFRecord."
+        )
+    try:
+        return builder.as_data_source(split, decoders=decoders)
+    except NotImplementedError as error:
+        raise ValueError(
+            f"data.dataset must be prepared as array_record, parquet or tfrecord; {name} is "
+            f"{kind}. Prepare it again with file_format='array_record'."
+        ) from error
+    except Exception as error:  # whatever pyarrow calls a damaged file; it reads all at once
+        reason = (str(error).splitlines() or [""])[0]
+        raise ValueError(
+            f"{name} must have whole files; {builder.data_path} does not open ({reason}). "
+            "Restore it."
+        ) from error
+
+
+@dataclasses.dataclass(frozen=True)
+class NamedExamples:
+    """Examples of TFDS under the names that `Examples` has."""
+
+    examples: Any
+
+    def __len__(self) -> int:
+        return len(self.examples)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        example = self.examples[index]
+        found = {"image": example["image"], "label": int(example["label"])}
+        if isinstance(name := example.get("file_name"), bytes):
+            found["name"] = name.decode(errors="replace")
+        return found
+
+
+def _tfds_builder(data: DataConfig) -> Any:
+    """The prepared builder, or the reason why there is none."""
+    import tensorflow_datasets as tfds
+    from tensorflow_datasets.core import registered
+
+    if data.dataset == "digits":
+        from crate_jax.data.digits import Digits as make
+
+        download = True  # from no network: scikit-learn has them
+        tfds.disable_progress_bar()  # it takes two seconds
+    else:
+        make, download = functools.partial(tfds.builder, data.dataset), data.download
+    try:
+        builder = make(data_dir=data.data_dir)
+    except tfds.core.DatasetNotFoundError as error:
+        known = {"digits", "folder", "synthetic", "tar", *registered.list_imported_builders()}
+        raise KeyError(
+            "data.dataset must be digits, folder, tar, synthetic or a TFDS name; got "
+            f"{data.dataset}. " + did_you_mean(data.dataset, known)
+        ) from error
+    except (AssertionError, ValueError) as error:  # of the version; of the spelling or the config
+        reason = str(error).strip().split("\n")[0]
+        raise ValueError(
+            "data.dataset must be a TFDS name, or name/config, or name:version; got "
+            f"{data.dataset} ({reason}). Set --config.data.dataset."
+        ) from error
+    if not builder.is_prepared():
+        if not download:
+            raise FileNotFoundError(
+                f"data.dataset must be prepared; {data.dataset} is not in {builder.data_path}. "
+                "Set --config.data.data_dir to where it is, or let TFDS download and prepare it "
+                "with --config.data.download=True."
+            )
+        builder = make(data_dir=data.data_dir, file_format="array_record")
+        # TFDS reports on stdout, which belongs to the command's own result.
+        report = io.StringIO() if data.dataset == "digits" else sys.stderr
+        with contextlib.redirect_stdout(report):
+            builder.download_and_prepare()
+    return builder
