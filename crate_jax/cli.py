@@ -165,6 +165,20 @@ def main(argv: list[str] | None = None) -> int:
     _add_model(convert)
     convert.set_defaults(function=commands.convert)
 
+    prepare = subparsers.add_parser(
+        "prepare", help="a folder or ImageNet's tar files as a TFDS data set of array_record files"
+    )
+    prepare.add_argument(
+        "--from", dest="source", required=True, help="holds a folder or a tar file for each split"
+    )
+    prepare.add_argument(
+        "--to", dest="target", required=True, help="what data.data_dir will be; may be half done"
+    )
+    prepare.add_argument(
+        "--name", help="what data.dataset will be, NAME or NAME:VERSION; ImageNet's own has one"
+    )
+    prepare.set_defaults(function=commands.prepare)
+
     compare = subparsers.add_parser("compare", help="ours against PyTorch, layer by layer")
     compare.add_argument(
         "--weights", required=True, help="a weights file, a run or one of its steps"

@@ -265,6 +265,16 @@ def _override_data(data: DataConfig, args: argparse.Namespace) -> None:
             setattr(data, field, value)
 
 
+def prepare(args: argparse.Namespace) -> dict[str, Any]:
+    """A folder or tar files as a TFDS data set of array_record files."""
+    from crate_jax.data.prepare import prepare
+
+    def say(line: str) -> None:
+        sys.stderr.write(line + "\n")
+
+    return prepare(args.source, args.target, name=args.name, say=say)
+
+
 def summary(args: argparse.Namespace) -> dict[str, Any]:
     """What a model costs, by formula."""
     from crate_jax.models import cost

@@ -170,8 +170,6 @@ _RANGES: dict[str, tuple[float, float]] = {
     "data.prefetch_mib": (1, _INF),
     "data.mixup_alpha": (0, _INF),
     "data.cutmix_alpha": (0, _INF),
-    "data.mix_switch": (0, 1 + 1e-9),
-    "data.max_bad_share": (0, 1 + 1e-9),
     "optim.weight_decay": (0, _INF),
     "optim.b1": (0, 1),
     "optim.b2": (0, 1),
@@ -181,6 +179,7 @@ _RANGES: dict[str, tuple[float, float]] = {
     "optim.accumulate_steps": (1, _INF),
     "optim.ema_decay": (0, 1),
 }
+_SHARES = ("data.mix_switch", "data.max_bad_share")  # 0 and 1 included
 _POSITIVE = ("total_epochs", "model.eta", "optim.lr", "optim.eps")
 
 
@@ -248,6 +247,10 @@ def validate(config: TrainConfig) -> TrainConfig:
         value = get_field(config, path)
         if value is not None and not 0 < value < _INF:
             raise ValueError(f"{path} must be > 0; got {value}. Set --config.{path}.")
+    for path in _SHARES:
+        value = get_field(config, path)
+        if not 0 <= value <= 1:
+            raise ValueError(f"{path} must be in [0, 1]; got {value}. Set --config.{path}.")
     for path in ("model.image_size", "model.patch_size"):
         value = get_field(config, path)
         if value is not None and (len(value) not in (1, 2) or min(value) < 1):

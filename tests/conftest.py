@@ -40,6 +40,14 @@ def tiny_images():
 
 
 @pytest.fixture(scope="session")
+def photographs():
+    """The two photographs that scikit-learn ships, (427, 640, 3) uint8."""
+    from sklearn.datasets import load_sample_images
+
+    return load_sample_images().images
+
+
+@pytest.fixture(scope="session")
 def tiny_params(tiny_model, tiny_images):
     init = jax.jit(lambda key: tiny_model.init(key, tiny_images, train=False)["params"])
     return init(jax.random.key(12))

@@ -53,7 +53,11 @@ BOUNDS = {
     "model.scan_unroll": AT_LEAST_ONE,
     "data.num_workers": AT_LEAST_ZERO,
     "data.num_threads": AT_LEAST_ONE,
-    "data.prefetch_batches": AT_LEAST_ONE,
+    "data.prefetch_mib": AT_LEAST_ONE,
+    "data.mixup_alpha": AMOUNT,
+    "data.cutmix_alpha": AMOUNT,
+    "data.mix_switch": ([0, 0.5, 1], [-0.001, 1.001, math.nan]),
+    "data.max_bad_share": ([0, 0.5, 1], [-0.001, 1.001, math.nan]),
     "optim.lr": POSITIVE,
     "optim.weight_decay": AMOUNT,
     "optim.b1": SHARE,
@@ -72,6 +76,7 @@ CHOICES = {
     "model.remat": ([None, "none", "dots", "full"], "dot", "dots"),
     "optim.optimizer": (["adamw", "lion"], "adam", "adamw"),
     "optim.schedule": (["cosine", "official_readme"], "cosin", "cosine"),
+    "data.on_bad_example": (["raise", "skip"], "skipp", "skip"),
 }
 # Free text, paths, switches and layouts: read, and checked, where they are used.
 UNRULED = {
@@ -84,6 +89,8 @@ UNRULED = {
     "data.train_split",
     "data.eval_split",
     "data.download",
+    "data.check_crc",
+    "data.index_dir",
     "data.train_transforms",
     "data.eval_transforms",
     "data.mean",
@@ -117,7 +124,7 @@ def test_every_field_has_its_rule_or_needs_none():
     assert set().union(*groups) == all_fields()
     assert sum(map(len, groups)) == len(all_fields())
     assert set(CHOICES) == set(schema._CHOICES)
-    assert set(BOUNDS) == set(schema._RANGES) | set(schema._POSITIVE)
+    assert set(BOUNDS) == set(schema._RANGES) | set(schema._POSITIVE) | set(schema._SHARES)
 
 
 def test_the_default_is_legal_and_comes_back():
@@ -137,7 +144,7 @@ def test_bounds(path):
         with pytest.raises(ValueError) as caught:
             validate(changed(path, value))
         message = str(caught.value)
-        assert message.startswith(f"{path} must be >"), message
+        assert message.startswith((f"{path} must be >", f"{path} must be in [0, 1]")), message
         assert f"; got {value}. Set --config.{path}." in message
         assert "\n" not in message
 
@@ -266,7 +273,14 @@ def unusual():
         std=(0.4, 0.5, 0.6),
         num_workers=1,
         num_threads=2,
-        prefetch_batches=3,
+        prefetch_mib=3,
+        mixup_alpha=0.8,
+        cutmix_alpha=0.7,
+        mix_switch=0.6,
+        on_bad_example="skip",
+        max_bad_share=0.2,
+        check_crc=True,
+        index_dir="indices",
     )
     config.optim = OptimConfig(
         optimizer="lion",

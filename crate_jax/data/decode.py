@@ -144,7 +144,7 @@ def _declared_size(data: bytes) -> tuple[int, int] | None:
         try:
             height, width, *_ = simplejpeg.decode_jpeg_header(data, strict=False)
             return int(height), int(width)
-        except ValueError:
+        except (ValueError, KeyError):  # KeyError: of a header without a frame
             return None
     return None
 

@@ -102,6 +102,8 @@ class NamedExamples:
         return len(self.examples)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
+        if index >= len(self):
+            raise IndexError(index)  # which ends a loop over the examples
         example = self.examples[index]
         found = {"image": example["image"], "label": int(example["label"])}
         if isinstance(name := example.get("file_name"), bytes):

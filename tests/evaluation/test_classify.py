@@ -1,6 +1,7 @@
 """Loss, top-1 and top-5 against NumPy in float64, whatever the batches and the devices."""
 
 import functools
+from contextlib import closing
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +10,8 @@ import pytest
 
 from crate_jax.analysis import layerwise
 from crate_jax.config import DataConfig, ModelConfig, TrainConfig
-from crate_jax.data.loader import eval_batches, make_prepare, to_device
+from crate_jax.data.examples import load_example, make_prepare
+from crate_jax.data.loader import eval_batches
 from crate_jax.data.pixels import normalize
 from crate_jax.data.sources import Source, SyntheticImages, open_source
 from crate_jax.evaluation.classify import (
@@ -179,8 +181,10 @@ def test_same_metrics_on_any_devices_in_any_batches(
     mesh = make_mesh("data:-1", jax.devices()[:devices])
     data = DataConfig(dataset="synthetic")
     prepare = make_prepare(data, (16, 16, 3), train=False)
-    stream = eval_batches(synthetic, data, prepare, batch_size=batch_size)
-    batches = [to_device(batch, batch_sharding(mesh)) for batch in stream]
+    sharding = batch_sharding(mesh)
+    stream = eval_batches(synthetic, data, prepare, batch_size=batch_size, sharding=sharding)
+    with closing(stream):
+        batches = list(stream)
     assert len(batches) == -(-EXAMPLES // batch_size)
     assert {len(batch["image"].sharding.device_set) for batch in batches} == {devices}
     step = jax.jit(make_eval_step(tiny_model, preprocess=PREPROCESS))
@@ -220,7 +224,8 @@ def digits():
     config = digits_config()
     source = open_source(config.data, "test", image_shape=(8, 8, 1), num_classes=10)
     prepare = make_prepare(config.data, (8, 8, 1), train=False)
-    rows = [prepare.random_map(e, np.random.default_rng(0)) for e in source.examples]
+    rng = np.random.default_rng(0)
+    rows = [load_example(source, i, prepare, rng) for i in range(len(source))]
     images = np.stack([r["image"] for r in rows]).astype(np.float32) / 255
     return (images - np.float32(0.3)) / np.float32(0.4), np.array([r["label"] for r in rows])
 

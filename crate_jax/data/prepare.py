@@ -1,0 +1,185 @@
+"""Write a folder or ImageNet's tar files as a TFDS data set in array_record files."""
+
+import contextlib
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from crate_jax.config import DataConfig
+from crate_jax.data import storage, tars
+from crate_jax.data.sources import Source, open_source
+from crate_jax.files import written_aside
+
+# Examples a file: about 140 MB of ImageNet, whose training split then has TFDS's 1,025 files.
+SHARD_EXAMPLES = 1250
+
+IMAGENET, IMAGENET_VERSION = "imagenet2012", "5.1.0"  # as TFDS calls them
+
+
+def prepare(
+    source_dir: str,
+    target_dir: str,
+    *,
+    name: str | None = None,
+    shard_examples: int = SHARD_EXAMPLES,
+    say: Callable[[str], None] = lambda line: None,
+) -> dict[str, Any]:
+    """Write every split of a folder or of tar files into ``target_dir/name/version``.
+
+    Images are copied byte for byte, in an order drawn once, so that ``train[:10%]`` has all
+    classes. Each file appears whole or not at all, and the data set's description last: what was
+    stopped goes on after its last whole file when it is started again.
+
+    Args:
+        source_dir: holds a folder or a tar file for each split, as `open_source` reads them.
+        target_dir: what ``data.data_dir`` will be.
+        name: what ``data.dataset`` will be, NAME or NAME:VERSION, not one of TFDS's own; None for
+            the thousand classes of ILSVRC 2012, which become ``imagenet2012``.
+        shard_examples: examples a file, >= 1.
+        say: called with a line of progress after each file.
+
+    Returns:
+        ``dataset``, ``data_dir``, ``path``, ``splits`` (examples of each), ``files`` and how many
+        were ``written`` now.
+
+    Raises:
+        ValueError, FileNotFoundError: there is nothing to prepare, splits differ in their classes,
+            the name does not fit, or the target holds something else.
+    """
+    import tensorflow_datasets as tfds
+
+    sources = _open_splits(source_dir)
+    classes = next(iter(sources.values())).class_names
+    for source in sources.values():
+        if source.class_names != classes:
+            odd = sorted(set(source.class_names) ^ set(classes))[:3]
+            raise ValueError(
+                f"{source.name} must have the classes of the other splits; {', '.join(odd)} … are "
+                "not in both. Add empty folders, or leave the split out."
+            )
+    name, version = _name_and_version(name, classes)
+    folder = Path(target_dir) / name / version
+    plan = {split: -(-len(source) // shard_examples) for split, source in sources.items()}
+    _check_target(folder, name, plan)
+    folder.mkdir(parents=True, exist_ok=True)
+    features = tfds.features.FeaturesDict(
+        {
+            "image": tfds.features.Image(encoding_format="jpeg"),
+            "label": tfds.features.ClassLabel(names=list(classes)),
+            "file_name": tfds.features.Text(),
+        }
+    )
+    written, infos = 0, []
+    for split, source in sources.items():
+        order = np.random.default_rng(0).permutation(len(source))
+        paths = [folder / _file_name(name, split, i, plan[split]) for i in range(plan[split])]
+        for i, path in enumerate(paths):
+            if not path.exists():
+                _write_shard(path, source, order[i :: len(paths)], features)
+                written += 1
+            say(f"{split}: file {i + 1} of {len(paths)}, {path.name}")
+        infos.append(
+            tfds.core.SplitInfo(
+                name=split,
+                shard_lengths=[len(order[i :: len(paths)]) for i in range(len(paths))],
+                num_bytes=sum(path.stat().st_size for path in paths),
+            )
+        )
+    _write_description(folder, version, features, infos)
+    return {
+        "dataset": name,
+        "data_dir": str(target_dir),
+        "path": str(folder),
+        "splits": {split: len(source) for split, source in sources.items()},
+        "files": sum(plan.values()),
+        "written": written,
+    }
+
+
+def _open_splits(source_dir: str) -> dict[str, Source]:
+    """Every folder, or else every tar file, of a folder, as a split."""
+    if not storage.is_folder(source_dir):
+        raise FileNotFoundError(f"--from must be an existing folder; got {source_dir}.")
+    splits, kind = list(tars.tar_splits(source_dir)), "tar"
+    if not splits:
+        entries = storage.list_folder(source_dir)
+        splits, kind = [n for n, is_dir in entries.items() if is_dir and n[0] != "."], "folder"
+    if not splits:
+        raise ValueError(
+            f"--from must hold a folder or a tar file for each split; got {source_dir}. "
+            "See docs/data.md."
+        )
+    data = DataConfig(dataset=kind, data_dir=source_dir)
+    return {
+        split: open_source(data, split, image_shape=(1, 1, 3), num_classes=1) for split in splits
+    }
+
+
+def _name_and_version(name: str | None, classes: tuple[str, ...]) -> tuple[str, str]:
+    """What the data set is called; a name of TFDS's own would bring TFDS's own classes with it."""
+    from tensorflow_datasets.core import registered
+
+    name, _, version = (name or "").partition(":")
+    if classes == tuple(tars.imagenet_classes()) and name in ("", IMAGENET):
+        return IMAGENET, version or IMAGENET_VERSION
+    if not name.isidentifier() or name in registered.list_imported_builders():
+        raise ValueError(
+            f"--name must be a name of your own, of letters, digits and _; got {name or 'none'}. "
+            f"TFDS reads {IMAGENET} with the thousand classes of ILSVRC 2012 alone."
+        )
+    if version.count(".") != 2 and version:
+        raise ValueError(f"--name's version must be of three numbers; got {version}. Write 1.0.0.")
+    return name, version or "1.0.0"
+
+
+def _check_target(folder: Path, name: str, plan: dict[str, int]) -> None:
+    """Whatever data files are there must be files of this plan."""
+    planned = {_file_name(name, split, i, n) for split, n in plan.items() for i in range(n)}
+    found = {p.name for p in folder.glob("*array_record*")} if folder.is_dir() else set()
+    if odd := sorted(found - planned):
+        raise ValueError(
+            f"{folder} must hold nothing else; got {odd[0]}. Name another --to, or remove it."
+        )
+
+
+def _file_name(name: str, split: str, index: int, count: int) -> str:
+    return f"{name}-{split}.array_record-{index:05d}-of-{count:05d}"
+
+
+def _write_shard(path: Path, source: Source, indices: np.ndarray, features: Any) -> None:
+    """One file, whole or not at all."""
+    from array_record.python.array_record_module import ArrayRecordWriter
+    from tensorflow_datasets.core.example_serializer import ExampleSerializer
+
+    serializer = ExampleSerializer(features.get_serialized_info())
+    with written_aside(path) as aside:
+        writer: Any = ArrayRecordWriter(str(aside), "group_size:1")
+        try:
+            for index in indices.tolist():
+                example = source.examples[index]
+                record = {
+                    "image": example["image"],  # the bytes as they are
+                    "label": np.int64(example["label"]),
+                    "file_name": os.path.basename(example["name"]).encode(errors="replace"),
+                }
+                writer.write(serializer.serialize_example(record))
+        finally:
+            writer.close()
+
+
+def _write_description(folder: Path, version: str, features: Any, infos: list[Any]) -> None:
+    """``dataset_info.json``, ``features.json`` and the names of the labels."""
+    import tensorflow_datasets as tfds
+
+    with contextlib.redirect_stdout(sys.stderr):  # stdout belongs to the command's result
+        tfds.folder_dataset.write_metadata(
+            data_dir=str(folder),
+            features=features,
+            split_infos=infos,
+            version=version,
+            check_data=False,
+        )
