@@ -119,8 +119,10 @@ class LoadForTraining(grain.transforms.RandomMap):
 
     def random_map(self, element: int, rng: np.random.Generator) -> dict[str, Any]:
         """Load the example with this index, or the next good one."""
+        state = rng.bit_generator.state
         for step in range(len(self.source)):
             try:
+                rng.bit_generator.state = state  # as if nothing had been tried before
                 index = (element + step) % len(self.source)
                 example = load_example(self.source, index, self.prepare, rng)
                 return example | {"bad": np.int64(element if step else -1)}

@@ -4,6 +4,7 @@ import contextlib
 import functools
 import io
 import os
+import zipfile
 import zlib
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -68,8 +69,9 @@ def list_folder(path: str) -> dict[str, bool]:
 def find_files(folder: str) -> list[str]:
     """Paths of all files anywhere below a folder, relative to it, sorted by their parts."""
     if is_remote(folder):
-        root = folder.partition("://")[2].rstrip("/") + "/"
-        found = [name.removeprefix(root) for name in _remote(folder).find(folder)]
+        fs = _remote(folder)
+        root = fs._strip_protocol(folder).rstrip("/") + "/"
+        found = [name.removeprefix(root) for name in fs.find(folder)]
     else:
         found = [
             os.path.relpath(os.path.join(place, name), folder)
@@ -133,7 +135,7 @@ def cached_index(
     folders = [Path(folder) for folder in chosen if not is_remote(folder)]
     for folder in folders:
         # A damaged index is found out again.
-        with contextlib.suppress(OSError, ValueError, KeyError, EOFError):
+        with contextlib.suppress(OSError, ValueError, zipfile.BadZipFile):
             data = (folder / name).read_bytes()
             if data:
                 with np.load(io.BytesIO(data)) as arrays:

@@ -7,8 +7,13 @@ import pytest
 from PIL import Image, ImageEnhance, ImageOps
 
 from crate_jax.data import color
-from crate_jax.data.augment import color_jitter, random_blur, random_erasing, random_grayscale
-from crate_jax.data.augment import random_solarize
+from crate_jax.data.augment import (
+    color_jitter,
+    random_blur,
+    random_erasing,
+    random_grayscale,
+    random_solarize,
+)
 from crate_jax.data.randaugment import RANDAUGMENT, SIGNED, randaugment
 
 

@@ -1,13 +1,17 @@
 """Encoded bytes to pixels, against pixels that are known before they are encoded."""
 
+import io
 import struct
 from zlib import crc32
 
 import cv2
 import numpy as np
 import pytest
+import simplejpeg
+from PIL import Image
 
 from crate_jax.data.decode import BadExampleError, EncodedImage, decode_image
+from crate_jax.data.resize import resize_pixels
 
 HEIGHT, WIDTH = 5, 7
 
@@ -140,3 +144,130 @@ def test_channels_that_no_image_has(grey, channels):
     message = rf"model\.in_channels must be 1 or 3 for encoded images; got {channels}\. Store"
     with pytest.raises(ValueError, match=message):
         decode_image(encode(grey), channels=channels)
+
+
+# --- whatever people store, against Pillow --------------------------------------------------------
+
+
+def by_pillow(data):
+    return np.asarray(Image.open(io.BytesIO(data)).convert("RGB"))
+
+
+def saved(image, format, mode=None, **options):
+    """Pixels as a file by Pillow, converted to a mode before."""
+    file = io.BytesIO()
+    picture = Image.fromarray(image)
+    (picture.convert(mode) if mode else picture).save(file, format, **options)
+    return file.getvalue()
+
+
+STORED = {
+    "jpeg 4:2:0": ("JPEG", None, {"quality": 92, "subsampling": 2}),
+    "jpeg 4:2:2": ("JPEG", None, {"quality": 92, "subsampling": 1}),
+    "jpeg 4:4:4": ("JPEG", None, {"quality": 92, "subsampling": 0}),
+    "jpeg progressive": ("JPEG", None, {"quality": 92, "progressive": True}),
+    "jpeg restarts": ("JPEG", None, {"quality": 92, "restart_marker_rows": 1}),
+    "jpeg grey": ("JPEG", "L", {"quality": 92}),
+    "jpeg cmyk": ("JPEG", "CMYK", {"quality": 95}),
+    "png": ("PNG", None, {}),
+    "png grey": ("PNG", "L", {}),
+    "png palette": ("PNG", "P", {}),
+    "png one bit": ("PNG", "1", {}),
+    "webp": ("WEBP", None, {"quality": 92}),
+    "webp lossless": ("WEBP", None, {"lossless": True}),
+}
+
+
+@pytest.mark.parametrize("kind", STORED)
+def test_photograph_is_decoded_as_by_pillow(photographs, kind):
+    format, mode, options = STORED[kind]
+    data = saved(photographs[0], format, mode, **options)
+    expected = by_pillow(data)
+    # Colours of print have no one conversion; JPEG decoders may differ by a few levels.
+    bound = 1.5 if "cmyk" in kind else 0.6
+    assert np.abs(decode_image(data, channels=3).astype(int) - expected).mean() < bound
+    fast = EncodedImage(data, channels=3, fast=True)
+    assert fast.shape == expected.shape
+    assert np.abs(fast.pixels().astype(int) - expected).mean() < bound + 2
+    luma = np.asarray(Image.open(io.BytesIO(data)).convert("L")).astype(int)
+    assert np.abs(decode_image(data, channels=1)[:, :, 0] - luma).mean() < bound
+
+
+@pytest.mark.parametrize("kind", [k for k in STORED if k.startswith("jpeg")])
+@pytest.mark.parametrize("window", [(0, 0, 50, 60), (37, 101, 120, 130), (300, 600, 127, 40)])
+def test_window_has_the_pixels_of_the_whole(photographs, kind, window):
+    format, mode, options = STORED[kind]
+    data = saved(photographs[1], format, mode, **options)
+    top, left, height, width = window
+    for fast in (False, True):
+        whole = EncodedImage(data, channels=3, fast=fast).pixels()
+        part = EncodedImage(data, channels=3, fast=fast).window(*window, size=(224, 224))
+        expected = whole[top : top + height, left : left + width]
+        np.testing.assert_array_equal(part, expected)
+
+
+def test_rows_below_a_window_are_not_decoded(photographs, monkeypatch):
+    data = saved(photographs[0], "JPEG", quality=92)
+    decoded = []
+    original = simplejpeg.decode_jpeg
+
+    def decode(*args, **options):
+        decoded.append(original(*args, **options))
+        return decoded[-1]
+
+    monkeypatch.setattr(simplejpeg, "decode_jpeg", decode)
+    EncodedImage(data, channels=3, fast=True).window(10, 20, 100, 110, size=(224, 224))
+    assert decoded[0].shape == (112, 640, 3)
+
+
+@pytest.mark.parametrize("reduction", [2, 4, 8])
+def test_large_window_is_decoded_smaller(photographs, reduction):
+    image = np.ascontiguousarray(np.tile(photographs[0], (2, 2, 1))[:851, :1277])
+    data = saved(image, "JPEG", quality=95)
+    window, size = (33, 65, 640, 700), (640 // reduction, 600 // reduction)
+    part = EncodedImage(data, channels=3, fast=True).window(*window, size=size)
+    assert part.shape[0] in (640 // reduction, 640 // reduction + 1)
+    assert part.shape[0] >= size[0] and part.shape[1] >= size[1]
+    whole = EncodedImage(data, channels=3).window(*window, size=size)
+    assert whole.shape == (640, 700, 3)  # evaluation takes every pixel
+    small = resize_pixels(np.ascontiguousarray(whole), part.shape[:2])
+    assert np.abs(small.astype(int) - part).mean() < 8
+    other = resize_pixels(np.ascontiguousarray(whole[:, ::-1]), part.shape[:2])
+    assert np.abs(other.astype(int) - part).mean() > 20
+    # One size less, and it is not reduced as far.
+    size = (640 // reduction + 1, 640 // reduction + 1)
+    finer = EncodedImage(data, channels=3, fast=True).window(*window, size=size)
+    assert finer.shape[0] > 1.9 * part.shape[0]
+
+
+def test_cut_off_jpeg_is_found_though_the_window_is_above(photographs):
+    data = saved(photographs[0], "JPEG", quality=92)
+    for cut in (2, 1000, len(data) // 2):
+        image = EncodedImage(data[:-cut], channels=3, name="here.jpg", fast=True)
+        with pytest.raises(BadExampleError, match=r"here\.jpg must be an image; its"):
+            image.window(0, 0, 30, 30, size=(30, 30))
+
+
+def test_untidy_jpeg_is_read(photographs):
+    data = saved(photographs[0], "JPEG", quality=92)
+    middle = len(data) * 3 // 4
+    noise = np.random.default_rng(0).integers(0, 255, 30, np.uint8).tobytes()
+    untidy = data[:middle] + noise + data[middle + 30 :]
+    with pytest.raises(ValueError):
+        simplejpeg.decode_jpeg(untidy)
+    upper = decode_image(untidy, channels=3)[:200]
+    np.testing.assert_allclose(upper, decode_image(data, channels=3)[:200], atol=6)
+
+
+@pytest.mark.parametrize("suffix", [".jpg", ".png"])
+def test_bomb_is_refused_by_its_header(suffix):
+    flat = np.zeros((16, 16, 3), np.uint8)
+    data = bytearray(encode(flat, suffix))
+    if suffix == ".png":
+        data[16:24] = struct.pack(">II", 20_000, 20_000)
+    else:
+        place = data.index(b"\xff\xc0")
+        data[place + 5 : place + 9] = struct.pack(">HH", 20_000, 20_000)
+    message = r"here must have at most 134217728 pixels; its header says 20000x20000\. Remove or"
+    with pytest.raises(BadExampleError, match=message):
+        EncodedImage(bytes(data), channels=3, name="here")

@@ -65,7 +65,9 @@ def test_fine_stripes_do_not_alias():
 @pytest.mark.parametrize("interpolation", METHODS)
 def test_flat_stays_flat_and_grey_keeps_its_axis(interpolation):
     for size in ((7, 90), (90, 7), (20, 31), (50, 50)):
-        found = resize_pixels(np.full((30, 40, 1), 201, np.uint8), size, interpolation=interpolation)
+        found = resize_pixels(
+            np.full((30, 40, 1), 201, np.uint8), size, interpolation=interpolation
+        )
         assert found.shape == (*size, 1)
         assert (found == 201).all()
 
@@ -77,5 +79,7 @@ def test_impossible_sizes(size):
 
 
 def test_unknown_interpolation():
-    with pytest.raises(ValueError, match=r"interpolation must be bilinear or bicubic; got lanczos\."):
+    with pytest.raises(
+        ValueError, match=r"interpolation must be bilinear or bicubic; got lanczos\."
+    ):
         resize_pixels(np.zeros((4, 4, 3), np.uint8), (2, 2), interpolation="lanczos")

@@ -1,0 +1,405 @@
+"""The same photographs from every kind of storage; each format's own ways; writing one."""
+
+import io
+import json
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+from stored import (
+    convert,
+    encode_crops,
+    tar_bytes,
+    tfrecord_bytes,
+    write_array_record,
+    write_folder,
+    write_tar,
+)
+
+from crate_jax.config import DataConfig
+from crate_jax.data import storage, tfrecord
+from crate_jax.data.examples import load_example, make_prepare
+from crate_jax.data.prepare import prepare
+from crate_jax.data.sources import open_source
+from crate_jax.data.tars import imagenet_classes
+
+COUNT = 23
+
+
+def open_split(dataset, data_dir, split="train", **options):
+    config = DataConfig(dataset=dataset, data_dir=str(data_dir), **options)
+    return open_source(config, split, image_shape=(1, 1, 3), num_classes=1)
+
+
+@pytest.fixture(scope="module")
+def files(photographs):
+    """{"class/name": JPEG}, of three classes."""
+    crops = encode_crops(photographs, COUNT)
+    names = ("ant", "bee", "cat")
+    return {f"{names[i % 3]}/{i:03d}.jpg": crop for i, crop in enumerate(crops)}
+
+
+@pytest.fixture(scope="module")
+def stored(files, tmp_path_factory):
+    """Where each kind of storage is: {kind: (dataset, data_dir)}."""
+    root = tmp_path_factory.mktemp("stored")
+    write_folder(root / "folder", "train", files)
+    write_folder(root / "folder", "val", dict(list(files.items())[:6]))
+    write_tar(root / "tar", "train", dict(reversed(files.items())))
+    prepared = write_array_record(
+        root / "folder", root / "array_record", "photos", shard_examples=5
+    )
+    convert(prepared, root / "tfrecord", "tfrecord")
+    convert(prepared, root / "parquet", "parquet")
+    names = {"folder": "folder", "tar": "tar"}
+    kinds = ("folder", "tar", "array_record", "tfrecord", "parquet")
+    return {kind: (names.get(kind, "photos"), root / kind) for kind in kinds}
+
+
+def everything(source):
+    """{file name: (pixels, label)} of a source, through the pipeline of an evaluation."""
+    prepare = make_prepare(DataConfig(eval_transforms="resize((40, 50))"), (40, 50, 3), train=False)
+    found = {}
+    for i in range(len(source)):
+        example = load_example(source, i, prepare, np.random.default_rng(0))
+        name = Path(source.examples[i]["name"]).name
+        found[name] = (example["image"], int(example["label"]))
+    assert len(found) == len(source)
+    return found
+
+
+def test_every_format_gives_the_same_pixels_and_labels(stored, files):
+    expected = everything(open_split(*stored["folder"]))
+    assert {name: label for name, (_, label) in expected.items()} == {
+        name.split("/")[1]: ("ant", "bee", "cat").index(name.split("/")[0]) for name in files
+    }
+    for kind in ("tar", "array_record", "tfrecord", "parquet"):
+        source = open_split(*stored[kind])
+        assert (len(source), source.num_classes) == (COUNT, 3), kind
+        assert source.class_names == ("ant", "bee", "cat"), kind
+        found = everything(source)
+        assert found.keys() == expected.keys(), kind
+        for name, (pixels, label) in found.items():
+            np.testing.assert_array_equal(pixels, expected[name][0])
+            assert label == expected[name][1]
+
+
+# --- TFRecord -------------------------------------------------------------------------------------
+
+# Three records, b"first", b"" and b"0123456789" twice, as TensorFlow 2.21 wrote them.
+BY_TENSORFLOW = bytes.fromhex(
+    "0500000000000000eab2043e666972737455ff23e5000000000000000029039807d8ea82a2"
+    "14000000000000005e3d2915303132333435363738393031323334353637383996ffc02b"
+)
+RECORDS = [b"first", b"", b"0123456789" * 2]
+
+
+def test_framing_is_tensorflows(tmp_path):
+    assert tfrecord_bytes(RECORDS) == BY_TENSORFLOW
+    path = tmp_path / "x"
+    path.write_bytes(BY_TENSORFLOW)
+    index = tfrecord.index_records(str(path))
+    assert index.tolist() == [[12, 5], [33, 0], [49, 20]]
+    for (offset, length), record in zip(index.tolist(), RECORDS, strict=True):
+        assert tfrecord.read_record(str(path), offset, length, check_crc=True) == record
+
+
+@pytest.mark.parametrize("cut", range(1, len(BY_TENSORFLOW), 7))
+def test_index_ends_where_the_file_does(tmp_path, cut):
+    (tmp_path / "x").write_bytes(BY_TENSORFLOW[:cut])
+    whole = sum(cut >= end for end in (21, 37, 73))
+    assert len(tfrecord.index_records(str(tmp_path / "x"))) == whole
+
+
+def test_index_ends_at_a_length_that_is_damaged(tmp_path):
+    damaged = bytearray(BY_TENSORFLOW)
+    damaged[21] ^= 1  # the second record's length
+    (tmp_path / "x").write_bytes(damaged)
+    assert len(tfrecord.index_records(str(tmp_path / "x"))) == 1
+
+
+def test_checksum_is_verified_on_request(tmp_path):
+    damaged = bytearray(BY_TENSORFLOW)
+    damaged[50] ^= 1
+    (tmp_path / "x").write_bytes(damaged)
+    path = str(tmp_path / "x")
+    assert tfrecord.read_record(path, 49, 20, check_crc=False) != RECORDS[2]
+    with pytest.raises(ValueError, match=r"x is damaged: the checksum at byte 49 does not match"):
+        tfrecord.read_record(path, 49, 20, check_crc=True)
+
+
+def test_check_crc_reaches_the_reader(stored, tmp_path):
+    dataset, _ = stored["tfrecord"]
+    copy = convert(stored["array_record"][1] / "photos/1.0.0", tmp_path, "tfrecord")
+    path = sorted(copy.glob("*train*"))[0]
+    index, data = tfrecord.index_records(str(path)), bytearray(path.read_bytes())
+    last = len(index) - 1
+    data[index[last].sum() - index[last, 1] // 2] ^= 1  # within the last record's image
+    path.write_bytes(data)
+    open_split(dataset, tmp_path).examples[last]
+    with pytest.raises(ValueError, match=r"is damaged: the checksum at byte"):
+        open_split(dataset, tmp_path, check_crc=True).examples[last]
+
+
+def test_parts_of_a_tfrecord_split(stored):
+    whole = open_split(*stored["tfrecord"])
+    names = [whole.examples[i]["name"] for i in range(COUNT)]
+    for split, part in (("train[3:17]", names[3:17]), ("train[-4:]", names[-4:])):
+        source = open_split(*stored["tfrecord"], split)
+        assert [source.examples[i]["name"] for i in range(len(source))] == part
+    both = open_split(*stored["tfrecord"], "train[:2]+val")
+    assert len(both) == 8
+
+
+def test_tfrecord_index_is_kept_and_found_out_again_when_files_change(stored, tmp_path):
+    dataset, root = stored["tfrecord"]
+    folder = tmp_path / "indices"
+    folder.mkdir()
+    first = open_split(dataset, root, index_dir=str(folder))
+    (kept,) = folder.iterdir()
+    before = kept.stat().st_mtime_ns
+    again = open_split(dataset, root, index_dir=str(folder))
+    assert kept.stat().st_mtime_ns == before
+    assert again.examples[7]["image"] == first.examples[7]["image"]
+    kept.write_bytes(kept.read_bytes()[:100])  # damaged: found out again
+    assert open_split(dataset, root, index_dir=str(folder)).examples[7] == first.examples[7]
+    assert len(kept.read_bytes()) > 100
+    kept.write_bytes(b"")
+    assert open_split(dataset, root, index_dir=str(folder)).examples[7] == first.examples[7]
+
+
+def test_index_is_of_the_files_as_they_are(tmp_path):
+    built = []
+
+    def build():
+        built.append(1)
+        return {"x": np.arange(len(built))}
+
+    def index(files, **options):
+        options = {"beside": str(tmp_path), "index_dir": None} | options
+        return storage.cached_index(files, build=build, **options)
+
+    assert len(index({"a": 1, "b": 2})["x"]) == len(index({"b": 2, "a": 1})["x"]) == 1
+    assert len(index({"a": 1, "b": 3})["x"]) == 2
+    assert len(list(tmp_path.iterdir())) == 2
+
+
+def test_index_beside_data_that_is_read_only_goes_to_the_cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    missing = tmp_path / "nowhere"  # no folder to write to, whoever runs the tests
+    storage.cached_index({"a": 1}, str(missing), None, lambda: {"x": np.arange(3)})
+    (kept,) = (tmp_path / "cache/crate_jax/indices").iterdir()
+    assert kept.name.startswith(".crate_jax_index_")
+    assert not missing.exists()
+
+
+# --- tar files ------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def imagenet(photographs, tmp_path_factory):
+    """ImageNet's two tar files, with three classes of four images, and five to validate."""
+    crops = encode_crops(photographs, 12)
+    root, synsets = tmp_path_factory.mktemp("imagenet"), imagenet_classes()
+    train = {}
+    for k, label in enumerate((999, 0, 417)):
+        members = {
+            f"{synsets[label]}_{i}.JPEG": crop for i, crop in enumerate(crops[4 * k : 4 * k + 4])
+        }
+        train[f"{synsets[label]}.tar"] = tar_bytes(members)
+    (root / "ILSVRC2012_img_train.tar").write_bytes(tar_bytes(train))
+    val = {f"ILSVRC2012_val_{i:08d}.JPEG": crops[i] for i in (5, 1, 4, 2, 3)}
+    (root / "ILSVRC2012_img_val.tar").write_bytes(tar_bytes(val))
+    return root, crops
+
+
+def test_imagenets_own_tar_files(imagenet):
+    root, crops = imagenet
+    train = open_split("tar", root, "train")
+    assert (len(train), train.num_classes) == (12, 1000)
+    found = [train.examples[i] for i in range(12)]
+    assert [e["label"] for e in found] == [0] * 4 + [417] * 4 + [999] * 4
+    assert [e["image"] for e in found] == [*crops[4:8], *crops[8:], *crops[:4]]
+    assert found[0]["name"] == "n01440764/n01440764_0.JPEG"
+    val = open_split("tar", root, "validation")
+    # The first five labels of ILSVRC 2012's validation: sea snake, Alp, Shetland dog, bowl, sheep.
+    assert [val.examples[i]["label"] for i in range(5)] == [65, 970, 230, 809, 516]
+    assert [val.examples[i]["image"] for i in range(5)] == crops[1:6]
+
+
+def test_tar_layouts(tmp_path, photographs):
+    (jpeg,) = encode_crops(photographs, 1)
+    write_tar(tmp_path, "around", {"all/ant/deep/1.jpg": jpeg, "all/bee/2.JPG": jpeg, "all/x": b""})
+    write_tar(tmp_path, "plain", {"./bee/2.jpg": jpeg, "./ant/1.jpg": jpeg})
+    for split in ("around", "plain"):
+        source = open_split("tar", tmp_path, split)
+        assert source.class_names == ("ant", "bee")
+        assert [source.examples[i]["label"] for i in range(2)] == [0, 1]
+    write_tar(tmp_path, "flat", {"1.jpg": jpeg})
+    with pytest.raises(ValueError, match=r"flat\.tar must hold class/image files; got 1\.jpg\."):
+        open_split("tar", tmp_path, "flat")
+    (tmp_path / "text.tar").write_text("no tar file at all" * 100)
+    with pytest.raises(ValueError, match=r"text\.tar must be an uncompressed tar file; .* Unpack"):
+        open_split("tar", tmp_path, "text")
+    with pytest.raises(FileNotFoundError, match=r"got plane\. Did you mean plain\?"):
+        open_split("tar", tmp_path, "plane")
+    with pytest.raises(ValueError, match=r"data\.data_dir must be set for a tar\. Set --config"):
+        open_source(DataConfig(dataset="tar"), "train", image_shape=(1, 1, 3), num_classes=1)
+
+
+def test_compressed_tar_is_refused(tmp_path, photographs):
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w:gz") as tar:
+        info = tarfile.TarInfo("ant/1.jpg")
+        info.size = 5
+        tar.addfile(info, io.BytesIO(b"12345"))
+    (tmp_path / "train.tar").write_bytes(buffer.getvalue())
+    with pytest.raises(ValueError, match=r"train\.tar must be an uncompressed tar file; .* Unpack"):
+        open_split("tar", tmp_path)
+
+
+# --- prepare --------------------------------------------------------------------------------------
+
+
+def test_prepared_folder_is_a_tfds_data_set(stored, files):
+    import tensorflow_datasets as tfds
+
+    _, root = stored["array_record"]
+    builder = tfds.builder("photos", data_dir=root)
+    assert {k: s.num_examples for k, s in builder.info.splits.items()} == {"train": 23, "val": 6}
+    assert builder.info.features["label"].names == ["ant", "bee", "cat"]
+    example = builder.as_data_source("train")[0]  # decoded by TFDS itself
+    assert example["image"].shape == (64, 80, 3)
+    name = example["file_name"].decode()
+    assert builder.info.features["label"].int2str(int(example["label"])) + "/" + name in files
+    labels = [builder.as_data_source("train[:40%]")[i]["label"] for i in range(9)]
+    assert set(labels) == {0, 1, 2}  # a part has all classes: the order is not the folder's
+
+
+def test_prepare_goes_on_after_its_last_whole_file(stored, tmp_path):
+    source = str(stored["folder"][1])
+    said = []
+    whole = prepare(source, str(tmp_path / "a"), name="x", shard_examples=5, say=said.append)
+    assert (whole["files"], whole["written"], whole["splits"]) == (7, 7, {"train": 23, "val": 6})
+    assert said[4] == "train: file 5 of 5, x-train.array_record-00004-of-00005"
+    stopped = []
+
+    def stop(line):
+        stopped.append(line)
+        if len(stopped) == 3:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        prepare(source, str(tmp_path / "b"), name="x", shard_examples=5, say=stop)
+    assert not (tmp_path / "b/x/1.0.0/dataset_info.json").exists()
+    again = prepare(source, str(tmp_path / "b"), name="x", shard_examples=5)
+    assert (again["files"], again["written"]) == (7, 4)
+    for path in (tmp_path / "a/x/1.0.0").iterdir():
+        assert (tmp_path / "b/x/1.0.0" / path.name).read_bytes() == path.read_bytes(), path.name
+    assert prepare(source, str(tmp_path / "b"), name="x", shard_examples=5)["written"] == 0
+    with pytest.raises(
+        ValueError, match=r"x/1\.0\.0 must hold nothing else; got x-train.*-of-00005"
+    ):
+        prepare(source, str(tmp_path / "b"), name="x", shard_examples=9)
+
+
+def test_prepared_imagenet_is_read_under_tfdss_own_name(imagenet, tmp_path):
+    root, _ = imagenet
+    found = prepare(str(root), str(tmp_path))
+    assert found["dataset"] == "imagenet2012"
+    for split in ("train", "validation"):
+        by_tar, by_tfds = (
+            open_split("tar", root, split),
+            open_split("imagenet2012", tmp_path, split),
+        )
+        assert by_tfds.num_classes == 1000
+        expected = {
+            Path(e["name"]).name: (e["image"], e["label"])
+            for e in (by_tar.examples[i] for i in range(len(by_tar)))
+        }
+        got = {
+            e["name"]: (e["image"], e["label"])
+            for e in (by_tfds.examples[i] for i in range(len(by_tfds)))
+        }
+        assert got == expected
+
+
+@pytest.mark.parametrize(
+    "name, message",
+    [
+        (None, r"--name must be a name of your own, .*; got none\. TFDS reads imagenet2012 with"),
+        ("imagenet2012", r"--name must be a name of your own, .*; got imagenet2012\. TFDS reads"),
+        ("cifar10", r"--name must be a name of your own, .*; got cifar10\."),
+        ("my photos", r"--name must be a name of your own, .*; got my photos\."),
+        ("x:1", r"--name's version must be of three numbers; got 1\. Write 1\.0\.0\."),
+    ],
+)
+def test_names_that_do_not_fit(stored, tmp_path, name, message):
+    with pytest.raises(ValueError, match=message):
+        prepare(str(stored["folder"][1]), str(tmp_path), name=name)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_nothing_to_prepare(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"--from must be an existing folder; got"):
+        prepare(str(tmp_path / "none"), str(tmp_path / "to"), name="x")
+    with pytest.raises(ValueError, match=r"--from must hold a folder or a tar file for each split"):
+        prepare(str(tmp_path), str(tmp_path / "to"), name="x")
+
+
+def test_splits_with_other_classes_are_refused(tmp_path, photographs):
+    (jpeg,) = encode_crops(photographs, 1)
+    write_folder(tmp_path / "from", "train", {"ant/1.jpg": jpeg, "bee/1.jpg": jpeg})
+    write_folder(tmp_path / "from", "val", {"ant/1.jpg": jpeg})
+    with pytest.raises(ValueError, match=r"val must have the classes of the other splits; bee …"):
+        prepare(str(tmp_path / "from"), str(tmp_path / "to"), name="x")
+
+
+# --- buckets --------------------------------------------------------------------------------------
+
+
+def test_files_of_a_bucket_are_read_as_local_ones(stored, files):
+    """fsspec's file system in memory stands in for a bucket."""
+    import fsspec
+
+    memory = fsspec.filesystem("memory")
+    memory.put(str(stored["folder"][1]), "/bucket/folder", recursive=True)
+    memory.put(str(stored["tar"][1]), "/bucket/tar", recursive=True)
+    for kind in ("folder", "tar"):
+        here, there = open_split(*stored[kind]), open_split(kind, f"memory://bucket/{kind}")
+        assert (len(there), there.class_names) == (COUNT, here.class_names)
+        for i in range(COUNT):
+            assert there.examples[i]["image"] == here.examples[i]["image"]
+            assert there.examples[i]["label"] == here.examples[i]["label"]
+    path = sorted(stored["tfrecord"][1].rglob("*tfrecord*"))[0]
+    memory.put(str(path), "/bucket/records")
+    found = tfrecord.index_records("memory://bucket/records")
+    np.testing.assert_array_equal(found, tfrecord.index_records(str(path)))
+    offset, length = found[1].tolist()
+    assert tfrecord.read_record("memory://bucket/records", offset, length, check_crc=True) == (
+        tfrecord.read_record(str(path), offset, length, check_crc=True)
+    )
+
+
+@pytest.mark.parametrize("path", ["nope://bucket/x"])
+def test_buckets_of_no_known_kind(path):
+    with pytest.raises(ValueError, match=r"nope:// must be reachable; .* Use gs://, s3:// or"):
+        open_split("folder", path)
+
+
+def test_missing_package_is_named(monkeypatch):
+    import fsspec
+
+    def missing(protocol):
+        raise ImportError("Install gcsfs to access Google Storage")
+
+    monkeypatch.setattr(fsspec, "filesystem", missing)
+    with pytest.raises(ValueError, match=r"gs:// must be reachable; .* pip install gcsfs\."):
+        storage.filesystem.__wrapped__("gs")
+
+
+def test_description_is_of_an_array_record_set(stored):
+    info = json.loads((stored["array_record"][1] / "photos/1.0.0/dataset_info.json").read_text())
+    assert info["fileFormat"] == "array_record"
+    assert info["splits"][0]["shardLengths"] == ["5", "5", "5", "4", "4"]
