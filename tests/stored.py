@@ -95,3 +95,27 @@ def convert(dataset_dir, root, kind, name=None):
     info |= {"name": name, "fileFormat": kind}
     (target / "dataset_info.json").write_text(json.dumps(info))
     return target
+
+
+def write_tfds(root, name, version, features, splits):
+    """A TFDS data set of TFRecord files, one for each split, of {split: [example]}."""
+    import tensorflow_datasets as tfds
+    from tensorflow_datasets.core.example_serializer import ExampleSerializer
+
+    folder = Path(root) / name / version
+    folder.mkdir(parents=True)
+    serializer = ExampleSerializer(features.get_serialized_info())
+    infos = []
+    for split, examples in splits.items():
+        data = tfrecord_bytes([serializer.serialize_example(e) for e in examples])
+        (folder / f"{name}-{split}.tfrecord-00000-of-00001").write_bytes(data)
+        infos.append(
+            tfds.core.SplitInfo(name=split, shard_lengths=[len(examples)], num_bytes=len(data))
+        )
+    tfds.folder_dataset.write_metadata(
+        data_dir=str(folder),
+        features=features,
+        split_infos=infos,
+        version=version,
+        check_data=False,
+    )

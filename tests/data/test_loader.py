@@ -1,12 +1,14 @@
 """Batches are a function of the seed and of the examples seen before, and of nothing else."""
 
 import itertools
+import time
 from contextlib import closing
 
 import jax
 import numpy as np
 import pytest
 from absl import flags
+from stored import encode_crops
 
 from crate_jax.config import DataConfig
 from crate_jax.data.examples import load_example, make_prepare
@@ -175,6 +177,50 @@ def test_worker_processes_change_nothing_and_need_no_flags():
             flags.FLAGS.unparse_flags()
 
 
+# --- photographs, through everything that is random ----------------------------------------------
+
+EVERYTHING = (
+    "random_resized_crop((24, 30))|random_flip()|randaugment(2, 14)|color_jitter(0.4, 0.4, 0.4, 0.1)"
+    "|random_blur()|random_solarize(probability=0.2)|random_erasing(0.25, value='noise')"
+)
+
+
+@pytest.fixture(scope="module")
+def photos(photographs):
+    crops = encode_crops(photographs, 40, size=(90, 120))
+    examples = [{"image": crop, "label": i} for i, crop in enumerate(crops)]
+    return Source("photos/train", examples, num_classes=40)
+
+
+def train_photos(photos, count, **options):
+    data = DataConfig(train_transforms=EVERYTHING, num_workers=options.pop("num_workers", 0))
+    prepare = make_prepare(data, (24, 30, 3), train=True)
+    options = {"batch_size": 8, "seed": 5} | options
+    with closing(train_batches(photos, data, prepare, **options)) as stream:
+        batches = list(itertools.islice(stream, count))
+    return [np.concatenate([b[k] for b in batches]) for k in ("image", "label")]
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_photographs_are_the_same_bits_with_any_workers(photos, workers):
+    expected = train_photos(photos, 12)
+    assert_same(train_photos(photos, 12, num_workers=workers), expected)
+    # Stopped after four batches and started again with another number of workers.
+    resumed = train_photos(photos, 8, examples_seen=32, num_workers=2 - workers)
+    assert_same(resumed, [part[32:] for part in expected])
+
+
+def test_photographs_are_the_same_bits_in_any_processes(photos):
+    expected = train_photos(photos, 6)
+    for count in (2, 4):
+        parts = [
+            train_photos(photos, 6, process_index=i, process_count=count) for i in range(count)
+        ]
+        for k in (0, 1):
+            rows = np.stack([part[k] for part in parts], axis=1)
+            np.testing.assert_array_equal(rows.reshape(expected[k].shape), expected[k])
+
+
 # --- evaluation -----------------------------------------------------------------------------------
 
 
@@ -288,3 +334,61 @@ def test_to_device_deals_rows_out(spec):
             assert shard.device == device
             start = 2 * device.id
             np.testing.assert_array_equal(shard.data, rows[start : start + 2])
+
+
+def test_batches_arrive_on_the_devices_and_waiting_is_counted():
+    source, data = numbered(), config()
+    sharding = batch_sharding(make_mesh("data:-1"))
+    prepare = make_prepare(data, SHAPE, train=True)
+    images, labels = train(3)
+    stream = train_batches(source, data, prepare, batch_size=8, seed=3, sharding=sharding)
+    with closing(stream):
+        assert stream.waited_s == 0
+        waited = []
+        for k in range(3):
+            batch = next(stream)
+            assert all(isinstance(x, jax.Array) and x.sharding == sharding for x in batch.values())
+            np.testing.assert_array_equal(batch["image"], images[8 * k : 8 * k + 8])
+            np.testing.assert_array_equal(batch["label"], labels[8 * k : 8 * k + 8])
+            waited.append(stream.waited_s)
+        assert 0 < waited[0] <= waited[1] <= waited[2] < 60
+
+
+def test_a_slow_source_is_what_is_waited_for():
+    class Slow(list):
+        def __getitem__(self, index):
+            time.sleep(0.02)
+            return super().__getitem__(index)
+
+    source = Source("slow", Slow(numbered().examples), EXAMPLES)
+    data = DataConfig(num_threads=1, prefetch_mib=1)
+    prepare = make_prepare(data, SHAPE, train=True)
+    with closing(train_batches(source, data, prepare, batch_size=4, seed=0)) as stream:
+        for _ in range(5):
+            next(stream)
+        assert 0.3 < stream.waited_s < 3  # five batches of four times 20 ms
+
+
+@pytest.mark.parametrize("mib, made", [(1, 2), (7, 14), (200, 33)])
+def test_read_ahead_is_sized_by_memory(mib, made):
+    """A batch is of half a MiB; at least two are made ahead, and at most 32."""
+    read = []
+
+    class Counted:
+        def __len__(self):
+            return 10_000
+
+        def __getitem__(self, index):
+            read.append(index)
+            return {"image": np.zeros((256, 256, 1), np.uint8), "label": 0}
+
+    data = DataConfig(num_threads=2, prefetch_mib=mib)
+    prepare = make_prepare(data, (256, 256, 1), train=True)
+    source = Source("counted", Counted(), 1)
+    with closing(train_batches(source, data, prepare, batch_size=8, seed=0)) as stream:
+        next(stream)
+        before = -1
+        while before != len(read):  # until the loader rests
+            before = len(read)
+            time.sleep(0.3)
+        assert made <= len(read) / 8 <= made + 3
