@@ -71,7 +71,8 @@ def get_config(arg: str | None = None) -> TrainConfig:
             mean=IMAGENET_MEAN,
             std=IMAGENET_STD,
             num_workers=16,
-            num_threads=8,
+            num_threads=2,
+            prefetch_mib=2048,
         ),
         # b2 0.99 is Lion's own default; neither source states another.
         optim=OptimConfig(optimizer="lion", b2=0.99, label_smoothing=0.1, **values["optim"]),

@@ -50,7 +50,7 @@ class DataConfig:
     std: tuple[float, ...] = (0.5,)  # then divided by, > 0
     num_workers: int = 0  # loader processes; 0: threads of this process
     num_threads: int = 4  # reading threads per loader process, >= 1
-    prefetch_mib: int = 256  # host memory for batches made ahead, MiB, >= 1
+    prefetch_mib: int = 256  # host memory for images made ahead, over all workers, MiB, >= 1
     mixup_alpha: float = 0.0  # Beta(α, α) of blended images, >= 0; 0: none
     cutmix_alpha: float = 0.0  # Beta(α, α) of pasted boxes, >= 0; 0: none
     mix_switch: float = 0.5  # how often CutMix, where both are on, [0, 1]

@@ -23,10 +23,13 @@ def arrays(workdir):
     return {jax.tree_util.keystr(k): np.asarray(v) for k, v in jax.tree.leaves_with_path(tree)}
 
 
+CLOCK = ("images_per_s", "data_wait_share")
+
+
 def lines(workdir):
-    """The metrics file, without the one value that depends on the clock."""
+    """The metrics file, without the values that depend on the clock."""
     found = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in line.items() if k != "images_per_s"} for line in found]
+    return [{k: v for k, v in line.items() if k not in CLOCK} for line in found]
 
 
 def kill_at(step, workdir, *arguments):

@@ -6,10 +6,12 @@ else: not on workers or threads, and not on how many processes share the work.
 
 import functools
 import logging
+import math
 import multiprocessing
 import os
 import threading
 import time
+from collections.abc import Sequence
 from typing import Any
 
 import cv2
@@ -26,8 +28,10 @@ from crate_jax.data.sources import Source
 # The loader runs examples in parallel; OpenCV's own threads would only get in each other's way.
 cv2.setNumThreads(0)
 
-# Most batches made ahead, however small they are, and how many of them are on the devices.
+# Most batches made ahead, however small they are, and how many more are on the devices.
 MAX_AHEAD, ON_DEVICE = 32, 2
+# Pieces of one worker: in its hands, in its queue, and two in those of the process that asked.
+IN_TRANSIT = 4
 LOGGED_BAD_EXAMPLES = 10
 
 _log = logging.getLogger("crate_jax")
@@ -44,7 +48,7 @@ class Batches:
 
     def __init__(
         self,
-        batches: grain.MapDataset,
+        examples: grain.MapDataset,
         data: DataConfig,
         load: LoadForTraining | LoadForEvaluation,
         rows: int,
@@ -52,19 +56,17 @@ class Batches:
     ):
         self.waited_s, self.skipped = 0.0, 0
         self._load, self._data, self._seen = load, data, 0
-        batch_bytes = rows * int(np.prod(load.prepare.image_shape))
-        ahead = max(2, min(MAX_AHEAD, data.prefetch_mib * 2**20 // batch_bytes))
+        piece, ahead = read_ahead(data, rows, math.prod(load.prepare.image_shape))
         threads = min(data.num_threads, ahead)
+        made = examples.batch(piece).to_iter_dataset(grain.ReadOptions(threads, ahead))
         if data.num_workers:
             _ensure_flags_parsed()
-            each = -(-ahead // data.num_workers)
-            made = batches.to_iter_dataset(grain.ReadOptions(min(threads, each), each))
             made = made.mp_prefetch(
                 grain.MultiprocessingOptions(data.num_workers, per_worker_buffer_size=1),
                 worker_init_fn=_end_with_parent,
             )
-        else:
-            made = batches.to_iter_dataset(grain.ReadOptions(threads, ahead))
+        if piece < rows:
+            made = made.batch(rows // piece, batch_fn=_join)
         made = made.map(self._without_bad)
         if sharding is not None:
             # A thread of its own transfers: the next batch is on the devices when a step ends.
@@ -157,8 +159,7 @@ def train_batches(
     stream = grain.MapDataset.range(len(source)).seed(seed % 2**32).shuffle().repeat()
     # Random numbers are drawn by the position in the stream, hence before it is shared out.
     stream = stream.random_map(load)[examples_seen:][process_index::process_count]
-    rows = batch_size // process_count
-    return Batches(stream.batch(rows), data, load, rows, sharding)
+    return Batches(stream, data, load, batch_size // process_count, sharding)
 
 
 def eval_batches(
@@ -194,8 +195,39 @@ def eval_batches(
     load = LoadForEvaluation(source, prepare, skip=data.on_bad_example == "skip")
     padded = -(-len(source) // batch_size) * batch_size
     indices = grain.MapDataset.range(padded)[process_index::process_count]
-    rows = batch_size // process_count
-    return Batches(indices.map(load).batch(rows), data, load, rows, sharding)
+    return Batches(indices.map(load), data, load, batch_size // process_count, sharding)
+
+
+def read_ahead(data: DataConfig, rows: int, row_bytes: int) -> tuple[int, int]:
+    """How the loader works ahead within ``data.prefetch_mib``: in what pieces, and how many.
+
+    Every thread of every worker makes a piece at a time. Pieces are whole batches where there is
+    memory for so many of them, else parts of a batch, which are joined when they are handed out.
+
+    Args:
+        data: reads num_workers, num_threads and prefetch_mib.
+        rows: examples of a batch on this process.
+        row_bytes: of an example.
+
+    Returns:
+        Rows of a piece, a divisor of `rows`, and pieces that each worker (or this process, without
+        any) makes ahead. More memory than allowed is taken only where no divisor fits.
+    """
+    workers = max(1, data.num_workers)
+    transit = IN_TRANSIT if data.num_workers else 1
+    budget = data.prefetch_mib * 2**20 / workers
+    wanted = budget / ((data.num_threads + transit) * row_bytes)
+    divisors = [n for n in range(1, rows + 1) if rows % n == 0]
+    piece = max(n for n in divisors if n <= max(1, wanted))
+    if piece < wanted / 4:  # of a prime number, say: handing over many tiny pieces takes long
+        piece = min((n for n in divisors if n > wanted), default=rows)
+    most = -(-MAX_AHEAD * rows // (piece * workers))
+    return piece, max(1, min(most, int(budget / (piece * row_bytes)) - transit))
+
+
+def _join(pieces: Sequence[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
+    """The pieces of a batch as one."""
+    return {name: np.concatenate([piece[name] for piece in pieces]) for name in pieces[0]}
 
 
 def to_device(batch: dict[str, np.ndarray], sharding: Sharding) -> dict[str, jax.Array]:

@@ -1,5 +1,6 @@
 """Batches are a function of the seed and of the examples seen before, and of nothing else."""
 
+import dataclasses
 import itertools
 import time
 from contextlib import closing
@@ -12,7 +13,7 @@ from stored import encode_crops
 
 from crate_jax.config import DataConfig
 from crate_jax.data.examples import load_example, make_prepare
-from crate_jax.data.loader import eval_batches, to_device, train_batches
+from crate_jax.data.loader import eval_batches, read_ahead, to_device, train_batches
 from crate_jax.data.sources import Source, SyntheticImages, open_source
 from crate_jax.parallel import batch_sharding, make_mesh
 
@@ -180,8 +181,9 @@ def test_worker_processes_change_nothing_and_need_no_flags():
 # --- photographs, through everything that is random ----------------------------------------------
 
 EVERYTHING = (
-    "random_resized_crop((24, 30))|random_flip()|randaugment(2, 14)|color_jitter(0.4, 0.4, 0.4, 0.1)"
-    "|random_blur()|random_solarize(probability=0.2)|random_erasing(0.25, value='noise')"
+    "random_resized_crop((24, 30))|random_flip()|randaugment(2, 14)"
+    "|color_jitter(0.4, 0.4, 0.4, 0.1)|random_blur()|random_solarize(probability=0.2)"
+    "|random_erasing(0.25, value='noise')"
 )
 
 
@@ -369,26 +371,74 @@ def test_a_slow_source_is_what_is_waited_for():
         assert 0.3 < stream.waited_s < 3  # five batches of four times 20 ms
 
 
-@pytest.mark.parametrize("mib, made", [(1, 2), (7, 14), (200, 33)])
-def test_read_ahead_is_sized_by_memory(mib, made):
-    """A batch is of half a MiB; at least two are made ahead, and at most 32."""
-    read = []
+# --- how far ahead --------------------------------------------------------------------------------
 
-    class Counted:
-        def __len__(self):
-            return 10_000
 
-        def __getitem__(self, index):
-            read.append(index)
-            return {"image": np.zeros((256, 256, 1), np.uint8), "label": 0}
+@pytest.mark.parametrize("workers", [0, 2, 16])
+@pytest.mark.parametrize("threads", [1, 4])
+@pytest.mark.parametrize("rows", [4, 96, 100, 2048])
+@pytest.mark.parametrize("mib", [32, 256, 2048])
+def test_read_ahead_fits_into_its_memory(workers, threads, rows, mib):
+    row_bytes = 224 * 224 * 3
+    data = DataConfig(num_workers=workers, num_threads=threads, prefetch_mib=mib)
+    piece, ahead = read_ahead(data, rows, row_bytes)
+    assert rows % piece == 0 and ahead >= 1
+    in_transit = 4 if workers else 1
+    made = max(1, workers) * (ahead + in_transit) * piece * row_bytes
+    least = max(1, workers) * (threads + in_transit) * row_bytes  # of a row for each thread
+    assert made <= max(mib * 2**20, least)
+    assert ahead >= threads or piece * ahead * max(1, workers) >= 32 * rows  # none is idle
+    if 2 * (threads + in_transit) * rows * row_bytes * max(1, workers) < mib * 2**20:
+        assert piece == rows  # nothing to join where whole batches fit
 
-    data = DataConfig(num_threads=2, prefetch_mib=mib)
-    prepare = make_prepare(data, (256, 256, 1), train=True)
-    source = Source("counted", Counted(), 1)
+
+def test_batch_of_a_prime_number_is_not_handed_over_row_by_row():
+    data = DataConfig(num_workers=2, num_threads=4, prefetch_mib=32)
+    assert read_ahead(data, 127, 224 * 224 * 3) == (127, 1)
+    assert read_ahead(DataConfig(prefetch_mib=1), 2, 2**21) == (1, 1)  # less than a row
+
+
+@dataclasses.dataclass(frozen=True)
+class CountedReads:
+    """Black images; each read adds a byte to a file, whichever process reads."""
+
+    path: str
+    shape: tuple[int, int, int]
+
+    def __len__(self):
+        return 10_000
+
+    def __getitem__(self, index):
+        with open(self.path, "ab") as file:
+            file.write(b"x")
+        return {"image": np.zeros(self.shape, np.uint8), "label": 0}
+
+
+@pytest.mark.parametrize("workers, mib, least", [(0, 1, 8), (0, 7, 48), (2, 4, 16), (2, 16, 96)])
+def test_no_more_is_read_than_fits(tmp_path, workers, mib, least):
+    """Rows are of 64 KiB, a batch of eight of half a MiB."""
+    shape, path = (256, 256, 1), tmp_path / "reads"
+    data = DataConfig(num_threads=2, num_workers=workers, prefetch_mib=mib)
+    prepare = make_prepare(data, shape, train=True)
+    source = Source("counted", CountedReads(str(path), shape), 1)
     with closing(train_batches(source, data, prepare, batch_size=8, seed=0)) as stream:
         next(stream)
         before = -1
-        while before != len(read):  # until the loader rests
-            before = len(read)
-            time.sleep(0.3)
-        assert made <= len(read) / 8 <= made + 3
+        while before != (reads := path.stat().st_size):  # until the loader rests
+            before = reads
+            time.sleep(0.5)
+    assert least <= reads <= 16 * mib + 8  # the batch that was handed out, and what fits
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_batches_made_in_pieces_are_the_same(photos, workers):
+    expected = train_photos(photos, 4, batch_size=24)
+    data = DataConfig(train_transforms=EVERYTHING, num_workers=workers, prefetch_mib=1)
+    shape = (24, 30, 3)
+    assert read_ahead(data, 240, 24 * 30 * 3)[0] < 240
+    prepare = make_prepare(data, shape, train=True)
+    with closing(train_batches(photos, data, prepare, batch_size=240, seed=5)) as stream:
+        batch = next(stream)
+    assert batch["image"].shape == (240, *shape)
+    for part, name in zip(expected, ("image", "label"), strict=True):
+        np.testing.assert_array_equal(batch[name][:96], part)
