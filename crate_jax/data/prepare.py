@@ -11,7 +11,7 @@ import numpy as np
 
 from crate_jax.config import DataConfig
 from crate_jax.data import storage, tars
-from crate_jax.data.sources import Source, open_source
+from crate_jax.data.sources import Source, check_same_classes, open_source
 from crate_jax.files import written_aside
 
 # Examples a file: about 140 MB of ImageNet, whose training split then has TFDS's 1,025 files.
@@ -53,14 +53,10 @@ def prepare(
     import tensorflow_datasets as tfds
 
     sources = _open_splits(source_dir)
-    classes = next(iter(sources.values())).class_names
+    first = next(iter(sources.values()))
     for source in sources.values():
-        if source.class_names != classes:
-            odd = sorted(set(source.class_names) ^ set(classes))[:3]
-            raise ValueError(
-                f"{source.name} must have the classes of the other splits; {', '.join(odd)} … are "
-                "not in both. Add empty folders, or leave the split out."
-            )
+        check_same_classes(first, source)
+    classes = first.class_names
     name, version = _name_and_version(name, classes)
     folder = Path(target_dir) / name / version
     plan = {split: -(-len(source) // shard_examples) for split, source in sources.items()}

@@ -81,6 +81,22 @@ def open_source(
     return source
 
 
+def check_same_classes(source: Source, other: Source) -> None:
+    """A label must mean the same in two splits.
+
+    Raises:
+        ValueError: the classes differ, in number or, where they are known, in name.
+    """
+    if (source.num_classes, source.class_names) != (other.num_classes, other.class_names):
+        odd = sorted(set(source.class_names) ^ set(other.class_names))[:3]
+        missing = f"{', '.join(odd)} … are not in both" if odd else "their numbers differ"
+        raise ValueError(
+            f"{other.name} must have the {source.num_classes} classes of {source.name}; it has "
+            f"{other.num_classes}, {missing}. Add an empty folder for a class without images, or "
+            "choose another split."
+        )
+
+
 @dataclasses.dataclass(frozen=True)
 class SyntheticImages:
     """Random pixels and labels, a function of the index alone."""

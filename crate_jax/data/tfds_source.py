@@ -147,6 +147,13 @@ def _tfds_builder(data: DataConfig) -> Any:
         builder = make(data_dir=data.data_dir, file_format="array_record")
         # TFDS reports on stdout, which belongs to the command's own result.
         report = io.StringIO() if data.dataset == "digits" else sys.stderr
-        with contextlib.redirect_stdout(report):
-            builder.download_and_prepare()
+        try:
+            with contextlib.redirect_stdout(report):
+                builder.download_and_prepare()
+        except ImportError as error:
+            raise ValueError(
+                f"data.dataset must be prepared; TFDS needs a package to prepare {data.dataset} "
+                f"({error.msg}). Install it (pip install tensorflow-cpu, if that is the one) for "
+                "this once; reading the prepared files needs none. See docs/data.md."
+            ) from error
     return builder

@@ -32,7 +32,7 @@ from crate_jax.data.examples import LoadForTraining, Prepare, make_prepare
 from crate_jax.data.loader import Batches, eval_batches, train_batches
 from crate_jax.data.mixing import make_mix
 from crate_jax.data.pixels import normalize
-from crate_jax.data.sources import Source
+from crate_jax.data.sources import Source, check_same_classes
 from crate_jax.evaluation.classify import evaluate, make_eval_step, open_model_and_source
 from crate_jax.interop import load_fitted
 from crate_jax.models.crate import Crate, pair
@@ -97,6 +97,7 @@ def set_up(config: TrainConfig) -> Run:
     check_batch_size("eval_batch_size", config.eval_batch_size, devices)
     model, train_source = open_model_and_source(config, config.data.train_split)
     _, eval_source = open_model_and_source(config, config.data.eval_split)
+    check_same_classes(train_source, eval_source)
     shape = (*pair(model.image_size), model.in_channels)
     train_prepare = make_prepare(config.data, shape, train=True)
     eval_prepare = make_prepare(config.data, shape, train=False)

@@ -10,7 +10,7 @@ import pytest
 
 from crate_jax.config import DataConfig
 from crate_jax.data.decode import decode_image
-from crate_jax.data.sources import open_source
+from crate_jax.data.sources import Source, check_same_classes, open_source
 
 
 def open_split(dataset, data_dir, split="train", *, download=False, shape=(8, 8, 3), classes=4):
@@ -73,6 +73,22 @@ def test_folder_numbers_sorted_classes_and_reads_nested_images(folder):
 def test_folder_split_is_a_folder(folder):
     source = open_split("folder", folder, "val")
     assert (len(source), source.num_classes) == (1, 1)
+
+
+def test_splits_whose_labels_mean_something_else(folder):
+    train, val = open_split("folder", folder), open_split("folder", folder, "val")
+    check_same_classes(train, train)
+    message = (
+        r"val must have the 4 classes of .*train; it has 1, Bee, empty class, zebra … are not in "
+        r"both\. Add an empty folder for a class without images"
+    )
+    with pytest.raises(ValueError, match=message):
+        check_same_classes(train, val)
+    numbered = [Source(f"x/{n}", [], num_classes=n) for n in (3, 4)]
+    with pytest.raises(
+        ValueError, match=r"x/4 must have the 3 classes of x/3; it has 4, their num"
+    ):
+        check_same_classes(*numbered)
 
 
 def test_folder_without_data_dir():
@@ -219,6 +235,21 @@ def test_download_prepares_as_array_record(tmp_path, monkeypatch):
     assert set(asked) == {"far_away"}
     assert (len(source), source.name) == (297, "far_away/test")
     assert (tmp_path / "digits/1.0.0/digits-test.array_record-00000-of-00001").exists()
+
+
+def test_package_that_preparing_needs_is_named(tmp_path, monkeypatch):
+    import tensorflow_datasets as tfds
+
+    def prepare(self, **kwargs):
+        import no_such_package  # noqa: F401
+
+    monkeypatch.setattr(tfds.core.DatasetBuilder, "download_and_prepare", prepare)
+    message = (
+        r"TFDS needs a package to prepare cifar10 \(No module named 'no_such_package'\)\. Install "
+        r"it \(pip install tensorflow-cpu, if that is the one\) for this once; .* docs/data\.md\."
+    )
+    with pytest.raises(ValueError, match=message):
+        open_split("cifar10", tmp_path, download=True)
 
 
 @pytest.mark.parametrize("split", ["tset", "test[", "test[:1000]", "test[:200%]"])

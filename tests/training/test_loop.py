@@ -10,6 +10,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from stored import encode_crops, write_folder
 
 import crate_jax.config as config_module
 from crate_jax.checkpoint import Checkpointer, restore_params
@@ -22,7 +23,8 @@ from crate_jax.training.loop import train
 def metrics_of(workdir):
     """The metrics file without what depends on the clock."""
     lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in line.items() if k != "images_per_s"} for line in lines]
+    clock = ("images_per_s", "data_wait_share")
+    return [{k: v for k, v in line.items() if k not in clock} for line in lines]
 
 
 def state_of(workdir, step):
@@ -161,6 +163,15 @@ def test_another_config_is_refused(four_steps, tiny_config, change, message):
     with pytest.raises(ValueError, match=message):
         train(tiny_config(log_objective_every_steps=2, optim__ema_decay=0.9, **change), workdir)
     assert (workdir / "config.json").read_bytes() == before
+
+
+def test_splits_of_other_classes_are_refused(tiny_config, tmp_path, photographs):
+    (image,) = encode_crops(photographs, 1)
+    write_folder(tmp_path / "data", "train", {"ant/1.jpg": image, "bee/1.jpg": image})
+    write_folder(tmp_path / "data", "val", {"bee/1.jpg": image})
+    data = dict(data__dataset="folder", data__data_dir=str(tmp_path / "data"))
+    with pytest.raises(ValueError, match=r"val must have the 2 classes of .*; it has 1, ant … are"):
+        train(tiny_config(**data, data__eval_split="val"), tmp_path / "run")
 
 
 def test_a_non_finite_loss_stops_the_run_and_spares_the_checkpoint(tiny_config, tmp_path):
