@@ -116,7 +116,6 @@ def ours(jpegs: list[bytes], threads: int, workers: int, antialias: bool = True)
         train_transforms=f"random_resized_crop({SIZE}, antialias={antialias})|random_flip()",
         num_threads=threads,
         num_workers=workers,
-        prefetch_mib=1,
     )
     source = Source("photographs", Repeated(jpegs), len(jpegs))
     prepare = make_prepare(data, (SIZE, SIZE, 3), train=True)

@@ -8,6 +8,10 @@ import numpy as np
 # Half the width of each kernel, in pixels of the coarser grid.
 SUPPORT = {"bilinear": 1, "bicubic": 2}
 
+# Up to this scale plain interpolation is nearer to Pillow than what is smoothed first (measured on
+# photographs: both are 0.8/255 from it here, and plain interpolation 0.2/255 at a scale of 1.01).
+HARDLY_SMALLER = 1.08
+
 
 def resize_pixels(
     image: np.ndarray,
@@ -43,7 +47,7 @@ def resize_pixels(
     scales = [old / new for old, new in zip(image.shape, size, strict=False)]
     if image.shape[:2] == size:
         return image
-    if interpolation == "bilinear" and (max(scales) <= 1 or not antialias):
+    if interpolation == "bilinear" and (max(scales) <= HARDLY_SMALLER or not antialias):
         method = cv2.INTER_LINEAR
     else:
         if not antialias:

@@ -17,7 +17,18 @@ def pillow(image, size, interpolation):
 
 @pytest.mark.parametrize("interpolation", METHODS)
 @pytest.mark.parametrize(
-    "size", [(400, 600), (300, 450), (256, 383), (224, 224), (128, 192), (40, 60), (600, 900)]
+    "size",
+    [
+        (420, 630),
+        (395, 592),
+        (340, 500),
+        (300, 450),
+        (256, 383),
+        (224, 224),
+        (128, 192),
+        (40, 60),
+        (600, 900),
+    ],
 )
 def test_photographs_are_as_by_pillow(photographs, size, interpolation):
     for image in photographs:

@@ -10,7 +10,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from stored import encode_crops, write_folder
+from stored import convert, encode_crops, write_array_record, write_folder
 
 import crate_jax.config as config_module
 from crate_jax.checkpoint import Checkpointer, restore_params
@@ -212,8 +212,12 @@ def test_fine_tuning_starts_from_the_weights_with_a_new_head(four_steps, tiny_co
     )
 
 
-def test_every_field_of_the_config_is_read(four_steps, tiny_config, tmp_path):
+def test_every_field_of_the_config_is_read(four_steps, tiny_config, tmp_path, photographs):
     """By code outside config.py, in a run that uses every feature."""
+    (image,) = encode_crops(photographs, 1)
+    write_folder(tmp_path / "folder", "train", {"ant/1.jpg": image})
+    prepared = write_array_record(tmp_path / "folder", tmp_path / "array_record", "photos")
+    convert(prepared, tmp_path / "tfrecord", "tfrecord")
     read = set()
     classes = (TrainConfig, DataConfig, OptimConfig, ParallelConfig, ModelConfig)
 
@@ -242,6 +246,8 @@ def test_every_field_of_the_config_is_read(four_steps, tiny_config, tmp_path):
                 image_shape=(8, 8, 3),
                 num_classes=10,
             )
+        records = DataConfig(dataset="photos", data_dir=str(tmp_path / "tfrecord"))
+        assert len(open_source(records, "train", image_shape=(8, 8, 3), num_classes=1)) == 1
     # The model section is unpacked whole: its fields are the model's.
     taken = {field.name for field in dataclasses.fields(Crate)}
     assert {field.name for field in dataclasses.fields(ModelConfig)} <= taken
