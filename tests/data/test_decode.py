@@ -2,12 +2,15 @@
 
 import io
 import struct
+import subprocess
+import sys
 from zlib import crc32
 
 import cv2
 import numpy as np
 import pytest
 import simplejpeg
+from command import ROOT
 from PIL import Image
 
 from crate_jax.data.decode import BadExampleError, EncodedImage, decode_image
@@ -271,3 +274,30 @@ def test_bomb_is_refused_by_its_header(suffix):
     message = r"here must have at most 134217728 pixels; its header says 20000x20000\. Remove or"
     with pytest.raises(BadExampleError, match=message):
         EncodedImage(bytes(data), channels=3, name="here")
+
+
+@pytest.mark.parametrize("format", ["GIF", "TIFF", "WEBP"])
+def test_bomb_of_another_format_is_refused_before_memory_is_taken(format):
+    """In a program of its own: OpenCV takes its limit when it is imported."""
+    program = f"""
+import io
+import resource
+from PIL import Image
+from crate_jax.data.decode import decode_image
+side = 12000
+options = dict(lossless=True, quality=0, method=0) if "{format}" == "WEBP" else {{}}
+options |= dict(compression="tiff_deflate") if "{format}" == "TIFF" else {{}}
+file = io.BytesIO()
+Image.new("L", (side, side)).save(file, "{format}", **options)
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+try:
+    decode_image(file.getvalue(), channels=3, name="here")
+except ValueError as error:
+    print(error)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 100_000)
+"""
+    found = subprocess.run(
+        [sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    message, small = found.stdout.splitlines()
+    assert message.startswith("here must be an image; its") and small == "True"
