@@ -72,9 +72,9 @@ def open_tfds(data: DataConfig, split: str) -> tuple[str, "NamedExamples", int, 
 
 def _as_data_source(builder: Any, split: str, decoders: Any, name: str, kind: str) -> Any:
     """TFDS's own random access to array_record and parquet."""
-    if kind == "array_record" and storage.is_remote(str(builder.data_path)):
+    if storage.is_remote(str(builder.data_path)):
         raise ValueError(
-            f"{name} must be local: array_record files cannot be read from {builder.data_path}. "
+            f"{name} must be local: {kind} files cannot be read from {builder.data_path}. "
             "Mount the bucket as a folder, or prepare the data set as TFRecord."
         )
     try:

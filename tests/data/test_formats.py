@@ -3,6 +3,7 @@
 import io
 import json
 import tarfile
+import types
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +19,7 @@ from stored import (
 )
 
 from crate_jax.config import DataConfig
-from crate_jax.data import storage, tfrecord
+from crate_jax.data import storage, tfds_source, tfrecord
 from crate_jax.data.examples import load_example, make_prepare
 from crate_jax.data.prepare import prepare
 from crate_jax.data.sources import open_source
@@ -385,10 +386,17 @@ def test_files_of_a_bucket_are_read_as_local_ones(stored, files):
     )
 
 
-@pytest.mark.parametrize("path", ["nope://bucket/x"])
-def test_buckets_of_no_known_kind(path):
+def test_buckets_of_no_known_kind():
     with pytest.raises(ValueError, match=r"nope:// must be reachable; .* Use gs://, s3:// or"):
-        open_split("folder", path)
+        open_split("folder", "nope://bucket/x")
+
+
+@pytest.mark.parametrize("kind", ["array_record", "parquet"])
+def test_formats_that_no_bucket_can_serve(kind):
+    builder = types.SimpleNamespace(data_path="s3://bucket/photos/1.0.0")
+    message = rf"x/train must be local: {kind} files cannot be read from s3://bucket/photos/1\.0\.0"
+    with pytest.raises(ValueError, match=message + r"\. Mount the bucket as a folder, or prepare"):
+        tfds_source._as_data_source(builder, "train", None, "x/train", kind)
 
 
 def test_missing_package_is_named(monkeypatch):
