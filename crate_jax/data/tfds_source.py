@@ -141,8 +141,8 @@ def _tfds_builder(data: DataConfig) -> Any:
         if not download:
             raise FileNotFoundError(
                 f"data.dataset must be prepared; {data.dataset} is not in {builder.data_path}. "
-                "Set --config.data.data_dir to where it is, or let TFDS download and prepare it "
-                "with --config.data.download=True."
+                f"{_where_it_may_be(data, builder)}, or let TFDS download and prepare it with "
+                "--config.data.download=True."
             )
         builder = make(data_dir=data.data_dir, file_format="array_record")
         # TFDS reports on stdout, which belongs to the command's own result.
@@ -157,3 +157,14 @@ def _tfds_builder(data: DataConfig) -> Any:
                 "this once; reading the prepared files needs none. See docs/data.md."
             ) from error
     return builder
+
+
+def _where_it_may_be(data: DataConfig, builder: Any) -> str:
+    """A remedy for a data set that is not prepared: another version that is there, or none."""
+    folder = str(builder.data_path).rpartition("/")[0]
+    entries = storage.list_folder(folder) if storage.is_folder(folder) else {}
+    versions = [name for name, is_dir in entries.items() if is_dir and name[0].isdigit()]
+    if versions:
+        name = data.dataset.partition(":")[0]
+        return f"There is {versions[-1]}: set --config.data.dataset={name}:{versions[-1]}"
+    return "Set --config.data.data_dir to where it is"

@@ -7,6 +7,7 @@ from pathlib import Path
 import cv2
 import numpy as np
 import pytest
+from stored import write_tfds
 
 from crate_jax.config import DataConfig
 from crate_jax.data.decode import decode_image
@@ -217,6 +218,30 @@ def test_known_dataset_that_is_not_prepared_is_not_downloaded(tmp_path, monkeypa
     with pytest.raises(FileNotFoundError, match=message):
         open_split("cifar10", tmp_path)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_other_version_that_is_there_is_named_and_read(tmp_path):
+    import tensorflow_datasets as tfds
+
+    features = tfds.features.FeaturesDict(
+        {
+            "image": tfds.features.Image(shape=(32, 32, 3)),
+            "label": tfds.features.ClassLabel(num_classes=10),
+        }
+    )
+    pixels = np.random.default_rng(0).integers(0, 256, (32, 32, 3), np.uint8)
+    example = {"image": cv2.imencode(".png", pixels)[1].tobytes(), "label": np.int64(7)}
+    write_tfds(tmp_path, "cifar10", "3.0.1", features, {"train": [example]})
+    message = (
+        r"cifar10 is not in .*/cifar10/3\.0\.2\. There is 3\.0\.1: set "
+        r"--config\.data\.dataset=cifar10:3\.0\.1, or let TFDS download"
+    )
+    with pytest.raises(FileNotFoundError, match=message):
+        open_split("cifar10", tmp_path)
+    source = open_split("cifar10:3.0.1", tmp_path)
+    assert source.examples[0]["label"] == 7
+    found = decode_image(source.examples[0]["image"], channels=3)
+    np.testing.assert_array_equal(found, pixels[:, :, ::-1])
 
 
 def test_download_prepares_as_array_record(tmp_path, monkeypatch):
