@@ -52,6 +52,8 @@ def prepare(
     """
     import tensorflow_datasets as tfds
 
+    if storage.is_remote(target_dir):
+        raise ValueError(f"--to must be a local folder; got {target_dir}. Copy the result there.")
     sources = _open_splits(source_dir)
     first = next(iter(sources.values()))
     for source in sources.values():

@@ -349,6 +349,11 @@ def test_nothing_to_prepare(tmp_path):
         prepare(str(tmp_path), str(tmp_path / "to"), name="x")
 
 
+def test_buckets_are_not_written_to(stored):
+    with pytest.raises(ValueError, match=r"--to must be a local folder; got gs://b/x\. Copy the"):
+        prepare(str(stored["folder"][1]), "gs://b/x", name="x")
+
+
 def test_splits_with_other_classes_are_refused(tmp_path, photographs):
     (jpeg,) = encode_crops(photographs, 1)
     write_folder(tmp_path / "from", "train", {"ant/1.jpg": jpeg, "bee/1.jpg": jpeg})
