@@ -1,19 +1,27 @@
 """Checkpoints of a run: a state, a JSON record beside it, and which of them are kept.
 
 Orbax's CheckpointManager does the work, asynchronously: `save` returns once the state is copied to
-the host, and a step appears under its number only when all of it is written. This module knows
-pytrees and paths, and no model.
+the host, and a step appears under its number only when all of it is written. Orbax restores a byte
+that changed on disk without a word, so a digest of the state is saved with it and compared. This
+module knows pytrees and paths, and no model.
 """
 
+import os
+import shutil
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
+from jax.experimental import multihost_utils
 from orbax.checkpoint.checkpoint_managers import preservation_policy
 
+from crate_jax.digest import changed, digest
+
 FOLDER = "checkpoints"  # below the run's workdir
+DIGEST = "digest"  # in the record, between the disk and this module
+DAMAGED = "damaged-"  # what a step that was set aside is called
 
 
 class Checkpointer:
@@ -40,6 +48,7 @@ class Checkpointer:
         read_only: bool = False,
     ):
         self.directory = Path(workdir).absolute() / FOLDER
+        self._saving: int | None = None
         metric = lambda metrics: metrics[best_metric]  # noqa: E731
         # Orbax's max_to_keep would keep the best and delete the latest, and a resumed run go back.
         kept: list[Any] = [preservation_policy.LatestN(keep_latest)]
@@ -98,14 +107,30 @@ class Checkpointer:
             state: pytree of global arrays; it may be donated as soon as this returns.
             record: JSON values, given back by `restore`.
             metrics: of the evaluation at this very step, if there was one.
+
+        Raises:
+            OSError: this save could not be started, or the one before could not be finished (this
+                one is then under way). Earlier steps are intact.
         """
         if step in self._manager.all_steps():
             return
+        failure: OSError | None = None
+        try:
+            self.wait()
+        except OSError as error:
+            failure = error
         items = ocp.args.Composite(
-            state=ocp.args.StandardSave(state), record=ocp.args.JsonSave(record)
+            state=ocp.args.StandardSave(state),
+            record=ocp.args.JsonSave(record | {DIGEST: digest(state)}),
         )
-        # force: the loop decides when; Orbax has no interval of its own to keep.
-        self._manager.save(step, args=items, metrics=metrics, force=True)
+        try:
+            # force: the loop decides when; Orbax has no interval of its own to keep.
+            self._manager.save(step, args=items, metrics=metrics, force=True)
+        except Exception as error:  # tensorstore's ValueErrors as well as OSErrors
+            raise self._unwritable(error) from error
+        self._saving = step
+        if failure is not None:
+            raise failure
 
     def restore(self, step: int, abstract_state: Any) -> tuple[Any, dict[str, Any]]:
         """Read a step back.
@@ -119,17 +144,46 @@ class Checkpointer:
             The state and the record.
 
         Raises:
-            ValueError: the step cannot be read, or holds another tree.
+            ValueError: the step cannot be read, holds another tree, or is not what was saved.
         """
         items = ocp.args.Composite(
             state=ocp.args.StandardRestore(abstract_state), record=ocp.args.JsonRestore()
         )
         restored = self._read(step, items)
-        return restored["state"], restored["record"]
+        return restored["state"], self._checked(step, restored["state"], restored["record"])
+
+    def restore_newest(self, abstract_state: Any) -> tuple[Any, dict[str, Any], list[str]]:
+        """Read the newest step that is whole, and set newer ones aside.
+
+        A damaged step is renamed, ``damaged-300``, so that its number is free again and nobody
+        takes it for a checkpoint; nothing is deleted. All processes take the same step.
+
+        Args:
+            abstract_state: as for `restore`.
+
+        Returns:
+            The state, the record, and what is wrong with each step that was set aside.
+
+        Raises:
+            ValueError: no step can be read; none is renamed.
+        """
+        problems: dict[int, str] = {}
+        for step in reversed(self.steps):
+            found = None
+            try:
+                found = self.restore(step, abstract_state)
+            except ValueError as error:
+                problems[step] = str(error)
+            if _everywhere(found is not None) and found is not None:
+                self._set_aside(list(problems))
+                return *found, list(problems.values())
+            problems.setdefault(step, self._damage(step, "another process cannot read it"))
+        raise ValueError(next(iter(problems.values()), f"{self.directory} holds no checkpoint."))
 
     def restore_record(self, step: int) -> dict[str, Any]:
         """The JSON record of a step, without its state."""
-        return self._read(step, ocp.args.Composite(record=ocp.args.JsonRestore()))["record"]
+        record = self._read(step, ocp.args.Composite(record=ocp.args.JsonRestore()))["record"]
+        return {key: value for key, value in record.items() if key != DIGEST}
 
     def saved_shapes(self, step: int) -> Any:
         """The tree of a step's state as `jax.ShapeDtypeStruct` leaves; nothing else is read."""
@@ -141,12 +195,32 @@ class Checkpointer:
         return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), tree)
 
     def wait(self) -> None:
-        """Block until every started save is on disk."""
-        self._manager.wait_until_finished()
+        """Block until the save that was started is on disk.
+
+        Raises:
+            OSError: it could not be written; what it left behind is removed, earlier steps stay.
+        """
+        step, self._saving = self._saving, None
+        try:
+            self._manager.wait_until_finished()
+        except Exception as error:  # tensorstore's ValueErrors as well as OSErrors
+            if jax.process_index() == 0:
+                for path in self.directory.glob(f"{step}.*tmp*"):
+                    shutil.rmtree(path, ignore_errors=True)
+            self._manager.reload()  # or it would keep the failed step in mind, and drop a good one
+            raise self._unwritable(error) from error
 
     def close(self) -> None:
-        """Finish the saves and release the directory."""
+        """Finish the saves and release the directory; failures were `wait`'s to report."""
         self._manager.close()
+
+    def reached_preemption(self, step: int) -> bool:
+        """Whether some process was told to end; true at the same step on all of them.
+
+        Call it on every process after every step. Always False in a run of one process that has
+        not started `jax.distributed`.
+        """
+        return self._manager.reached_preemption(step)
 
     def _read(self, step: int, items: ocp.args.Composite) -> Any:
         try:
@@ -154,11 +228,43 @@ class Checkpointer:
         except Exception as error:  # Orbax raises bare Exceptions, and KeyErrors and JSON errors
             raise self._unreadable(step, error) from error
 
+    def _checked(self, step: int, tree: Any, record: dict[str, Any]) -> dict[str, Any]:
+        """The record without its digest, once the tree has been compared with that."""
+        record = dict(record)
+        expected = record.pop(DIGEST, None)  # runs of the first days have none
+        if expected is not None and (paths := changed(tree, expected)):
+            raise ValueError(self._damage(step, f"{paths[0]} is not what was saved"))
+        return record
+
+    def _set_aside(self, steps: list[int]) -> None:
+        if not steps:
+            return
+        if jax.process_index() == 0:
+            for step in steps:
+                names = [f"{DAMAGED}{step}", *(f"{DAMAGED}{step}.{i}" for i in range(1, 1000))]
+                free = next(n for n in names if not (self.directory / n).exists())
+                os.rename(self.directory / str(step), self.directory / free)
+        _everywhere(True)  # nobody looks before the names are changed
+        self._manager.reload()
+
     def _unreadable(self, step: int, error: Exception) -> ValueError:
-        reason = str(error).strip().split("\n")[0][:200]
-        return ValueError(
+        lines = str(error).strip().split("\n")
+        return ValueError(self._damage(step, lines[0][:200]))
+
+    def _damage(self, step: int, reason: str) -> str:
+        others = [other for other in self.steps if other != step]
+        remedy = f"Use another step: {', '.join(map(str, others))}." if others else "Train anew."
+        return (
             f"checkpoint must be readable; step {step} in {self.directory} is not ({reason}). "
-            "Move that folder away to use an earlier step."
+            f"{remedy}"
+        )
+
+    def _unwritable(self, error: Exception) -> OSError:
+        reason = str(error).strip().split("\n")[0].rpartition(": ")[2]
+        kept = f"Intact: {', '.join(map(str, self.steps))}" if self.steps else "There is none yet"
+        return OSError(
+            f"{self.directory} must take checkpoints; it did not ({reason}). {kept}. Free or mount "
+            "the disk, and run again."
         )
 
 
@@ -196,8 +302,10 @@ def restore_params(
             restore_args=ocp.checkpoint_utils.construct_restore_args(wanted),
             partial_restore=True,
         )
-        restored = reader._read(number, ocp.args.Composite(state=state))["state"]
-        return next(iter(restored.values())), number
+        items = ocp.args.Composite(state=state, record=ocp.args.JsonRestore())
+        restored = reader._read(number, items)
+        reader._checked(number, restored["state"], restored["record"])
+        return next(iter(restored["state"].values())), number
     finally:
         reader.close()
 
@@ -224,10 +332,19 @@ def read_params(workdir: str | Path, step: str | int) -> tuple[Any, dict[str, An
         wanted = {name: reader.saved_shapes(number)[name]}
         as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), wanted)
         state = ocp.args.PyTreeRestore(item=wanted, restore_args=as_numpy, partial_restore=True)
-        restored = reader._read(number, ocp.args.Composite(state=state))["state"]
-        return restored[name], record
+        items = ocp.args.Composite(state=state, record=ocp.args.JsonRestore())
+        restored = reader._read(number, items)
+        reader._checked(number, restored["state"], restored["record"])
+        return restored["state"][name], record
     finally:
         reader.close()
+
+
+def _everywhere(ok: bool) -> bool:
+    """Whether it is so on every process; all of them wait for each other."""
+    if jax.process_count() == 1:
+        return ok
+    return bool(np.min(multihost_utils.process_allgather(np.int32(ok))))
 
 
 def _no_checkpoint(directory: Path) -> FileNotFoundError:

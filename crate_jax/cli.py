@@ -20,6 +20,7 @@ from crate_jax import commands
 from crate_jax.config import IMAGENET_EVAL, TrainConfig, did_you_mean, get_field
 
 PACKAGE = Path(__file__).parent
+TRY_AGAIN = 75  # EX_TEMPFAIL of sysexits.h; schedulers restart on any status but 0
 
 
 def run_command(command: Callable[[], dict[str, Any]]) -> int:
@@ -30,13 +31,15 @@ def run_command(command: Callable[[], dict[str, Any]]) -> int:
 
     Returns:
         Exit status: 0; 1 if the result says that something is not ``within_tolerance``; 2 for a
-        mistake or an interruption.
+        mistake; `TRY_AGAIN` for a run that was told to stop and is saved, 130 for a command
+        that was interrupted otherwise.
     """
     quiet_libraries()
     try:
         result = command()
     except KeyboardInterrupt as error:
-        return _complain(str(error) or "interrupted; what was saved before is intact")
+        _complain(str(error) or "interrupted; what was saved before is intact")
+        return TRY_AGAIN if error.args else 130
     except (ValueError, KeyError, OSError, FloatingPointError) as error:
         if not isinstance(error, OSError) and not _raised_here(error):
             raise

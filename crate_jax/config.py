@@ -104,6 +104,7 @@ class TrainConfig:
     checkpoint_every_steps: int = 0  # 0: at each evaluation and at the end
     keep_latest: int = 2  # newest checkpoints kept, >= 1
     keep_best: int = 1  # checkpoints of highest test/top1 kept besides, >= 0
+    on_failed_save: str = "stop"  # or "continue": say so, and try again at the next save
     model: ModelConfig = dataclasses.field(default_factory=ModelConfig)
     data: DataConfig = dataclasses.field(default_factory=DataConfig)
     optim: OptimConfig = dataclasses.field(default_factory=OptimConfig)
@@ -141,6 +142,7 @@ _CHOICES = {
     "optim.optimizer": ("adamw", "lion"),
     "optim.schedule": ("cosine", "official_readme"),
     "data.on_bad_example": ("raise", "skip"),
+    "on_failed_save": ("stop", "continue"),
 }
 
 # field: (lowest, bound); the bound itself is excluded.

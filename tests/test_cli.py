@@ -253,7 +253,7 @@ def test_ctrl_c_saves_and_says_how_to_resume(tmp_path):
         time.sleep(0.01)
     process.send_signal(signal.SIGINT)
     out, err = process.communicate(timeout=100)
-    assert process.returncode == 2 and out == ""
+    assert process.returncode == 75 and out == ""
     last = err.splitlines()[-1]
     assert last.startswith("error: SIGINT at step ") and "which is saved. Run the same" in last
     step = int(last.split("at step ")[1].split()[0])

@@ -14,6 +14,7 @@ ROOT = Path(__file__).parent.parent
 # Lowest first: a file imports only from floors below its own.
 FLOORS = [
     "files",
+    "digest",
     "config",
     "objective",
     "models",

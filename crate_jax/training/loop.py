@@ -41,7 +41,7 @@ from crate_jax.training.metrics import Reporter
 from crate_jax.training.optimizer import make_optimizer, make_schedule
 from crate_jax.training.state import TrainState, abstract_state, init_sharded, replace_params
 from crate_jax.training.step import make_train_step
-from crate_jax.training.workdir import StopSignal, check_workdir, write_config
+from crate_jax.training.workdir import Stopped, StopSignal, check_workdir, write_config
 
 # Images of a batch on which the objective is measured: the tokens of all layers are held at once.
 OBJECTIVE_IMAGES = 64
@@ -138,7 +138,9 @@ def train(config: TrainConfig, workdir: str | Path) -> dict[str, Any]:
     Raises:
         ValueError, KeyError, FileNotFoundError: the config, the data or the workdir break a rule.
         FloatingPointError: a metric of a step is not finite.
-        KeyboardInterrupt: SIGINT or SIGTERM; the state is saved.
+        OSError: a checkpoint could not be written, and config.on_failed_save is "stop" or it is the
+            last one.
+        Stopped: SIGINT or SIGTERM; the state is saved.
     """
     start = time.perf_counter()
     workdir = Path(workdir)
@@ -175,15 +177,15 @@ def _restore_or_init(
     config, ema = run.config, run.config.optim.ema_decay > 0
     if checkpointer.latest_step is not None:
         abstract, shardings = abstract_state(run.model, run.tx, run.key, run.mesh, ema=ema)
-        state, record = checkpointer.restore(checkpointer.latest_step, abstract)
-        return state, shardings, record
-    fitted: list[str] = []
+        state, record, problems = checkpointer.restore_newest(abstract)
+        return state, shardings, record | {"notes": [f"set aside: {p}" for p in problems]}
+    notes: list[str] = []
     state, shardings = init_sharded(run.model, run.tx, run.key, run.mesh, ema=ema)
     if config.init_weights:
         loaded = load_fitted(config.init_weights, run.model, fit=config.init_fit, key=run.key)
         state = replace_params(state, loaded.params)
-        fitted = loaded.report
-    return state, shardings, {"step": 0, "summary": {}, "fitted": fitted}
+        notes = [f"{config.init_weights} fitted: {change}" for change in loaded.report]
+    return state, shardings, {"step": 0, "summary": {}, "notes": notes}
 
 
 def _compile(run: Run, shardings: Any) -> Programs:
@@ -269,6 +271,7 @@ def _steps(
 ) -> dict[str, Any]:
     """All steps after the restored one; returns the record of the last."""
     config, total = run.config, run.total_steps
+    stop_on_failed_save = config.on_failed_save == "stop"
     key = jax.device_put(run.key, replicated(run.mesh))
 
     def due(step: int, every: int) -> bool:
@@ -314,13 +317,19 @@ def _steps(
                     "config": to_dict(config),
                 }
                 with jax.transfer_guard("allow"):  # Orbax copies to the host in a way of its own
-                    checkpointer.save(step, state, record, tested)
+                    try:
+                        checkpointer.save(step, state, record, tested)
+                    except OSError as error:
+                        if stop_on_failed_save:
+                            raise
+                        reporter.say(f"not saved: {error}")
         if stop.name and step < total:
             checkpointer.wait()
-            raise KeyboardInterrupt(
+            raise Stopped(
                 f"{stop.name} at step {step} of {total}, which is saved. "
                 "Run the same command again to resume."
             )
+    checkpointer.wait()
     return record
 
 

@@ -19,7 +19,8 @@ class Reporter:
         workdir: existing directory.
         config: of the run.
         total_steps: where the run ends.
-        record: of the checkpoint that the run continues from: its ``step`` and ``summary``.
+        record: of the checkpoint that the run continues from: its ``step`` and ``summary``; and
+            ``notes``, lines to say at the start.
         enabled: False on all processes but one; then nothing is written.
 
     Attributes:
@@ -45,8 +46,8 @@ class Reporter:
             self._progress.say(f"{workdir} is complete at step {first}. Nothing to do.")
         elif enabled:
             self._writer = MetricsWriter(workdir, start_step=first)
-        for change in record.get("fitted", ()):
-            self._progress.say(f"{config.init_weights} fitted: {change}")
+        for note in record.get("notes", ()):
+            self.say(note)
         if 0 < first < total_steps:
             self._progress.say(f"resuming {workdir} after step {first} of {total_steps}")
 
@@ -56,6 +57,10 @@ class Reporter:
     def __exit__(self, *exc: object) -> None:
         if self._writer is not None:
             self._writer.close()
+
+    def say(self, text: str) -> None:
+        """A line for whoever watches."""
+        self._progress.say(text)
 
     def trained(
         self,

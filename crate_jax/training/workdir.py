@@ -50,6 +50,10 @@ def write_config(config: TrainConfig, workdir: Path, *, enabled: bool = True) ->
     os.replace(aside, workdir / "config.json")
 
 
+class Stopped(KeyboardInterrupt):
+    """A run was told to stop; its state is saved, and the same command goes on with it."""
+
+
 class StopSignal:
     """Turns the first SIGINT or SIGTERM into a request to stop; a second one ends the process.
 

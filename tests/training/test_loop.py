@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import resource
 import sys
 import warnings
 from pathlib import Path
@@ -186,6 +187,59 @@ def test_a_non_finite_loss_stops_the_run_and_spares_the_checkpoint(tiny_config, 
     for a, b in zip(jax.tree.leaves(before), jax.tree.leaves(after), strict=True):
         np.testing.assert_array_equal(a, b)
         assert np.isfinite(a).all()
+
+
+def full_disk_at(patch, step):
+    """While a step is saved, no file may grow beyond 4 kB."""
+    original = Checkpointer.save
+
+    def save(self, at, *args):
+        soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+        if at == step:
+            self.wait()
+            resource.setrlimit(resource.RLIMIT_FSIZE, (4096, hard))
+        try:
+            original(self, at, *args)
+            if at == step:
+                self.wait()
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+    patch.setattr(Checkpointer, "save", save)
+
+
+# Orbax's writers that were cancelled complain when they are collected.
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+@pytest.mark.parametrize("choice", ["stop", "continue"])
+def test_a_save_that_fails(tiny_config, tmp_path, monkeypatch, capsys, choice):
+    full_disk_at(monkeypatch, step=4)
+    config = tiny_config(total_steps=6, on_failed_save=choice)
+    if choice == "stop":
+        with pytest.raises(OSError, match=r"must take checkpoints; .*large.* Intact: 2\. Free or"):
+            train(config, tmp_path)
+        assert Checkpointer(tmp_path, read_only=True).steps == [2]
+    else:
+        assert train(config, tmp_path)["step"] == 6
+        assert Checkpointer(tmp_path, read_only=True).steps == [2, 6]
+        assert "not saved: " in capsys.readouterr().err
+    monkeypatch.undo()
+    assert train(config, tmp_path)["step"] == 6
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_a_damaged_checkpoint_costs_the_steps_since_the_one_before(tiny_config, tmp_path, capsys):
+    config = tiny_config(total_steps=6)
+    expected = train(config, tmp_path)
+    whole = state_of(tmp_path, 6)
+    manifest = tmp_path / "checkpoints/6/state/manifest.ocdbt"
+    manifest.write_bytes(manifest.read_bytes()[:50])
+    again = train(config, tmp_path)
+    assert "set aside: checkpoint must be readable; step 6 in" in capsys.readouterr().err
+    assert {k: v for k, v in again.items() if k != "seconds"} == {
+        k: v for k, v in expected.items() if k != "seconds"
+    }
+    for path, array in state_of(tmp_path, 6).items():
+        np.testing.assert_array_equal(array, whole[path], err_msg=path)
 
 
 def abstract(tiny_config):
