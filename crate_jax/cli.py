@@ -18,6 +18,7 @@ import jax
 
 from crate_jax import commands
 from crate_jax.config import IMAGENET_EVAL, TrainConfig, did_you_mean, get_field
+from crate_jax.parallel import LostProcess
 
 PACKAGE = Path(__file__).parent
 TRY_AGAIN = 75  # EX_TEMPFAIL of sysexits.h; schedulers restart on any status but 0
@@ -40,6 +41,11 @@ def run_command(command: Callable[[], dict[str, Any]]) -> int:
     except KeyboardInterrupt as error:
         _complain(str(error) or "interrupted; what was saved before is intact")
         return TRY_AGAIN if error.args else 130
+    except LostProcess as error:
+        _complain(str(error))
+        # At once: on the way out JAX would wait for the lost process, and then abort with a trace.
+        sys.stdout.flush()
+        os._exit(TRY_AGAIN)
     except (ValueError, KeyError, OSError, FloatingPointError) as error:
         if not isinstance(error, OSError) and not _raised_here(error):
             raise

@@ -19,6 +19,7 @@ from crate_jax.config import (
     DataConfig,
     ModelConfig,
     OptimConfig,
+    ParallelConfig,
     TrainConfig,
     from_dict,
 )
@@ -319,6 +320,8 @@ def _saved_config(workdir: str | Path, step: str) -> tuple[TrainConfig, int]:
     reader = Checkpointer(workdir, read_only=True)
     try:
         number = reader.resolve(step)
-        return from_dict(reader.restore_record(number)["config"]), number
+        config = from_dict(reader.restore_record(number)["config"])
+        config.parallel = ParallelConfig()  # of the machine it was trained on
+        return config, number
     finally:
         reader.close()

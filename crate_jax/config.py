@@ -84,6 +84,10 @@ class ParallelConfig:
     """How the devices are laid out."""
 
     mesh: str = "data:-1"  # "axis:size,…" of data and fsdp; one size may be -1: what is left
+    coordinator: str | None = None  # "host:port" of process 0; "auto": TPU pod, SLURM, …; None: one
+    num_processes: int | None = None  # with host:port: how many there are, >= 1
+    process_id: int | None = None  # with host:port: which one this is, >= 0
+    heartbeat_timeout_seconds: int = 30  # a process that is silent for longer ends the others
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -172,6 +176,9 @@ _RANGES: dict[str, tuple[float, float]] = {
     "data.prefetch_mib": (1, _INF),
     "data.mixup_alpha": (0, _INF),
     "data.cutmix_alpha": (0, _INF),
+    "parallel.num_processes": (1, _INF),
+    "parallel.process_id": (0, _INF),
+    "parallel.heartbeat_timeout_seconds": (1, _INF),
     "optim.weight_decay": (0, _INF),
     "optim.b1": (0, 1),
     "optim.b2": (0, 1),

@@ -1,16 +1,76 @@
-"""The mesh of devices, and the one rule that lays arrays out on it."""
+"""The processes of a run, the mesh of their devices, and the rule that lays arrays out on it."""
 
 import math
+import os
 from collections.abc import Sequence
 from typing import Any
 
 import jax
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec, Sharding
+
+from crate_jax.config import ParallelConfig
 
 AXES = ("data", "fsdp")
 
 # Smaller leaves cost more to gather than they save in memory.
 _MIN_SHARDED_SIZE = 1024
+
+
+class LostProcess(RuntimeError):
+    """A run of several processes cannot go on without one of them; started again, it does."""
+
+
+def start_processes(config: ParallelConfig) -> bool:
+    """Join the processes of a run; every one calls this before it touches a device.
+
+    The engine is `jax.distributed`. Where no coordinator is configured, the environment may name
+    one: JAX_COORDINATOR_ADDRESS, with JAX_NUM_PROCESSES and JAX_PROCESS_ID.
+
+    Args:
+        config: reads coordinator, num_processes, process_id and heartbeat_timeout_seconds.
+
+    Returns:
+        Whether this run has more processes than this one, or was started as if it had.
+
+    Raises:
+        ValueError: the address, the number of processes or the own number is missing or impossible,
+            or nobody answers at the address.
+    """
+    address = config.coordinator or os.environ.get("JAX_COORDINATOR_ADDRESS")
+    if address is None or jax.distributed.is_initialized():
+        return jax.distributed.is_initialized()
+    given: dict[str, Any] = {"heartbeat_timeout_seconds": config.heartbeat_timeout_seconds}
+    if address != "auto":
+        count = _number("num_processes", config.num_processes)
+        own = _number("process_id", config.process_id)
+        if not 0 <= own < count or not address.rpartition(":")[2].isdigit():
+            raise ValueError(
+                "parallel must have process_id < num_processes and a coordinator host:port; got "
+                f"{own}, {count} and {address}. Start processes 0 … {count - 1}, each by its own."
+            )
+        given |= {"coordinator_address": address, "num_processes": count, "process_id": own}
+    try:
+        jax.distributed.initialize(**given)
+    except (RuntimeError, ValueError) as error:
+        reason = (str(error).strip().splitlines() or [""])[0]
+        raise ValueError(
+            f"parallel.coordinator must be reachable; {address} is not ({reason}). Start all "
+            "processes with the same address, that of process 0."
+        ) from error
+    return True
+
+
+def _number(name: str, value: int | None) -> int:
+    """A number of the config, or else of the environment."""
+    text = str(value) if value is not None else os.environ.get(f"JAX_{name.upper()}", "")
+    if not text.isdigit():
+        raise ValueError(
+            f"parallel.{name} must be set with a coordinator; got {text or 'none'}. Set "
+            f"--config.parallel.{name} or JAX_{name.upper()}, or use --config.parallel.coordinator="
+            "auto on a TPU pod or under SLURM."
+        )
+    return int(text)
 
 
 def make_mesh(spec: str = "data:-1", devices: Sequence[Any] | None = None) -> Mesh:
@@ -58,6 +118,17 @@ def replicated(mesh: Mesh) -> NamedSharding:
 def batch_sharding(mesh: Mesh) -> NamedSharding:
     """Examples, on axis 0, are spread over all devices."""
     return NamedSharding(mesh, PartitionSpec(AXES))
+
+
+def place(array: Any, sharding: Sharding) -> jax.Array:
+    """An array that every process has whole, as one global array.
+
+    Args:
+        array: equal on all processes, on the host or a local device.
+        sharding: over any devices, those of other processes too.
+    """
+    host = np.asarray(array)
+    return jax.make_array_from_callback(host.shape, sharding, lambda index: host[index])
 
 
 def check_batch_size(name: str, size: int, shards: int) -> None:

@@ -51,6 +51,9 @@ BOUNDS = {
     "model.lmbda": AMOUNT,
     "model.dropout": SHARE,
     "model.scan_unroll": AT_LEAST_ONE,
+    "parallel.num_processes": AT_LEAST_ONE,
+    "parallel.process_id": AT_LEAST_ZERO,
+    "parallel.heartbeat_timeout_seconds": AT_LEAST_ONE,
     "data.num_workers": AT_LEAST_ZERO,
     "data.num_threads": AT_LEAST_ONE,
     "data.prefetch_mib": AT_LEAST_ONE,
@@ -77,6 +80,7 @@ CHOICES = {
     "optim.optimizer": (["adamw", "lion"], "adam", "adamw"),
     "optim.schedule": (["cosine", "official_readme"], "cosin", "cosine"),
     "data.on_bad_example": (["raise", "skip"], "skipp", "skip"),
+    "on_failed_save": (["stop", "continue"], "contnue", "continue"),
 }
 # Free text, paths, switches and layouts: read, and checked, where they are used.
 UNRULED = {
@@ -96,6 +100,7 @@ UNRULED = {
     "data.mean",
     "optim.no_decay",
     "parallel.mesh",
+    "parallel.coordinator",
 }
 SIZES = {"model.image_size", "model.patch_size"}
 SECTIONS = {
@@ -242,6 +247,7 @@ def unusual():
         checkpoint_every_steps=4,
         keep_latest=5,
         keep_best=0,
+        on_failed_save="continue",
     )
     config.model = ModelConfig(
         name="crate_tiny_patch16_224",
@@ -297,7 +303,13 @@ def unusual():
         accumulate_steps=2,
         ema_decay=0.9,
     )
-    config.parallel = ParallelConfig(mesh="fsdp:-1")
+    config.parallel = ParallelConfig(
+        mesh="fsdp:-1",
+        coordinator="host:1234",
+        num_processes=4,
+        process_id=3,
+        heartbeat_timeout_seconds=9,
+    )
     return config
 
 
@@ -334,7 +346,8 @@ def test_missing_keys_take_their_defaults():
         ),
         (
             {"parallel": {"qqq": 1}},
-            "parallel.qqq must name a field. Known: mesh.",
+            "parallel.qqq must name a field. Known: coordinator, heartbeat_timeout_seconds, mesh, "
+            "num_processes, process_id.",
         ),
     ],
 )
@@ -376,7 +389,7 @@ def test_get_field():
         ("optm.lr", "optm.lr must name a field. Did you mean optim?"),
         ("seed.low", "seed.low must name a field; seed has none below it."),
         ("model.width.half", "model.width.half must name a field; model.width has none below it."),
-        ("parallel.xyz", "parallel.xyz must name a field. Known: mesh."),
+        ("parallel.mash", "parallel.mash must name a field. Did you mean mesh?"),
     ],
 )
 def test_get_field_of_no_field(path, message):

@@ -150,6 +150,11 @@ def _tfds_builder(data: DataConfig) -> Any:
         try:
             with contextlib.redirect_stdout(report):
                 builder.download_and_prepare()
+        except OSError:
+            # Another process of this run, say, has been quicker: the same files are there.
+            builder = make(data_dir=data.data_dir)
+            if not builder.is_prepared():
+                raise
         except ImportError as error:
             raise ValueError(
                 f"data.dataset must be prepared; TFDS needs a package to prepare {data.dataset} "

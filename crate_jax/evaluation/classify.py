@@ -22,7 +22,7 @@ from crate_jax.data.sources import Source, open_source
 from crate_jax.models.cost import abstract_parameters
 from crate_jax.models.crate import Crate, pair
 from crate_jax.models.zoo import build_model
-from crate_jax.parallel import batch_sharding, check_batch_size, make_mesh, replicated
+from crate_jax.parallel import batch_sharding, check_batch_size, make_mesh, place, replicated
 
 Batch = dict[str, Array]
 
@@ -171,7 +171,7 @@ def _open_split(config: TrainConfig, split: str, load_params: Callable[[Crate], 
     mesh = make_mesh(config.parallel.mesh)
     check_batch_size("eval_batch_size", config.eval_batch_size, mesh.devices.size)
     model, source = open_model_and_source(config, split)
-    params = jax.device_put(load_params(model), replicated(mesh))
+    params = jax.tree.map(lambda x: place(x, replicated(mesh)), load_params(model))
     shape = (*pair(model.image_size), model.in_channels)
     prepare = make_prepare(config.data, shape, train=False)
 

@@ -15,6 +15,7 @@ import contextlib
 import dataclasses
 import functools
 import math
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -36,7 +37,14 @@ from crate_jax.data.sources import Source, check_same_classes
 from crate_jax.evaluation.classify import evaluate, make_eval_step, open_model_and_source
 from crate_jax.interop import load_fitted
 from crate_jax.models.crate import Crate, pair
-from crate_jax.parallel import batch_sharding, check_batch_size, make_mesh, replicated
+from crate_jax.parallel import (
+    LostProcess,
+    batch_sharding,
+    check_batch_size,
+    make_mesh,
+    replicated,
+    start_processes,
+)
 from crate_jax.training.metrics import Reporter
 from crate_jax.training.optimizer import make_optimizer, make_schedule
 from crate_jax.training.state import TrainState, abstract_state, init_sharded, replace_params
@@ -141,11 +149,13 @@ def train(config: TrainConfig, workdir: str | Path) -> dict[str, Any]:
         OSError: a checkpoint could not be written, and config.on_failed_save is "stop" or it is the
             last one.
         Stopped: SIGINT or SIGTERM; the state is saved.
+        LostProcess: another process of the run has ended.
     """
     start = time.perf_counter()
     workdir = Path(workdir)
     validate(config)
     check_workdir(config, workdir)
+    distributed = start_processes(config.parallel)
     run = set_up(config)
     lead = jax.process_index() == 0
     checkpointer = Checkpointer(workdir, keep_latest=config.keep_latest, keep_best=config.keep_best)
@@ -156,15 +166,24 @@ def train(config: TrainConfig, workdir: str | Path) -> dict[str, Any]:
             if record["step"] < run.total_steps:
                 programs = _compile(run, shardings)
                 with (
-                    StopSignal() as stop,
+                    StopSignal(distributed, checkpointer.reached_preemption) as stop,
                     contextlib.closing(_batches_after(run, record["step"])) as batches,
                     jax.transfer_guard("disallow"),
                 ):
                     record = _steps(
                         run, programs, batches, state, record, checkpointer, reporter, stop
                     )
+    except jax.errors.JaxRuntimeError as error:
+        if not distributed:
+            raise
+        reason = str(error).strip().splitlines()[0]
+        raise LostProcess(
+            f"all processes must stay; the run lost one, or failed here ({reason[:200]}). Start all "
+            f"of them again: they go on after step {checkpointer.latest_step or 0}."
+        ) from error
     finally:
-        checkpointer.close()
+        if not isinstance(sys.exc_info()[1], LostProcess):  # it would wait for the others
+            checkpointer.close()
     seconds = round(time.perf_counter() - start, 1)
     summary = {"step": record["step"], **record["summary"]}
     return summary | {"seconds": seconds, "workdir": str(workdir)}
@@ -272,7 +291,9 @@ def _steps(
     """All steps after the restored one; returns the record of the last."""
     config, total = run.config, run.total_steps
     stop_on_failed_save = config.on_failed_save == "stop"
-    key = jax.device_put(run.key, replicated(run.mesh))
+    # Made where it is used: a key cannot be put onto devices of other processes.
+    make_key = jax.jit(lambda: jax.random.key(config.seed), out_shardings=replicated(run.mesh))
+    key = make_key()
 
     def due(step: int, every: int) -> bool:
         return step == total or (every > 0 and step % every == 0)
@@ -294,7 +315,8 @@ def _steps(
         measures = config.log_objective_every_steps and due(step, config.log_objective_every_steps)
         evaluates = due(step, config.eval_every_steps)
         saves = due(step, config.checkpoint_every_steps or config.eval_every_steps)
-        if not (measures or evaluates or saves or stop.name):
+        stopping = stop.at(step)
+        if not (measures or evaluates or saves or stopping):
             continue
 
         settle(*unsettled)
@@ -308,7 +330,7 @@ def _steps(
             if evaluates:
                 params = state.params if state.ema_params is None else state.ema_params
                 tested = reporter.tested(step, programs.evaluate(params))
-            if saves or stop.name:
+            if saves or stopping:
                 record = {
                     "step": step,
                     "examples_seen": step * config.batch_size,
@@ -323,10 +345,10 @@ def _steps(
                         if stop_on_failed_save:
                             raise
                         reporter.say(f"not saved: {error}")
-        if stop.name and step < total:
+        if stopping and step < total:
             checkpointer.wait()
             raise Stopped(
-                f"{stop.name} at step {step} of {total}, which is saved. "
+                f"{stopping} at step {step} of {total}, which is saved. "
                 "Run the same command again to resume."
             )
     checkpointer.wait()

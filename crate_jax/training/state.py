@@ -12,7 +12,7 @@ from jax.sharding import Mesh
 
 from crate_jax.models.cost import sample_images
 from crate_jax.models.crate import Crate
-from crate_jax.parallel import state_shardings
+from crate_jax.parallel import place, state_shardings
 
 
 @flax.struct.dataclass
@@ -82,7 +82,7 @@ def replace_params(state: TrainState, params: Any) -> TrainState:
         state: a fresh state; its optimizer state is kept.
         params: tree of arrays, on the host or not.
     """
-    put = lambda new, old: jax.device_put(new, old.sharding)  # noqa: E731
+    put = lambda new, old: place(new, old.sharding)  # noqa: E731
     ema_params = None
     if state.ema_params is not None:
         ema_params = jax.tree.map(put, params, state.ema_params)

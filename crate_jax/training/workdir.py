@@ -4,6 +4,7 @@ import json
 import os
 import signal
 import threading
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -57,17 +58,28 @@ class Stopped(KeyboardInterrupt):
 class StopSignal:
     """Turns the first SIGINT or SIGTERM into a request to stop; a second one ends the process.
 
-    Attributes:
-        name: of the signal that came, or None.
+    Where `jax.distributed` runs, SIGTERM belongs to it: it tells all processes, and they agree on
+    a step. SIGINT is passed on to it as a SIGTERM.
+
+    Args:
+        distributed: whether it runs.
+        reached_preemption: from a step to whether the processes have agreed to stop at it.
     """
 
-    def __init__(self):
-        self.name: str | None = None
+    def __init__(
+        self,
+        distributed: bool = False,
+        reached_preemption: Callable[[int], bool] = lambda step: False,
+    ):
+        self._name: str | None = None
+        self._reached = reached_preemption if distributed else lambda step: False
+        self._signals = (signal.SIGINT,) if distributed else (signal.SIGINT, signal.SIGTERM)
+        self._pass_on = distributed
         self._previous: dict[int, Any] = {}
 
     def __enter__(self) -> "StopSignal":
         if threading.current_thread() is threading.main_thread():  # elsewhere Python forbids it
-            for number in (signal.SIGINT, signal.SIGTERM):
+            for number in self._signals:
                 self._previous[number] = signal.signal(number, self._request)
         return self
 
@@ -75,7 +87,14 @@ class StopSignal:
         for number, handler in self._previous.items():
             signal.signal(number, handler)
 
+    def at(self, step: int) -> str | None:
+        """Why to stop after this step, or None. Every process asks after every step."""
+        return "SIGTERM" if self._reached(step) else self._name
+
     def _request(self, number: int, frame: Any) -> None:
-        self.name = signal.Signals(number).name
         for each in self._previous:
             signal.signal(each, signal.SIG_DFL)
+        if self._pass_on:
+            os.kill(os.getpid(), signal.SIGTERM)
+        else:
+            self._name = signal.Signals(number).name

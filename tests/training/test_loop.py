@@ -18,6 +18,7 @@ from crate_jax.checkpoint import Checkpointer, restore_params
 from crate_jax.config import DataConfig, ModelConfig, OptimConfig, ParallelConfig, TrainConfig
 from crate_jax.data.sources import open_source
 from crate_jax.models.crate import Crate
+from crate_jax.parallel import start_processes
 from crate_jax.training.loop import train
 
 
@@ -300,6 +301,8 @@ def test_every_field_of_the_config_is_read(four_steps, tiny_config, tmp_path, ph
                 image_shape=(8, 8, 3),
                 num_classes=10,
             )
+        with pytest.raises(ValueError, match=r"process_id < num_processes"):
+            start_processes(ParallelConfig(coordinator="a:1", num_processes=1, process_id=1))
         records = DataConfig(dataset="photos", data_dir=str(tmp_path / "tfrecord"))
         assert len(open_source(records, "train", image_shape=(8, 8, 3), num_classes=1)) == 1
     # The model section is unpacked whole: its fields are the model's.
