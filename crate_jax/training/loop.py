@@ -178,7 +178,7 @@ def train(config: TrainConfig, workdir: str | Path) -> dict[str, Any]:
             raise
         reason = str(error).strip().splitlines()[0]
         raise LostProcess(
-            f"all processes must stay; the run lost one, or failed here ({reason[:200]}). Start all "
+            f"all processes must stay; one was lost, or failed here ({reason[:200]}). Start all "
             f"of them again: they go on after step {checkpointer.latest_step or 0}."
         ) from error
     finally:
