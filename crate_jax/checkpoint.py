@@ -83,13 +83,18 @@ class Checkpointer:
         """The newest step, or None."""
         return self._manager.latest_step()
 
+    @property
+    def best_step(self) -> int | None:
+        """The step with the highest metric, or None."""
+        return self._manager.best_step()
+
     def resolve(self, step: str | int) -> int:
         """The number of a step given as "latest", "best" or a number.
 
         Raises:
             ValueError: there is no such step.
         """
-        found = {"latest": self.latest_step, "best": self._manager.best_step()}.get(str(step), step)
+        found = {"latest": self.latest_step, "best": self.best_step}.get(str(step), step)
         if found is not None and str(found).isdigit() and int(found) in self.steps:
             return int(found)
         raise ValueError(
@@ -180,10 +185,40 @@ class Checkpointer:
             problems.setdefault(step, self._damage(step, "another process cannot read it"))
         raise ValueError(next(iter(problems.values()), f"{self.directory} holds no checkpoint."))
 
+    def restore_part(self, step: int, item: Any, restore_args: Any) -> tuple[Any, dict[str, Any]]:
+        """Read some branches of a step's tree; a manager that restored a whole one cannot.
+
+        Args:
+            step: one of `steps`.
+            item: those branches, as `jax.ShapeDtypeStruct` leaves.
+            restore_args: of each leaf, as Orbax takes them.
+
+        Returns:
+            The branches and the record.
+
+        Raises:
+            ValueError: as `restore`.
+        """
+        part = ocp.args.PyTreeRestore(item=item, restore_args=restore_args, partial_restore=True)
+        items = ocp.args.Composite(state=part, record=ocp.args.JsonRestore())
+        restored = self._read(step, items)
+        return restored["state"], self._checked(step, restored["state"], restored["record"])
+
+    def metrics(self, step: int) -> dict[str, float]:
+        """What was measured at a step; empty if it was not evaluated."""
+        return dict(self._manager.metrics(step) or {})
+
     def restore_record(self, step: int) -> dict[str, Any]:
         """The JSON record of a step, without its state."""
-        record = self._read(step, ocp.args.Composite(record=ocp.args.JsonRestore()))["record"]
+        record = self._record_with_digest(step)
         return {key: value for key, value in record.items() if key != DIGEST}
+
+    def has_digest(self, step: int) -> bool:
+        """Whether a step's bytes can be checked; those of the first versions cannot."""
+        return DIGEST in self._record_with_digest(step)
+
+    def _record_with_digest(self, step: int) -> dict[str, Any]:
+        return self._read(step, ocp.args.Composite(record=ocp.args.JsonRestore()))["record"]
 
     def saved_shapes(self, step: int) -> Any:
         """The tree of a step's state as `jax.ShapeDtypeStruct` leaves; nothing else is read."""
@@ -266,78 +301,6 @@ class Checkpointer:
             f"{self.directory} must take checkpoints; it did not ({reason}). {kept}. Free or mount "
             "the disk, and run again."
         )
-
-
-def restore_params(
-    workdir: str | Path, abstract_params: Any, step: str | int = "latest"
-) -> tuple[Any, int]:
-    """The parameters of a run, without its optimizer state; its averaged ones if it keeps them.
-
-    Args:
-        workdir: the run's directory.
-        abstract_params: tree of `jax.ShapeDtypeStruct`, with shardings to restore onto those,
-            without to restore to the default device.
-        step: "latest", "best" or a number.
-
-    Returns:
-        The parameters and the number of their step.
-
-    Raises:
-        FileNotFoundError: there is no checkpoint.
-        ValueError: there is no such step, or it cannot be read, or it holds another tree.
-    """
-    reader = Checkpointer(workdir, read_only=True)
-    try:
-        number = reader.resolve(step)
-        ema = reader.restore_record(number).get("ema", False)
-        single = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-        wanted = {
-            "ema_params" if ema else "params": jax.tree.map(
-                lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding or single),
-                abstract_params,
-            )
-        }
-        state = ocp.args.PyTreeRestore(
-            item=wanted,
-            restore_args=ocp.checkpoint_utils.construct_restore_args(wanted),
-            partial_restore=True,
-        )
-        items = ocp.args.Composite(state=state, record=ocp.args.JsonRestore())
-        restored = reader._read(number, items)
-        reader._checked(number, restored["state"], restored["record"])
-        return next(iter(restored["state"].values())), number
-    finally:
-        reader.close()
-
-
-def read_params(workdir: str | Path, step: str | int) -> tuple[Any, dict[str, Any]]:
-    """The parameters of a run whatever their shapes are; its averaged ones if it keeps them.
-
-    Args:
-        workdir: the run's directory.
-        step: "latest", "best" or a number.
-
-    Returns:
-        The parameters as NumPy arrays, and the JSON record of that step.
-
-    Raises:
-        FileNotFoundError: there is no checkpoint.
-        ValueError: there is no such step, or it cannot be read.
-    """
-    reader = Checkpointer(workdir, read_only=True)
-    try:
-        number = reader.resolve(step)
-        record = reader.restore_record(number)
-        name = "ema_params" if record.get("ema", False) else "params"
-        wanted = {name: reader.saved_shapes(number)[name]}
-        as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), wanted)
-        state = ocp.args.PyTreeRestore(item=wanted, restore_args=as_numpy, partial_restore=True)
-        items = ocp.args.Composite(state=state, record=ocp.args.JsonRestore())
-        restored = reader._read(number, items)
-        reader._checked(number, restored["state"], restored["record"])
-        return restored["state"][name], record
-    finally:
-        reader.close()
 
 
 def _everywhere(ok: bool) -> bool:

@@ -230,6 +230,12 @@ def main(argv: list[str] | None = None) -> int:
     report.add_argument("--output", help="a picture file; default WORKDIR/layerwise.png")
     report.set_defaults(function=commands.report)
 
+    checkpoints = subparsers.add_parser(
+        "checkpoints", help="a run's checkpoints: steps, sizes, metrics, and whether each is intact"
+    )
+    checkpoints.add_argument("run", help="a run's directory")
+    checkpoints.set_defaults(function=commands.checkpoints)
+
     args = parser.parse_args(argv)
     return run_command(lambda: args.function(args))
 

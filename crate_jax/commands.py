@@ -28,10 +28,10 @@ from crate_jax.models.crate import Crate, pair
 
 def evaluate(args: argparse.Namespace) -> dict[str, Any]:
     """Exact metrics of a run or of a weights file."""
-    from crate_jax.checkpoint import restore_params
     from crate_jax.evaluation.classify import evaluate_split
     from crate_jax.interop import load_fitted
     from crate_jax.models.cost import abstract_parameters
+    from crate_jax.saved_runs import restore_params
 
     if bool(args.workdir) == bool(args.weights):
         raise ValueError("evaluate must get one of --workdir and --weights. See --help.")
@@ -296,9 +296,9 @@ def summary(args: argparse.Namespace) -> dict[str, Any]:
 def report(args: argparse.Namespace) -> dict[str, Any]:
     """The layer-wise objective of a run on its evaluation split, as numbers and as a picture."""
     from crate_jax.analysis.report import draw_layerwise
-    from crate_jax.checkpoint import restore_params
     from crate_jax.evaluation.classify import layerwise_split
     from crate_jax.models.cost import abstract_parameters
+    from crate_jax.saved_runs import restore_params
 
     config, step = _saved_config(args.workdir, args.step)
 
@@ -311,6 +311,22 @@ def report(args: argparse.Namespace) -> dict[str, Any]:
     draw_layerwise(values, output, title=f"{config.name}, step {step}, on {split}")
     rounded = {name: [round(float(v), 4) for v in array] for name, array in values.items()}
     return rounded | {"step": step, "output": output}
+
+
+def checkpoints(args: argparse.Namespace) -> dict[str, Any]:
+    """Every checkpoint of a run, read and compared with its digest; those set aside by name."""
+    from crate_jax.checkpoint import DAMAGED, FOLDER
+    from crate_jax.saved_runs import inspect
+
+    found = inspect(args.run)
+    words = {True: "intact", False: "DAMAGED", None: "readable, saved without a digest"}
+    for row in found:
+        metrics = "  ".join(f"{k} {v:.4f}" for k, v in sorted(row["metrics"].items()))
+        best = "  best" if row["best"] else ""
+        start = f"step {row['step']:>8}  {row['mib']:9.2f} MiB  {words[row['intact']]}{best}"
+        sys.stdout.write(f"{start}  {metrics}\n")
+    aside = sorted(p.name for p in (Path(args.run) / FOLDER).glob(f"{DAMAGED}*"))
+    return {"workdir": args.run, "checkpoints": found, "set_aside": aside}
 
 
 def _saved_config(workdir: str | Path, step: str) -> tuple[TrainConfig, int]:

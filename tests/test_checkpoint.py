@@ -13,8 +13,9 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
-from crate_jax.checkpoint import FOLDER, Checkpointer, read_params, restore_params
+from crate_jax.checkpoint import FOLDER, Checkpointer
 from crate_jax.parallel import make_mesh, replicated, state_shardings
+from crate_jax.saved_runs import inspect, read_params, restore_params
 
 
 def host_state(seed=0):
@@ -513,6 +514,29 @@ def test_run_without_digests_is_still_read(tmp_path):
     checkpointer = Checkpointer(tmp_path)
     assert_same_bits(checkpointer.restore(1, jax.eval_shape(lambda: noise(0)))[0], noise(1))
     checkpointer.close()
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_every_checkpoint_is_listed_with_what_is_wrong(tmp_path):
+    checkpointer = Checkpointer(tmp_path, keep_latest=4)
+    for step, top in ((1, 0.5), (2, 0.25), (3, None), (4, None)):
+        metrics = None if top is None else {"test/top1": top}
+        checkpointer.save(step, noise(step), {"step": step}, metrics)
+    checkpointer.close()
+    flip_one_bit(tmp_path / FOLDER / "2")
+    truncate(tmp_path / FOLDER / "3/state/manifest.ocdbt")
+    path = tmp_path / FOLDER / "4/record/metadata"
+    path.write_text(json.dumps({"step": 4}))
+    before = listing(tmp_path)
+    found = inspect(tmp_path)
+    assert listing(tmp_path) == before
+    assert [row["step"] for row in found] == [1, 2, 3, 4]
+    assert [row["intact"] for row in found] == [True, False, False, None]
+    assert [row["best"] for row in found] == [True, False, False, False]
+    assert [row["metrics"] for row in found] == [{"test/top1": 0.5}, {"test/top1": 0.25}, {}, {}]
+    assert "(params/w is not what was saved)" in found[1]["problem"]
+    assert "step 3 in" in found[2]["problem"] and "problem" not in found[3]
+    assert all(0.01 <= row["mib"] < 0.1 for row in found)  # 12 kB, and what describes them
 
 
 # --- a disk that is full --------------------------------------------------------------------------

@@ -103,6 +103,17 @@ def test_summary_by_value():
     assert small["tokens"] == 9
 
 
+def test_checkpoints_lists_the_run(trained):
+    workdir, _ = trained
+    status, out, err = run("-m", "crate_jax", "checkpoints", workdir)
+    assert status == 0, err
+    *rows, last = out.splitlines()
+    found = json.loads(last)
+    assert [c["step"] for c in found["checkpoints"]] == [4, 8] and found["set_aside"] == []
+    assert all(c["intact"] for c in found["checkpoints"])
+    assert len(rows) == 2 and "intact" in rows[0] and "test/top1 0." in rows[1]
+
+
 def test_report_draws_the_run(trained):
     workdir, _ = trained
     found = result("-m", "crate_jax", "report", f"--workdir={workdir}")
@@ -277,6 +288,7 @@ def test_ctrl_c_saves_and_says_how_to_resume(tmp_path):
             ["evaluate", "--weights=a", "--model=b", "--dataset=c", "--step=1"],
             "--step must go with",
         ),
+        (["checkpoints", "/no/such/run"], "workdir must hold a checkpoint; /no/such/run has none"),
         (["summary", "crate_bse_patch16_224"], "Did you mean crate_base_patch16_224?"),
         (["summary", "crate_tiny_patch16_224", "--image_size", "225"], "must be a multiple of"),
     ],

@@ -20,6 +20,7 @@ FLOORS = [
     "models",
     "parallel",
     "checkpoint",
+    "saved_runs",
     "data",
     "analysis",
     "evaluation",

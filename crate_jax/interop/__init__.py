@@ -226,7 +226,7 @@ def find_run(path: str | Path) -> tuple[Path, str]:
 def _read_run(path: Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
     """The parameters in a run's newest checkpoint, or in the one named, and the model's fields."""
     # Here, not above: Orbax is needed by those alone who read a run.
-    from crate_jax.checkpoint import read_params
+    from crate_jax.saved_runs import read_params
 
     workdir, step = find_run(path)
     params, record = read_params(workdir, step)

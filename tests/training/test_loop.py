@@ -14,11 +14,12 @@ import pytest
 from stored import convert, encode_crops, write_array_record, write_folder
 
 import crate_jax.config as config_module
-from crate_jax.checkpoint import Checkpointer, restore_params
+from crate_jax.checkpoint import Checkpointer
 from crate_jax.config import DataConfig, ModelConfig, OptimConfig, ParallelConfig, TrainConfig
 from crate_jax.data.sources import open_source
 from crate_jax.models.crate import Crate
 from crate_jax.parallel import start_processes
+from crate_jax.saved_runs import restore_params
 from crate_jax.training.loop import train
 
 
