@@ -71,6 +71,7 @@ class OptimConfig:
     b1: float = 0.9  # [0, 1)
     b2: float = 0.999  # [0, 1)
     eps: float = 1e-8  # AdamW's denominator, > 0
+    mu_dtype: str = "float32"  # of the first moment: "bfloat16" halves its memory
     schedule: str = "cosine"  # "cosine" (per step) or "official_readme" (per epoch)
     warmup_epochs: float = 0.0  # linear warm-up, >= 0
     label_smoothing: float = 0.0  # [0, 1)
@@ -137,6 +138,7 @@ IDENTITY = (
     "optim.ema_decay",
     "optim.clip_norm",
     "optim.no_decay",
+    "optim.mu_dtype",
 )
 
 _CHOICES = {
@@ -144,6 +146,7 @@ _CHOICES = {
     "model.dtype": ("float32", "bfloat16"),
     "model.remat": (None, "none", "dots", "full"),
     "optim.optimizer": ("adamw", "lion"),
+    "optim.mu_dtype": ("float32", "bfloat16"),
     "optim.schedule": ("cosine", "official_readme"),
     "data.on_bad_example": ("raise", "skip"),
     "on_failed_save": ("stop", "continue"),

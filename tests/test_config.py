@@ -80,6 +80,7 @@ CHOICES = {
     "optim.optimizer": (["adamw", "lion"], "adam", "adamw"),
     "optim.schedule": (["cosine", "official_readme"], "cosin", "cosine"),
     "data.on_bad_example": (["raise", "skip"], "skipp", "skip"),
+    "optim.mu_dtype": (["float32", "bfloat16"], "bfloat61", "bfloat16"),
     "on_failed_save": (["stop", "continue"], "contnue", "continue"),
 }
 # Free text, paths, switches and layouts: read, and checked, where they are used.
@@ -296,6 +297,7 @@ def unusual():
         b1=0.3,
         b2=0.4,
         eps=0.5,
+        mu_dtype="bfloat16",
         schedule="official_readme",
         warmup_epochs=0.6,
         label_smoothing=0.7,

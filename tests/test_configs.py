@@ -4,6 +4,7 @@ import importlib.util
 from pathlib import Path
 
 import jax
+import jax.export
 import jax.numpy as jnp
 import pytest
 
@@ -13,8 +14,9 @@ from crate_jax.data.pixels import normalize
 from crate_jax.evaluation.classify import make_eval_step
 from crate_jax.models.crate import pair
 from crate_jax.models.zoo import build_model
+from crate_jax.parallel import batch_sharding, make_mesh, replicated
 from crate_jax.training.optimizer import make_optimizer, make_schedule
-from crate_jax.training.state import init_state
+from crate_jax.training.state import abstract_state
 from crate_jax.training.step import make_train_step
 
 CONFIGS = Path(__file__).parents[1] / "configs"
@@ -31,8 +33,8 @@ MODULES = {path.stem: load(path) for path in sorted(CONFIGS.glob("*.py"))}
 RECIPES = [(name, arg) for name, module in MODULES.items() for arg in module.RECIPES]
 
 
-def lowered_step(config, num_classes=10):
-    """The training step's program, from shapes alone."""
+def programs(config, num_classes=10):
+    """The training and the evaluation step on a mesh, and the shapes of what they take."""
     model = build_model(config.model).clone(num_classes=config.model.num_classes or num_classes)
     schedule = make_schedule(config.optim, total_steps=1000, steps_per_epoch=5)
     tx = make_optimizer(config.optim, schedule)
@@ -44,31 +46,48 @@ def lowered_step(config, num_classes=10):
         preprocess=preprocess,
         label_smoothing=config.optim.label_smoothing,
     )
+    mesh = make_mesh("data:-1,fsdp:2")
+    rows, everywhere = batch_sharding(mesh), replicated(mesh)
     key = jax.eval_shape(lambda: jax.random.key(0))
     ema = config.optim.ema_decay > 0
-    state = jax.eval_shape(lambda k: init_state(model, tx, k, ema=ema), key)
-    shape = (config.batch_size, *pair(model.image_size), model.in_channels)
+    state, shardings = abstract_state(model, tx, jax.random.key(0), mesh, ema=ema)
+    size = config.batch_size // mesh.size * mesh.size
+    shape = (size, *pair(model.image_size), model.in_channels)
     batch = {
         "image": jax.ShapeDtypeStruct(shape, jnp.uint8),
-        "label": jax.ShapeDtypeStruct((config.batch_size,), jnp.int32),
+        "label": jax.ShapeDtypeStruct((size,), jnp.int32),
     }
-    mask = {"mask": jax.ShapeDtypeStruct((config.batch_size,), jnp.float32)}
-    evaluation = jax.eval_shape(
-        make_eval_step(model, preprocess=preprocess), state.params, batch | mask
+    mask = {"mask": jax.ShapeDtypeStruct((size,), jnp.float32)}
+    train_step = jax.jit(
+        step,
+        in_shardings=(shardings, rows, everywhere),
+        out_shardings=(shardings, everywhere),
+        donate_argnums=0,
     )
-    return state, jax.jit(step).lower(state, batch, key), evaluation
+    eval_step = jax.jit(
+        make_eval_step(model, preprocess=preprocess), in_shardings=(shardings.params, rows)
+    )
+    return (train_step, (state, batch, key)), (eval_step, (state.params, batch | mask))
 
 
 @pytest.mark.parametrize(("name", "arg"), RECIPES)
-def test_recipe_builds_and_lowers(name, arg):
+def test_recipe_builds_and_lowers_for_tpu_and_cuda(name, arg):
+    """Ahead of time, over eight devices, on a machine that has neither."""
     config = validate(MODULES[name].get_config(arg))
     parse_transforms(config.data.train_transforms, "data.train_transforms")
     parse_transforms(config.data.eval_transforms, "data.eval_transforms")
-    state, lowered, evaluation = lowered_step(config)
-    new_state, metrics = lowered.out_info
-    assert jax.tree.map(lambda x: x.shape, new_state) == jax.tree.map(lambda x: x.shape, state)
+    results, both = [], programs(config)
+    for program, arguments in both:
+        exported = jax.export.export(program, platforms=("tpu", "cuda"))(*arguments)
+        assert exported.platforms == ("tpu", "cuda") and exported.nr_devices == 8
+        module = exported.mlir_module()
+        assert module.count("stablehlo.dot_general") > 5 and "stablehlo.while" in module
+        results.append(jax.tree.unflatten(exported.out_tree, exported.out_avals))
+    (new_state, metrics), sums = results
+    state = both[0][1][0]
+    assert jax.tree.map(jnp.shape, new_state) == jax.tree.map(jnp.shape, state)
     assert {"loss", "top1", "lr"} <= set(metrics)
-    assert evaluation["top5"].shape == ()
+    assert sums["top5"].shape == ()
 
 
 def test_imagenet_presets_say_what_their_sources_say():

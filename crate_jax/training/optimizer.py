@@ -76,11 +76,16 @@ def decay_mask(params: Any, no_decay: tuple[str, ...]) -> Any:
 def make_optimizer(optim: OptimConfig, schedule: optax.Schedule) -> optax.GradientTransformation:
     """Clipping (if any), then AdamW or Lion with decoupled weight decay.
 
-    By default every parameter decays, norms and biases included, as in the official code.
+    By default every parameter decays, norms and biases included, as in the official code. The first
+    moment is kept in optim.mu_dtype, everything else in float32.
     """
     mask = (lambda params: decay_mask(params, optim.no_decay)) if optim.no_decay else None
     common: dict[str, Any] = dict(
-        b1=optim.b1, b2=optim.b2, weight_decay=optim.weight_decay, mask=mask
+        b1=optim.b1,
+        b2=optim.b2,
+        weight_decay=optim.weight_decay,
+        mask=mask,
+        mu_dtype=jnp.dtype(optim.mu_dtype),
     )
     tx = {
         "adamw": lambda: optax.adamw(schedule, eps=optim.eps, **common),

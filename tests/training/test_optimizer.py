@@ -95,3 +95,29 @@ def test_clipping_scales_the_gradient_to_the_norm():
         with jax.numpy_dtype_promotion("standard"):
             updates, _ = tx.update(grads, tx.init(PARAMS), PARAMS)
         np.testing.assert_allclose(updates["head"]["bias"], -value / (value + 10.0), rtol=1e-5)
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "lion"])
+def test_first_moment_in_half_the_memory(optimizer):
+    grads = jax.tree.map(lambda p: jnp.full(p.shape, 0.004), PARAMS)
+    updates, moments = {}, {}
+    for dtype in ("float32", "bfloat16"):
+        optim = OptimConfig(optimizer=optimizer, mu_dtype=dtype, b2=0.99)
+        tx = make_optimizer(optim, lambda count: 0.1)
+        state = tx.init(PARAMS)
+        with jax.numpy_dtype_promotion("standard"):
+            for _ in range(3):
+                updates[dtype], state = tx.update(grads, state, PARAMS)
+        moments[dtype] = [
+            x.dtype
+            for path, x in jax.tree.leaves_with_path(state)
+            if "mu" in jax.tree_util.keystr(path, simple=True, separator="/").split("/")
+        ]
+        others = {x.dtype.name for x in jax.tree.leaves(state)} - {dtype}
+        assert others <= {"float32", "int32"}
+    assert [len(moments[d]) for d in moments] == [4, 4]
+    assert {d.name for d in moments["bfloat16"]} == {"bfloat16"}
+    for a, b in zip(
+        jax.tree.leaves(updates["float32"]), jax.tree.leaves(updates["bfloat16"]), strict=True
+    ):
+        np.testing.assert_allclose(a, b, rtol=1e-2)
