@@ -10,6 +10,7 @@ import socket
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 from command import ROOT, TINY, environment
@@ -60,7 +61,7 @@ def finish(processes):
 
 def child_of(process):
     """The number of the Python process below `timeout`."""
-    return int(open(f"/proc/{process.pid}/task/{process.pid}/children").read().split()[0])
+    return int(Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()[0])
 
 
 def wait_for_step(workdir, step, processes):
@@ -100,7 +101,7 @@ def test_two_are_one_stopped_and_resumed_by_two_one_and_two(one_process, tmp_pat
         stopped = {int(err.split("at step ")[-1].split()[0]) for _, _, err in found}
         assert len(stopped) == 1
         steps += stopped
-        assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir())[-1] == str(steps[-1])
+        assert (tmp_path / "checkpoints" / str(steps[-1])).is_dir()
     assert steps == sorted(steps) and steps[-1] < STEPS
     results = finish(start_all(tmp_path, 2))
     assert [status for status, _, _ in results] == [0, 0], results
