@@ -17,13 +17,13 @@ from command import ROOT, TINY, environment
 
 pytestmark = pytest.mark.slow
 LIMIT_S = 120
-STEPS = 24
-ARGUMENTS = [*TINY, f"--config.total_steps={STEPS}", "--config.eval_every_steps=24"]
+STEPS = 60
+ARGUMENTS = [*TINY, f"--config.total_steps={STEPS}", f"--config.eval_every_steps={STEPS}"]
 CLOCK = ("images_per_s", "data_wait_share")
 
 
 def start_all(workdir, count, *arguments):
-    """All processes of a run, each with four devices."""
+    """All processes of a run, each with four devices; a single one is started as always."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
@@ -38,7 +38,7 @@ def start_all(workdir, count, *arguments):
         processes.append(
             subprocess.Popen(
                 ["timeout", "--signal=KILL", str(LIMIT_S), sys.executable, "train.py"]
-                + [f"--workdir={workdir}", *ARGUMENTS, *addressed, *arguments],
+                + [f"--workdir={workdir}", *ARGUMENTS, *addressed[: 4 * (count > 1)], *arguments],
                 cwd=ROOT,
                 env=environment(devices=4),
                 stdin=subprocess.DEVNULL,
@@ -88,14 +88,14 @@ def one_process(tmp_path_factory):
 def test_two_are_one_stopped_and_resumed_by_two_one_and_two(one_process, tmp_path):
     expected, expected_losses = one_process
     steps = []
-    for count, step in ((2, 6), (1, 13)):
+    for count, step in ((2, 6), (1, 40)):
         processes = start_all(tmp_path, count)
         wait_for_step(tmp_path, step, processes)
         # One process is told, the last; both stop, at the same step, with the status to try again.
         os.kill(child_of(processes[-1]), signal.SIGTERM)
         found = finish(processes)
         for status, out, err in found:
-            assert (status, out) == (75, "") or out.startswith("[Gloo]"), (status, err)
+            assert status == 75 and "{" not in out, (status, out, err)
             last = err.splitlines()[-1]
             assert last.startswith("error: SIGTERM at step ") and "is saved" in last
         stopped = {int(err.split("at step ")[-1].split()[0]) for _, _, err in found}
