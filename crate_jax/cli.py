@@ -188,6 +188,32 @@ def main(argv: list[str] | None = None) -> int:
     )
     prepare.set_defaults(function=commands.prepare)
 
+    _add_compare(subparsers)
+
+    summary = subparsers.add_parser("summary", help="parameters, multiply-adds, tokens, memory")
+    summary.add_argument("model", help="one of crate_jax.list_models()")
+    summary.add_argument("--image_size", type=int, nargs="+", help="pixels: a side, or two")
+    summary.add_argument("--num_classes", type=int)
+    summary.set_defaults(function=commands.summary)
+
+    report = subparsers.add_parser("report", help="draw a run's layer-wise objective")
+    report.add_argument("--workdir", required=True, help="a run")
+    report.add_argument("--step", default="latest", help="latest, best or a number")
+    report.add_argument("--output", help="a picture file; default WORKDIR/layerwise.png")
+    report.set_defaults(function=commands.report)
+
+    checkpoints = subparsers.add_parser(
+        "checkpoints", help="a run's checkpoints: steps, sizes, metrics, and whether each is intact"
+    )
+    checkpoints.add_argument("run", help="a run's directory")
+    checkpoints.set_defaults(function=commands.checkpoints)
+
+    args = parser.parse_args(argv)
+    return run_command(lambda: args.function(args))
+
+
+def _add_compare(subparsers: Any) -> None:
+    """The command with the most flags."""
     compare = subparsers.add_parser("compare", help="ours against PyTorch, layer by layer")
     compare.add_argument(
         "--weights", required=True, help="a weights file, a run or one of its steps"
@@ -217,27 +243,6 @@ def main(argv: list[str] | None = None) -> int:
     )
     compare.add_argument("--html", help="also write the comparison as a page to this file")
     compare.set_defaults(function=commands.compare)
-
-    summary = subparsers.add_parser("summary", help="parameters, multiply-adds, tokens, memory")
-    summary.add_argument("model", help="one of crate_jax.list_models()")
-    summary.add_argument("--image_size", type=int, nargs="+", help="pixels: a side, or two")
-    summary.add_argument("--num_classes", type=int)
-    summary.set_defaults(function=commands.summary)
-
-    report = subparsers.add_parser("report", help="draw a run's layer-wise objective")
-    report.add_argument("--workdir", required=True, help="a run")
-    report.add_argument("--step", default="latest", help="latest, best or a number")
-    report.add_argument("--output", help="a picture file; default WORKDIR/layerwise.png")
-    report.set_defaults(function=commands.report)
-
-    checkpoints = subparsers.add_parser(
-        "checkpoints", help="a run's checkpoints: steps, sizes, metrics, and whether each is intact"
-    )
-    checkpoints.add_argument("run", help="a run's directory")
-    checkpoints.set_defaults(function=commands.checkpoints)
-
-    args = parser.parse_args(argv)
-    return run_command(lambda: args.function(args))
 
 
 def _add_model(parser: argparse.ArgumentParser) -> None:

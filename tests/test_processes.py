@@ -128,5 +128,6 @@ def test_a_process_that_dies_ends_the_other_within_a_minute(tmp_path, victim):
     assert time.monotonic() - start < 60
     status, out, err = found[1 - victim]
     assert status not in (0, 2) and "{" not in out
-    # Ours, or, when JAX was quicker, JAX's own.
-    assert "processes must stay; one was lost" in err or "another task died" in err, err
+    # Ours, or, where they were quicker, JAX's own word or Gloo's.
+    words = ("processes must stay; one was lost", "another task died", "gloo::")
+    assert any(word in err for word in words), err

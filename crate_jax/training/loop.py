@@ -290,6 +290,8 @@ def _steps(
 ) -> dict[str, Any]:
     """All steps after the restored one; returns the record of the last."""
     config, total = run.config, run.total_steps
+    # Gloo, which joins processes on CPUs, mixes up the collectives of two steps under way together.
+    lockstep = jax.process_count() > 1 and jax.default_backend() == "cpu"
     stop_on_failed_save = config.on_failed_save == "stop"
     # Made where it is used: a key cannot be put onto devices of other processes.
     make_key = jax.jit(lambda: jax.random.key(config.seed), out_shardings=replicated(run.mesh))
@@ -311,6 +313,8 @@ def _steps(
         if unsettled:
             settle(*unsettled)
         unsettled = (step, metrics)
+        if lockstep:
+            jax.block_until_ready(metrics)
 
         measures = config.log_objective_every_steps and due(step, config.log_objective_every_steps)
         evaluates = due(step, config.eval_every_steps)

@@ -276,7 +276,7 @@ def test_bomb_is_refused_by_its_header(suffix):
         EncodedImage(bytes(data), channels=3, name="here")
 
 
-@pytest.mark.parametrize("format", ["GIF", "TIFF", "WEBP"])
+@pytest.mark.parametrize("format", ["GIF", "TIFF"])
 def test_bomb_of_another_format_is_refused_before_memory_is_taken(format):
     """In a program of its own: OpenCV takes its limit when it is imported."""
     program = f"""
@@ -285,8 +285,7 @@ import resource
 from PIL import Image
 from crate_jax.data.decode import decode_image
 side = 12000
-options = dict(lossless=True, quality=0, method=0) if "{format}" == "WEBP" else {{}}
-options |= dict(compression="tiff_deflate") if "{format}" == "TIFF" else {{}}
+options = dict(compression="tiff_deflate") if "{format}" == "TIFF" else {{}}
 file = io.BytesIO()
 Image.new("L", (side, side)).save(file, "{format}", **options)
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
