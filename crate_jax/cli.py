@@ -267,7 +267,7 @@ def _add_model(parser: argparse.ArgumentParser) -> None:
 
 def _add_data(parser: argparse.ArgumentParser) -> None:
     """Which examples, and what happens to them."""
-    parser.add_argument("--dataset", help="digits, folder, synthetic or a TFDS name")
+    parser.add_argument("--dataset", help="digits, folder, tar, synthetic or a TFDS name")
     parser.add_argument("--data_dir", help="where the data set is prepared, or a folder's root")
     parser.add_argument("--split", help="default: the run's, or test")
     parser.add_argument("--batch_size", type=int, help="examples per step over all devices")

@@ -198,7 +198,7 @@ def _images_to_compare(
             raise ValueError(f"--images must be a folder with images; got {args.images}.")
         # The labels only have to be the same for both.
         labels = rng.integers(0, model.num_classes, len(found)).astype(np.int32)
-        examples = FolderImages(args.images, found.paths, labels)
+        examples = FolderImages(args.images, found.names, labels)
         source = Source(args.images, examples, model.num_classes)
     elif args.dataset or is_run:
         source = open_source(

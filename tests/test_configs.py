@@ -9,8 +9,8 @@ import jax.numpy as jnp
 import pytest
 
 from crate_jax.config import DataConfig, TrainConfig, from_dict, to_dict, validate
-from crate_jax.data.augment import parse_transforms
 from crate_jax.data.pixels import normalize
+from crate_jax.data.transform_spec import parse_transforms
 from crate_jax.evaluation.classify import make_eval_step
 from crate_jax.models.crate import pair
 from crate_jax.models.zoo import build_model

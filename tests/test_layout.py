@@ -46,6 +46,7 @@ ROOMS = {
         "color",
         "randaugment",
         "augment",
+        "transform_spec",
         "mixing",
         "examples",
         "loader",

@@ -1,29 +1,25 @@
 """Per-example transforms in NumPy and OpenCV; randomness is passed in.
 
-A pipeline is written as ``name(arguments)|name(arguments)``, for example
-``random_resized_crop(224)|random_flip()``. Every transform takes an image (H, W, c), uint8, and a
+Every transform takes an image (H, W, c), uint8, and a
 `numpy.random.Generator`, and returns an image (H', W', c), uint8. Sizes are pixels: one number for
 a square, two for (height, width). Where torchvision has a transform of that name, this has its
 distribution.
 """
 
-import ast
-import functools
-import inspect
 import math
-from collections.abc import Callable
 
 import cv2
 import numpy as np
 
-from crate_jax.config import did_you_mean
 from crate_jax.data import color
-from crate_jax.data.decode import EncodedImage
-from crate_jax.data.randaugment import randaugment
+from crate_jax.data.decode import MAX_PIXELS, EncodedImage
 from crate_jax.data.resize import as_hwc, resize_pixels
 
-Transform = functools.partial[np.ndarray]  # called with (image, rng)
 Size = int | tuple[int, int]
+
+
+class UnfitImageError(ValueError):
+    """A transform cannot be applied to this image."""
 
 
 def resize(
@@ -44,18 +40,31 @@ def resize_shorter(
     interpolation: str = "bilinear",
     antialias: bool = True,
 ) -> np.ndarray:
-    """Resize so that the shorter side is `size`; the aspect ratio stays."""
+    """Resize so that the shorter side is `size`; the aspect ratio stays.
+
+    Raises:
+        UnfitImageError: the longer side would be so long that the image has more than `MAX_PIXELS`.
+    """
     height, width = image.shape[:2]
-    if height < width:
-        return resize(image, rng, (size, int(size * width / height)), interpolation, antialias)
-    return resize(image, rng, (int(size * height / width), size), interpolation, antialias)
+    longer = int(size * max(height, width) / min(height, width))
+    if size * longer > MAX_PIXELS:
+        raise UnfitImageError(
+            f"resize_shorter({size}) must give at most {MAX_PIXELS} pixels; got an image of "
+            f"{height}x{width}. Crop or remove it."
+        )
+    target = (size, longer) if height < width else (longer, size)
+    return resize(image, rng, target, interpolation, antialias)
 
 
 def center_crop(image: np.ndarray, rng: np.random.Generator, size: Size) -> np.ndarray:
-    """Cut the central window out; the image must be at least as large."""
+    """Cut the central window out.
+
+    Raises:
+        UnfitImageError: the image is smaller.
+    """
     height, width = _pair(size)
     if image.shape[0] < height or image.shape[1] < width:
-        raise ValueError(
+        raise UnfitImageError(
             f"center_crop must get images of at least {height}x{width}; got "
             f"{image.shape[0]}x{image.shape[1]}. Put resize_shorter before it."
         )
@@ -190,7 +199,7 @@ def random_erasing(
     rng: np.random.Generator,
     probability: float = 0.5,
     min_area: float = 0.02,
-    max_area: float = 1 / 3,
+    max_area: float = 0.33,
     min_ratio: float = 0.3,
     max_ratio: float = 3.3,
     value: int | tuple[int, ...] | str = 128,
@@ -215,65 +224,6 @@ def random_erasing(
             image[top : top + h, left : left + w] = fill
             break
     return image
-
-
-TRANSFORMS: dict[str, Callable[..., np.ndarray]] = {
-    f.__name__: f
-    for f in (
-        resize,
-        resize_shorter,
-        center_crop,
-        random_resized_crop,
-        random_flip,
-        random_affine,
-        randaugment,
-        color_jitter,
-        random_grayscale,
-        random_solarize,
-        random_blur,
-        random_erasing,
-    )
-}
-
-
-def parse_transforms(spec: str, field: str) -> list[Transform]:
-    """The transforms that a pipeline string names, with their arguments bound.
-
-    Args:
-        spec: "name(arguments)|name(arguments)"; empty for none.
-        field: what errors call the string, such as ``data.train_transforms``.
-
-    Raises:
-        KeyError: an unknown transform; the nearest known one is suggested.
-        ValueError: a part is not a call with literal arguments, or they do not fit the transform.
-    """
-    transforms = []
-    for part in filter(None, (p.strip() for p in spec.split("|"))):
-        try:
-            call = ast.parse(part, mode="eval").body
-            if not isinstance(call, ast.Call) or not isinstance(call.func, ast.Name):
-                raise ValueError(part)
-            args = [ast.literal_eval(a) for a in call.args]
-            kwargs = {str(k.arg): ast.literal_eval(k.value) for k in call.keywords}
-        except (SyntaxError, ValueError) as error:
-            raise ValueError(
-                f"{field} must be name(arguments)|name(arguments); got {part}. "
-                "Write for example resize(224)|random_flip()."
-            ) from error
-        if call.func.id not in TRANSFORMS:
-            raise KeyError(
-                f"{field} must name known transforms; got {call.func.id}. "
-                + did_you_mean(call.func.id, TRANSFORMS)
-            )
-        function = TRANSFORMS[call.func.id]
-        signature = inspect.signature(function)
-        try:
-            bound = signature.bind(None, None, *args, **kwargs)
-        except TypeError as error:
-            options = ", ".join(list(signature.parameters)[2:])
-            raise ValueError(f"{field}: {part} does not fit {call.func.id}({options}).") from error
-        transforms.append(functools.partial(function, **dict(list(bound.arguments.items())[2:])))
-    return transforms
 
 
 def _pair(size: Size) -> tuple[int, int]:

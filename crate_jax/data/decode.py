@@ -34,8 +34,8 @@ class EncodedImage:
 
     Raises:
         ValueError: channels is neither 1 nor 3.
-        BadExampleError: by `shape`, `pixels` and `window`: the bytes are no image, or of more
-            than `MAX_PIXELS` pixels.
+        BadExampleError: the header says none or more than `MAX_PIXELS` pixels; or, by `shape`,
+            `pixels` and `window`, the bytes are no image.
     """
 
     def __init__(self, data: bytes, *, channels: int, name: str = "image", fast: bool = False):
@@ -46,9 +46,9 @@ class EncodedImage:
             )
         self._data, self._channels, self._name, self._fast = data, channels, name, fast
         self._size = _declared_size(data)
-        if self._size is not None and self._size[0] * self._size[1] > MAX_PIXELS:
+        if self._size is not None and not 0 < self._size[0] * self._size[1] <= MAX_PIXELS:
             raise BadExampleError(
-                f"{name} must have at most {MAX_PIXELS} pixels; its header says "
+                f"{name} must have 1 … {MAX_PIXELS} pixels; its header says "
                 f"{self._size[0]}x{self._size[1]}. Remove or shrink it."
             )
         self._pixels: np.ndarray | None = None

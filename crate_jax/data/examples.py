@@ -8,9 +8,10 @@ import grain
 import numpy as np
 
 from crate_jax.config import DataConfig
-from crate_jax.data.augment import Transform, parse_transforms, random_resized_crop
+from crate_jax.data.augment import UnfitImageError, random_resized_crop
 from crate_jax.data.decode import BadExampleError, EncodedImage
 from crate_jax.data.sources import Source
+from crate_jax.data.transform_spec import Transform, parse_transforms
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,7 +44,8 @@ class Prepare:
             Pixels of `image_shape`, uint8, contiguous.
 
         Raises:
-            BadExampleError: the bytes do not decode.
+            BadExampleError: the bytes do not decode, or the image is too long or too small for a
+                transform.
             ValueError: the transforms do not lead to `image_shape`.
         """
         image = example["image"]
@@ -53,7 +55,10 @@ class Prepare:
         for transform in self.transforms:
             if isinstance(image, EncodedImage) and transform.func is not random_resized_crop:
                 image = image.pixels()
-            image = transform(image, rng)
+            try:
+                image = transform(image, rng)
+            except UnfitImageError as error:
+                raise BadExampleError(f"{name}: {error}") from error
         if isinstance(image, EncodedImage):
             image = image.pixels()
         if image.shape != self.image_shape:

@@ -52,10 +52,12 @@ class Batches:
         data: DataConfig,
         load: LoadForTraining | LoadForEvaluation,
         rows: int,
+        process_count: int,
         sharding: Sharding | None,
     ):
         self.waited_s, self.skipped = 0.0, 0
         self._load, self._data, self._seen = load, data, 0
+        self._share = -(-len(load.source) // process_count)  # of an epoch, seen by this process
         piece, ahead = read_ahead(data, rows, math.prod(load.prepare.image_shape))
         threads = min(data.num_threads, ahead)
         made = examples.batch(piece).to_iter_dataset(grain.ReadOptions(threads, ahead))
@@ -100,12 +102,12 @@ class Batches:
             self.skipped += 1
             if self.skipped <= LOGGED_BAD_EXAMPLES:
                 _log.warning("skipped: %s", self._why(index))
-        limit = self._data.max_bad_share * max(self._seen, len(source))
-        if self.skipped > limit:
+        total = max(self._seen, self._share)
+        if self.skipped > self._data.max_bad_share * total:
             raise ValueError(
                 f"{source.name} must have at most a share of {self._data.max_bad_share} of bad "
-                f"examples; {self.skipped} of {max(self._seen, len(source))} were skipped. Restore "
-                "its files, or raise data.max_bad_share."
+                f"examples; {self.skipped} of {total} were skipped. Restore its files, or raise "
+                "data.max_bad_share."
             )
         return batch
 
@@ -159,7 +161,7 @@ def train_batches(
     stream = grain.MapDataset.range(len(source)).seed(seed % 2**32).shuffle().repeat()
     # Random numbers are drawn by the position in the stream, hence before it is shared out.
     stream = stream.random_map(load)[examples_seen:][process_index::process_count]
-    return Batches(stream, data, load, batch_size // process_count, sharding)
+    return Batches(stream, data, load, batch_size // process_count, process_count, sharding)
 
 
 def eval_batches(
@@ -195,7 +197,9 @@ def eval_batches(
     load = LoadForEvaluation(source, prepare, skip=data.on_bad_example == "skip")
     padded = -(-len(source) // batch_size) * batch_size
     indices = grain.MapDataset.range(padded)[process_index::process_count]
-    return Batches(indices.map(load), data, load, batch_size // process_count, sharding)
+    return Batches(
+        indices.map(load), data, load, batch_size // process_count, process_count, sharding
+    )
 
 
 def read_ahead(data: DataConfig, rows: int, row_bytes: int) -> tuple[int, int]:

@@ -1,6 +1,7 @@
 """Write a folder or ImageNet's tar files as a TFDS data set in array_record files."""
 
 import contextlib
+import hashlib
 import os
 import sys
 from collections.abc import Callable
@@ -17,6 +18,9 @@ from crate_jax.files import written_aside
 # Examples a file: about 140 MB of ImageNet, whose training split then has TFDS's 1,025 files.
 SHARD_EXAMPLES = 1250
 
+# Beside the files: what they are made of.
+FINGERPRINT = ".crate_jax_source_sha256"
+
 IMAGENET, IMAGENET_VERSION = "imagenet2012", "5.1.0"  # as TFDS calls them
 
 
@@ -32,7 +36,8 @@ def prepare(
 
     Images are copied byte for byte, in an order drawn once, so that ``train[:10%]`` has all
     classes. Each file appears whole or not at all, and the data set's description last: what was
-    stopped goes on after its last whole file when it is started again.
+    stopped goes on after its last whole file when it is started again, if the source is the same
+    by its classes and by the names, labels and sizes of its images.
 
     Args:
         source_dir: holds a folder or a tar file for each split, as `open_source` reads them.
@@ -48,7 +53,7 @@ def prepare(
 
     Raises:
         ValueError, FileNotFoundError: there is nothing to prepare, splits differ in their classes,
-            the name does not fit, or the target holds something else.
+            a name does not fit, the target holds something else, or the source has changed.
     """
     import tensorflow_datasets as tfds
 
@@ -62,8 +67,10 @@ def prepare(
     name, version = _name_and_version(name, classes)
     folder = Path(target_dir) / name / version
     plan = {split: -(-len(source) // shard_examples) for split, source in sources.items()}
+    _check_class_names(classes)
     _check_target(folder, name, plan)
     folder.mkdir(parents=True, exist_ok=True)
+    _keep_fingerprint(folder, _fingerprint(sources, shard_examples))
     features = tfds.features.FeaturesDict(
         {
             "image": tfds.features.Image(encoding_format="jpeg"),
@@ -105,7 +112,7 @@ def _open_splits(source_dir: str) -> dict[str, Source]:
     splits, kind = list(tars.tar_splits(source_dir)), "tar"
     if not splits:
         entries = storage.list_folder(source_dir)
-        splits, kind = [n for n, is_dir in entries.items() if is_dir and n[0] != "."], "folder"
+        splits, kind = [name for name, is_dir in entries.items() if is_dir], "folder"
     if not splits:
         raise ValueError(
             f"--from must hold a folder or a tar file for each split; got {source_dir}. "
@@ -142,6 +149,41 @@ def _check_target(folder: Path, name: str, plan: dict[str, int]) -> None:
         raise ValueError(
             f"{folder} must hold nothing else; got {odd[0]}. Name another --to, or remove it."
         )
+
+
+def _check_class_names(classes: tuple[str, ...]) -> None:
+    """TFDS keeps the names in a text file, one on a line."""
+    for name in classes:
+        if name.encode(errors="ignore").decode().strip().splitlines() != [name]:
+            raise ValueError(
+                "classes must have names that are a line of text, without a space at an end; got "
+                f"{name!r}. Rename its folder."
+            )
+
+
+def _fingerprint(sources: dict[str, Source], shard_examples: int) -> str:
+    """A hash of all that decides what the files hold, but for the bytes of the images."""
+    digest = hashlib.sha256(repr(shard_examples).encode())
+    for split, source in sources.items():
+        digest.update(repr((split, len(source), source.class_names)).encode())
+        images: Any = source.examples  # FolderImages or TarImages
+        for array in (images.names, images.labels, images.length):
+            digest.update(f"{array.dtype}".encode() + np.ascontiguousarray(array).tobytes())
+    return digest.hexdigest()
+
+
+def _keep_fingerprint(folder: Path, fingerprint: str) -> None:
+    """Write it down before the first file; files that are there must be of the same."""
+    path = folder / FINGERPRINT
+    if path.exists() or any(folder.glob("*array_record*")):
+        if not path.exists() or path.read_text() != fingerprint:
+            raise ValueError(
+                f"{folder} must be of the source as it is now; its files were prepared from "
+                "another. Remove it, or name another --to."
+            )
+        return
+    with written_aside(path) as aside:
+        aside.write_text(fingerprint)
 
 
 def _file_name(name: str, split: str, index: int, count: int) -> str:

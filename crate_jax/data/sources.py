@@ -3,6 +3,7 @@
 import dataclasses
 import os
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Protocol
 
 import numpy as np
@@ -11,7 +12,9 @@ from crate_jax.config import DataConfig, did_you_mean
 from crate_jax.data import storage, tars
 from crate_jax.data.tfds_source import open_tfds
 
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
+IMAGE_SUFFIXES = (
+    ".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".ppm", ".pgm", ".pnm"
+)  # fmt: skip
 
 
 class Examples(Protocol):
@@ -120,21 +123,28 @@ class FolderImages:
 
     Attributes:
         root: a folder.
-        paths: (n,) below it, as bytes: an array, since a million strings are slow to hand to
+        names: (n,) paths below it, as bytes: an array, since a million strings are slow to hand to
             workers.
         labels: (n,) int32.
     """
 
     root: str
-    paths: np.ndarray
+    names: np.ndarray
     labels: np.ndarray
 
     def __len__(self) -> int:
-        return len(self.paths)
+        return len(self.names)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        path = storage.join(self.root, os.fsdecode(self.paths[index]))
+        path = storage.join(self.root, os.fsdecode(self.names[index]))
         return {"image": storage.read_bytes(path), "label": int(self.labels[index]), "name": path}
+
+    @property
+    def length(self) -> np.ndarray:
+        """(n,) int64, of each file, in bytes."""
+        with ThreadPoolExecutor(16) as pool:
+            paths = (storage.join(self.root, os.fsdecode(name)) for name in self.names)
+            return np.fromiter(pool.map(storage.file_size, paths), np.int64, len(self))
 
 
 def folder_images(root: str, labels: Callable[[str], int]) -> FolderImages:
@@ -162,7 +172,7 @@ def _open_folder(data: DataConfig, split: str) -> Source:
     number = {name: label for label, name in enumerate(classes)}
     images = folder_images(root, lambda path: number.get(path.split("/")[0], -1))
     inside = images.labels >= 0  # what lies in no class's folder is no example
-    examples = FolderImages(root, images.paths[inside], images.labels[inside])
+    examples = FolderImages(root, images.names[inside], images.labels[inside])
     return Source(root, examples, len(classes), tuple(classes))
 
 

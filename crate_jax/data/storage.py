@@ -1,18 +1,20 @@
 """Files here or in a bucket: paths may be local, ``gs://…`` or ``s3://…`` (by fsspec)."""
 
-import contextlib
 import functools
+import hashlib
 import io
 import os
-import zipfile
-import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
 
 from crate_jax.files import written_aside
+
+# Of what the arrays of an index mean; another number makes them all anew.
+INDEX_VERSION = 1
 
 # Needed besides fsspec for each kind of bucket.
 PACKAGES = {"gs": "gcsfs", "gcs": "gcsfs", "s3": "s3fs"}
@@ -55,35 +57,77 @@ def join(folder: str, *parts: str) -> str:
 
 
 def list_folder(path: str) -> dict[str, bool]:
-    """Names in a folder, sorted, and whether each is a folder itself."""
+    """Names in a folder that are not hidden (``.name``), sorted, and whether each is a folder.
+
+    Raises:
+        FileNotFoundError: a symbolic link leads nowhere.
+    """
     if is_remote(path):
         entries = _remote(path).ls(path, detail=True)
         names = {
             e["name"].rstrip("/").rpartition("/")[2]: e["type"] == "directory" for e in entries
         }
     else:
-        names = {entry.name: entry.is_dir() for entry in os.scandir(path)}
-    return dict(sorted(names.items()))
+        with os.scandir(path) as entries:
+            names = {entry.name: _is_dir(entry) for entry in entries}
+    return {name: names[name] for name in sorted(names) if not name.startswith(".")}
 
 
 def find_files(folder: str) -> list[str]:
-    """Paths of all files anywhere below a folder, relative to it, sorted by their parts."""
+    """Paths of all files anywhere below a folder, relative to it, sorted by their parts.
+
+    Hidden files and folders (``.name``) are left out, symbolic links followed.
+
+    Raises:
+        OSError: a folder cannot be read, or a symbolic link leads nowhere.
+        ValueError: a symbolic link leads back to a folder that it is in.
+    """
     if is_remote(folder):
         fs = _remote(folder)
         root = fs._strip_protocol(folder).rstrip("/") + "/"
         found = [name.removeprefix(root) for name in fs.find(folder)]
+        found = [name for name in found if not any(p.startswith(".") for p in name.split("/"))]
     else:
-        found = [
-            os.path.relpath(os.path.join(place, name), folder)
-            for place, _, names in os.walk(folder, followlinks=True)
-            for name in names
-        ]
+        found = list(_walk(folder, "", (os.path.realpath(folder),)))
     return sorted(found, key=lambda name: name.split("/"))
+
+
+def _walk(folder: str, prefix: str, above: tuple[str, ...]) -> Iterator[str]:
+    """Files below a folder; ``above`` are the real paths of the folders that it is in."""
+    with os.scandir(folder) as found:
+        entries = [entry for entry in found if not entry.name.startswith(".")]
+    for entry in entries:
+        if not _is_dir(entry):
+            yield prefix + entry.name
+            continue
+        real = os.path.realpath(entry.path) if entry.is_symlink() else f"{above[-1]}/{entry.name}"
+        if real in above:
+            raise ValueError(f"{entry.path} must not lead back to {real}. Remove the link.")
+        yield from _walk(entry.path, f"{prefix}{entry.name}/", (*above, real))
+
+
+def _is_dir(entry: os.DirEntry[str]) -> bool:
+    """Whether a folder; a link that leads nowhere may have been one, whose files would be lost."""
+    if entry.is_symlink() and not os.path.exists(entry.path):
+        raise FileNotFoundError(f"{entry.path} must lead somewhere; {os.readlink(entry.path)} is "
+                                "not there. Mend or remove the link.")  # fmt: skip
+    return entry.is_dir()
 
 
 def file_size(path: str) -> int:
     """Bytes of a file."""
     return _remote(path).size(path) if is_remote(path) else os.path.getsize(path)
+
+
+def file_state(path: str) -> tuple[int, str]:
+    """Bytes of a file, and what changes whenever it is written again."""
+    if not is_remote(path):
+        stat = os.stat(path)
+        return stat.st_size, str(stat.st_mtime_ns)
+    info = _remote(path).info(path)
+    # By what each kind of bucket calls it.
+    versions = ("generation", "ETag", "etag", "mtime", "LastModified", "created")
+    return info["size"], str(next((info[key] for key in versions if key in info), ""))
 
 
 def open_binary(path: str) -> BinaryIO:
@@ -109,7 +153,7 @@ def read_bytes(path: str, start: int = 0, length: int | None = None) -> bytes:
 
 
 def cached_index(
-    files: Mapping[str, int],
+    files: Sequence[str],
     beside: str,
     index_dir: str | None,
     build: Callable[[], dict[str, np.ndarray]],
@@ -117,35 +161,55 @@ def cached_index(
     """Arrays that are costly to find out, kept in a file for the next time.
 
     The file lies in `index_dir`; else beside the data; else, where that is read-only or a bucket,
-    in the user's cache folder. It is used as long as the data files have the sizes they had.
+    in the user's cache folder. It is used as long as the data files are as they were.
 
     Args:
-        files: the data files that the arrays describe, and their sizes in bytes.
+        files: the data files that the arrays describe.
         beside: the folder of the data.
-        index_dir: a folder of the user's choice, or None.
+        index_dir: a local folder of the user's choice, or None.
         build: finds the arrays out.
 
     Returns:
         The arrays.
+
+    Raises:
+        ValueError: `index_dir` is a bucket.
+        OSError: `index_dir` cannot be written to.
     """
-    described = repr(sorted(files.items())).encode()
-    name = f".crate_jax_index_{zlib.crc32(described):08x}_{zlib.adler32(described):08x}.npz"
+    if index_dir and is_remote(index_dir):
+        raise ValueError(
+            f"data.index_dir must be a local folder; got {index_dir}. Leave it out: what describes "
+            "a bucket is kept in the user's cache folder."
+        )
+    with ThreadPoolExecutor(16) as pool:  # a bucket takes its time for each
+        states = list(pool.map(file_state, files))
+    described = np.array(f"{INDEX_VERSION} {sorted(zip(files, states, strict=True))}")
+    name = f".crate_jax_index_{hashlib.sha256(repr(sorted(files)).encode()).hexdigest()[:16]}.npz"
     home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
     chosen = [index_dir] if index_dir else [beside, os.path.join(home, "crate_jax", "indices")]
     folders = [Path(folder) for folder in chosen if not is_remote(folder)]
     for folder in folders:
-        # A damaged index is found out again.
-        with contextlib.suppress(OSError, ValueError, zipfile.BadZipFile):
-            data = (folder / name).read_bytes()
-            if data:
-                with np.load(io.BytesIO(data)) as arrays:
-                    return {key: arrays[key] for key in arrays.files}
+        arrays = _read_index(folder / name)
+        if np.array_equal(arrays.pop("described", ""), described):
+            return arrays
     arrays = build()
     for folder in folders:
-        with contextlib.suppress(OSError):
+        try:
             if folder != Path(beside):
                 folder.mkdir(parents=True, exist_ok=True)
             with written_aside(folder / name) as aside, aside.open("wb") as file:
-                np.savez(file, **arrays)  # type: ignore[arg-type]
+                np.savez(file, described=described, **arrays)  # type: ignore[arg-type]
             break
+        except OSError:
+            if index_dir:
+                raise
     return arrays
+
+
+def _read_index(path: Path) -> dict[str, np.ndarray]:
+    """The arrays of a file that `cached_index` wrote; none if it is not there, or damaged."""
+    try:
+        with np.load(io.BytesIO(path.read_bytes())) as arrays:
+            return {key: arrays[key] for key in arrays.files}
+    except Exception:  # damage comes out of zipfile and NumPy as nearly anything
+        return {}

@@ -2,8 +2,9 @@
 
 import contextlib
 import dataclasses
+import posixpath
+import re
 import tarfile
-from collections.abc import Iterator
 from pathlib import PurePosixPath
 from typing import Any, BinaryIO
 
@@ -57,10 +58,11 @@ def open_tar(
 ) -> tuple[TarImages, list[str], bool]:
     """Index the images of a tar file and number their classes.
 
-    Classes are the first folders (or tar files) within, in the order of their sorted names; a
-    single folder around them all does not count. In ImageNet's own files they are the thousand of
-    ILSVRC 2012 whatever is there, and validation images, which lie in no folder, have the labels
-    that TFDS lists.
+    Classes are the first folders (or tar files) within, in the order of their sorted names, empty
+    ones too; a single folder around them all does not count. In ImageNet's own files they are the
+    thousand of ILSVRC 2012 whatever is there, and validation images, which lie in no folder, have
+    the labels that TFDS lists. Links are followed within the file; of a name that is there twice,
+    the last counts, as when it is unpacked; hidden files and folders (``.name``) do not.
 
     Args:
         path: of the tar file.
@@ -72,70 +74,161 @@ def open_tar(
         The images, the names of the classes, and whether the file is whole.
 
     Raises:
-        ValueError: it is no tar file, or an image lies in no folder.
+        ValueError: it is no tar file, an image lies in no folder, a link leads nowhere.
     """
 
     def build() -> dict[str, np.ndarray]:
-        found, whole = [], True
+        contents = _Contents()
+        whole = True
         with storage.open_binary(path) as file:
             try:
-                for name, offset, length in _members(file, 0, ""):
-                    if name.lower().endswith(suffixes):
-                        found.append((name, offset, length))
+                contents.read(file, 0, "")
             except tarfile.ReadError as error:
-                if not found:
+                if not contents.files:
                     raise ValueError(
                         f"{path} must be an uncompressed tar file; {error}. Unpack or restore it."
                     ) from error
                 whole = False  # what comes before the damage is there still
-        found.sort(key=lambda item: item[0].split("/"))
+        lost = contents.follow_links()
+        folders = contents.folders | {name.rpartition("/")[0] for name in contents.files}
+        for name, target in lost.items():
+            if whole and (name.lower().endswith(suffixes) or target in folders):
+                raise ValueError(
+                    f"{path} must hold the files that its links lead to; {name} leads to {target}. "
+                    "Pack it with --dereference."
+                )
+        visible = {n: p for n, p in contents.files.items()
+                   if n.lower().endswith(suffixes) and not _is_hidden(n)}  # fmt: skip
+        names = sorted(visible, key=lambda name: name.split("/"))
         return {
-            "names": np.array([n.encode(errors="surrogateescape") for n, _, _ in found] or [b""]),
-            "places": np.array([item[1:] for item in found], np.int64).reshape(-1, 2),
+            "names": _encoded(names),
+            "places": np.array([visible[n] for n in names], np.int64).reshape(-1, 2),
+            "folders": _encoded(sorted(n for n in contents.folders if not _is_hidden(n))),
             "whole": np.array(whole),
         }
 
-    arrays = storage.cached_index({path: storage.file_size(path)}, folder, index_dir, build)
-    places = arrays["places"]
-    names = arrays["names"][: len(places)]
-    labels, classes = _label(path, [n.decode(errors="surrogateescape") for n in names])
-    images = TarImages(path, names, places[:, 0], places[:, 1], np.array(labels, np.int32))
+    arrays = storage.cached_index([path], folder, index_dir, build)
+    names, folders = _decoded(arrays["names"]), _decoded(arrays["folders"])
+    if PurePosixPath(path).stem in IMAGENET_SPLITS:
+        labels, classes = _imagenet_labels(path, names)
+    else:
+        labels, classes = _folder_labels(path, names, folders)
+    offset, length = arrays["places"].T
+    images = TarImages(path, arrays["names"], offset, length, np.array(labels, np.int32))
     return images, classes, bool(arrays["whole"])
 
 
-def _members(file: BinaryIO, start: int, folder: str) -> Iterator[tuple[str, int, int]]:
-    """Name, first byte and length of each file in a tar, and in the tars within it."""
-    with tarfile.open(fileobj=file, mode="r:") as tar:
-        for member in tar:
-            name = folder + member.name.removeprefix("./")
-            if member.isfile() and name.endswith(".tar"):
-                with contextlib.closing(tar.extractfile(member)) as inner:  # type: ignore[type-var]
-                    place = start + member.offset_data
-                    yield from _members(inner, place, name[:-4] + "/")  # type: ignore[arg-type]
-            elif member.isfile():
-                yield name, start + member.offset_data, member.size
+class _Contents:
+    """What is in a tar file, and in the tar files within it.
+
+    Attributes:
+        files: name to (first byte, length).
+        folders: names.
+        links: name to the name that it stands for.
+    """
+
+    def __init__(self) -> None:
+        self.files: dict[str, tuple[int, int]] = {}
+        self.folders: set[str] = set()
+        self.links: dict[str, str] = {}
+
+    def read(self, file: BinaryIO, start: int, folder: str) -> None:
+        """Take in the members of a tar that begins at a byte, below a folder."""
+        with tarfile.open(fileobj=file, mode="r:") as tar:
+            for member in tar:
+                name = _clean(folder + member.name.lstrip("/"))
+                place = start + member.offset_data
+                if name.startswith("../"):
+                    raise ValueError(f"{member.name} must lie within the tar file. Pack it again.")
+                if member.isdir():
+                    self.folders.add(name)
+                elif member.islnk():
+                    self.links[name] = _clean(folder + member.linkname.lstrip("/"))
+                elif member.issym():
+                    self.links[name] = _clean(
+                        posixpath.join(posixpath.dirname(name), member.linkname)
+                    )
+                elif member.issparse():
+                    raise ValueError(
+                        f"{name} must be stored as it is; it is sparse. Pack without --sparse."
+                    )
+                elif member.isfile() and name.endswith(".tar"):
+                    with contextlib.closing(tar.extractfile(member)) as inner:  # type: ignore[type-var]
+                        self.folders.add(name[:-4])
+                        self.read(inner, place, name[:-4] + "/")  # type: ignore[arg-type]
+                elif member.isfile():
+                    self.links.pop(name, None)
+                    self.files[name] = (place, member.size)
+
+    def follow_links(self) -> dict[str, str]:
+        """Let names that are links be the files they lead to; the links that lead to none."""
+        lost = {}
+        for name, target in self.links.items():
+            seen = {name}
+            while target in self.links and target not in seen:
+                seen.add(target)
+                target = self.links[target]
+            if target in self.files:
+                self.files[name] = self.files[target]
+            else:
+                lost[name] = target
+        return lost
 
 
-def _label(path: str, names: list[str]) -> tuple[list[int], list[str]]:
-    """A label for each member, and the names of the classes."""
+def _clean(name: str) -> str:
+    """A name without ``./`` and ``//``."""
+    return posixpath.normpath(name)
+
+
+def _is_hidden(name: str) -> bool:
+    return any(part.startswith(".") for part in name.split("/"))
+
+
+def _encoded(names: list[str]) -> np.ndarray:
+    """Names as an array of bytes: a million strings are slow to hand to workers."""
+    encoded = [name.encode(errors="surrogateescape") for name in names]
+    return np.array(encoded) if encoded else np.zeros(0, "S1")
+
+
+def _decoded(names: np.ndarray) -> list[str]:
+    return [name.decode(errors="surrogateescape") for name in names.tolist()]
+
+
+def _folder_labels(path: str, names: list[str], folders: list[str]) -> tuple[list[int], list[str]]:
+    """A label for each image by its first folder, and the names of the classes."""
     parts = [name.split("/") for name in names]
-    if names and all(len(p) > 2 for p in parts) and len({p[0] for p in parts}) == 1:
+    around = {p[0] for p in parts} | {f.split("/")[0] for f in folders}
+    if len(around) == 1 and any(len(p) > 2 for p in parts):
         parts = [p[1:] for p in parts]
-    imagenet = PurePosixPath(path).stem in IMAGENET_SPLITS
-    if imagenet:
-        classes = imagenet_classes()
-        if all(len(p) == 1 for p in parts):
-            synsets = _tfds_lines("validation_labels.txt")
-            parts = [[synsets[int(p[0].split("_")[-1].split(".")[0]) - 1], p[0]] for p in parts]
-    else:
-        classes = sorted({p[0] for p in parts if len(p) > 1})
+        folders = [below for f in folders if (below := f.partition("/")[2])]
+    if stray := next((name for name, p in zip(names, parts, strict=True) if len(p) < 2), None):
+        raise ValueError(
+            f"{path} must hold class/image files; got {stray}. Put it into a class's folder."
+        )
+    classes = sorted({p[0] for p in parts} | {f.split("/")[0] for f in folders})
     numbers = {name: i for i, name in enumerate(classes)}
-    for name, part in zip(names, parts, strict=True):
-        if len(part) < 2 or part[0] not in numbers:
-            raise ValueError(
-                f"{path} must hold class/image files; got {name}. Put it into a class's folder."
-            )
     return [numbers[p[0]] for p in parts], classes
+
+
+def _imagenet_labels(path: str, names: list[str]) -> tuple[list[int], list[str]]:
+    """The labels of ILSVRC 2012: by the synset's folder, or by the number of a validation image."""
+    classes = imagenet_classes()
+    numbers = {name: i for i, name in enumerate(classes)}
+    validation = _tfds_lines("validation_labels.txt")
+    labels = []
+    for name in names:
+        parts = name.split("/")
+        synset = next((part for part in parts[:-1] if part in numbers), None)
+        found = re.fullmatch(r"ILSVRC2012_val_0*(\d+)\.jpe?g", parts[-1], re.IGNORECASE)
+        if synset is None and found and 1 <= int(found[1]) <= len(validation):
+            synset = validation[int(found[1]) - 1]
+        if synset is None:
+            raise ValueError(
+                f"{path} must hold the images of ILSVRC 2012; got {name}. Name it otherwise, if it "
+                "holds others."
+            )
+        labels.append(numbers[synset])
+    return labels, classes
 
 
 def imagenet_classes() -> list[str]:

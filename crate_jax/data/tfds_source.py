@@ -32,6 +32,11 @@ def open_tfds(data: DataConfig, split: str) -> tuple[str, "NamedExamples", int, 
         raise ValueError(
             f"data.dataset must have the features image and label; got {data.dataset}."
         )
+    if not isinstance(label := features["label"], tfds.features.ClassLabel):
+        raise ValueError(
+            f"data.dataset must have a ClassLabel as its label; that of {data.dataset} is a "
+            f"{type(label).__name__}. Prepare it with tfds.features.ClassLabel."
+        )
     try:
         info = builder.info.splits[split]
     except ValueError as error:
@@ -66,8 +71,7 @@ def open_tfds(data: DataConfig, split: str) -> tuple[str, "NamedExamples", int, 
             f"{name} must hold {length} examples; TFDS reads {len(examples)} of "
             f"{builder.data_path}. Prepare it again with file_format='array_record'."
         )
-    label = features["label"]
-    return name, NamedExamples(examples), label.num_classes, tuple(label.names or ())
+    return name, NamedExamples(examples), label.num_classes or 0, tuple(label.names or ())
 
 
 def _as_data_source(builder: Any, split: str, decoders: Any, name: str, kind: str) -> Any:

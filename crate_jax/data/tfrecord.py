@@ -77,15 +77,14 @@ def open_tfrecords(
         check_crc: verify each example's checksum when it is read.
     """
     paths = tuple(str(i.filename) for i in instructions)
-    with ThreadPoolExecutor(16) as pool:
-        sizes = dict(zip(paths, pool.map(storage.file_size, paths), strict=True))
 
-        def build() -> dict[str, np.ndarray]:
+    def build() -> dict[str, np.ndarray]:
+        with ThreadPoolExecutor(16) as pool:
             found = list(pool.map(index_records, paths))
-            counts = np.array([len(f) for f in found], np.int64)
-            return {"records": np.concatenate(found), "counts": counts}
+        counts = np.array([len(f) for f in found], np.int64)
+        return {"records": np.concatenate(found), "counts": counts}
 
-        arrays = storage.cached_index(sizes, folder, index_dir, build)
+    arrays = storage.cached_index(paths, folder, index_dir, build)
     first = np.concatenate([[0], np.cumsum(arrays["counts"])])
     parts = []
     for i, instruction in enumerate(instructions):

@@ -8,7 +8,6 @@ import pytest
 from crate_jax.data import augment
 from crate_jax.data.augment import (
     center_crop,
-    parse_transforms,
     random_affine,
     random_flip,
     random_resized_crop,
@@ -102,6 +101,13 @@ def test_center_crop_window(shape, size, top, left):
     columns = np.arange(left, left + width)[None, :]
     np.testing.assert_array_equal(out[:, :, 0], np.broadcast_to(rows, (height, width)))
     np.testing.assert_array_equal(out[:, :, 1], np.broadcast_to(columns, (height, width)))
+
+
+def test_resize_shorter_of_a_line_asks_for_no_memory():
+    message = r"resize_shorter\(256\) must give at most 134217728 pixels; got an image of "
+    for height, width in ((1, 30_000), (30_000, 1)):
+        with pytest.raises(augment.UnfitImageError, match=rf"{message}{height}x{width}\. Crop or"):
+            resize_shorter(np.zeros((height, width, 3), np.uint8), RNG, 256)
 
 
 @pytest.mark.parametrize("size", [(9, 4), (4, 9), 9])
@@ -319,101 +325,3 @@ def test_same_seed_same_pixels(name):
         np.testing.assert_array_equal(a, b)
     assert len({a.tobytes() for a in first}) >= 2
     np.testing.assert_array_equal(image, before)  # what comes in is left alone
-
-
-# --- parse_transforms -----------------------------------------------------------------------------
-
-
-def run(spec, image, seed=0):
-    rng = np.random.default_rng(seed)
-    for transform in parse_transforms(spec, "data.train_transforms"):
-        image = transform(image, rng)
-    return image
-
-
-@pytest.mark.parametrize(
-    "spec, shape",
-    [
-        ("", (12, 10, 3)),
-        ("  ", (12, 10, 3)),
-        ("resize((8, 6))", (8, 6, 3)),
-        ("resize(size=(8, 6))|", (8, 6, 3)),
-        (" resize_shorter(5) | center_crop((5, 4)) ", (5, 4, 3)),
-        ("random_resized_crop((7, 9), min_area=0.5)|random_flip()", (7, 9, 3)),
-    ],
-)
-def test_parsed_pipelines(spec, shape):
-    assert run(spec, noise(12, 10)).shape == shape
-
-
-def test_parsed_pipeline_runs_in_order_with_its_arguments():
-    image = noise(12, 10)
-    rng = np.random.default_rng(3)
-    expected = random_affine(image, rng, 10.0, shear=-0.5)
-    expected = random_flip(expected, rng, probability=0.5)[3:9, 2:8]
-    spec = "random_affine(10.0, shear=-0.5)|random_flip(probability=0.5)|center_crop(6)"
-    np.testing.assert_array_equal(run(spec, image, seed=3), expected)
-
-
-def test_every_transform_has_its_name():
-    assert set(augment.TRANSFORMS) == {
-        "resize",
-        "resize_shorter",
-        "center_crop",
-        "random_resized_crop",
-        "random_flip",
-        "random_affine",
-        "randaugment",
-        "color_jitter",
-        "random_grayscale",
-        "random_solarize",
-        "random_blur",
-        "random_erasing",
-    }
-    assert augment.TRANSFORMS["center_crop"] is center_crop
-
-
-def test_unknown_transform_suggests_the_nearest():
-    message = r"data\.train_transforms must name known transforms; got randomflip\. Did you mean ra"
-    with pytest.raises(KeyError, match=message):
-        parse_transforms("resize(8)|randomflip()", "data.train_transforms")
-
-
-@pytest.mark.parametrize(
-    "part",
-    [
-        "resize",
-        "resize(8",
-        "resize 8",
-        "cv2.resize(8)",
-        "resize(8)(9)",
-        "resize(SIZE)",
-        "resize(__import__('os').getpid())",
-        "resize(*[8])",
-        "8",
-    ],
-)
-def test_malformed_part(part):
-    with pytest.raises(ValueError) as caught:
-        parse_transforms(f"random_flip()|{part}", "data.eval_transforms")
-    assert str(caught.value) == (
-        f"data.eval_transforms must be name(arguments)|name(arguments); got {part}. "
-        "Write for example resize(224)|random_flip()."
-    )
-
-
-@pytest.mark.parametrize(
-    "part, options",
-    [
-        ("resize()", "resize(size, interpolation, antialias)"),
-        ("resize(8, 'bilinear', True, 4)", "resize(size, interpolation, antialias)"),
-        ("center_crop(side=8)", "center_crop(size)"),
-        ("random_flip(0.5, probability=0.5)", "random_flip(probability)"),
-        ("random_affine(rng=3)", "random_affine(degrees, shift, scale, shear)"),
-        ("resize(**{'size': 8})", "resize(size, interpolation, antialias)"),
-    ],
-)
-def test_arguments_that_do_not_fit(part, options):
-    with pytest.raises(ValueError) as caught:
-        parse_transforms(part, "data.train_transforms")
-    assert str(caught.value) == f"data.train_transforms: {part} does not fit {options}."

@@ -5,6 +5,7 @@ import shutil
 import struct
 from contextlib import closing
 
+import cv2
 import numpy as np
 import pytest
 from stored import convert, encode_crops, write_array_record, write_folder
@@ -19,12 +20,13 @@ SHAPE, COUNT = (16, 20, 3), 24
 
 
 def config(**options):
-    return DataConfig(
-        train_transforms="random_resized_crop((16, 20))|random_flip()",
-        eval_transforms="resize((16, 20))",
-        num_threads=2,
-        **{"max_bad_share": 0.5} | options,
-    )
+    defaults = {
+        "train_transforms": "random_resized_crop((16, 20))|random_flip()",
+        "eval_transforms": "resize((16, 20))",
+        "num_threads": 2,
+        "max_bad_share": 0.5,
+    }
+    return DataConfig(**defaults | options)
 
 
 def bomb(jpeg):
@@ -35,12 +37,25 @@ def bomb(jpeg):
     return bytes(data)
 
 
+def no_rows(jpeg):
+    """A PNG whose header says that it is 0 pixels high."""
+    data = bytearray(cv2.imencode(".png", np.zeros((4, 5, 3), np.uint8))[1].tobytes())
+    data[20:24] = bytes(4)
+    return bytes(data)
+
+
+def line(jpeg):
+    """An image of one row, for a pipeline that would make the row as high as the others."""
+    return cv2.imencode(".png", np.zeros((1, 30_000, 3), np.uint8))[1].tobytes()
+
+
 DAMAGE = {
     "truncated": (lambda jpeg: jpeg[: len(jpeg) // 2], r"must be an image; its \d+ bytes do not"),
     "cut short": (lambda jpeg: jpeg[:-30], r"must be an image; its \d+ bytes do not decode"),
     "empty": (lambda jpeg: b"", r"must be an image; its 0 bytes do not decode"),
     "text": (lambda jpeg: b"this is no picture\n" * 9, r"must be an image; its 171 bytes do not"),
-    "bomb": (bomb, r"must have at most 134217728 pixels; its header says 20000x20000\. Remove"),
+    "bomb": (bomb, r"must have 1 … 134217728 pixels; its header says 20000x20000\. Remove"),
+    "no rows": (no_rows, r"must have 1 … 134217728 pixels; its header says 0x5\. Remove"),
 }
 
 
@@ -106,6 +121,37 @@ def test_skip_takes_the_next_good_one_and_counts(crops, tmp_path, kind, caplog):
         np.testing.assert_array_equal(rows[key], expected[key])
     lines = [r.getMessage() for r in caplog.records]
     assert len(lines) == 2 and lines[0].startswith(f"skipped: {tmp_path}/train[5] ("), lines
+
+
+def test_image_that_a_transform_cannot_take_is_a_bad_example(crops, tmp_path):
+    files = {f"{'ab'[i % 2]}/{i:02d}.jpg": crop for i, crop in enumerate(crops)}
+    files["a/04.png"] = line(crops[0])
+    write_folder(tmp_path, "train", files)
+    spec = {"train_transforms": "resize_shorter(128)|center_crop((16, 20))"}
+    source = opened("folder", tmp_path, data := config(**spec))
+    message = r"train\[3\] \(.*a/04\.png\): resize_shorter\(128\) must give at most 134217728 pix"
+    with pytest.raises(ValueError, match=message):
+        train(source, data, 4)
+    assert train(source, config(**spec, on_bad_example="skip"), 3)[1] == 1
+
+
+def test_share_of_bad_examples_is_judged_alike_in_any_processes(crops, tmp_path):
+    """Of 24 examples six are bad: a quarter, also of each of two processes' share."""
+    files = {f"a/{i:02d}.jpg": crop if i % 4 else b"" for i, crop in enumerate(crops)}
+    write_folder(tmp_path, "train", files)
+    for share, fails in ((0.2, True), (0.9, False)):
+        data = config(on_bad_example="skip", max_bad_share=share)
+        source = opened("folder", tmp_path, data)
+        for count in (1, 2):
+            runs = [{"process_index": i, "process_count": count} for i in range(count)]
+            failed = []
+            for run in runs:
+                try:
+                    train(source, data, 6 // count, **run)
+                except ValueError as error:
+                    assert "must have at most a share of 0.2 of bad examples; " in str(error)
+                    failed.append(run)
+            assert bool(failed) == fails, (share, count)
 
 
 def test_skip_is_the_same_in_any_processes(crops, tmp_path):

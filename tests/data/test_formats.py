@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import tarfile
 import types
 from pathlib import Path
@@ -21,7 +22,7 @@ from stored import (
 from crate_jax.config import DataConfig
 from crate_jax.data import storage, tfds_source, tfrecord
 from crate_jax.data.examples import load_example, make_prepare
-from crate_jax.data.prepare import prepare
+from crate_jax.data.prepare import FINGERPRINT, prepare
 from crate_jax.data.sources import open_source
 from crate_jax.data.tars import imagenet_classes
 
@@ -171,28 +172,77 @@ def test_tfrecord_index_is_kept_and_found_out_again_when_files_change(stored, tm
 
 
 def test_index_is_of_the_files_as_they_are(tmp_path):
-    built = []
+    paths, built = [str(tmp_path / name) for name in "ab"], []
+    for path in paths:
+        Path(path).write_bytes(b"12345")
 
     def build():
         built.append(1)
         return {"x": np.arange(len(built))}
 
-    def index(files, **options):
-        options = {"beside": str(tmp_path), "index_dir": None} | options
-        return storage.cached_index(files, build=build, **options)
+    def index(files):
+        return storage.cached_index(files, str(tmp_path), None, build)["x"]
 
-    assert len(index({"a": 1, "b": 2})["x"]) == len(index({"b": 2, "a": 1})["x"]) == 1
-    assert len(index({"a": 1, "b": 3})["x"]) == 2
-    assert len(list(tmp_path.iterdir())) == 2
+    assert len(index(paths)) == len(index(paths[::-1])) == 1
+    Path(paths[1]).write_bytes(b"123456")
+    assert len(index(paths)) == 2
+    os.utime(paths[1], ns=(0, 0))  # written again at the same size
+    assert len(index(paths)) == len(index(paths)) == 3
+    assert len(list(tmp_path.iterdir())) == 3  # what is out of date has been replaced
 
 
-def test_index_beside_data_that_is_read_only_goes_to_the_cache(tmp_path, monkeypatch):
+@pytest.mark.parametrize("damage", ["short", "empty", "no zip", "other keys", "flipped"])
+def test_damaged_index_is_made_again(tmp_path, damage):
+    (tmp_path / "a").write_bytes(b"12345")
+    arguments = ([str(tmp_path / "a")], str(tmp_path), None)
+    storage.cached_index(*arguments, lambda: {"x": np.arange(3)})
+    (kept,) = tmp_path.glob(".crate_jax_index_*")
+    data = bytearray(kept.read_bytes())
+    data[len(data) // 2] ^= 1
+    other = io.BytesIO()
+    np.savez(other, y=np.arange(2))
+    kept.write_bytes(
+        {
+            "short": bytes(data[:100]),
+            "empty": b"",
+            "no zip": b"text" * 99,
+            "other keys": other.getvalue(),
+            "flipped": bytes(data),
+        }[damage]
+    )
+    found = storage.cached_index(*arguments, lambda: {"x": np.arange(4)})
+    assert found["x"].tolist() in ([0, 1, 2, 3], [0, 1, 2])
+    assert found.keys() == {"x"}
+    assert damage == "flipped" or len(found["x"]) == 4
+    assert storage.cached_index(*arguments, lambda: {})["x"].tolist() == found["x"].tolist()
+
+
+def test_index_goes_where_it_may(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    (tmp_path / "a").write_bytes(b"12345")
     missing = tmp_path / "nowhere"  # no folder to write to, whoever runs the tests
-    storage.cached_index({"a": 1}, str(missing), None, lambda: {"x": np.arange(3)})
+    storage.cached_index([str(tmp_path / "a")], str(missing), None, lambda: {"x": np.arange(3)})
     (kept,) = (tmp_path / "cache/crate_jax/indices").iterdir()
     assert kept.name.startswith(".crate_jax_index_")
     assert not missing.exists()
+    with pytest.raises(
+        ValueError, match=r"data\.index_dir must be a local folder; got gs://b/i\. "
+    ):
+        storage.cached_index([], str(tmp_path), "gs://b/i", dict)
+    with pytest.raises(OSError, match="a/i"):  # a file is in the way
+        storage.cached_index([], str(tmp_path), str(tmp_path / "a/i"), dict)
+
+
+def test_file_of_a_bucket_that_is_written_again_has_another_state():
+    import fsspec
+
+    memory = fsspec.filesystem("memory")
+    memory.pipe("/state/x", b"12345")
+    first = storage.file_state("memory://state/x")
+    assert first == storage.file_state("memory://state/x") and first[0] == 5
+    memory.rm("/state/x")
+    memory.pipe("/state/x", b"54321")
+    assert storage.file_state("memory://state/x") != first
 
 
 # --- tar files ------------------------------------------------------------------------------------
@@ -249,6 +299,120 @@ def test_tar_layouts(tmp_path, photographs):
         open_source(DataConfig(dataset="tar"), "train", image_shape=(1, 1, 3), num_classes=1)
 
 
+def member(tar, name, data=b"", **fields):
+    """Add a member; without data a folder or link, by its ``type``."""
+    info = tarfile.TarInfo(name)
+    info.size = len(data)
+    for key, value in fields.items():
+        setattr(info, key, value)
+    tar.addfile(info, io.BytesIO(data))
+
+
+def write_members(path, *members):
+    with tarfile.open(path, "w") as tar:
+        for name, *rest in members:
+            fields = rest.pop() if rest and isinstance(rest[-1], dict) else {}
+            member(tar, name, *rest, **fields)
+
+
+def contents(root, split="train"):
+    """{name: (bytes, label)} and the classes of a tar file."""
+    source = open_split("tar", root, split)
+    found = [source.examples[i] for i in range(len(source))]
+    return {e["name"]: (e["image"], e["label"]) for e in found}, source.class_names
+
+
+def test_links_in_a_tar_are_followed(tmp_path):
+    hard, symbolic = {"type": tarfile.LNKTYPE}, {"type": tarfile.SYMTYPE}
+    write_members(
+        tmp_path / "train.tar",
+        ("ant/1.jpg", b"one"),
+        ("ant/README", symbolic | {"linkname": "/usr/share/doc"}),
+        ("bee/2.jpg", hard | {"linkname": "ant/1.jpg"}),
+        ("bee/3.jpg", symbolic | {"linkname": "../ant/./1.jpg"}),
+        ("bee/4.jpg", symbolic | {"linkname": "3.jpg"}),
+    )
+    found, classes = contents(tmp_path)
+    assert found == {
+        "ant/1.jpg": (b"one", 0),
+        "bee/2.jpg": (b"one", 1),
+        "bee/3.jpg": (b"one", 1),
+        "bee/4.jpg": (b"one", 1),
+    }
+    assert classes == ("ant", "bee")
+
+
+@pytest.mark.parametrize(
+    "name, target", [("bee/2.jpg", "nowhere.jpg"), ("bee/2.jpg", "2.jpg"), ("bee", "ant")]
+)
+def test_link_in_a_tar_that_leads_to_no_file(tmp_path, name, target):
+    link = {"type": tarfile.SYMTYPE, "linkname": target}
+    write_members(tmp_path / "train.tar", ("ant/1.jpg", b"one"), (name, link))
+    message = (
+        rf"train\.tar must hold the files that its links lead to; {name} leads to .*{target}\."
+    )
+    with pytest.raises(ValueError, match=message):
+        open_split("tar", tmp_path)
+
+
+def test_tar_is_read_as_it_would_be_unpacked(tmp_path):
+    """Of two members of a name the last counts; absolute names are not; hidden ones do not."""
+    write_members(
+        tmp_path / "train.tar",
+        ("cat/", {"type": tarfile.DIRTYPE}),
+        ("ant/1.jpg", b"old"),
+        ("ant/1.jpg", b"new"),
+        ("/bee//2.jpg", b"two"),
+        ("./bee/._2.jpg", b"AppleDouble"),
+        (".ipynb_checkpoints/3.jpg", b"hidden"),
+    )
+    found, classes = contents(tmp_path)
+    assert found == {"ant/1.jpg": (b"new", 0), "bee/2.jpg": (b"two", 1)}
+    assert classes == ("ant", "bee", "cat")  # an empty folder is a class, as in a folder
+    write_members(tmp_path / "out.tar", ("../ant/1.jpg", b"x"))
+    with pytest.raises(ValueError, match=r"\.\./ant/1\.jpg must lie within the tar file\."):
+        open_split("tar", tmp_path, "out")
+
+
+def test_one_stray_image_does_not_make_one_class_of_all(tmp_path):
+    write_members(
+        tmp_path / "train.tar",
+        ("all/ant/1.jpg", b"1"),
+        ("all/bee/2.jpg", b"2"),
+        ("all/3.jpg", b"3"),
+    )
+    with pytest.raises(ValueError, match=r"train\.tar must hold class/image files; got all/3\.jpg"):
+        open_split("tar", tmp_path)
+
+
+def test_tar_that_is_written_again_at_its_size(tmp_path):
+    write_members(tmp_path / "train.tar", ("ant/1.jpg", b"one"), ("bee/2.jpg", b"two"))
+    assert contents(tmp_path)[0]["bee/2.jpg"] == (b"two", 1)
+    size = (tmp_path / "train.tar").stat().st_size
+    write_members(tmp_path / "train.tar", ("ant/2.jpg", b"two"), ("bee/1.jpg", b"one"))
+    os.utime(tmp_path / "train.tar", ns=(1, 1))
+    assert (tmp_path / "train.tar").stat().st_size == size
+    assert contents(tmp_path)[0] == {"ant/2.jpg": (b"two", 0), "bee/1.jpg": (b"one", 1)}
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["extra.JPEG", "ILSVRC2012_val_00050001.JPEG", "ILSVRC2012_val_00000000.JPEG", "bee/1.JPEG"],
+)
+def test_what_is_not_imagenets_in_its_tar(tmp_path, name):
+    write_tar(tmp_path, "ILSVRC2012_img_val", {"ILSVRC2012_val_00000001.JPEG": b"x", name: b"x"})
+    message = rf"img_val\.tar must hold the images of ILSVRC 2012; got {name}\. Name it otherwise"
+    with pytest.raises(ValueError, match=message):
+        open_split("tar", tmp_path, "validation")
+
+
+def test_imagenets_validation_images_in_a_folder(tmp_path):
+    names = {f"val/ILSVRC2012_val_0000000{i}.JPEG": b"x" for i in (1, 2)}
+    write_tar(tmp_path, "ILSVRC2012_img_val", names)
+    source = open_split("tar", tmp_path, "validation")
+    assert [source.examples[i]["label"] for i in range(2)] == [65, 970]
+
+
 def test_compressed_tar_is_refused(tmp_path, photographs):
     buffer = io.BytesIO()
     with tarfile.open(fileobj=buffer, mode="w:gz") as tar:
@@ -303,6 +467,53 @@ def test_prepare_goes_on_after_its_last_whole_file(stored, tmp_path):
         ValueError, match=r"x/1\.0\.0 must hold nothing else; got x-train.*-of-00005"
     ):
         prepare(source, str(tmp_path / "b"), name="x", shard_examples=9)
+
+
+@pytest.mark.parametrize("change", ["label", "file", "size", "shards", "no record"])
+def test_prepare_does_not_go_on_with_another_source(tmp_path, photographs, change):
+    crops = encode_crops(photographs, 6)
+    files = {f"{'ab'[i % 2]}/{i}.jpg": crop for i, crop in enumerate(crops)}
+    write_folder(tmp_path / "from", "train", files)
+
+    def run(shard_examples=2):
+        said = []
+        prepare(
+            str(tmp_path / "from"), str(tmp_path / "to"), name="x", shard_examples=shard_examples,
+            say=said.append,
+        )  # fmt: skip
+        return said
+
+    run()
+    folder = tmp_path / "to/x/1.0.0"
+    next(folder.glob("*-00001-of-*")).unlink()  # as if it had been stopped
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    if change == "label":
+        (tmp_path / "from/train/a/0.jpg").rename(tmp_path / "from/train/b/0.jpg")
+    elif change == "file":
+        (tmp_path / "from/train/a/0.jpg").rename(tmp_path / "from/train/a/7.jpg")
+    elif change == "size":
+        (tmp_path / "from/train/a/0.jpg").write_bytes(crops[0] + b"more")
+    elif change == "no record":
+        (folder / FINGERPRINT).unlink()
+        del before[FINGERPRINT]
+    message = (
+        r"x/1\.0\.0 must be of the source as it is now; its files were prepared from another\."
+    )
+    if change == "shards":
+        message = r"x/1\.0\.0 must hold nothing else; got x-train"
+    with pytest.raises(ValueError, match=message):
+        run(shard_examples=3 if change == "shards" else 2)
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+
+
+@pytest.mark.parametrize("name", ["ant ", " ant", "an\nt", "an\x85t", os.fsdecode(b"\xff")])
+def test_class_that_a_list_of_names_cannot_hold(tmp_path, photographs, name):
+    (jpeg,) = encode_crops(photographs, 1)
+    write_folder(tmp_path / "from", "train", {f"{name}/1.jpg": jpeg, "bee/1.jpg": jpeg})
+    with pytest.raises(ValueError, match=r"classes must have names that are a line of text") as e:
+        prepare(str(tmp_path / "from"), str(tmp_path / "to"), name="x")
+    assert "\n" not in str(e.value) and str(e.value).isprintable()
+    assert not (tmp_path / "to").exists()
 
 
 def test_prepared_imagenet_is_read_under_tfdss_own_name(imagenet, tmp_path):

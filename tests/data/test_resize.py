@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from crate_jax.data.augment import parse_transforms
 from crate_jax.data.resize import resize_pixels
+from crate_jax.data.transform_spec import parse_transforms
 
 METHODS = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
 

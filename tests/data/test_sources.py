@@ -1,6 +1,7 @@
 """Folders, TFDS data sets and synthetic images, and what is said when they are not there."""
 
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -69,6 +70,56 @@ def test_folder_numbers_sorted_classes_and_reads_nested_images(folder):
         color = COLORS[str(Path(name).relative_to(folder))]
         assert pixels.shape == (6, 5, 3)
         assert np.abs(pixels - np.array(color)[None, None]).max() <= 3, name  # JPEG is lossy
+
+
+def test_hidden_files_and_folders_are_no_examples(tmp_path):
+    for name in ("ant/1.png", "ant/._1.png", "ant/.cache/2.png", ".ipynb_checkpoints/3.png"):
+        write_image(tmp_path / "train" / name, (1, 2, 3))
+    source = open_split("folder", tmp_path)
+    assert (len(source), source.class_names) == (1, ("ant",))
+
+
+def test_links_to_folders_and_files_are_followed(folder, tmp_path):
+    (tmp_path / "train").mkdir()
+    (tmp_path / "train/a").symlink_to(folder / "train/ant")
+    (tmp_path / "train/b").symlink_to(folder / "train/ant")
+    write_image(tmp_path / "train/c/1.png", (1, 2, 3))
+    (tmp_path / "train/c/2.png").symlink_to(tmp_path / "train/c/1.png")
+    source = open_split("folder", tmp_path)
+    assert [source.examples[i]["label"] for i in range(len(source))] == [0, 0, 1, 1, 2, 2]
+
+
+@pytest.mark.parametrize("target", ["..", "../..", "."])
+def test_link_that_leads_back_is_refused(tmp_path, target):
+    write_image(tmp_path / "train/ant/deep/1.png", (1, 2, 3))
+    (tmp_path / "train/ant/deep/loop").symlink_to(target)
+    with pytest.raises(
+        ValueError, match=r"ant/deep/loop must not lead back to .*\. Remove the lin"
+    ):
+        open_split("folder", tmp_path)
+
+
+@pytest.mark.parametrize("name", ["train/bee", "train/ant/deep"])
+def test_link_that_leads_nowhere_is_refused(tmp_path, name):
+    write_image(tmp_path / "train/ant/1.png", (1, 2, 3))
+    (tmp_path / name).symlink_to("gone")
+    with pytest.raises(FileNotFoundError, match=rf"{name} must lead somewhere; gone is not there"):
+        open_split("folder", tmp_path)
+
+
+def test_folder_that_cannot_be_read_is_not_passed_over(tmp_path, monkeypatch):
+    for name in ("ant", "bee"):
+        write_image(tmp_path / f"train/{name}/1.png", (1, 2, 3))
+    scandir = os.scandir
+
+    def refuse(path):  # permissions do not stop a superuser, who may run the tests
+        if str(path).endswith("bee"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    with pytest.raises(PermissionError, match="train/bee"):
+        open_split("folder", tmp_path)
 
 
 def test_folder_split_is_a_folder(folder):
@@ -308,3 +359,18 @@ def test_dataset_without_images_or_labels_is_refused(digits_dir, tmp_path, featu
     message = r"data\.dataset must have the features image and label; got my_scans\."
     with pytest.raises(ValueError, match=message):
         open_split("my_scans", root)
+
+
+def test_label_that_is_no_class_label_is_refused(tmp_path):
+    import tensorflow_datasets as tfds
+
+    features = tfds.features.FeaturesDict(
+        {"image": tfds.features.Image(), "label": tfds.features.Scalar(np.int64)}
+    )
+    png = cv2.imencode(".png", np.zeros((4, 4, 3), np.uint8))[1].tobytes()
+    write_tfds(tmp_path, "ages", "1.0.0", features, {"train": [{"image": png, "label": 7}]})
+    message = (
+        r"data\.dataset must have a ClassLabel as its label; that of ages is a Scalar\. Prepare"
+    )
+    with pytest.raises(ValueError, match=message):
+        open_split("ages", tmp_path)
