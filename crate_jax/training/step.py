@@ -68,7 +68,8 @@ def make_train_step(
         tx: the optimizer; it sees the gradient of the mean loss over the batch.
         schedule: reported as ``lr`` when given.
         preprocess: applied to the images on the device; None: they are normalised already.
-        mix: of `crate_jax.data.mixing.make_mix`; applied to the images of each micro-batch.
+        mix: of `crate_jax.data.mixing.make_mix`; applied to the whole batch, so that who is mixed
+            with whom depends neither on micro-batches nor on the number of processes.
         label_smoothing: in [0, 1).
         accumulate_steps: micro-batches, run one after the other, whose gradients are averaged.
         ema_decay: of the averaged parameters in the state, when it keeps any.
@@ -80,11 +81,14 @@ def make_train_step(
         ``param_norm`` (after the update), ``lr``.
     """
 
+    def normalized(images: Array) -> Array:
+        return images if preprocess is None else preprocess(images)
+
     def loss_fn(params: Any, batch: Batch, key: Array) -> tuple[Array, dict[str, Array]]:
-        images = batch["image"] if preprocess is None else preprocess(batch["image"])
+        # Mixed images are normalised already; others are only now, a micro-batch at a time.
+        images = normalized(batch["image"]) if mix is None else batch["image"]
         labels_B = targets = batch["label"]
-        if mix is not None:
-            images, targets = mix(stream(key, "mix", 0), images, labels_B)
+        if targets.ndim == 2:
             labels_B = targets.argmax(axis=1)
         logits_BxY: Any = model.apply({"params": params}, images, train=True, rngs={"dropout": key})
         loss = cross_entropy(logits_BxY, targets, label_smoothing=label_smoothing).mean()
@@ -92,9 +96,13 @@ def make_train_step(
         return loss, {"loss": loss, "top1": top1}
 
     def train_step(state: TrainState, batch: Batch, key: Array):
-        key = stream(key, "dropout", state.step)
+        mix_key, key = stream(key, "mix", state.step), stream(key, "dropout", state.step)
         if axis_name is not None:
-            key = jax.random.fold_in(key, jax.lax.axis_index(axis_name))
+            i = jax.lax.axis_index(axis_name)
+            mix_key, key = jax.random.fold_in(mix_key, i), jax.random.fold_in(key, i)
+        if mix is not None:
+            images, targets = mix(mix_key, normalized(batch["image"]), batch["label"])
+            batch = {"image": images, "label": targets}
         grads, metrics = _mean_gradient(loss_fn, state.params, batch, key, accumulate_steps)
         if axis_name is not None:
             grads, metrics = jax.lax.pmean((grads, metrics), axis_name)

@@ -11,6 +11,7 @@ import optax
 import pytest
 
 from crate_jax import Crate
+from crate_jax.data.mixing import make_mix
 from crate_jax.interop.torch_weights import from_state_dict, to_state_dict
 from crate_jax.parallel import batch_sharding, make_mesh, replicated
 from crate_jax.training.state import TrainState, init_sharded, init_state, replace_params
@@ -39,13 +40,18 @@ def batch():
 
 
 @functools.cache
-def run(spec, *, accumulate_steps=1, ema_decay=0.0):
+def run(spec, *, accumulate_steps=1, ema_decay=0.0, mix=False, processes=1):
     """Losses, head kernels (one before the first step) and last state of sharded, donated steps."""
     devices = jax.devices()[:1] if spec == "data:1" else jax.devices()
     mesh, tx = make_mesh(spec, devices), optax.adamw(1e-3)
     state, shardings = init_sharded(MODEL, tx, jax.random.key(1), mesh, ema=ema_decay > 0)
     step = make_train_step(
-        MODEL, tx, label_smoothing=0.1, accumulate_steps=accumulate_steps, ema_decay=ema_decay
+        MODEL,
+        tx,
+        mix=make_mix(num_classes=7, mixup_alpha=0.8, cutmix_alpha=1.0) if mix else None,
+        label_smoothing=0.1,
+        accumulate_steps=accumulate_steps,
+        ema_decay=ema_decay,
     )
     step = jax.jit(
         step,
@@ -53,7 +59,10 @@ def run(spec, *, accumulate_steps=1, ema_decay=0.0):
         out_shardings=(shardings, replicated(mesh)),
         donate_argnums=0,
     )
-    placed = jax.device_put(make_batch(), batch_sharding(mesh))
+    # Of several processes each reads every so manieth row, and their rows follow one another.
+    rows = np.arange(16).reshape(-1, processes).T.ravel()
+    batch = {name: values[rows] for name, values in make_batch().items()}
+    placed = jax.device_put(batch, batch_sharding(mesh))
     losses, kernels = [], [np.asarray(state.params["head"]["kernel"])]
     for _ in range(STEPS):
         state, metrics = step(state, placed, jax.random.key(3))
@@ -121,6 +130,15 @@ def test_accumulated_gradients_are_those_of_the_whole_batch(micro_batches, spec)
     parts, accumulated, _ = run(spec, accumulate_steps=micro_batches)
     np.testing.assert_allclose(parts, whole, rtol=1e-5)
     np.testing.assert_allclose(accumulated[-1], kernels[-1], atol=1e-5)
+
+
+@pytest.mark.parametrize(("micro_batches", "processes"), [(1, 2), (4, 1), (4, 2)])
+def test_mixed_images_do_not_depend_on_micro_batches_or_processes(micro_batches, processes):
+    whole, kernels, _ = run("data:1", mix=True)
+    assert abs(whole[0] - run("data:1")[0][0]) > 1e-3
+    losses, parts, _ = run("data:1", mix=True, accumulate_steps=micro_batches, processes=processes)
+    np.testing.assert_allclose(losses, whole, rtol=1e-5)
+    np.testing.assert_allclose(parts[-1], kernels[-1], atol=1e-5)
 
 
 def test_ema_averages_the_parameters():
