@@ -1,8 +1,9 @@
 """The processes of a run, the mesh of their devices, and the rule that lays arrays out on it."""
 
+import functools
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -12,9 +13,6 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec, Sharding
 from crate_jax.config import ParallelConfig
 
 AXES = ("data", "fsdp")
-
-# Smaller leaves cost more to gather than they save in memory.
-_MIN_SHARDED_SIZE = 1024
 
 
 class LostProcess(RuntimeError):
@@ -120,6 +118,20 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec(AXES))
 
 
+def on_mesh(mesh: Mesh, function: Callable[..., Any]) -> Callable[..., Any]:
+    """A function to jit, in which weights that the axis ``fsdp`` shares are gathered at their use.
+
+    See `crate_jax.models.layers.whole`.
+    """
+
+    @functools.wraps(function)
+    def run(*args: Any) -> Any:
+        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+            return function(*args)
+
+    return run
+
+
 def place(array: Any, sharding: Sharding) -> jax.Array:
     """An array that every process has whole, as one global array.
 
@@ -146,9 +158,11 @@ def check_batch_size(name: str, size: int, shards: int) -> None:
 
 
 def state_shardings(abstract_state: Any, mesh: Mesh) -> Any:
-    """Shardings of a training state by one rule of shapes.
+    """Shardings of a training state by one rule of paths and shapes.
 
-    A large leaf is split over ``fsdp`` on its longest axis that divides; all others are replicated.
+    A leaf of two axes or more is split over ``fsdp`` on its longest axis that divides; biases and
+    scales, which cost more to gather than they save, are replicated. Axis 0 of what lies below
+    ``blocks`` is the layer: it is not counted, and never split.
 
     Args:
         abstract_state: tree of arrays or `jax.ShapeDtypeStruct`.
@@ -159,13 +173,14 @@ def state_shardings(abstract_state: Any, mesh: Mesh) -> Any:
     """
     n = mesh.shape["fsdp"]
 
-    def spec(leaf: Any) -> NamedSharding:
-        if n > 1 and leaf.size >= _MIN_SHARDED_SIZE:
-            for axis in sorted(range(leaf.ndim), key=lambda i: -leaf.shape[i]):
+    def spec(path: Any, leaf: Any) -> NamedSharding:
+        first = 1 if "blocks" in jax.tree_util.keystr(path) else 0
+        if n > 1 and leaf.ndim - first >= 2:
+            for axis in sorted(range(first, leaf.ndim), key=lambda i: -leaf.shape[i]):
                 if leaf.shape[axis] % n == 0:
                     names = [None] * leaf.ndim
                     names[axis] = "fsdp"
                     return NamedSharding(mesh, PartitionSpec(*names))
         return replicated(mesh)
 
-    return jax.tree.map(spec, abstract_state)
+    return jax.tree_util.tree_map_with_path(spec, abstract_state)

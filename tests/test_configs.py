@@ -9,15 +9,13 @@ import jax.numpy as jnp
 import pytest
 
 from crate_jax.config import DataConfig, TrainConfig, from_dict, to_dict, validate
-from crate_jax.data.pixels import normalize
 from crate_jax.data.transform_spec import parse_transforms
-from crate_jax.evaluation.classify import make_eval_step
 from crate_jax.models.crate import pair
 from crate_jax.models.zoo import build_model
-from crate_jax.parallel import batch_sharding, make_mesh, replicated
+from crate_jax.parallel import batch_sharding, make_mesh
 from crate_jax.training.optimizer import make_optimizer, make_schedule
+from crate_jax.training.programs import jit_eval_step, jit_train_step
 from crate_jax.training.state import abstract_state
-from crate_jax.training.step import make_train_step
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 
@@ -38,35 +36,20 @@ def programs(config, num_classes=10):
     model = build_model(config.model).clone(num_classes=config.model.num_classes or num_classes)
     schedule = make_schedule(config.optim, total_steps=1000, steps_per_epoch=5)
     tx = make_optimizer(config.optim, schedule)
-    preprocess = lambda x: normalize(x, mean=config.data.mean, std=config.data.std)  # noqa: E731
-    step = make_train_step(
-        model,
-        tx,
-        schedule=schedule,
-        preprocess=preprocess,
-        label_smoothing=config.optim.label_smoothing,
-    )
     mesh = make_mesh("data:-1,fsdp:2")
-    rows, everywhere = batch_sharding(mesh), replicated(mesh)
     key = jax.eval_shape(lambda: jax.random.key(0))
     ema = config.optim.ema_decay > 0
     state, shardings = abstract_state(model, tx, jax.random.key(0), mesh, ema=ema)
     size = config.batch_size // mesh.size * mesh.size
     shape = (size, *pair(model.image_size), model.in_channels)
+    rows = batch_sharding(mesh)
     batch = {
-        "image": jax.ShapeDtypeStruct(shape, jnp.uint8),
-        "label": jax.ShapeDtypeStruct((size,), jnp.int32),
+        "image": jax.ShapeDtypeStruct(shape, jnp.uint8, sharding=rows),
+        "label": jax.ShapeDtypeStruct((size,), jnp.int32, sharding=rows),
     }
-    mask = {"mask": jax.ShapeDtypeStruct((size,), jnp.float32)}
-    train_step = jax.jit(
-        step,
-        in_shardings=(shardings, rows, everywhere),
-        out_shardings=(shardings, everywhere),
-        donate_argnums=0,
-    )
-    eval_step = jax.jit(
-        make_eval_step(model, preprocess=preprocess), in_shardings=(shardings.params, rows)
-    )
+    mask = {"mask": jax.ShapeDtypeStruct((size,), jnp.float32, sharding=rows)}
+    train_step = jit_train_step(config, model, tx, schedule, mesh, shardings)
+    eval_step = jit_eval_step(config, model, mesh)
     return (train_step, (state, batch, key)), (eval_step, (state.params, batch | mask))
 
 

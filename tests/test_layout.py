@@ -63,7 +63,7 @@ ROOMS = {
         "compare",
         "compare_report",
     ],
-    "training": ["metrics", "optimizer", "state", "step", "loop"],
+    "training": ["metrics", "optimizer", "state", "step", "programs", "loop"],
 }
 # Above the package; nothing inside it may import them.
 ROOF = ("train", "configs", "benchmarks", "tests")

@@ -77,27 +77,34 @@ LEAVES = {
     "square": ((64, 64), 0),  # the first of two equals
     "bases": ((4, 96, 6, 16), 1),
     "odd_longest": ((1023, 24), 1),  # 1023 divides by none of 2, 4, 8
-    "exactly_large": ((1024,), 0),
     "nothing_divides": ((63, 65), None),
-    "small": ((8, 127), None),  # 1,016 values
+    "vector": ((1024,), None),
     "scalar": ((), None),
+    "blocks/matrix": ((16, 8, 8), 1),  # 16 layers
+    "blocks/vector": ((16, 64), None),
 }
 
 
+def state_of(make):
+    """{"params": leaves} with what is below ``blocks`` below it."""
+    params = {k: make(shape) for k, (shape, _) in LEAVES.items() if "/" not in k}
+    below = {k[7:]: make(shape) for k, (shape, _) in LEAVES.items() if "/" in k}
+    return {"params": params | {"blocks": below}}
+
+
 @pytest.mark.parametrize("spec, n", [("fsdp:-1", 8), ("data:2,fsdp:4", 4)])
-def test_large_leaves_are_split_and_small_ones_are_not(spec, n):
-    mesh = make_mesh(spec)
-    state = {"params": {k: jnp.zeros(shape, jnp.float32) for k, (shape, _) in LEAVES.items()}}
-    shardings = state_shardings(jax.eval_shape(lambda: state), mesh)
+def test_matrices_are_split_and_vectors_are_not(spec, n):
+    state = state_of(lambda shape: jnp.zeros(shape, jnp.float32))
+    shardings = state_shardings(jax.eval_shape(lambda: state), make_mesh(spec))
     assert jax.tree.structure(shardings) == jax.tree.structure(state)
-    laid = jax.device_put(state, shardings)
+    laid = jax.device_put(state, shardings)["params"]
     for name, (shape, axis) in LEAVES.items():
-        sharding, array = shardings["params"][name], laid["params"][name]
+        array = laid["blocks"][name[7:]] if "/" in name else laid[name]
         expected = list(shape)
         if axis is None:
-            assert sharding.spec == PartitionSpec(), name
+            assert array.sharding.spec == PartitionSpec(), name
         else:
-            assert list(sharding.spec)[axis] == "fsdp", name
+            assert list(array.sharding.spec)[axis] == "fsdp", name
             expected[axis] //= n
         assert len(array.addressable_shards) == 8
         for shard in array.addressable_shards:
@@ -107,7 +114,7 @@ def test_large_leaves_are_split_and_small_ones_are_not(spec, n):
 
 def test_without_fsdp_everything_is_replicated():
     mesh = make_mesh("data:-1")
-    state = {k: jax.ShapeDtypeStruct(shape, jnp.float32) for k, (shape, _) in LEAVES.items()}
+    state = state_of(lambda shape: jax.ShapeDtypeStruct(shape, jnp.float32))
     for sharding in jax.tree.leaves(state_shardings(state, mesh)):
         assert sharding == replicated(mesh)
         assert sharding.is_fully_replicated

@@ -5,12 +5,14 @@ d) and (B·K, N, p) operands because XLA runs few large products faster than man
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax import Array
 from jax.nn import initializers as init
+from jax.sharding import AxisType, PartitionSpec
 from jax.typing import DTypeLike
 
 
@@ -39,6 +41,34 @@ def linear_bias_init(fan_in: int) -> Callable[..., Array]:
     return initialise
 
 
+def whole(weight: Array) -> Array:
+    """A weight as a product takes it: gathered from the devices of an ``fsdp`` axis that share it.
+
+    Without such an axis around it (`crate_jax.parallel.on_mesh`), the weight as it is. Left to
+    itself, the compiler splits the product as the weight is split, and then the activations of the
+    whole batch travel in every layer.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    types = dict(zip(mesh.axis_names, mesh.axis_types, strict=True))
+    if types.get("fsdp") is not AxisType.Auto or mesh.shape["fsdp"] == 1:
+        return weight
+    return jax.lax.with_sharding_constraint(weight, PartitionSpec())
+
+
+def product(X: Array, W: Array, multiply: Callable[[Array, Array], Array] = jnp.matmul) -> Array:
+    """``multiply(X, W)`` of tokens X and a weight W, of which nothing else is kept.
+
+    The backward pass gathers W again: kept whole, the weights of all layers would lie on every
+    device at once.
+    """
+    return jax.checkpoint(lambda X, W: multiply(X, whole(W)), prevent_cse=False)(X, W)
+
+
+def _dot_general(X: Array, W: Array, *args: Any, **kwargs: Any) -> Array:
+    """`jax.lax.dot_general` as nn.Dense calls it, as a `product`."""
+    return product(X, W, lambda X, W: jax.lax.dot_general(X, W, *args, **kwargs))
+
+
 def dense(features: int, fan_in: int, dtype: DTypeLike, name: str) -> nn.Dense:
     """A linear layer that starts as nn.Linear does."""
     return nn.Dense(
@@ -46,6 +76,7 @@ def dense(features: int, fan_in: int, dtype: DTypeLike, name: str) -> nn.Dense:
         kernel_init=linear_kernel_init,
         bias_init=linear_bias_init(fan_in),
         dtype=dtype,
+        dot_general=_dot_general,
         name=name,
     )
 
@@ -62,7 +93,8 @@ def subspace_tokens(Z_BxNxd: Array, U_dxKxp: Array) -> Array:
     """
     B, N, d = Z_BxNxd.shape
     _, K, p = U_dxKxp.shape
-    return (Z_BxNxd.reshape(B * N, d) @ U_dxKxp.reshape(d, K * p)).reshape(B, N, K, p)
+    project = lambda Z_Mxd, U_dxKxp: Z_Mxd @ U_dxKxp.reshape(d, K * p)  # noqa: E731
+    return product(Z_BxNxd.reshape(B * N, d), U_dxKxp, project).reshape(B, N, K, p)
 
 
 def subspace_self_attention(W_BxNxKxp: Array) -> tuple[Array, Array]:
@@ -111,7 +143,8 @@ def mssa(
     B, N, K, p = O_BxNxKxp.shape
     O_MxKp = O_BxNxKxp.reshape(B * N, K * p)
     if W_out_Kxpxd is not None:
-        O_MxKp = O_MxKp @ W_out_Kxpxd.reshape(K * p, -1)
+        project = lambda O_MxKp, W_Kxpxd: O_MxKp @ W_Kxpxd.reshape(K * p, -1)  # noqa: E731
+        O_MxKp = product(O_MxKp, W_out_Kxpxd, project)
     if b_out_d is not None:
         O_MxKp = O_MxKp + b_out_d[None, :]
     return O_MxKp.reshape(B, N, -1)
@@ -136,8 +169,8 @@ def ista_step(Y_BxNxd: Array, D_dxd: Array, *, eta: float, lmbda: float) -> Arra
     """
     B, N, d = Y_BxNxd.shape
     Y_Mxd = Y_BxNxd.reshape(B * N, d)
-    R_Mxd = Y_Mxd - Y_Mxd @ D_dxd.T
-    return jax.nn.relu(Y_Mxd + eta * (R_Mxd @ D_dxd) - eta * lmbda).reshape(B, N, d)
+    R_Mxd = Y_Mxd - product(Y_Mxd, D_dxd, lambda Y_Mxd, D_dxd: Y_Mxd @ D_dxd.T)
+    return jax.nn.relu(Y_Mxd + eta * product(R_Mxd, D_dxd) - eta * lmbda).reshape(B, N, d)
 
 
 class MSSA(nn.Module):

@@ -13,7 +13,6 @@ Invariants:
 
 import contextlib
 import dataclasses
-import functools
 import math
 import sys
 import time
@@ -31,10 +30,8 @@ from crate_jax.checkpoint import Checkpointer
 from crate_jax.config import TrainConfig, to_dict, validate
 from crate_jax.data.examples import LoadForTraining, Prepare, make_prepare
 from crate_jax.data.loader import Batches, eval_batches, train_batches
-from crate_jax.data.mixing import make_mix
-from crate_jax.data.pixels import normalize
 from crate_jax.data.sources import Source, check_same_classes
-from crate_jax.evaluation.classify import evaluate, make_eval_step, open_model_and_source
+from crate_jax.evaluation.classify import evaluate, open_model_and_source
 from crate_jax.interop import load_fitted
 from crate_jax.models.crate import Crate, pair
 from crate_jax.parallel import (
@@ -47,8 +44,8 @@ from crate_jax.parallel import (
 )
 from crate_jax.training.metrics import Reporter
 from crate_jax.training.optimizer import make_optimizer, make_schedule
+from crate_jax.training.programs import jit_eval_step, jit_train_step, preprocess
 from crate_jax.training.state import TrainState, abstract_state, init_sharded, replace_params
-from crate_jax.training.step import make_train_step
 from crate_jax.training.workdir import Stopped, StopSignal, check_workdir, write_config
 
 # Images of a batch on which the objective is measured: the tokens of all layers are held at once.
@@ -210,23 +207,7 @@ def _restore_or_init(
 def _compile(run: Run, shardings: Any) -> Programs:
     """The three programs of a run, sharded over its mesh."""
     config, sharding, everywhere = run.config, batch_sharding(run.mesh), replicated(run.mesh)
-    preprocess = functools.partial(normalize, mean=config.data.mean, std=config.data.std)
-    train_step = make_train_step(
-        run.model,
-        run.tx,
-        schedule=run.schedule,
-        preprocess=preprocess,
-        mix=make_mix(
-            num_classes=run.model.num_classes,
-            mixup_alpha=config.data.mixup_alpha,
-            cutmix_alpha=config.data.cutmix_alpha,
-            switch=config.data.mix_switch,
-        ),
-        label_smoothing=config.optim.label_smoothing,
-        accumulate_steps=config.optim.accumulate_steps,
-        ema_decay=config.optim.ema_decay,
-    )
-    eval_step = jax.jit(make_eval_step(run.model, preprocess=preprocess))
+    eval_step = jit_eval_step(config, run.model, run.mesh)
 
     def evaluate_all(params: Any) -> dict[str, float]:
         stream = eval_batches(
@@ -244,7 +225,8 @@ def _compile(run: Run, shardings: Any) -> Programs:
     gather = jax.jit(
         lambda params, images: (params, images[:OBJECTIVE_IMAGES]), out_shardings=everywhere
     )
-    measure = jax.jit(lambda params, images: layerwise(run.model, params, preprocess(images)))
+    normalized = preprocess(config)
+    measure = jax.jit(lambda params, images: layerwise(run.model, params, normalized(images)))
 
     def objective(params: Any, images: jax.Array) -> dict[str, jax.Array]:
         # On one device: factorisations of several CPU devices can wait for each other for ever.
@@ -252,12 +234,7 @@ def _compile(run: Run, shardings: Any) -> Programs:
         return measure(*local)
 
     return Programs(
-        train_step=jax.jit(
-            train_step,
-            in_shardings=(shardings, sharding, everywhere),
-            out_shardings=(shardings, everywhere),
-            donate_argnums=0,
-        ),
+        train_step=jit_train_step(config, run.model, run.tx, run.schedule, run.mesh, shardings),
         evaluate=evaluate_all,
         objective=objective,
     )
