@@ -1,0 +1,154 @@
+"""What the documents tell a reader to type: flags, commands and shell are parsed, and not run."""
+
+import inspect
+import re
+import shlex
+import subprocess
+import sys
+import tomllib
+
+import pytest
+from absl import flags
+from command import ROOT
+from ml_collections import config_flags
+
+from crate_jax import cli, commands
+from crate_jax.config import TrainConfig, get_field, validate
+
+# ml_collections loads a recipe in an old way.
+pytestmark = pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")
+
+DOCS = sorted([ROOT / "README.md", *(ROOT / "docs").glob("*.md")])
+CONTAINERS = sorted((ROOT / "docs" / "containers").glob("Dockerfile.*"))
+ENDS = "();<>|&\n"  # of a command in shell
+NAMES = {
+    name
+    for name, value in vars(commands).items()
+    if inspect.isfunction(value) and value.__module__ == "crate_jax.commands" and name[0] != "_"
+}
+
+
+def name(path):
+    return path.relative_to(ROOT).as_posix()
+
+
+def blocks(text):
+    """The shell in a document."""
+    return re.findall(r"^```bash\n(.*?)^```", text, flags=re.M | re.S)
+
+
+def command_lines(shell):
+    """The arguments of each ``train.py …`` and ``-m crate_jax …``, in quotes or not."""
+    shell = re.sub(r"(^|[ \t])#.*$", "", shell.replace("\\\n", " "), flags=re.M)
+    lexer = shlex.shlex(shell, posix=True, punctuation_chars=ENDS)
+    lexer.whitespace, lexer.whitespace_split, lexer.commenters = " \t", True, ""
+    words, found = list(lexer), []
+    for i, word in enumerate(words):
+        if "train.py " in word or "-m crate_jax " in word:  # a command handed to another machine
+            found += command_lines(word)
+        elif word == "train.py" or (word == "crate_jax" and words[i - 1] == "-m"):
+            rest = words[i + 1 :]
+            end = next((n for n, w in enumerate(rest) if set(w) <= set(ENDS)), len(rest))
+            found.append((word, [w for w in rest[:end] if w != "$@"]))
+    return found
+
+
+COMMANDS = [
+    pytest.param(program, arguments, id=f"{name(path)}: {program} {' '.join(arguments)}"[:90])
+    for path in DOCS
+    for shell in blocks(path.read_text())
+    for program, arguments in command_lines(shell)
+]
+
+
+def check(program, arguments, monkeypatch):
+    """Parse a command as it would be, up to where it would begin to work."""
+    if program == "train.py":
+        monkeypatch.setattr(sys, "argv", ["train.py", *arguments])
+        monkeypatch.chdir(ROOT)
+        cli._check_config_flags(sys.argv, "configs/digits.py")
+        values = flags.FlagValues()
+        config = config_flags.DEFINE_config_file("config", "configs/digits.py", flag_values=values)
+        flags.DEFINE_string("workdir", None, "", flag_values=values)
+        assert values(sys.argv) == ["train.py"]
+        validate(config.value)
+        return
+    done = []
+    for command in NAMES:
+        monkeypatch.setattr(commands, command, done.append)
+    monkeypatch.setattr(cli, "run_command", lambda command: command() or 0)
+    assert cli.main(arguments) == 0 and len(done) == 1
+
+
+@pytest.mark.parametrize(("program", "arguments"), COMMANDS)
+def test_a_command_parses(program, arguments, monkeypatch):
+    check(program, arguments, monkeypatch)
+
+
+def test_commands_are_found_wherever_they_stand():
+    shell = "\n".join(
+        [
+            "pip install -e . && python train.py",
+            "python train.py --config=configs/digits.py \\",
+            "    --config.optim.lr=1e-3   # a comment",
+            'on 0 "docker run image -m crate_jax prepare --from a --to b" | sort',
+            'srun python train.py --workdir=x "$@"',
+        ]
+    )
+    assert command_lines(shell) == [
+        ("train.py", []),
+        ("train.py", ["--config=configs/digits.py", "--config.optim.lr=1e-3"]),
+        ("crate_jax", ["prepare", "--from", "a", "--to", "b"]),
+        ("train.py", ["--workdir=x"]),
+    ]
+    assert {name(path) for path in DOCS} >= {"README.md", "docs/tpu_pods.md"}
+    assert len(COMMANDS) > 25
+
+
+@pytest.mark.parametrize(
+    ("program", "arguments", "error"),
+    [
+        ("train.py", ["--config.data.workers=1"], KeyError),
+        ("train.py", ["--config.data=1"], ValueError),
+        ("train.py", ["--config=configs/imagenet1k.py:huge"], KeyError),
+        ("train.py", ["--config.optim.optimizer=adam"], ValueError),
+        ("train.py", ["--work=x"], flags.Error),
+        ("crate_jax", ["checkpoint", "runs/x"], SystemExit),
+        ("crate_jax", ["checkpoints", "--workdir=runs/x"], SystemExit),
+    ],
+)
+def test_a_wrong_command_is_seen(program, arguments, error, monkeypatch):
+    with pytest.raises(error):
+        check(program, arguments, monkeypatch)
+
+
+@pytest.mark.parametrize("path", DOCS, ids=name)
+def test_fields_commands_and_files_in_the_text_exist(path, monkeypatch):
+    text = path.read_text()
+    for field in re.findall(r"--config\.([a-z0-9_.]*[a-z0-9_])", text):
+        get_field(TrainConfig(), field)
+    for recipe in re.findall(r"configs/\w+\.py", text):
+        assert (ROOT / recipe).is_file(), recipe
+    for target in re.findall(r"\]\((?!https?:|#)([^)#]+)", text):
+        assert (path.parent / target).exists(), target
+    assert set(re.findall(r"-m crate_jax ([a-z]+)", text)) <= NAMES
+
+
+@pytest.mark.parametrize("path", DOCS, ids=name)
+def test_shell_is_shell(path):
+    for shell in blocks(path.read_text()):
+        done = subprocess.run(["bash", "-n"], input=shell, capture_output=True, text=True)
+        assert done.returncode == 0, shell + done.stderr
+
+
+@pytest.mark.parametrize("path", CONTAINERS, ids=name)
+def test_a_container_file_names_what_exists(path):
+    text = path.read_text()
+    for line in re.findall(r"^COPY (.*)", text, flags=re.M):
+        assert all((ROOT / source).exists() for source in line.split()[:-1]), line
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    (extras,) = re.findall(r"-e '\.\[([a-z0-9,]+)\]'", text)
+    assert set(extras.split(",")) <= set(project["optional-dependencies"])
+    assert name(path) in text
+    # What the build of the package reads must be in the image.
+    assert {project["readme"], *project["license-files"]} <= set(text.split())
