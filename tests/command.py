@@ -27,8 +27,8 @@ def environment(devices=1):
     return os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags}
 
 
-def start(*arguments, devices=1):
-    """A command in the background, its output piped."""
+def start(*arguments, devices=1, group=False):
+    """A command in the background, its output piped; as a process group of its own if asked for."""
     return subprocess.Popen(
         [sys.executable, *map(str, arguments)],
         cwd=ROOT,
@@ -37,6 +37,7 @@ def start(*arguments, devices=1):
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
+        start_new_session=group,
     )
 
 

@@ -1,6 +1,7 @@
 """The commands, run as a user runs them: what they print, and one line for each mistake."""
 
 import json
+import os
 import signal
 import time
 
@@ -256,14 +257,16 @@ def test_a_non_finite_loss_names_step_and_checkpoint(tmp_path):
 
 
 def test_ctrl_c_saves_and_says_how_to_resume(tmp_path):
+    """A terminal sends it to all processes, the loader's workers too."""
     arguments = ["train.py", f"--workdir={tmp_path}", *TINY, "--config.total_steps=400"]
-    process = start(*arguments, "--config.eval_every_steps=400")
+    arguments += ["--config.eval_every_steps=400", "--config.data.num_workers=1"]
+    process = start(*arguments, group=True)
     log, deadline = tmp_path / "metrics.jsonl", time.monotonic() + 150
     while not (log.exists() and log.read_text().count("\n") >= 5):
         assert process.poll() is None, process.stderr.read()
         assert time.monotonic() < deadline
         time.sleep(0.01)
-    process.send_signal(signal.SIGINT)
+    os.killpg(process.pid, signal.SIGINT)
     out, err = process.communicate(timeout=100)
     assert process.returncode == 75 and out == ""
     last = err.splitlines()[-1]

@@ -9,6 +9,7 @@ import logging
 import math
 import multiprocessing
 import os
+import signal
 import threading
 import time
 from collections.abc import Sequence
@@ -240,7 +241,13 @@ def to_device(batch: dict[str, np.ndarray], sharding: Sharding) -> dict[str, jax
 
 
 def _end_with_parent(worker_index: int, worker_count: int) -> None:
-    """Let a worker end when its program is killed; it would wait for ever to hand over a batch."""
+    """Let a worker end when its program is killed, and only then.
+
+    It would wait for ever to hand over a batch. Ctrl-C, and the SIGTERM of many schedulers, reach
+    all processes; they are the program's to act on, which needs its workers to end the step.
+    """
+    for stop in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(stop, signal.SIG_IGN)
     parent = multiprocessing.parent_process()
 
     def wait() -> None:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import threading
 from collections.abc import Callable
@@ -18,9 +19,13 @@ def check_workdir(config: TrainConfig, workdir: Path) -> None:
     may change when a run is resumed.
 
     Raises:
-        ValueError: workdir is no directory, its config.json cannot be read, or a field that makes a
-            run what it is differs; the field is named.
+        ValueError: workdir is no directory or a bucket, its config.json cannot be read, or a field
+            that makes a run what it is differs; the field is named.
     """
+    if re.match(r"\w+:/", str(workdir)):  # pathlib has made gs://b/x gs:/b/x
+        raise ValueError(
+            f"workdir must be a directory; got {workdir}. Mount the bucket, or use a network share."
+        )
     if workdir.exists() and not workdir.is_dir():
         raise ValueError(f"workdir must be a directory; {workdir} is a file. Choose another.")
     path = workdir / "config.json"

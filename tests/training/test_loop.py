@@ -320,3 +320,9 @@ def test_every_field_of_the_config_is_read(four_steps, tiny_config, tmp_path, ph
     } - read
     # total_steps stands in for total_epochs here; name is read by train.py, see test_cli.
     assert unread == {("TrainConfig", "total_epochs"), ("TrainConfig", "name")}
+
+
+def test_a_bucket_is_no_workdir(tiny_config):
+    message = r"workdir must be a directory; got gs:/bucket/run\. Mount the bucket, or use a network"
+    with pytest.raises(ValueError, match=message):
+        loop.train(tiny_config(), "gs://bucket/run")
