@@ -10,6 +10,7 @@ import math
 import multiprocessing
 import os
 import signal
+import sys
 import threading
 import time
 from collections.abc import Sequence
@@ -63,7 +64,7 @@ class Batches:
         threads = min(data.num_threads, ahead)
         made = examples.batch(piece).to_iter_dataset(grain.ReadOptions(threads, ahead))
         if data.num_workers:
-            _ensure_flags_parsed()
+            _prepare_for_workers()
             made = made.mp_prefetch(
                 grain.MultiprocessingOptions(data.num_workers, per_worker_buffer_size=1),
                 worker_init_fn=_end_with_parent,
@@ -258,9 +259,16 @@ def _end_with_parent(worker_index: int, worker_count: int) -> None:
     threading.Thread(target=wait, daemon=True).start()
 
 
-def _ensure_flags_parsed() -> None:
-    """Grain reads an absl flag when it starts workers, also in programs that use no absl flags."""
+def _prepare_for_workers() -> None:
+    """What Grain needs of a program that starts workers.
+
+    It reads an absl flag, also where a program uses none. And it leaves batches that workers have
+    ready when they end to Python's resource tracker, which frees them, but says so.
+    """
     from absl import flags
 
     if not flags.FLAGS.is_parsed():
         flags.FLAGS.mark_as_parsed()
+    quiet = "ignore:resource_tracker:UserWarning"
+    if quiet not in sys.warnoptions:  # which multiprocessing hands to the tracker
+        sys.warnoptions.append(quiet)

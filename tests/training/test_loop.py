@@ -323,6 +323,8 @@ def test_every_field_of_the_config_is_read(four_steps, tiny_config, tmp_path, ph
 
 
 def test_a_bucket_is_no_workdir(tiny_config):
-    message = r"workdir must be a directory; got gs:/bucket/run\. Mount the bucket, or use a network"
+    message = (
+        r"workdir must be a directory; got gs:/bucket/run\. Mount the bucket, or use a network"
+    )
     with pytest.raises(ValueError, match=message):
-        loop.train(tiny_config(), "gs://bucket/run")
+        train(tiny_config(), "gs://bucket/run")
