@@ -2,12 +2,14 @@
 
 Orbax's CheckpointManager does the work, asynchronously: `save` returns once the state is copied to
 the host, and a step appears under its number only when all of it is written. Orbax restores a byte
-that changed on disk without a word, so a digest of the state is saved with it and compared. This
-module knows pytrees and paths, and no model.
+that changed on disk without a word, so a digest of the state and a checksum of the record are saved
+with them and compared. This module knows pytrees and paths, and no model.
 """
 
+import json
 import os
 import shutil
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +17,14 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
+from orbax.checkpoint.checkpoint_manager import METRIC_ITEM_NAME
 from orbax.checkpoint.checkpoint_managers import preservation_policy
 
 from crate_jax.digest import changed, digest
 
 FOLDER = "checkpoints"  # below the run's workdir
-DIGEST = "digest"  # in the record, between the disk and this module
+DIGEST = "digest"  # of the state; in the record, between the disk and this module
+CHECKSUM = "checksum"  # of the record with the digest, likewise
 DAMAGED = "damaged-"  # what a step that was set aside is called
 
 
@@ -60,9 +64,10 @@ class Checkpointer:
             )
         if read_only and not self.directory.is_dir():
             raise _no_checkpoint(self.directory)
-        self._manager = ocp.CheckpointManager(
+        self._manager = _Manager(
             self.directory,
-            options=ocp.CheckpointManagerOptions(read_only=True, best_fn=metric)
+            best_metric,
+            ocp.CheckpointManagerOptions(read_only=True, best_fn=metric)
             if read_only
             else ocp.CheckpointManagerOptions(
                 best_fn=metric,
@@ -126,7 +131,7 @@ class Checkpointer:
             failure = error
         items = ocp.args.Composite(
             state=ocp.args.StandardSave(state),
-            record=ocp.args.JsonSave(record | {DIGEST: digest(state)}),
+            record=ocp.args.JsonSave(_with_checksum(record | {DIGEST: digest(state)})),
         )
         try:
             # force: the loop decides when; Orbax has no interval of its own to keep.
@@ -205,19 +210,25 @@ class Checkpointer:
         return restored["state"], self._checked(step, restored["state"], restored["record"])
 
     def metrics(self, step: int) -> dict[str, float]:
-        """What was measured at a step; empty if it was not evaluated."""
-        return dict(self._manager.metrics(step) or {})
+        """What was measured at a step; empty if it was not evaluated.
+
+        Raises:
+            ValueError: it was, and that cannot be read.
+        """
+        found = self._manager.metrics(step)
+        if found is None and (self.directory / str(step) / METRIC_ITEM_NAME).exists():
+            raise ValueError(self._damage(step, "its metrics cannot be read"))
+        return dict(found or {})
 
     def restore_record(self, step: int) -> dict[str, Any]:
         """The JSON record of a step, without its state."""
-        record = self._record_with_digest(step)
-        return {key: value for key, value in record.items() if key != DIGEST}
+        return self._checked(step, {}, self._record_on_disk(step))
 
     def has_digest(self, step: int) -> bool:
         """Whether a step's bytes can be checked; those of the first versions cannot."""
-        return DIGEST in self._record_with_digest(step)
+        return DIGEST in self._record_on_disk(step)
 
-    def _record_with_digest(self, step: int) -> dict[str, Any]:
+    def _record_on_disk(self, step: int) -> dict[str, Any]:
         return self._read(step, ocp.args.Composite(record=ocp.args.JsonRestore()))["record"]
 
     def saved_shapes(self, step: int) -> Any:
@@ -264,12 +275,14 @@ class Checkpointer:
             raise self._unreadable(step, error) from error
 
     def _checked(self, step: int, tree: Any, record: dict[str, Any]) -> dict[str, Any]:
-        """The record without its digest, once the tree has been compared with that."""
+        """The record as it was saved, once it and the tree have been compared with that."""
         record = dict(record)
-        expected = record.pop(DIGEST, None)  # runs of the first days have none
-        if expected is not None and (paths := changed(tree, expected)):
+        # Runs of the first days have neither.
+        if CHECKSUM in record and record != _with_checksum(record):
+            raise ValueError(self._damage(step, "its record is not what was saved"))
+        if DIGEST in record and tree and (paths := changed(tree, record[DIGEST])):
             raise ValueError(self._damage(step, f"{paths[0]} is not what was saved"))
-        return record
+        return {key: value for key, value in record.items() if key not in (DIGEST, CHECKSUM)}
 
     def _set_aside(self, steps: list[int]) -> None:
         if not steps:
@@ -301,6 +314,36 @@ class Checkpointer:
             f"{self.directory} must take checkpoints; it did not ({reason}). {kept}. Free or mount "
             "the disk, and run again."
         )
+
+
+class _Manager(ocp.CheckpointManager):
+    """Orbax's, but one unreadable metrics file does not keep it from opening a directory.
+
+    Args:
+        directory: of the steps.
+        best_metric: what a step's metrics must hold.
+        options: Orbax's.
+    """
+
+    def __init__(self, directory: Path, best_metric: str, options: ocp.CheckpointManagerOptions):
+        self._best_metric = best_metric  # first: Orbax reads all metrics when it is made
+        super().__init__(directory, options=options)
+
+    def metrics(self, step: int) -> dict[str, float] | None:
+        """None as well for metrics that cannot be read: such a step is not among the best."""
+        try:
+            found = super().metrics(step)
+        except (ValueError, OSError):  # of JSON and of Unicode too
+            return None
+        known = isinstance(found, dict) and isinstance(found.get(self._best_metric), int | float)
+        return found if known else None
+
+
+def _with_checksum(record: dict[str, Any]) -> dict[str, Any]:
+    """The record with the CRC-32 of its other entries."""
+    others = {key: value for key, value in record.items() if key != CHECKSUM}
+    text = json.dumps(others, sort_keys=True)
+    return others | {CHECKSUM: zlib.crc32(text.encode())}
 
 
 def _everywhere(ok: bool) -> bool:

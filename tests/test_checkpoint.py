@@ -510,6 +510,7 @@ def test_run_without_digests_is_still_read(tmp_path):
     path = tmp_path / FOLDER / "1/record/metadata"
     record = json.loads(path.read_text())
     assert set(record.pop("digest")) == {"params/w", "step"}
+    del record["checksum"]
     path.write_text(json.dumps(record))
     checkpointer = Checkpointer(tmp_path)
     assert_same_bits(checkpointer.restore(1, jax.eval_shape(lambda: noise(0)))[0], noise(1))
@@ -537,6 +538,73 @@ def test_every_checkpoint_is_listed_with_what_is_wrong(tmp_path):
     assert "(params/w is not what was saved)" in found[1]["problem"]
     assert "step 3 in" in found[2]["problem"] and "problem" not in found[3]
     assert all(0.01 <= row["mib"] < 0.1 for row in found)  # 12 kB, and what describes them
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+@pytest.mark.parametrize("damage", ["cut short", "emptied", "deleted"])
+def test_no_file_of_the_newest_step_can_stop_a_run(tmp_path, damage):
+    checkpointer = Checkpointer(tmp_path / "whole")
+    for step in (1, 2):
+        checkpointer.save(step, noise(step), {"step": step}, {"test/top1": 0.25 * step})
+    checkpointer.close()
+    newest = tmp_path / "whole" / FOLDER / "2"
+    files = [p.relative_to(newest) for p in newest.rglob("*") if p.is_file()]
+    assert len(files) > 10
+    for i, file in enumerate(files):
+        workdir = tmp_path / str(i)
+        shutil.copytree(tmp_path / "whole", workdir)
+        path = workdir / FOLDER / "2" / file
+        if damage == "cut short":
+            truncate(path)
+        else:
+            path.write_bytes(b"") if damage == "emptied" else path.unlink()
+        again = Checkpointer(workdir)
+        state, record, problems = again.restore_newest(jax.eval_shape(lambda: noise(0)))
+        assert record["step"] == 2 - len(problems), file
+        assert_same_bits(state, noise(record["step"]))
+        again.save(3, noise(3), {"step": 3}, {"test/top1": 0.125})
+        again.wait()
+        assert again.latest_step == 3, file
+        again.close()
+
+
+@pytest.mark.parametrize("changed", ['"step": 2', '"loss": 0.5', '"digest"', '"params/w"'])
+def test_flipped_bit_of_a_record_is_found(tmp_path, changed):
+    checkpointer = Checkpointer(tmp_path)
+    for step in (1, 2):
+        checkpointer.save(step, noise(step), {"step": step, "loss": 0.5})
+    checkpointer.close()
+    path = tmp_path / FOLDER / "2/record/metadata"
+    data = bytearray(path.read_bytes())
+    data[data.index(changed.encode()) + len(changed) - (1 if changed[-1] != '"' else 2)] ^= 1
+    path.write_bytes(data)
+    again = Checkpointer(tmp_path)
+    for read in (
+        again.restore_record,
+        lambda s: again.restore(s, jax.eval_shape(lambda: noise(0))),
+    ):
+        with pytest.raises(
+            ValueError, match=r"\(its record is not what was saved\)\. Use another "
+        ):
+            read(2)
+    _, record, _ = again.restore_newest(jax.eval_shape(lambda: noise(0)))
+    assert record == {"step": 1, "loss": 0.5}
+    again.close()
+
+
+@pytest.mark.parametrize("damaged", ['{"test/top1": 0.', '{"test/uop1": 0.9}', "[0.9]", "\xff"])
+def test_step_with_unreadable_metrics_is_restored_but_not_the_best(tmp_path, damaged):
+    checkpointer = write(tmp_path, [0.5, 0.9])
+    checkpointer.close()
+    path = tmp_path / FOLDER / "2/metrics/metrics"
+    path.write_bytes(damaged.encode("latin-1"))
+    reader = Checkpointer(tmp_path, read_only=True)
+    assert (reader.latest_step, reader.best_step) == (2, 1)
+    assert_same_bits(reader.restore(2, small_abstract())[0], small(2))
+    with pytest.raises(ValueError, match=r"step 2 in .* \(its metrics cannot be read\)\. Use "):
+        reader.metrics(2)
+    reader.close()
+    assert [row["intact"] for row in inspect(tmp_path)] == [True, False]
 
 
 # --- a disk that is full --------------------------------------------------------------------------
