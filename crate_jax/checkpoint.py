@@ -6,6 +6,7 @@ that changed on disk without a word, so a digest of the state and a checksum of 
 with them and compared. This module knows pytrees and paths, and no model.
 """
 
+import contextlib
 import json
 import os
 import shutil
@@ -257,7 +258,9 @@ class Checkpointer:
             raise self._unwritable(error) from error
 
     def close(self) -> None:
-        """Finish the saves and release the directory; failures were `wait`'s to report."""
+        """Finish the saves and release the directory; failures are `wait`'s to report."""
+        with contextlib.suppress(OSError):  # or it would take the place of what ended the run
+            self.wait()
         self._manager.close()
 
     def reached_preemption(self, step: int) -> bool:

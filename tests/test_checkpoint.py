@@ -638,3 +638,22 @@ def test_failed_save_is_reported_and_the_good_steps_stay(tmp_path):
     for step in (2, 6):
         assert_same_bits(again.restore(step, jax.eval_shape(lambda: noise(0)))[0], noise(step))
     again.close()
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_closing_does_not_raise_what_a_save_could_not_write(tmp_path):
+    """It would hide the error that ends a run; and the directory must be free for the next."""
+    checkpointer = write_noise(tmp_path, 1)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, hard))
+    try:
+        checkpointer.save(2, noise(2), {"step": 2})
+        checkpointer.close()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert [p.name for p in (tmp_path / FOLDER).iterdir()] == ["1"]
+    again = Checkpointer(tmp_path)
+    again.save(2, noise(2), {"step": 2})
+    again.wait()
+    assert again.steps == [1, 2]
+    again.close()
