@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from crate_jax.config import TrainConfig
+from crate_jax.training.tensorboard import EventWriter
 
 
 class Reporter:
@@ -153,8 +154,7 @@ class MetricsWriter:
     """Writes scalars into a workdir: ``metrics.jsonl`` and TensorBoard's event files.
 
     A resumed run goes back to its checkpoint: lines of later steps, which an interrupted run may
-        have
-    left, are taken out, so that the file reads as if nothing had happened.
+    have left, are taken out, so that the file reads as if nothing had happened.
 
     Args:
         workdir: existing directory.
@@ -162,23 +162,24 @@ class MetricsWriter:
     """
 
     def __init__(self, workdir: str | Path, *, start_step: int = 0):
-        from tensorboardX import SummaryWriter
-
         path = Path(workdir) / "metrics.jsonl"
         _drop_after(path, start_step)
         self._file = path.open("a", buffering=1)
-        self._board = SummaryWriter(str(workdir), purge_step=start_step + 1 if start_step else None)
+        self._events = EventWriter(workdir, purge_step=start_step + 1 if start_step else None)
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
-        """Write the values of one step."""
+        """Write the values of one step.
+
+        Raises:
+            OSError: the disk does not take them.
+        """
         self._file.write(json.dumps({"step": step, **values}) + "\n")
-        for name, value in values.items():
-            self._board.add_scalar(name, value, step)
+        self._events.write(step, values)
 
     def close(self) -> None:
         """Flush and close the files."""
+        self._events.close()
         self._file.close()
-        self._board.close()
 
 
 def _drop_after(path: Path, step: int) -> None:

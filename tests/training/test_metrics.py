@@ -2,8 +2,13 @@
 
 import io
 import json
+import resource
+import time
 
-from tensorboardX.proto.event_pb2 import Event
+import numpy as np
+import pytest
+from tensorboardX.proto.event_pb2 import Event, SessionLog
+from tensorboardX.record_writer import masked_crc32c
 
 from crate_jax.training import metrics
 from crate_jax.training.metrics import MetricsWriter, Progress, Reporter, Stopwatch
@@ -17,30 +22,73 @@ class Terminal(io.StringIO):
 VALUES = {"train/loss": 1.25, "train/top1": 0.5, "images_per_s": 640.0}
 
 
-def events(workdir):
-    """(step, tag, value) of every scalar in TensorBoard's files, by the TFRecord layout."""
-    found = []
-    for path in sorted(workdir.glob("events.out.tfevents*")):
-        data, at = path.read_bytes(), 0
-        while at < len(data):
-            length = int.from_bytes(data[at : at + 8], "little")
-            event = Event.FromString(data[at + 12 : at + 12 + length])
-            found += [(event.step, v.tag, v.simple_value) for v in event.summary.value]
-            at += length + 16
+def records(path):
+    """The events of one of TensorBoard's files, by the TFRecord layout."""
+    data, at, found = path.read_bytes(), 0, []
+    while at < len(data):
+        length = int.from_bytes(data[at : at + 8], "little")
+        for start, size in ((at, 8), (at + 12, length)):
+            foot = int.from_bytes(data[start + size : start + size + 4], "little")
+            assert foot == masked_crc32c(data[start : start + size])
+        found.append(Event.FromString(data[at + 12 : at + 12 + length]))
+        assert abs(found[-1].wall_time - time.time()) < 60
+        at += length + 16
     return found
+
+
+def events(workdir):
+    """(step, tag, value) of every scalar in TensorBoard's files."""
+    files = sorted(workdir.glob("events.out.tfevents*"))
+    return [
+        (event.step, value.tag, value.simple_value)
+        for path in files
+        for event in records(path)
+        for value in event.summary.value
+    ]
 
 
 def test_scalars_reach_both_files(tmp_path):
     writer = MetricsWriter(tmp_path)
     writer.write(3, {"train/loss": 0.5})
     writer.write(4, {"train/loss": 0.25})
+    writer.write(2**40, {"λ" * 200: -1e-3, "huge": 1e39})
     writer.close()
     lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
     assert [json.loads(line) for line in lines] == [
         {"step": 3, "train/loss": 0.5},
         {"step": 4, "train/loss": 0.25},
+        {"step": 2**40, "λ" * 200: -1e-3, "huge": 1e39},
     ]
-    assert events(tmp_path) == [(3, "train/loss", 0.5), (4, "train/loss", 0.25)]
+    assert events(tmp_path) == [
+        (3, "train/loss", 0.5),
+        (4, "train/loss", 0.25),
+        (2**40, "λ" * 200, float(np.float32(-1e-3))),
+        (2**40, "huge", float("inf")),
+    ]
+
+
+def test_resuming_tells_tensorboard_what_to_forget(tmp_path):
+    MetricsWriter(tmp_path).close()
+    MetricsWriter(tmp_path, start_step=300).close()
+    first, second = sorted(tmp_path.glob("events.out.tfevents*"))
+    assert [(e.step, e.file_version) for e in records(first)] == [(0, "brain.Event:2")]
+    version, start = records(second)
+    assert version.file_version == "brain.Event:2"
+    assert (start.step, start.session_log.status) == (301, SessionLog.START)
+
+
+def test_a_full_disk_ends_the_writing_at_once(tmp_path):
+    """It must not wait, as a queue would whose reader has ended."""
+    writer = MetricsWriter(tmp_path)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, hard))  # of every file
+    try:
+        with pytest.raises(OSError, match="large"):
+            for step in range(1000):
+                writer.write(step, VALUES)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    writer.close()
 
 
 def test_resuming_takes_back_what_came_after_the_checkpoint(tmp_path):

@@ -1,0 +1,72 @@
+"""TensorBoard's event files, written at once.
+
+A file is TFRecords of protocol buffers (event.proto and summary.proto of TensorFlow); scalars need
+few of their fields. The usual writers hand them to a thread through a queue: on a full disk the
+thread ends, and the run waits for room in the queue for ever.
+"""
+
+import os
+import socket
+import struct
+import time
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+
+from crate_jax.data.tfrecord import masked_crc
+
+_VERSION = b"brain.Event:2"
+_START = b"\x08\x01"  # of a session: SessionLog.status = START
+
+
+class EventWriter:
+    """Writes scalars into one new event file.
+
+    Args:
+        workdir: existing directory.
+        purge_step: TensorBoard forgets what older files hold from this step on; None: nothing.
+    """
+
+    def __init__(self, workdir: str | Path, *, purge_step: int | None = None):
+        name = f"events.out.tfevents.{time.time():.6f}.{socket.gethostname()}.{os.getpid()}"
+        self._file = (Path(workdir) / name).open("xb", buffering=0)
+        self._event(0, _field(3, _VERSION))
+        if purge_step is not None:
+            self._event(purge_step, _field(7, _START))
+
+    def write(self, step: int, values: Mapping[str, float]) -> None:
+        """Write the values of one step.
+
+        Raises:
+            OSError: the disk does not take them.
+        """
+        with np.errstate(over="ignore"):  # beyond float32 is infinite
+            floats = np.array(list(values.values())).astype("<f4")
+        scalars = (
+            _field(1, _field(1, tag.encode()) + b"\x15" + x.tobytes())
+            for tag, x in zip(values, floats, strict=True)
+        )
+        self._event(step, _field(5, b"".join(scalars)))
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
+
+    def _event(self, step: int, field: bytes) -> None:
+        """One record: length, its checksum, event, its checksum."""
+        event = b"\x09" + struct.pack("<d", time.time()) + b"\x10" + _varint(step) + field
+        length = struct.pack("<Q", len(event))
+        checked = (part + struct.pack("<I", masked_crc(part)) for part in (length, event))
+        self._file.write(b"".join(checked))
+
+
+def _field(number: int, payload: bytes) -> bytes:
+    """A field of protocol buffers that has a length."""
+    return bytes([number << 3 | 2]) + _varint(len(payload)) + payload
+
+
+def _varint(value: int) -> bytes:
+    """Seven bits a byte, lowest first; the highest bit says that more follow."""
+    low, rest = value & 0x7F, value >> 7
+    return bytes([low | 0x80]) + _varint(rest) if rest else bytes([low])
