@@ -1,0 +1,198 @@
+"""Does a run survive what happens to machines? Faults at random moments of a digits run.
+
+    python benchmarks/fault_injection.py --rounds 6
+
+Every round starts the same small run with train.py and does one thing to it, at a random step or in
+the middle of a save: kill -9, SIGTERM, a file of the newest checkpoint cut short, a file or all of
+it deleted, one bit of a file of it flipped, or the disk full for a while. The same command then
+goes on to the end, where the parameters must be, bit for bit, those of a run that nothing happened
+to, and metrics.jsonl must hold the same lines. Lost are the steps that were computed again.
+
+A full disk is a small tmpfs with a file that fills it; where none can be mounted (that takes root),
+a limit on the size of any file that the run writes. Linux only. The last line is JSON; the exit
+status is 1 if a round was not survived.
+"""
+
+import argparse
+import contextlib
+import json
+import random
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import faults
+import jax
+from hardware import describe_cpu
+
+from crate_jax.cli import quiet_libraries
+from crate_jax.saved_runs import read_params
+
+STEPS, SAVE_EVERY = 180, 15
+RUN = [
+    f"--config.total_steps={STEPS}",
+    f"--config.checkpoint_every_steps={SAVE_EVERY}",
+    f"--config.eval_every_steps={3 * SAVE_EVERY}",
+    "--config.log_every_steps=1",
+    "--config.log_objective_every_steps=0",
+    "--config.batch_size=48",
+    "--config.model.width=24",
+    "--config.model.depth=2",
+    "--config.model.image_size=16,16",
+    "--config.data.train_transforms=resize(16)|random_affine(degrees=10)",
+    "--config.data.eval_transforms=resize(16)",
+    "--config.optim.warmup_epochs=0",
+]
+TWO_SAVED = 3 * SAVE_EVERY + 1  # the step by which the third save has waited for the second
+LAST_MOMENT = STEPS - 4 * SAVE_EVERY  # early enough to strike before the end
+SAVE_S = 0.15  # about as long as a save takes
+DISK_MIB = 8  # some twenty checkpoints
+CLOCK = ("images_per_s", "data_wait_share")  # in metrics.jsonl, and never the same twice
+
+# With the first step at which each may strike: damage must leave a checkpoint to go back to.
+FAULTS: dict[str, tuple[Callable[[random.Random, faults.Training], str], int]] = {
+    "kill -9": (faults.kill, 1),
+    "SIGTERM": (faults.terminate, 1),
+    "truncation": (faults.truncate, TWO_SAVED),
+    "deletion": (faults.delete, TWO_SAVED),
+    "flipped bit": (faults.flip, TWO_SAVED),
+    "full disk": (faults.fill_disk, 1),
+}
+
+
+def lines(workdir: Path) -> list[dict[str, Any]]:
+    """What metrics.jsonl says but for the clock; a line that is half written is left out."""
+    path, found = workdir / "metrics.jsonl", []
+    for line in path.read_text().splitlines() if path.exists() else ():
+        with contextlib.suppress(json.JSONDecodeError):
+            found.append({k: v for k, v in json.loads(line).items() if k not in CLOCK})
+    return found
+
+
+def last_step(workdir: Path) -> int:
+    """The last step that was computed and written down."""
+    return max((line["step"] for line in lines(workdir)), default=0)
+
+
+def final_parameters(workdir: Path) -> dict[str, tuple[str, tuple[int, ...], bytes]]:
+    """Type, shape and bytes of every array of the last step's parameters, by path."""
+    leaves = jax.tree.leaves_with_path(read_params(workdir, STEPS)[0])
+    return {jax.tree_util.keystr(k): (str(x.dtype), x.shape, x.tobytes()) for k, x in leaves}
+
+
+def wait_for_moment(rng: random.Random, run: faults.Training, first: int) -> int:
+    """Until a random step, or until some time in the save that follows it; the step reached."""
+    step = rng.randint(first, LAST_MOMENT)
+    run.wait_until(lambda: last_step(run.workdir) >= step)
+    if rng.random() < 0.5:
+        run.wait_until(lambda: faults.is_saving(run.workdir))
+        time.sleep(rng.uniform(0, SAVE_S))
+    return last_step(run.workdir)
+
+
+@contextlib.contextmanager
+def new_folder(fault: str, scratch: Path) -> Iterator[Path]:
+    """An empty folder, on a small disk of its own if that is to be full and can be mounted."""
+    folder = scratch / "disk"
+    folder.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", f"size={DISK_MIB}m", "tmpfs", str(folder)]
+    mounted = (
+        fault == "full disk"
+        and shutil.which("mount")
+        and subprocess.run(mount, capture_output=True).returncode == 0
+    )
+    try:
+        yield folder
+    finally:
+        if mounted:
+            subprocess.run(["umount", str(folder)], check=True)
+        shutil.rmtree(folder)
+
+
+def play(fault: str, rng: random.Random, scratch: Path, whole: tuple[Any, Any]) -> dict[str, Any]:
+    """One round.
+
+    Args:
+        fault: one of `FAULTS`.
+        rng: of this round alone.
+        scratch: folder for all that it writes.
+        whole: final parameters and lines of the run that nothing happened to.
+
+    Returns:
+        A row of the result; it has a ``problem`` if the round was not survived.
+    """
+    inject, first = FAULTS[fault]
+    row: dict[str, Any] = {"fault": fault, "identical": False, "steps_lost": 0}
+    failed_save = f"--config.on_failed_save={rng.choice(('stop', 'continue'))}"
+    with new_folder(fault, scratch) as folder:
+        workdir = folder / "run"
+        try:
+            with faults.Training(workdir, scratch / "compiled", *RUN, failed_save) as run:
+                row["at_step"] = wait_for_moment(rng, run, first)
+                row["what"] = inject(rng, run)
+            if run.process.returncode != 0:
+                reached = last_step(workdir)
+                with faults.Training(workdir, scratch / "compiled", *RUN, failed_save) as run:
+                    run.end(0)
+                resumed = re.search(r"^resuming .* after step (\d+) of", "".join(run.said), re.M)
+                row["resumed_from"] = int(resumed[1]) if resumed else 0
+                row["steps_lost"] = reached - row["resumed_from"]
+            row["identical"] = final_parameters(workdir) == whole[0]
+            if not row["identical"]:
+                raise faults.NotSurvivedError("other parameters")
+            if lines(workdir) != whole[1]:
+                raise faults.NotSurvivedError("other lines in metrics.jsonl")
+        except (faults.NotSurvivedError, ValueError, OSError) as error:
+            row["problem"] = " ".join(str(error).split())
+    return row
+
+
+def main() -> int:
+    """The run that nothing happens to, then the rounds; returns the exit status."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--rounds", type=int, default=30)
+    parser.add_argument("--seed", type=int, default=0, help="of what happens, and when")
+    parser.add_argument("--output", type=Path, help="write the JSON there too")
+    args = parser.parse_args()
+    quiet_libraries()
+    start, order = time.perf_counter(), random.Random(args.seed)
+    kinds = [kind for _ in range(args.rounds) for kind in order.sample(list(FAULTS), len(FAULTS))]
+    rows: list[dict[str, Any]] = []
+    with tempfile.TemporaryDirectory() as name:
+        scratch = Path(name)
+        with faults.Training(scratch / "whole", scratch / "compiled", *RUN) as run:
+            run.end(0)
+        whole = final_parameters(scratch / "whole"), lines(scratch / "whole")
+        for i, kind in enumerate(kinds[: args.rounds], start=1):
+            rows.append(play(kind, random.Random(f"{args.seed} {i}"), scratch, whole))
+            print(f"round {i} of {args.rounds}:", json.dumps(rows[-1]), flush=True)
+    survived = sum("problem" not in row for row in rows)
+    result = {
+        "rounds": len(rows),
+        "survived": survived,
+        "identical": sum(row["identical"] for row in rows),
+        "steps_lost": sum(row["steps_lost"] for row in rows),
+        "steps_lost_most": max((row["steps_lost"] for row in rows), default=0),
+        "steps": STEPS,
+        "save_every_steps": SAVE_EVERY,
+        "seconds": round(time.perf_counter() - start),
+        "runs": rows,
+        "hardware": describe_cpu(),
+        "versions": {name: version(name) for name in ("jax", "orbax-checkpoint")},
+        "command": " ".join(["python", *sys.argv]),
+    }
+    if args.output:
+        args.output.write_text(json.dumps(result, indent=2) + "\n")
+    print(json.dumps(result))
+    return 0 if survived == len(rows) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,169 @@
+"""What happens to machines, done to a run of train.py: killed, damaged, the disk full."""
+
+import contextlib
+import os
+import random
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from crate_jax.checkpoint import FOLDER
+from crate_jax.cli import TRY_AGAIN
+
+ROOT = Path(__file__).resolve().parent.parent
+PATIENCE_S = 120  # for whatever a process is waited for
+MISTAKE = 2  # train.py's exit status for what its user can mend, such as a full disk
+
+
+class NotSurvivedError(Exception):
+    """A run did not do what it has to."""
+
+
+class Training:
+    """One process of train.py. It is killed at the end of its block, whatever happens.
+
+    Args:
+        workdir: of the run.
+        compiled: folder of compiled programs.
+        arguments: its other flags.
+    """
+
+    def __init__(self, workdir: Path, compiled: Path, *arguments: str):
+        self.workdir = workdir
+        self.said: list[str] = []  # the lines of stderr
+        self.process = subprocess.Popen(
+            [sys.executable, "train.py", f"--workdir={workdir}", *arguments],
+            cwd=ROOT,
+            env=os.environ
+            | {"JAX_PLATFORMS": "cpu", "JAX_COMPILATION_CACHE_DIR": str(compiled)}
+            | {"PYTHONPATH": str(ROOT)},
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,  # a pipe is never full, as a file might be
+            text=True,
+        )
+        self._reader = threading.Thread(target=lambda: self.said.extend(self.process.stderr or ()))
+        self._reader.start()
+
+    def __enter__(self) -> "Training":
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.process.kill()
+        self.process.wait()
+        self._reader.join()
+
+    def wait_until(self, seen: Callable[[], bool]) -> None:
+        """Wait for something to be seen; the process must not end before."""
+        deadline = time.monotonic() + PATIENCE_S
+        while True:
+            ended = self.process.poll() is not None  # before looking: it may end in between
+            if seen():
+                return
+            if ended:
+                raise self._failure(f"exit status {self.process.returncode} too early")
+            if time.monotonic() > deadline:
+                raise self._failure(f"hung for {PATIENCE_S} s")
+            time.sleep(0.002)
+
+    def end(self, *expected: int) -> int:
+        """Wait for the process; its exit status must be an expected one."""
+        self.wait_until(lambda: self.process.poll() is not None)
+        self._reader.join()
+        if self.process.returncode not in expected:
+            raise self._failure(f"exit status {self.process.returncode}")
+        return self.process.returncode
+
+    def _failure(self, what: str) -> NotSurvivedError:
+        return NotSurvivedError(f"{what}; it said {(self.said or ['nothing'])[-1].strip()[:300]}")
+
+
+def is_saving(workdir: Path) -> bool:
+    """Whether there is a checkpoint that is not completely written."""
+    return any((workdir / FOLDER).glob("*tmp*"))
+
+
+# --- the faults: each does one thing, sees the process end, and says what it did ------------------
+
+
+def kill(rng: random.Random, run: Training) -> str:
+    """SIGKILL."""
+    run.process.kill()
+    run.end(-signal.SIGKILL)
+    return "in a save" if is_saving(run.workdir) else "between saves"
+
+
+def terminate(rng: random.Random, run: Training) -> str:
+    """SIGTERM: the run saves, and says by its exit status that it wants to be started again."""
+    run.process.terminate()
+    return f"exit status {run.end(TRY_AGAIN)}"
+
+
+def truncate(rng: random.Random, run: Training) -> str:
+    """SIGKILL, and a file of the newest checkpoint loses its end."""
+    path, _ = kill_and_choose(rng, run)
+    size = path.stat().st_size
+    os.truncate(path, rng.randrange(size))
+    return f"{path.relative_to(run.workdir)}: {path.stat().st_size} of {size} bytes left"
+
+
+def delete(rng: random.Random, run: Training) -> str:
+    """SIGKILL, and a file of the newest checkpoint, or all of that, is gone."""
+    path = rng.choice(kill_and_choose(rng, run))
+    shutil.rmtree(path) if path.is_dir() else path.unlink()
+    return f"{path.relative_to(run.workdir)} deleted"
+
+
+def flip(rng: random.Random, run: Training) -> str:
+    """SIGKILL, and a bit of a file of the newest checkpoint is another."""
+    path, _ = kill_and_choose(rng, run)
+    data = bytearray(path.read_bytes())
+    at, bit = rng.randrange(len(data)), rng.randrange(8)
+    data[at] ^= 1 << bit
+    path.write_bytes(data)
+    return f"{path.relative_to(run.workdir)}: bit {bit} of byte {at}"
+
+
+def kill_and_choose(rng: random.Random, run: Training) -> tuple[Path, Path]:
+    """SIGKILL; a file of the newest checkpoint that is completely written, and its folder."""
+    kill(rng, run)
+    steps = [p for p in (run.workdir / FOLDER).iterdir() if p.name.isdigit()]
+    newest = max(steps, key=lambda p: int(p.name))
+    files = sorted(p for p in newest.rglob("*") if p.is_file() and p.stat().st_size)
+    return rng.choice(files), newest
+
+
+def fill_disk(rng: random.Random, run: Training) -> str:
+    """The disk is full until something cannot be written."""
+    refused = lambda: any("not saved" in line for line in run.said)  # noqa: E731
+    with full_disk(run, leave=rng.randrange(2**17)):  # half a checkpoint at most
+        run.wait_until(lambda: refused() or run.process.poll() is not None)
+    if run.end(0, MISTAKE) == 0 and not refused():
+        raise NotSurvivedError("the disk was never full")
+    means = "tmpfs" if run.workdir.parent.is_mount() else "no file beyond 4 KiB"
+    return f"{means}: {'went on without a save' if run.process.returncode == 0 else 'stopped'}"
+
+
+@contextlib.contextmanager
+def full_disk(run: Training, leave: int) -> Iterator[None]:
+    """Only some bytes are left on the tmpfs; or else no file can grow beyond 4 KiB."""
+    if (disk := run.workdir.parent).is_mount():
+        ballast = disk / "ballast"
+        with ballast.open("wb", buffering=0) as file, contextlib.suppress(OSError):
+            while True:
+                file.write(bytes(2**16))
+        os.truncate(ballast, max(0, ballast.stat().st_size - leave))
+        yield
+        ballast.unlink()
+    else:
+        soft, hard = resource.prlimit(run.process.pid, resource.RLIMIT_FSIZE)
+        resource.prlimit(run.process.pid, resource.RLIMIT_FSIZE, (4096, hard))
+        yield
+        with contextlib.suppress(ProcessLookupError):  # it has ended
+            resource.prlimit(run.process.pid, resource.RLIMIT_FSIZE, (soft, hard))
