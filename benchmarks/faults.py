@@ -107,7 +107,8 @@ def terminate(rng: random.Random, run: Training) -> str:
 
 def truncate(rng: random.Random, run: Training) -> str:
     """SIGKILL, and a file of the newest checkpoint loses its end."""
-    path, _ = kill_and_choose(rng, run)
+    files, _ = kill_and_list(rng, run)
+    path = rng.choice(files)
     size = path.stat().st_size
     os.truncate(path, rng.randrange(size))
     return f"{path.relative_to(run.workdir)}: {path.stat().st_size} of {size} bytes left"
@@ -115,14 +116,16 @@ def truncate(rng: random.Random, run: Training) -> str:
 
 def delete(rng: random.Random, run: Training) -> str:
     """SIGKILL, and a file of the newest checkpoint, or all of that, is gone."""
-    path = rng.choice(kill_and_choose(rng, run))
+    files, newest = kill_and_list(rng, run)
+    path = rng.choice((rng.choice(files), newest))
     shutil.rmtree(path) if path.is_dir() else path.unlink()
     return f"{path.relative_to(run.workdir)} deleted"
 
 
 def flip(rng: random.Random, run: Training) -> str:
-    """SIGKILL, and a bit of a file of the newest checkpoint is another."""
-    path, _ = kill_and_choose(rng, run)
+    """SIGKILL, and a bit of the newest checkpoint is another; any of its bytes is as likely."""
+    files, _ = kill_and_list(rng, run)
+    path = rng.choices(files, [p.stat().st_size for p in files])[0]
     data = bytearray(path.read_bytes())
     at, bit = rng.randrange(len(data)), rng.randrange(8)
     data[at] ^= 1 << bit
@@ -130,13 +133,12 @@ def flip(rng: random.Random, run: Training) -> str:
     return f"{path.relative_to(run.workdir)}: bit {bit} of byte {at}"
 
 
-def kill_and_choose(rng: random.Random, run: Training) -> tuple[Path, Path]:
-    """SIGKILL; a file of the newest checkpoint that is completely written, and its folder."""
+def kill_and_list(rng: random.Random, run: Training) -> tuple[list[Path], Path]:
+    """SIGKILL; the files of the newest checkpoint that is completely written, and its folder."""
     kill(rng, run)
     steps = [p for p in (run.workdir / FOLDER).iterdir() if p.name.isdigit()]
     newest = max(steps, key=lambda p: int(p.name))
-    files = sorted(p for p in newest.rglob("*") if p.is_file() and p.stat().st_size)
-    return rng.choice(files), newest
+    return sorted(p for p in newest.rglob("*") if p.is_file() and p.stat().st_size), newest
 
 
 def fill_disk(rng: random.Random, run: Training) -> str:
