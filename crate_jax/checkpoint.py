@@ -65,6 +65,8 @@ class Checkpointer:
             )
         if read_only and not self.directory.is_dir():
             raise _no_checkpoint(self.directory)
+        if not read_only:
+            self._sweep("*")
         self._manager = _Manager(
             self.directory,
             best_metric,
@@ -73,7 +75,6 @@ class Checkpointer:
             else ocp.CheckpointManagerOptions(
                 best_fn=metric,
                 preservation_policy=preservation_policy.AnyPreservationPolicy(kept),
-                cleanup_tmp_directories=True,  # what a killed save left behind
             ),
         )
         if read_only and not self.steps:
@@ -251,9 +252,7 @@ class Checkpointer:
         try:
             self._manager.wait_until_finished()
         except Exception as error:  # tensorstore's ValueErrors as well as OSErrors
-            if jax.process_index() == 0:
-                for path in self.directory.glob(f"{step}.*tmp*"):
-                    shutil.rmtree(path, ignore_errors=True)
+            self._sweep(step)
             self._manager.reload()  # or it would keep the failed step in mind, and drop a good one
             raise self._unwritable(error) from error
 
@@ -270,6 +269,16 @@ class Checkpointer:
         not started `jax.distributed`.
         """
         return self._manager.reached_preemption(step)
+
+    def _sweep(self, step: int | str | None) -> None:
+        """Remove what unfinished saves have left, as far as that can be done.
+
+        Orbax's own sweep fails the next save where it cannot, and a failed save's writers may go on
+        for a while. What is left under its temporary name harms nobody; the next run sweeps again.
+        """
+        if jax.process_index() == 0:
+            for path in self.directory.glob(f"{step}.*tmp*"):
+                shutil.rmtree(path, ignore_errors=True)
 
     def _read(self, step: int, items: ocp.args.Composite) -> Any:
         try:
