@@ -208,8 +208,32 @@ def main(argv: list[str] | None = None) -> int:
     checkpoints.add_argument("run", help="a run's directory")
     checkpoints.set_defaults(function=commands.checkpoints)
 
-    args = parser.parse_args(argv)
+    plan = subparsers.add_parser(
+        "plan", help="memory, communication and time of a training step on a mesh that is not here"
+    )
+    plan.add_argument("--config", required=True, help="a recipe, with --config.FIELD=VALUE")
+    plan.add_argument("--mesh", required=True, help="such as data:256,fsdp:8")
+    plan.set_defaults(function=lambda args: commands.plan(args, _parse_config(args, rest)))
+
+    args, rest = parser.parse_known_args(argv)
+    if rest and not (args.command == "plan" and all(x.startswith("--config.") for x in rest)):
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
     return run_command(lambda: args.function(args))
+
+
+def _parse_config(args: argparse.Namespace, rest: list[str]) -> TrainConfig:
+    """The config of --config=FILE.py[:VARIANT] and --config.FIELD=VALUE, as train.py takes them."""
+    from ml_collections import config_flags
+
+    argv = ["plan", f"--config={args.config}", *rest]
+    _check_config_flags(argv, args.config)
+    values = absl.flags.FlagValues()
+    config = config_flags.DEFINE_config_file("config", flag_values=values, sys_argv=argv)
+    try:
+        values(argv)
+    except absl.flags.Error as error:
+        raise ValueError(str(error)) from error
+    return config.value
 
 
 def _add_compare(subparsers: Any) -> None:

@@ -25,8 +25,8 @@ def host_state(seed=0):
     floats = rng.integers(0, 2**32, 64 * 48, np.uint32).view(np.float32).reshape(64, 48)
     special = np.array([0.0, -0.0, np.inf, -np.inf, np.nan, 1e-45, 3.4e38], np.float32)
     return {
-        "params": {"blocks": {"D": floats}, "bias": special},
-        "ema_params": {"blocks": {"D": floats[::-1].copy()}, "bias": special[::-1].copy()},
+        "params": {"ista": {"D": floats}, "bias": special},
+        "ema_params": {"ista": {"D": floats[::-1].copy()}, "bias": special[::-1].copy()},
         "opt": (np.int32(7), {"mu": rng.normal(size=2048).astype(ml_dtypes.bfloat16)}, {}),
         "step": np.int32(11),
     }
@@ -99,7 +99,7 @@ def test_restored_bit_for_bit_on_another_mesh(tmp_path, saved, restored):
     for array, target in zip(jax.tree.leaves(found), jax.tree.leaves(wanted), strict=True):
         assert array.sharding == target.sharding
     if restored == "fsdp:-1":
-        assert found["params"]["blocks"]["D"].addressable_shards[0].data.shape == (8, 48)
+        assert found["params"]["ista"]["D"].addressable_shards[0].data.shape == (8, 48)
 
 
 def test_state_may_be_donated_while_it_is_written(tmp_path):
@@ -257,12 +257,12 @@ def test_parameters_onto_a_mesh(tmp_path):
     checkpointer.close()
     mesh = make_mesh("fsdp:-1")
     shardings = {
-        "blocks": {"D": NamedSharding(mesh, PartitionSpec(None, "fsdp"))},
+        "ista": {"D": NamedSharding(mesh, PartitionSpec(None, "fsdp"))},
         "bias": replicated(mesh),
     }
     found, _ = restore_params(tmp_path, abstract(expected["params"], shardings))
     assert_same_bits(found, expected["params"])
-    assert found["blocks"]["D"].addressable_shards[0].data.shape == (64, 6)
+    assert found["ista"]["D"].addressable_shards[0].data.shape == (64, 6)
     assert found["bias"].sharding == shardings["bias"]
 
 

@@ -26,6 +26,8 @@ FLOORS = [
     "evaluation",
     "interop",
     "training",
+    "collectives",
+    "plan",
     "commands",
     "cli",
     "__main__",

@@ -56,12 +56,13 @@ def whole(weight: Array) -> Array:
 
 
 def product(X: Array, W: Array, multiply: Callable[[Array, Array], Array] = jnp.matmul) -> Array:
-    """``multiply(X, W)`` of tokens X and a weight W, of which nothing else is kept.
+    """``multiply(X, W)`` of tokens X and a weight W, in the tokens' dtype.
 
-    The backward pass gathers W again: kept whole, the weights of all layers would lie on every
-    device at once.
+    The backward pass casts and gathers W again: kept, copies of the weights of all layers would lie
+    on every device at once.
     """
-    return jax.checkpoint(lambda X, W: multiply(X, whole(W)), prevent_cse=False)(X, W)
+    run = jax.checkpoint(lambda X, W: multiply(X, whole(W.astype(X.dtype))), prevent_cse=False)
+    return run(X, W)
 
 
 def _dot_general(X: Array, W: Array, *args: Any, **kwargs: Any) -> Array:
@@ -86,7 +87,7 @@ def subspace_tokens(Z_BxNxd: Array, U_dxKxp: Array) -> Array:
 
     Args:
         Z_BxNxd: tokens.
-        U_dxKxp: bases of the K subspaces, of the tokens' dtype.
+        U_dxKxp: bases of the K subspaces, any float dtype.
 
     Returns:
         Subspace tokens (B, N, K, p), of the tokens' dtype.
@@ -132,9 +133,9 @@ def mssa(
 
     Args:
         Z_BxNxd: tokens, normalised.
-        U_dxKxp: bases of the K subspaces.
-        W_out_Kxpxd: output projection; None leaves it out, which needs K = 1 and p = d.
-        b_out_d: its bias.
+        U_dxKxp: bases of the K subspaces, any float dtype.
+        W_out_Kxpxd: output projection, likewise; None leaves it out, which needs K = 1 and p = d.
+        b_out_d: its bias, likewise.
 
     Returns:
         Update of the tokens (B, N, d), of the tokens' dtype.
@@ -146,7 +147,7 @@ def mssa(
         project = lambda O_MxKp, W_Kxpxd: O_MxKp @ W_Kxpxd.reshape(K * p, -1)  # noqa: E731
         O_MxKp = product(O_MxKp, W_out_Kxpxd, project)
     if b_out_d is not None:
-        O_MxKp = O_MxKp + b_out_d[None, :]
+        O_MxKp = O_MxKp + b_out_d.astype(O_MxKp.dtype)[None, :]
     return O_MxKp.reshape(B, N, -1)
 
 
@@ -160,7 +161,7 @@ def ista_step(Y_BxNxd: Array, D_dxd: Array, *, eta: float, lmbda: float) -> Arra
 
     Args:
         Y_BxNxd: tokens, normalised.
-        D_dxd: dictionary, atoms as columns, of the tokens' dtype.
+        D_dxd: dictionary, atoms as columns, any float dtype.
         eta: step size η.
         lmbda: sparsity weight λ.
 
@@ -188,14 +189,15 @@ class MSSA(nn.Module):
     @nn.compact
     def __call__(self, Z_BxNxd: Array) -> tuple[Array, dict[str, Array]]:
         """Tokens (B, N, d) to their update (B, N, d); also ``subspace_tokens``, ``attention``."""
+        Z_BxNxd = Z_BxNxd.astype(self.dtype)
         d, K, p = Z_BxNxd.shape[-1], self.num_heads, self.head_dim
         U_init = init.variance_scaling(1 / 3, "fan_in", "uniform", in_axis=0, out_axis=(1, 2))
-        U_dxKxp = self.param("U", U_init, (d, K, p)).astype(self.dtype)
+        U_dxKxp = self.param("U", U_init, (d, K, p))
         W_out_Kxpxd = b_out_d = None
         if (K, p) != (1, d):
             W_init = init.variance_scaling(1 / 3, "fan_in", "uniform", in_axis=(0, 1), out_axis=2)
-            W_out_Kxpxd = self.param("W_out", W_init, (K, p, d)).astype(self.dtype)
-            b_out_d = self.param("b_out", linear_bias_init(K * p), (d,)).astype(self.dtype)
+            W_out_Kxpxd = self.param("W_out", W_init, (K, p, d))
+            b_out_d = self.param("b_out", linear_bias_init(K * p), (d,))
         update_BxNxd = mssa(Z_BxNxd, U_dxKxp, W_out_Kxpxd, b_out_d)
         # The compiler merges these with the same products inside mssa, or drops them if unused.
         W_BxNxKxp = subspace_tokens(Z_BxNxd, U_dxKxp)
@@ -213,6 +215,7 @@ class ISTA(nn.Module):
     @nn.compact
     def __call__(self, Y_BxNxd: Array) -> Array:
         """Normalised tokens (B, N, d) to sparse tokens (B, N, d)."""
+        Y_BxNxd = Y_BxNxd.astype(self.dtype)
         d = Y_BxNxd.shape[-1]
-        D_dxd = self.param("D", dictionary_init, (d, d)).astype(self.dtype)
+        D_dxd = self.param("D", dictionary_init, (d, d))
         return ista_step(Y_BxNxd, D_dxd, eta=self.eta, lmbda=self.lmbda)

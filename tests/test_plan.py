@@ -1,0 +1,163 @@
+"""Formulas of memory and communication, against programs compiled for eight virtual devices."""
+
+import importlib.util
+import json
+from pathlib import Path
+
+import jax
+import pytest
+from command import run
+
+from crate_jax.collectives import Collective, collectives
+from crate_jax.plan import CHIPS, plan
+
+CONFIGS = Path(__file__).parents[1] / "configs"
+
+
+@pytest.fixture(autouse=True)
+def optimised():
+    """As a user compiles: the tests' short cut changes what memory is set aside."""
+    before = jax.config.values["jax_disable_most_optimizations"]
+    jax.config.update("jax_disable_most_optimizations", False)
+    yield
+    jax.config.update("jax_disable_most_optimizations", before)
+
+
+def recipe(name, arg, **changes):
+    spec = importlib.util.spec_from_file_location(name, CONFIGS / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    config = module.get_config(arg)
+    # Where bfloat16 products are computed in float32, as on CPUs, so is what they leave behind.
+    config.model.dtype = "float32"
+    for path, value in changes.items():
+        section, _, field = path.rpartition("__")
+        setattr(getattr(config, section) if section else config, field, value)
+    return config
+
+
+@pytest.mark.parametrize(
+    ("arg", "mesh", "changes"),
+    [
+        ("tiny", "data:8", dict(batch_size=256)),
+        ("base", "data:2,fsdp:4", dict(batch_size=64)),
+        ("large", "fsdp:8", dict(batch_size=128, model__remat="full", optim__ema_decay=0.99)),
+        ("base", "data:8", dict(batch_size=128, optim__accumulate_steps=4, model__remat="dots")),
+    ],
+)
+def test_memory_and_bytes_are_those_of_the_compiled_step(arg, mesh, changes):
+    found = plan(recipe("imagenet1k", arg, **changes), mesh)
+    memory = found["memory"]
+    parts = [value for name, value in memory.items() if name not in ("total", "compiled")]
+    assert memory["total"] == sum(parts)
+    assert memory["total"] == pytest.approx(memory["compiled"], rel=0.1)
+    sent = {kind: of["bytes"] for kind, of in found["collectives"].items()}
+    assert sent["all-reduce"] == pytest.approx(found["gradient_bytes"], rel=0.05)
+    if "fsdp" in mesh:
+        assert sent["all-gather"] == pytest.approx(found["gathered_bytes"], rel=0.05)
+    assert set(sent) == ({"all-reduce", "all-gather"} if "fsdp" in mesh else {"all-reduce"})
+
+
+SMALL = dict(
+    model__image_size=(32, 32), model__patch_size=(8, 8), model__num_classes=10, batch_size=64
+)
+
+
+@pytest.mark.parametrize("axis", ["data", "fsdp"])
+def test_the_number_of_collectives_does_not_grow_with_the_devices(axis):
+    found = [plan(recipe("imagenet1k", "tiny", **SMALL), f"{axis}:{n}") for n in (2, 4, 8)]
+    first, *others = (f["collectives"] for f in found)
+    depth = 12
+    assert first["all-reduce"]["count"] <= depth + 2  # one a layer, the rest, and norms
+    if axis == "fsdp":
+        assert first["all-gather"]["count"] == 6 * depth + 3
+    assert all(other == first for other in others)
+
+
+def test_one_device_sends_nothing():
+    found = plan(recipe("imagenet1k", "tiny", **SMALL), "data:1")
+    assert found["collectives"] == {}
+    assert (found["gradient_bytes"], found["gathered_bytes"]) == (0, 0)
+    assert all(chip["links_s"] == 0 and "network_s" not in chip for chip in found["chips"].values())
+
+
+def test_times_follow_from_peaks_and_sizes():
+    found = plan(recipe("imagenet1k", "tiny", **SMALL), "fsdp:8")
+    seconds, chip = found["chips"]["h100"], CHIPS["h100"]
+    assert seconds["compute_s"] == pytest.approx(found["flops"] / 8 / chip.flops)
+    sent = 2 * 7 / 8 * found["gradient_bytes"] + 7 / 8 * found["gathered_bytes"]
+    assert seconds["links_s"] == pytest.approx(sent / chip.link)
+    low, high = seconds["step_s"]
+    limits = [seconds[f"{name}_s"] for name in ("compute", "memory", "links")]
+    assert (low, high) == pytest.approx((max(limits), sum(limits)))
+    # By hand: 3 · 2 operations for each of the multiply-adds of a forward pass.
+    N, d, L = 17, 384, 12
+    forward = 16 * 192 * d + L * (4 * N * d * d + 2 * N * N * d) + d * 10
+    assert found["flops"] == 6 * forward * 64
+
+
+@pytest.mark.parametrize(
+    ("changes", "mesh", "message"),
+    [
+        ({}, "data:-1", r"--mesh must name every size; got data:-1\. Write data:256,fsdp:8\."),
+        ({"batch_size": 100}, "data:8", r"batch_size must be a multiple of 8"),
+        ({}, "model:8", r"parallel\.mesh must name axes out of data, fsdp; got model:8"),
+    ],
+)
+def test_plans_that_cannot_be(changes, mesh, message):
+    with pytest.raises((ValueError, KeyError), match=message):
+        plan(recipe("imagenet1k", "tiny", **SMALL | changes), mesh)
+
+
+def test_the_command():
+    """In a process of its own: it sets the number of devices."""
+    arguments = ["-m", "crate_jax", "plan", "--config=configs/imagenet1k.py:tiny"]
+    small = ["--config.model.image_size=32,32", "--config.model.patch_size=8,8"]
+    small += ["--config.batch_size=64", "--config.model.depth=2"]
+    status, out, err = run(*arguments, "--mesh=data:8,fsdp:4", *small)
+    assert status == 0, err
+    *table, last = out.splitlines()
+    found = json.loads(last)
+    assert found["mesh"] == {"data": 8, "fsdp": 4} and found["collectives"]["all-gather"]["count"]
+    assert any(line.split()[0] == "v5e" for line in table if line)
+
+
+@pytest.mark.parametrize(
+    ("flag", "message"),
+    [
+        ("--confg.batch_size=2", "unrecognized arguments: --confg.batch_size=2"),
+        ("--config.batchsize=2", "Did you mean batch_size?"),
+    ],
+)
+def test_flags_that_do_not_exist(flag, message):
+    status, out, err = run(
+        "-m", "crate_jax", "plan", "--config=configs/imagenet1k.py", "--mesh=data:2", flag
+    )
+    assert (status, out) == (2, "") and message in err and len(err.splitlines()) == 1
+
+
+PROGRAM = """
+%body.1 (p: f32[]) -> f32[] {
+  %g = (bf16[4,8]{1,0}, f32[3]{0}) all-gather(%a), replica_groups=[2,4]<=[8], dimensions={0}
+}
+%cond.1 (p: f32[]) -> pred[] {
+}
+%inner (p: f32[]) -> f32[] {
+  %w = f32[] while(%x), condition=%cond.1, body=%body.1, backend_config={"known_trip_count":{"n":"3"}}
+  %s = f32[2,2]{1,0} reduce-scatter(%a), replica_groups={{0,1},{2,3}}, dimensions={0}
+}
+ENTRY %main (p: f32[]) -> f32[] {
+  %v = f32[] while(%x), condition=%cond.1, body=%inner, backend_config={"known_trip_count":{"n":"5"}}
+  %r = f32[10]{0} all-reduce-start(%a), replica_groups=mesh['a'=2,'b'=4] {'b'}, to_apply=%add
+  %t = f32[7]{0} all-to-all(%a)
+}
+"""  # noqa: E501
+
+
+def test_collectives_count_as_often_as_their_loops_run():
+    assert collectives(PROGRAM, devices=8) == {
+        Collective("all-gather", 4 * 8 * 2 + 3 * 4, 4): 15,
+        Collective("reduce-scatter", 16, 2): 5,
+        Collective("all-reduce", 40, 4): 1,
+        Collective("all-to-all", 28, 8): 1,
+    }
