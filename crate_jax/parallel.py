@@ -3,11 +3,13 @@
 import functools
 import math
 import os
+from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec, Sharding
 
 from crate_jax.config import ParallelConfig
@@ -83,7 +85,8 @@ def make_mesh(spec: str = "data:-1", devices: Sequence[Any] | None = None) -> Me
 
     Raises:
         KeyError: an axis that does not exist.
-        ValueError: a size is malformed, or the sizes do not multiply to the number of devices.
+        ValueError: a size is malformed, the sizes do not multiply to the number of devices, or
+            slices differ in size.
     """
     devices = list(jax.devices() if devices is None else devices)
     sizes = dict.fromkeys(AXES, 1)
@@ -103,8 +106,31 @@ def make_mesh(spec: str = "data:-1", devices: Sequence[Any] | None = None) -> Me
             "Give one axis the size -1."
         )
     # Explicit axes, the default of make_mesh, make linen's products raise on sharded kernels.
-    return jax.make_mesh(
-        tuple(sizes.values()), AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices
+    types = (AxisType.Auto,) * len(AXES)
+    slices = Counter(getattr(device, "slice_index", 0) for device in devices)
+    if len(set(slices.values())) > 1:
+        raise ValueError(
+            f"devices must be equally many on every slice or host; got {sorted(slices.values())}. "
+            "Start as many on each."
+        )
+    if len(slices) > 1:
+        return Mesh(_across_slices(tuple(sizes.values()), devices, len(slices)), AXES, types)
+    return jax.make_mesh(tuple(sizes.values()), AXES, axis_types=types, devices=devices)
+
+
+def _across_slices(sizes: tuple[int, ...], devices: Sequence[Any], slices: int) -> np.ndarray:
+    """The devices of several TPU slices, or GPU hosts, as an array of the mesh's shape.
+
+    Between them the network is slower, so they divide ``data``, along which least is sent; and
+    ``fsdp`` only as far as ``data`` is too small for it.
+    """
+    across_data = math.gcd(sizes[0], slices)
+    outer = (across_data, slices // across_data)
+    inner = [size // count for size, count in zip(sizes, outer, strict=True)]
+    # Within a slice as jax.make_mesh does it, which refuses several.
+    split = devices[0].device_kind in ("TPU v5 lite", "TPU v5e")
+    return mesh_utils.create_hybrid_device_mesh(
+        inner, outer, devices, allow_split_physical_axes=split
     )
 
 

@@ -1,5 +1,7 @@
 """Meshes by their specs, where each leaf of a state lies, and batches that do not divide."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -67,6 +69,43 @@ def test_sizes_that_are_not_the_number_of_devices(spec):
     assert str(caught.value) == (
         f"parallel.mesh must multiply to the 8 devices; got {spec}. Give one axis the size -1."
     )
+
+
+@dataclasses.dataclass(frozen=True)
+class OfSlice:
+    """What a device says of itself on hosts that a slower network joins."""
+
+    id: int
+    slice_index: int
+    process_index: int
+    platform: str = "gpu"
+    device_kind: str = "NVIDIA H100"
+
+
+@pytest.mark.parametrize(
+    ("spec", "slices", "rows"),
+    [
+        ("data:-1,fsdp:4", 2, [[0, 1, 2, 3], [4, 5, 6, 7]]),  # fsdp within a slice
+        ("data:-1", 2, [[i] for i in range(8)]),
+        ("fsdp:-1", 2, [list(range(8))]),  # no other way
+        ("data:4,fsdp:2", 4, [[0, 1], [2, 3], [4, 5], [6, 7]]),
+        ("data:2,fsdp:4", 4, [[0, 1, 2, 3], [4, 5, 6, 7]]),
+    ],
+)
+def test_slices_divide_the_axis_along_which_least_is_sent(spec, slices, rows):
+    n = 8 // slices
+    devices = [OfSlice(i, i // n, i // n) for i in range(8)]
+    mesh = make_mesh(spec, devices[::-1])  # in whatever order they come
+    assert mesh.axis_names == ("data", "fsdp") and set(mesh.axis_types) == {AxisType.Auto}
+    found = [sorted(device.id for device in row) for row in mesh.devices]
+    assert found == rows
+
+
+def test_slices_of_different_sizes_are_refused():
+    devices = [OfSlice(i, int(i > 2), int(i > 2)) for i in range(8)]
+    message = r"devices must be equally many on every slice or host; got \[3, 5\]\. Start as many"
+    with pytest.raises(ValueError, match=message):
+        make_mesh("data:-1", devices)
 
 
 # --- where arrays lie -----------------------------------------------------------------------------
