@@ -75,7 +75,7 @@ def check(program, arguments, monkeypatch):
         return
     done = []
     for command in NAMES:
-        monkeypatch.setattr(commands, command, done.append)
+        monkeypatch.setattr(commands, command, lambda *args: done.append(args))
     monkeypatch.setattr(cli, "run_command", lambda command: command() or 0)
     assert cli.main(arguments) == 0 and len(done) == 1
 

@@ -13,7 +13,7 @@ import pytest
 from crate_jax import Crate
 from crate_jax.data.mixing import make_mix
 from crate_jax.interop.torch_weights import from_state_dict, to_state_dict
-from crate_jax.parallel import batch_sharding, make_mesh, replicated
+from crate_jax.parallel import batch_sharding, make_mesh, on_mesh, replicated
 from crate_jax.training.state import TrainState, init_sharded, init_state, replace_params
 from crate_jax.training.step import cross_entropy, make_train_step, stream
 
@@ -54,7 +54,7 @@ def run(spec, *, accumulate_steps=1, ema_decay=0.0, mix=False, processes=1):
         ema_decay=ema_decay,
     )
     step = jax.jit(
-        step,
+        on_mesh(mesh, step),
         in_shardings=(shardings, batch_sharding(mesh), replicated(mesh)),
         out_shardings=(shardings, replicated(mesh)),
         donate_argnums=0,
@@ -124,7 +124,9 @@ def test_pmap_trains_as_one_device(batch):
     np.testing.assert_allclose(losses, alone, rtol=1e-5)
 
 
-@pytest.mark.parametrize(("micro_batches", "spec"), [(4, "data:1"), (2, "data:8")])
+@pytest.mark.parametrize(
+    ("micro_batches", "spec"), [(4, "data:1"), (2, "data:8"), (2, "data:2,fsdp:4")]
+)
 def test_accumulated_gradients_are_those_of_the_whole_batch(micro_batches, spec):
     whole, kernels, _ = run("data:1")
     parts, accumulated, _ = run(spec, accumulate_steps=micro_batches)
