@@ -6,6 +6,8 @@ import tempfile
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")  # before the first import of jax
 
+import tracemalloc  # noqa: F401, pytest's hook for what a collected object raises
+
 import jax
 import pytest
 
@@ -16,6 +18,10 @@ SCRATCH = tempfile.mkdtemp(prefix="crate_jax_tests_")
 os.environ["TFDS_DATA_DIR"] = os.path.join(SCRATCH, "tfds")
 # For the programs that tests start: jax of this process has read its environment already.
 os.environ["JAX_COMPILATION_CACHE_DIR"] = os.path.join(SCRATCH, "compiled")
+
+# While TFDS is imported, all imports are lazy, also those of whatever is collected meanwhile; so it
+# comes first, and so does what pytest would import then.
+import tensorflow_datasets  # noqa: F401
 
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_rank_promotion", "raise")
