@@ -21,7 +21,7 @@ os.environ["JAX_COMPILATION_CACHE_DIR"] = os.path.join(SCRATCH, "compiled")
 
 # While TFDS is imported, all imports are lazy, also those of whatever is collected meanwhile; so it
 # comes first, and so does what pytest would import then.
-import tensorflow_datasets  # noqa: F401
+import tensorflow_datasets  # noqa: E402, F401
 
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_rank_promotion", "raise")
