@@ -3,6 +3,7 @@
 import functools
 import math
 import os
+import re
 from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -73,6 +74,28 @@ def _number(name: str, value: int | None) -> int:
     return int(text)
 
 
+def parse_mesh(spec: str) -> dict[str, int]:
+    """The sizes that "axis:size,…" names; -1, for one of them, stands for what is left.
+
+    Raises:
+        KeyError: an axis that does not exist.
+        ValueError: a size is malformed, an axis is named twice, or two sizes are -1.
+    """
+    sizes: dict[str, int] = {}
+    for item in spec.split(","):
+        axis, _, size = item.strip().partition(":")
+        if axis not in AXES:
+            raise KeyError(f"parallel.mesh must name axes out of {', '.join(AXES)}; got {spec}.")
+        if not re.fullmatch(r"-1|0*[1-9][0-9]*", size):
+            raise ValueError(f"parallel.mesh must be axis:size,… with sizes > 0 or -1; got {spec}.")
+        if axis in sizes or (size == "-1" and -1 in sizes.values()):
+            raise ValueError(
+                f"parallel.mesh must name an axis once and -1 once; got {spec}. Leave one out."
+            )
+        sizes[axis] = int(size)
+    return sizes
+
+
 def make_mesh(spec: str = "data:-1", devices: Sequence[Any] | None = None) -> Mesh:
     """Lay all devices out on the axes ``data`` and ``fsdp``.
 
@@ -89,14 +112,7 @@ def make_mesh(spec: str = "data:-1", devices: Sequence[Any] | None = None) -> Me
             slices differ in size.
     """
     devices = list(jax.devices() if devices is None else devices)
-    sizes = dict.fromkeys(AXES, 1)
-    for item in spec.split(","):
-        axis, _, size = item.strip().partition(":")
-        if axis not in AXES:
-            raise KeyError(f"parallel.mesh must name axes out of {', '.join(AXES)}; got {spec}.")
-        if not size.removeprefix("-").isdigit() or int(size) == 0 or int(size) < -1:
-            raise ValueError(f"parallel.mesh must be axis:size,… with sizes > 0 or -1; got {spec}.")
-        sizes[axis] = int(size)
+    sizes = dict.fromkeys(AXES, 1) | parse_mesh(spec)
     fixed = math.prod(size for size in sizes.values() if size > 0)
     if list(sizes.values()).count(-1) == 1 and len(devices) % fixed == 0:
         sizes = {axis: len(devices) // fixed if n == -1 else n for axis, n in sizes.items()}
@@ -105,7 +121,7 @@ def make_mesh(spec: str = "data:-1", devices: Sequence[Any] | None = None) -> Me
             f"parallel.mesh must multiply to the {len(devices)} devices; got {spec}. "
             "Give one axis the size -1."
         )
-    # Explicit axes, the default of make_mesh, make linen's products raise on sharded kernels.
+    # Explicit axes, JAX's default, make linen's products raise on sharded kernels.
     types = (AxisType.Auto,) * len(AXES)
     slices = Counter(getattr(device, "slice_index", 0) for device in devices)
     if len(set(slices.values())) > 1:
@@ -115,7 +131,12 @@ def make_mesh(spec: str = "data:-1", devices: Sequence[Any] | None = None) -> Me
         )
     if len(slices) > 1:
         return Mesh(_across_slices(tuple(sizes.values()), devices, len(slices)), AXES, types)
-    return jax.make_mesh(tuple(sizes.values()), AXES, axis_types=types, devices=devices)
+    # jax.make_mesh splits the axes of one kind of TPU's torus: a 4 x 4 slice of others could have no
+    # fsdp of 2 or 8.
+    layout = mesh_utils.create_device_mesh(
+        tuple(sizes.values()), devices, allow_split_physical_axes=True
+    )
+    return Mesh(layout, AXES, types)
 
 
 def _across_slices(sizes: tuple[int, ...], devices: Sequence[Any], slices: int) -> np.ndarray:
@@ -127,10 +148,8 @@ def _across_slices(sizes: tuple[int, ...], devices: Sequence[Any], slices: int) 
     across_data = math.gcd(sizes[0], slices)
     outer = (across_data, slices // across_data)
     inner = [size // count for size, count in zip(sizes, outer, strict=True)]
-    # Within a slice as jax.make_mesh does it, which refuses several.
-    split = devices[0].device_kind in ("TPU v5 lite", "TPU v5e")
     return mesh_utils.create_hybrid_device_mesh(
-        inner, outer, devices, allow_split_physical_axes=split
+        inner, outer, devices, allow_split_physical_axes=True
     )
 
 

@@ -17,7 +17,7 @@ from crate_jax.config import TrainConfig
 from crate_jax.models.cost import activation_bytes, multiply_adds, num_tokens
 from crate_jax.models.crate import Crate, pair
 from crate_jax.models.zoo import build_model
-from crate_jax.parallel import batch_sharding, check_batch_size, make_mesh
+from crate_jax.parallel import batch_sharding, check_batch_size, make_mesh, parse_mesh
 from crate_jax.training.optimizer import make_optimizer, make_schedule
 from crate_jax.training.programs import jit_train_step
 from crate_jax.training.state import TrainState, abstract_state
@@ -34,7 +34,7 @@ class Chip:
         link: bytes a second that a chip sends to its neighbours, one way: half of what is quoted
             for both ways.
         domain: how many chips those links join.
-        network: bytes a second a chip beyond that, one way; None: not published per chip.
+        network: bytes a second a chip beyond that; None: no figure was found.
         source: where the figures are from.
     """
 
@@ -49,9 +49,9 @@ class Chip:
 
 _GOOGLE, _NVIDIA = "docs.cloud.google.com/tpu/docs/", "NVIDIA's data sheets of "
 CHIPS = {
-    "v5e": Chip(197e12, 16e9, 819e9, 200e9, 256, None, _GOOGLE + "v5e"),
-    "v5p": Chip(459e12, 95 * 2**30, 2765e9, 600e9, 6144, None, _GOOGLE + "v5p"),
-    "v6e": Chip(918e12, 32e9, 1600e9, 400e9, 256, None, _GOOGLE + "v6e"),
+    "v5e": Chip(197e12, 16e9, 819e9, 200e9, 256, 6.4e12 / 8 / 256, _GOOGLE + "v5e"),
+    "v5p": Chip(459e12, 95 * 2**30, 2765e9, 600e9, 6144, 50e9 / 8, _GOOGLE + "v5p"),
+    "v6e": Chip(918e12, 32e9, 1600e9, 400e9, 256, 25.6e12 / 8 / 256, _GOOGLE + "v6e"),
     "h100": Chip(989e12, 80e9, 3.35e12, 450e9, 8, 50e9, _NVIDIA + "H100 SXM and DGX H100"),
     "h200": Chip(989e12, 141e9, 4.8e12, 450e9, 8, 50e9, _NVIDIA + "H200 SXM and DGX H200"),
 }
@@ -130,12 +130,12 @@ def mesh_size(spec: str) -> int:
     """The number of devices that a mesh names.
 
     Raises:
-        ValueError: one of its sizes is left open.
+        KeyError, ValueError: it is malformed, or one of its sizes is left open.
     """
-    sizes = [item.partition(":")[2] for item in spec.split(",")]
-    if not all(size.isdigit() for size in sizes):
+    sizes = parse_mesh(spec).values()
+    if -1 in sizes:
         raise ValueError(f"--mesh must name every size; got {spec}. Write data:256,fsdp:8.")
-    return math.prod(map(int, sizes))
+    return math.prod(sizes)
 
 
 def memory_bytes(

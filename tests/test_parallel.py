@@ -60,9 +60,7 @@ def test_malformed_size(spec):
     )
 
 
-@pytest.mark.parametrize(
-    "spec", ["data:4", "data:16", "data:3,fsdp:-1", "data:-1,fsdp:-1", "data:16,fsdp:-1"]
-)
+@pytest.mark.parametrize("spec", ["data:4", "data:16", "data:3,fsdp:-1", "data:16,fsdp:-1"])
 def test_sizes_that_are_not_the_number_of_devices(spec):
     with pytest.raises(ValueError) as caught:
         make_mesh(spec)
@@ -99,6 +97,42 @@ def test_slices_divide_the_axis_along_which_least_is_sent(spec, slices, rows):
     assert mesh.axis_names == ("data", "fsdp") and set(mesh.axis_types) == {AxisType.Auto}
     found = [sorted(device.id for device in row) for row in mesh.devices]
     assert found == rows
+
+
+@dataclasses.dataclass(frozen=True)
+class Chip:
+    """What a chip of a TPU slice says of itself."""
+
+    id: int
+    coords: tuple[int, int, int]
+    slice_index: int
+    process_index: int
+    device_kind: str
+    core_on_chip: int = 0
+    platform: str = "tpu"
+
+
+@pytest.mark.parametrize("kind", ["TPU v4", "TPU v5", "TPU v5 lite", "TPU v6 lite"])
+@pytest.mark.parametrize("slices", [1, 2])
+@pytest.mark.parametrize("fsdp", [1, 2, 4, 8])
+def test_a_torus_is_split_as_the_mesh_asks(kind, slices, fsdp):
+    chips = [
+        Chip(16 * s + i, (i % 4, i // 4, 0), s, 4 * s + i // 4, kind)
+        for s in range(slices)
+        for i in range(16)
+    ]
+    mesh = make_mesh(f"data:-1,fsdp:{fsdp}", chips)
+    assert mesh.devices.shape == (16 * slices // fsdp, fsdp)
+    assert {chip.id for chip in mesh.devices.flat} == set(range(16 * slices))
+    assert all(len({chip.slice_index for chip in row}) == 1 for row in mesh.devices)
+
+
+@pytest.mark.parametrize("spec", ["data:-1,fsdp:-1", "data:2,data:4", "data:-1,data:8"])
+def test_axes_and_open_sizes_are_named_once(spec):
+    message = rf"parallel\.mesh must name an axis once and -1 once; got {spec}\. Leave one out\."
+    for devices in (jax.devices(), jax.devices()[:1]):
+        with pytest.raises(ValueError, match=message):
+            make_mesh(spec, devices)
 
 
 def test_slices_of_different_sizes_are_refused():

@@ -101,6 +101,8 @@ def test_times_follow_from_peaks_and_sizes():
     [
         ({}, "data:-1", r"--mesh must name every size; got data:-1\. Write data:256,fsdp:8\."),
         ({"batch_size": 100}, "data:8", r"batch_size must be a multiple of 8"),
+        ({}, "data:0", r"parallel\.mesh must be axis:size,… with sizes > 0 or -1; got data:0"),
+        ({}, "data:²", r"parallel\.mesh must be axis:size,… with sizes > 0 or -1; got data:²"),
         ({}, "model:8", r"parallel\.mesh must name axes out of data, fsdp; got model:8"),
     ],
 )

@@ -14,7 +14,7 @@ import numpy as np
 from crate_jax.files import written_aside
 
 # Of what the arrays of an index mean; another number makes them all anew.
-INDEX_VERSION = 1
+INDEX_VERSION = 2
 
 # Needed besides fsspec for each kind of bucket.
 PACKAGES = {"gs": "gcsfs", "gcs": "gcsfs", "s3": "s3fs"}

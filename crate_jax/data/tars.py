@@ -12,6 +12,8 @@ import numpy as np
 
 from crate_jax.data import storage
 
+_SHORTEST_END, _LONGEST_END = 1024, 2**20  # bytes of zeros
+
 # What the files of ILSVRC 2012 are called, and what TFDS calls their splits.
 IMAGENET_SPLITS = {"ILSVRC2012_img_train": "train", "ILSVRC2012_img_val": "validation"}
 
@@ -79,7 +81,6 @@ def open_tar(
 
     def build() -> dict[str, np.ndarray]:
         contents = _Contents()
-        whole = True
         with storage.open_binary(path) as file:
             try:
                 contents.read(file, 0, "")
@@ -88,11 +89,11 @@ def open_tar(
                     raise ValueError(
                         f"{path} must be an uncompressed tar file; {error}. Unpack or restore it."
                     ) from error
-                whole = False  # what comes before the damage is there still
+                contents.whole = False  # what comes before the damage is there still
         lost = contents.follow_links()
         folders = contents.folders | {name.rpartition("/")[0] for name in contents.files}
         for name, target in lost.items():
-            if whole and (name.lower().endswith(suffixes) or target in folders):
+            if contents.whole and (name.lower().endswith(suffixes) or target in folders):
                 raise ValueError(
                     f"{path} must hold the files that its links lead to; {name} leads to {target}. "
                     "Pack it with --dereference."
@@ -104,7 +105,7 @@ def open_tar(
             "names": _encoded(names),
             "places": np.array([visible[n] for n in names], np.int64).reshape(-1, 2),
             "folders": _encoded(sorted(n for n in contents.folders if not _is_hidden(n))),
-            "whole": np.array(whole),
+            "whole": np.array(contents.whole),
         }
 
     arrays = storage.cached_index([path], folder, index_dir, build)
@@ -125,12 +126,14 @@ class _Contents:
         files: name to (first byte, length).
         folders: names.
         links: name to the name that it stands for.
+        whole: whether it ends as tar files do, and those within it.
     """
 
     def __init__(self) -> None:
         self.files: dict[str, tuple[int, int]] = {}
         self.folders: set[str] = set()
         self.links: dict[str, str] = {}
+        self.whole = True
 
     def read(self, file: BinaryIO, start: int, folder: str) -> None:
         """Take in the members of a tar that begins at a byte, below a folder."""
@@ -159,6 +162,11 @@ class _Contents:
                 elif member.isfile():
                     self.links.pop(name, None)
                     self.files[name] = (place, member.size)
+            # A damaged or missing header ends the loop as the end does, but nothing but zeros, two
+            # blocks at least and at most a record, comes after the end.
+            file.seek(tar.offset)
+            rest = file.read(_LONGEST_END + 1)
+            self.whole &= _SHORTEST_END <= len(rest) <= _LONGEST_END and not any(rest)
 
     def follow_links(self) -> dict[str, str]:
         """Let names that are links be the files they lead to; the links that lead to none."""

@@ -385,6 +385,36 @@ def test_one_stray_image_does_not_make_one_class_of_all(tmp_path):
         open_split("tar", tmp_path)
 
 
+@pytest.mark.parametrize("damage", ["header", "hole", "zeros", "cut", "cut in a header", "no end"])
+@pytest.mark.parametrize("within", [False, True])
+def test_damaged_tar_does_not_pass_for_a_shorter_one(tmp_path, damage, within):
+    names = [f"{c}/{i}.jpg" for c in "abc" for i in range(3)]
+    if within:  # of three members, the tar files of the classes; the second is damaged
+        data = bytearray(tar_bytes({n[2:]: b"x" * 700 for n in names[:3]}))
+    else:
+        data = bytearray(tar_bytes({n: b"x" * 700 for n in names}))
+    second = 512 + 1024  # where the second member's header begins
+    if damage == "header":
+        data[second : second + 512] = b"\xff" * 512
+    elif damage in ("hole", "zeros"):
+        end = second + 512 if damage == "hole" else len(data)
+        data[second:end] = bytes(end - second)
+        data += bytes(2**20)
+    elif damage == "no end":
+        data = data[: data.rindex(b"x") + 1 + 324]
+    else:
+        data = data[: second + 100 * (damage != "cut")]
+    if within:
+        whole = tar_bytes({"1.jpg": b"x"})
+        data = bytearray(tar_bytes({"a.tar": whole, "b.tar": bytes(data), "c.tar": whole}))
+    (tmp_path / "train.tar").write_bytes(data)
+    with pytest.raises(ValueError, match=r"train\.tar must be whole; it ends after \d+ images\."):
+        open_split("tar", tmp_path)
+    found = open_split("tar", tmp_path, on_bad_example="skip")
+    if within:
+        assert found.class_names == ("a", "b", "c")  # what is whole around the damage is read
+
+
 def test_tar_that_is_written_again_at_its_size(tmp_path):
     write_members(tmp_path / "train.tar", ("ant/1.jpg", b"one"), ("bee/2.jpg", b"two"))
     assert contents(tmp_path)[0]["bee/2.jpg"] == (b"two", 1)
