@@ -43,15 +43,31 @@ def run_command(command: Callable[[], dict[str, Any]]) -> int:
         return TRY_AGAIN if error.args else 130
     except LostProcess as error:
         _complain(str(error))
-        # At once: on the way out JAX would wait for the lost process, and then abort with a trace.
-        sys.stdout.flush()
-        os._exit(TRY_AGAIN)
-    except (ValueError, KeyError, OSError, FloatingPointError) as error:
-        if not isinstance(error, OSError) and not _raised_here(error):
+        _leave(TRY_AGAIN)
+    except Exception as error:
+        mistake = isinstance(error, (ValueError, KeyError, OSError, FloatingPointError))
+        if mistake and (isinstance(error, OSError) or _raised_here(error)):
+            status = _complain(_text(error))
+        elif jax.distributed.is_initialized():
+            traceback.print_exc()
+            status = 1
+        else:
             raise
-        return _complain(_text(error))
+        if jax.distributed.is_initialized():
+            _leave(status)
+        return status
     sys.stdout.write(json.dumps(result) + "\n")
     return 0 if result.get("within_tolerance", True) else 1
+
+
+def _leave(status: int) -> NoReturn:
+    """End a process of several at once, which ends the others.
+
+    On the way out JAX would wait for them, minutes, and they for this one.
+    """
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
 
 
 def _text(error: Exception) -> str:

@@ -131,8 +131,8 @@ def make_mesh(spec: str = "data:-1", devices: Sequence[Any] | None = None) -> Me
         )
     if len(slices) > 1:
         return Mesh(_across_slices(tuple(sizes.values()), devices, len(slices)), AXES, types)
-    # jax.make_mesh splits the axes of one kind of TPU's torus: a 4 x 4 slice of others could have no
-    # fsdp of 2 or 8.
+    # jax.make_mesh splits the axes of one kind of TPU's torus: a 4 x 4 slice of another could have
+    # no fsdp of 2 or 8.
     layout = mesh_utils.create_device_mesh(
         tuple(sizes.values()), devices, allow_split_physical_axes=True
     )

@@ -12,8 +12,11 @@ import sys
 import time
 from pathlib import Path
 
+import cv2
+import numpy as np
 import pytest
 from command import ROOT, TINY, environment
+from stored import write_folder
 
 pytestmark = pytest.mark.slow
 LIMIT_S = 120
@@ -22,8 +25,11 @@ ARGUMENTS = [*TINY, f"--config.total_steps={STEPS}", f"--config.eval_every_steps
 CLOCK = ("images_per_s", "data_wait_share")
 
 
-def start_all(workdir, count, *arguments):
-    """All processes of a run, each with four devices; a single one is started as always."""
+def start_all(workdir, count, *arguments, own=((), ())):
+    """All processes of a run, each with four devices; a single one is started as always.
+
+    With arguments of their `own`, each also has its own workdir.
+    """
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
@@ -38,7 +44,8 @@ def start_all(workdir, count, *arguments):
         processes.append(
             subprocess.Popen(
                 ["timeout", "--signal=KILL", str(LIMIT_S), sys.executable, "train.py"]
-                + [f"--workdir={workdir}", *ARGUMENTS, *addressed[: 4 * (count > 1)], *arguments],
+                + [f"--workdir={workdir}{f'/{i}' if own[i] else ''}", *ARGUMENTS]
+                + [*addressed[: 4 * (count > 1)], *arguments, *own[i]],
                 cwd=ROOT,
                 env=environment(devices=4),
                 stdin=subprocess.DEVNULL,
@@ -131,3 +138,23 @@ def test_a_process_that_dies_ends_the_other_within_a_minute(tmp_path, victim):
     # Ours, or, where they were quicker, JAX's own word or Gloo's.
     words = ("processes must stay; one was lost", "another task died", "gloo::")
     assert any(word in err for word in words), err
+
+
+def test_a_process_that_fails_says_why_and_ends_the_other_within_a_minute(tmp_path):
+    """One of two cannot read its images: a mistake there, a lost process to the other."""
+    png = cv2.imencode(".png", np.zeros((16, 16), np.uint8))[1].tobytes()
+    for i in range(2):
+        files = {f"{c}/{n:02d}.png": png for c in "ab" for n in range(24)}
+        if i:
+            files |= dict.fromkeys(list(files)[1:], b"no image")
+        write_folder(tmp_path / f"data{i}", "train", files)
+    flags = ["--config.data.dataset=folder", "--config.data.eval_split=train"]
+    own = [[*flags, f"--config.data.data_dir={tmp_path}/data{i}"] for i in range(2)]
+    start = time.monotonic()
+    processes = start_all(tmp_path, 2, own=own)
+    (other, _, other_err), (status, out, err) = finish(processes)
+    assert time.monotonic() - start < 90  # both have to be started first
+    assert status == 2 and "{" not in out, (status, out, err)
+    last = err.splitlines()[-1]
+    assert last.startswith("error: ") and "must be an image; its 8 bytes do not decode" in last
+    assert other not in (0, 2), other_err

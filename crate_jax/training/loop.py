@@ -179,7 +179,9 @@ def train(config: TrainConfig, workdir: str | Path) -> dict[str, Any]:
             f"of them again: they go on after step {checkpointer.latest_step or 0}."
         ) from error
     finally:
-        if not isinstance(sys.exc_info()[1], LostProcess):  # it would wait for the others
+        # After an error of this process alone it would wait for the others, and they for it.
+        failed = sys.exc_info()[1]
+        if failed is None or isinstance(failed, Stopped) or not distributed:
             checkpointer.close()
     seconds = round(time.perf_counter() - start, 1)
     summary = {"step": record["step"], **record["summary"]}
