@@ -100,7 +100,8 @@ def random_resized_crop(
             break
     else:
         ratio = min(max(width / height, min_ratio), max_ratio)
-        w, h = min(width, round(height * ratio)), min(height, round(width / ratio))
+        w = max(1, min(width, round(height * ratio)))
+        h = max(1, min(height, round(width / ratio)))
         top, left = (height - h) // 2, (width - w) // 2
     if isinstance(image, EncodedImage):
         window = image.window(top, left, h, w, _pair(size))

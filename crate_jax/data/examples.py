@@ -78,7 +78,8 @@ def make_prepare(data: DataConfig, image_shape: Sequence[int], *, train: bool) -
     """
     field = "data.train_transforms" if train else "data.eval_transforms"
     spec = data.train_transforms if train else data.eval_transforms
-    return Prepare(tuple(parse_transforms(spec, field)), tuple(image_shape), field, fast=train)  # type: ignore[arg-type]
+    transforms = tuple(parse_transforms(spec, field, channels=image_shape[-1]))
+    return Prepare(transforms, tuple(image_shape), field, fast=train)  # type: ignore[arg-type]
 
 
 def load_example(

@@ -54,12 +54,11 @@ class Batches:
         data: DataConfig,
         load: LoadForTraining | LoadForEvaluation,
         rows: int,
-        process_count: int,
         sharding: Sharding | None,
     ):
         self.waited_s, self.skipped = 0.0, 0
-        self._load, self._data, self._seen = load, data, 0
-        self._share = -(-len(load.source) // process_count)  # of an epoch, seen by this process
+        self._load, self._data = load, data
+        self._bad: set[int] = set()
         piece, ahead = read_ahead(data, rows, math.prod(load.prepare.image_shape))
         threads = min(data.num_threads, ahead)
         made = examples.batch(piece).to_iter_dataset(grain.ReadOptions(threads, ahead))
@@ -98,19 +97,13 @@ class Batches:
     def _without_bad(self, batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         """Take the account of bad examples out of a batch: count, log the first, stop at many."""
         bad = batch.pop("bad")
-        self._seen += len(bad)
-        source = self._load.source
         for index in bad[bad >= 0].tolist():
             self.skipped += 1
             if self.skipped <= LOGGED_BAD_EXAMPLES:
                 _log.warning("skipped: %s", self._why(index))
-        total = max(self._seen, self._share)
-        if self.skipped > self._data.max_bad_share * total:
-            raise ValueError(
-                f"{source.name} must have at most a share of {self._data.max_bad_share} of bad "
-                f"examples; {self.skipped} of {total} were skipped. Restore its files, or raise "
-                "data.max_bad_share."
-            )
+            self._bad.add(index)
+        # Each counts once: how many epochs and processes there are makes no difference.
+        check_bad_share(self._load.source, self._data, len(self._bad))
         return batch
 
     def _why(self, index: int) -> str:
@@ -120,6 +113,24 @@ class Batches:
         except BadExampleError as error:
             return str(error)
         return f"{self._load.source.name}[{index}] could not be read, and now can"
+
+
+def check_bad_share(source: Source, data: DataConfig, bad: int) -> None:
+    """Refuse a data set of which too much is bad.
+
+    Args:
+        source: the data set.
+        data: reads max_bad_share.
+        bad: how many of its examples are known to be bad.
+
+    Raises:
+        ValueError: they are more than the share that is allowed.
+    """
+    if bad > data.max_bad_share * len(source):
+        raise ValueError(
+            f"{source.name} must have at most a share of {data.max_bad_share} of bad examples; "
+            f"{bad} of {len(source)} are. Restore its files, or raise data.max_bad_share."
+        )
 
 
 def train_batches(
@@ -163,7 +174,7 @@ def train_batches(
     stream = grain.MapDataset.range(len(source)).seed(seed % 2**32).shuffle().repeat()
     # Random numbers are drawn by the position in the stream, hence before it is shared out.
     stream = stream.random_map(load)[examples_seen:][process_index::process_count]
-    return Batches(stream, data, load, batch_size // process_count, process_count, sharding)
+    return Batches(stream, data, load, batch_size // process_count, sharding)
 
 
 def eval_batches(
@@ -199,9 +210,7 @@ def eval_batches(
     load = LoadForEvaluation(source, prepare, skip=data.on_bad_example == "skip")
     padded = -(-len(source) // batch_size) * batch_size
     indices = grain.MapDataset.range(padded)[process_index::process_count]
-    return Batches(
-        indices.map(load), data, load, batch_size // process_count, process_count, sharding
-    )
+    return Batches(indices.map(load), data, load, batch_size // process_count, sharding)
 
 
 def read_ahead(data: DataConfig, rows: int, row_bytes: int) -> tuple[int, int]:

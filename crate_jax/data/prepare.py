@@ -3,6 +3,7 @@
 import contextlib
 import hashlib
 import os
+import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -13,6 +14,7 @@ import numpy as np
 from crate_jax.config import DataConfig
 from crate_jax.data import storage, tars
 from crate_jax.data.sources import Source, check_same_classes, open_source
+from crate_jax.data.tfds_source import OTHER_DATA
 from crate_jax.files import written_aside
 
 # Examples a file: about 140 MB of ImageNet, whose training split then has TFDS's 1,025 files.
@@ -110,9 +112,20 @@ def _open_splits(source_dir: str) -> dict[str, Source]:
     if not storage.is_folder(source_dir):
         raise FileNotFoundError(f"--from must be an existing folder; got {source_dir}.")
     splits, kind = list(tars.tar_splits(source_dir)), "tar"
+    folders = [name for name, is_dir in storage.list_folder(source_dir).items() if is_dir]
+    if splits and folders:
+        raise ValueError(
+            f"--from must hold folders or tar files, not both; got {folders[0]} beside the tar "
+            f"file of {splits[0]}. Move one away."
+        )
     if not splits:
-        entries = storage.list_folder(source_dir)
-        splits, kind = [name for name, is_dir in entries.items() if is_dir], "folder"
+        splits, kind = folders, "folder"
+    for split in splits:
+        if not re.fullmatch(r"\w[\w-]*", split, re.ASCII) or split == "all":
+            raise ValueError(
+                f"splits must be named by letters, digits, _ and -, and not all; got {split!r}. "
+                f"Rename it in {source_dir}."
+            )
     if not splits:
         raise ValueError(
             f"--from must hold a folder or a tar file for each split; got {source_dir}. "
@@ -131,12 +144,14 @@ def _name_and_version(name: str | None, classes: tuple[str, ...]) -> tuple[str, 
     name, _, version = (name or "").partition(":")
     if classes == tuple(tars.imagenet_classes()) and name in ("", IMAGENET):
         return IMAGENET, version or IMAGENET_VERSION
-    if not name.isidentifier() or name in registered.list_imported_builders():
+    taken = {*registered.list_imported_builders(), *OTHER_DATA}
+    if not re.fullmatch(r"[a-z][a-z0-9_]*", name) or name in taken:
         raise ValueError(
-            f"--name must be a name of your own, of letters, digits and _; got {name or 'none'}. "
-            f"TFDS reads {IMAGENET} with the thousand classes of ILSVRC 2012 alone."
+            "--name must be a name of your own, of small letters, digits and _; got "
+            f"{name or 'none'}. TFDS reads {IMAGENET} with the thousand classes of ILSVRC 2012 "
+            "alone."
         )
-    if version.count(".") != 2 and version:
+    if version and not re.fullmatch(r"(0|[1-9]\d*)(\.(0|[1-9]\d*)){2}", version, re.ASCII):
         raise ValueError(f"--name's version must be of three numbers; got {version}. Write 1.0.0.")
     return name, version or "1.0.0"
 

@@ -162,7 +162,8 @@ def folder_images(root: str, labels: Callable[[str], int]) -> FolderImages:
 def _open_folder(data: DataConfig, split: str) -> Source:
     """``data_dir/split/class/image``; classes are numbered in the order of their sorted names."""
     root = storage.join(_data_dir(data), split)
-    if not storage.is_folder(root):
+    # '', '.' and '..' are folders too, whose folders are no classes.
+    if not split.strip("./") or not storage.is_folder(root):
         have = [name for name, is_dir in storage.list_folder(_data_dir(data)).items() if is_dir]
         raise FileNotFoundError(
             f"split must be a folder below {data.data_dir}; got {split}. "

@@ -69,7 +69,8 @@ def list_folder(path: str) -> dict[str, bool]:
         }
     else:
         with os.scandir(path) as entries:
-            names = {entry.name: _is_dir(entry) for entry in entries}
+            visible = [entry for entry in entries if not entry.name.startswith(".")]
+        names = {entry.name: _is_dir(entry) for entry in visible}
     return {name: names[name] for name in sorted(names) if not name.startswith(".")}
 
 
@@ -123,7 +124,7 @@ def file_state(path: str) -> tuple[int, str]:
     """Bytes of a file, and what changes whenever it is written again."""
     if not is_remote(path):
         stat = os.stat(path)
-        return stat.st_size, str(stat.st_mtime_ns)
+        return stat.st_size, f"{stat.st_mtime_ns} {stat.st_ctime_ns}"
     info = _remote(path).info(path)
     # By what each kind of bucket calls it.
     versions = ("generation", "ETag", "etag", "mtime", "LastModified", "created")
@@ -181,12 +182,17 @@ def cached_index(
             f"data.index_dir must be a local folder; got {index_dir}. Leave it out: what describes "
             "a bucket is kept in the user's cache folder."
         )
+    files = [file if is_remote(file) else os.path.abspath(file) for file in files]
     with ThreadPoolExecutor(16) as pool:  # a bucket takes its time for each
         states = list(pool.map(file_state, files))
     described = np.array(f"{INDEX_VERSION} {sorted(zip(files, states, strict=True))}")
     name = f".crate_jax_index_{hashlib.sha256(repr(sorted(files)).encode()).hexdigest()[:16]}.npz"
     home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-    chosen = [index_dir] if index_dir else [beside, os.path.join(home, "crate_jax", "indices")]
+    chosen = (
+        [os.path.expanduser(index_dir)]
+        if index_dir
+        else [beside, os.path.join(home, "crate_jax", "indices")]
+    )
     folders = [Path(folder) for folder in chosen if not is_remote(folder)]
     for folder in folders:
         arrays = _read_index(folder / name)

@@ -13,6 +13,7 @@ import numpy as np
 from crate_jax.data import storage
 
 _SHORTEST_END, _LONGEST_END = 1024, 2**20  # bytes of zeros
+_COMPRESSED = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")
 
 # What the files of ILSVRC 2012 are called, and what TFDS calls their splits.
 IMAGENET_SPLITS = {"ILSVRC2012_img_train": "train", "ILSVRC2012_img_val": "validation"}
@@ -49,10 +50,23 @@ class TarImages:
 
 
 def tar_splits(folder: str) -> dict[str, str]:
-    """The splits that the tar files of a folder are, and their paths."""
-    stems = [name[:-4] for name, is_dir in storage.list_folder(folder).items()
-             if name.endswith(".tar") and not is_dir]  # fmt: skip
-    return {IMAGENET_SPLITS.get(s, s): storage.join(folder, f"{s}.tar") for s in stems}
+    """The splits that the tar files of a folder are, and their paths.
+
+    Raises:
+        ValueError: two files are the same split.
+    """
+    splits: dict[str, str] = {}
+    for name, is_dir in storage.list_folder(folder).items():
+        split = IMAGENET_SPLITS.get(name[:-4], name[:-4])
+        if not name.endswith(".tar") or is_dir:
+            continue
+        if split in splits:
+            raise ValueError(
+                f"{folder} must hold one tar file for {split}; got {splits[split]} and {name}. "
+                "Move one away."
+            )
+        splits[split] = storage.join(folder, name)
+    return splits
 
 
 def open_tar(
@@ -90,10 +104,8 @@ def open_tar(
                         f"{path} must be an uncompressed tar file; {error}. Unpack or restore it."
                     ) from error
                 contents.whole = False  # what comes before the damage is there still
-        lost = contents.follow_links()
-        folders = contents.folders | {name.rpartition("/")[0] for name in contents.files}
-        for name, target in lost.items():
-            if contents.whole and (name.lower().endswith(suffixes) or target in folders):
+        for name, target in contents.follow_links().items():
+            if contents.whole and not _is_hidden(name):  # it may have been a whole class
                 raise ValueError(
                     f"{path} must hold the files that its links lead to; {name} leads to {target}. "
                     "Pack it with --dereference."
@@ -126,6 +138,7 @@ class _Contents:
         files: name to (first byte, length).
         folders: names.
         links: name to the name that it stands for.
+        inner: what lies below the tar files within it begins with one of these.
         whole: whether it ends as tar files do, and those within it.
     """
 
@@ -133,6 +146,7 @@ class _Contents:
         self.files: dict[str, tuple[int, int]] = {}
         self.folders: set[str] = set()
         self.links: dict[str, str] = {}
+        self.inner: set[str] = set()
         self.whole = True
 
     def read(self, file: BinaryIO, start: int, folder: str) -> None:
@@ -155,10 +169,18 @@ class _Contents:
                     raise ValueError(
                         f"{name} must be stored as it is; it is sparse. Pack without --sparse."
                     )
+                elif member.isfile() and name.endswith(_COMPRESSED):
+                    raise ValueError(f"{name} must be an uncompressed tar file. Unpack it first.")
                 elif member.isfile() and name.endswith(".tar"):
-                    with contextlib.closing(tar.extractfile(member)) as inner:  # type: ignore[type-var]
-                        self.folders.add(name[:-4])
-                        self.read(inner, place, name[:-4] + "/")  # type: ignore[arg-type]
+                    below = name[:-4] + "/"
+                    if below in self.inner:  # packed again: only its last state counts
+                        self.files = {
+                            n: p for n, p in self.files.items() if not n.startswith(below)
+                        }
+                    self.inner.add(below)
+                    self.folders.add(name[:-4])
+                    with contextlib.closing(tar.extractfile(member)) as file_within:  # type: ignore[type-var]
+                        self.read(file_within, place, below)  # type: ignore[arg-type]
                 elif member.isfile():
                     self.links.pop(name, None)
                     self.files[name] = (place, member.size)

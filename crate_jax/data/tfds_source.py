@@ -10,6 +10,9 @@ from typing import Any
 from crate_jax.config import DataConfig, did_you_mean
 from crate_jax.data import storage, tfrecord
 
+# What ``data.dataset`` may be besides a name of TFDS.
+OTHER_DATA = ("digits", "folder", "synthetic", "tar")
+
 
 def open_tfds(data: DataConfig, split: str) -> tuple[str, "NamedExamples", int, tuple[str, ...]]:
     """One split; images stay encoded.
@@ -130,7 +133,7 @@ def _tfds_builder(data: DataConfig) -> Any:
     try:
         builder = make(data_dir=data.data_dir)
     except tfds.core.DatasetNotFoundError as error:
-        known = {"digits", "folder", "synthetic", "tar", *registered.list_imported_builders()}
+        known = {*OTHER_DATA, *registered.list_imported_builders()}
         raise KeyError(
             "data.dataset must be digits, folder, tar, synthetic or a TFDS name; got "
             f"{data.dataset}. " + did_you_mean(data.dataset, known)

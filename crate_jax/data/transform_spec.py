@@ -11,6 +11,7 @@ import numpy as np
 
 from crate_jax.config import did_you_mean
 from crate_jax.data import augment
+from crate_jax.data.decode import MAX_PIXELS
 from crate_jax.data.randaugment import randaugment
 from crate_jax.data.resize import SUPPORT
 
@@ -36,7 +37,7 @@ TRANSFORMS: dict[str, Callable[..., np.ndarray]] = {
 
 
 def _is_size(value: Any) -> bool:
-    return type(value) is int and value > 0
+    return type(value) is int and 0 < value <= MAX_PIXELS
 
 
 def _is_between(low: float, high: float, *, above_low: bool = False) -> Callable[[Any], bool]:
@@ -53,39 +54,46 @@ def _is_level(value: Any) -> bool:
     return type(value) is int and 0 <= value <= 255
 
 
+def _is_one_or_two_sizes(value: Any) -> bool:
+    if type(value) is not tuple:
+        value = (value, value)
+    return len(value) == 2 and all(map(_is_size, value)) and value[0] * value[1] <= MAX_PIXELS
+
+
 # What each argument must be, for whichever transform takes it.
 _side_or_two = (
-    lambda v: _is_size(v) or (type(v) is tuple and len(v) == 2 and all(map(_is_size, v))),
-    "a positive whole number of pixels, or (height, width)",
+    _is_one_or_two_sizes,
+    f"a positive whole number of pixels, or (height, width), of at most {MAX_PIXELS} in all",
 )
 _share = (_is_between(0, 1), "in [0, 1]")
 _positive_share = (_is_between(0, 1, above_low=True), "in (0, 1]")
-_positive = (_is_between(0, math.inf, above_low=True), "a number > 0")
-_not_negative = (_is_between(0, math.inf), "a number >= 0")
+_ratio = (_is_between(0.01, 100), "in [0.01, 100]")
+_sigma = (_is_between(0, 100, above_low=True), "in (0, 100] pixels")
+_strength = (_is_between(0, 100), "in [0, 100]")
 RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "size": _side_or_two,
-    "interpolation": (lambda v: v in SUPPORT, f"one of {', '.join(SUPPORT)}"),
+    "interpolation": (lambda v: type(v) is str and v in SUPPORT, f"one of {', '.join(SUPPORT)}"),
     "antialias": (lambda v: type(v) is bool, "True or False"),
     "probability": _share,
     "min_area": _positive_share,
     "max_area": _positive_share,
-    "min_ratio": _positive,
-    "max_ratio": _positive,
-    "degrees": _not_negative,
-    "shift": _not_negative,
+    "min_ratio": _ratio,
+    "max_ratio": _ratio,
+    "degrees": (_is_between(0, 360), "in [0, 360]"),
+    "shift": _share,
     "scale": (lambda v: _is_between(0, 1)(v) and v < 1, "in [0, 1)"),
     "shear": (lambda v: _is_between(0, 90)(v) and v < 90, "in [0, 90) degrees"),
-    "brightness": _not_negative,
-    "contrast": _not_negative,
-    "saturation": _not_negative,
+    "brightness": _strength,
+    "contrast": _strength,
+    "saturation": _strength,
     "hue": (_is_between(0, 0.5), "in [0, 0.5]"),
     "threshold": (_is_between(0, 256), "in [0, 256]"),
-    "min_sigma": _positive,
-    "max_sigma": _positive,
+    "min_sigma": _sigma,
+    "max_sigma": _sigma,
     "num_ops": (lambda v: type(v) is int and v >= 0, "a whole number >= 0"),
     "magnitude": (lambda v: type(v) is int and 0 <= v <= 30, "a whole number in 0 … 30"),
     "value": (
-        lambda v: v == "noise" or _is_level(v) or (
+        lambda v: (type(v) is str and v == "noise") or _is_level(v) or (
             type(v) is tuple and len(v) in (1, 3) and all(map(_is_level, v))
         ),
         "a level in 0 … 255, one for each channel, or 'noise'",
@@ -108,12 +116,13 @@ def _broken_rule(name: str, arguments: dict[str, Any]) -> str | None:
     return None
 
 
-def parse_transforms(spec: str, field: str) -> list[Transform]:
+def parse_transforms(spec: str, field: str, *, channels: int | None = None) -> list[Transform]:
     """The transforms that a pipeline string names, with their arguments bound.
 
     Args:
         spec: "name(arguments)|name(arguments)"; empty for none.
         field: what errors call the string, such as ``data.train_transforms``.
+        channels: of the images, if they are known: as many levels may be given.
 
     Raises:
         KeyError: an unknown transform; the nearest known one is suggested.
@@ -127,7 +136,7 @@ def parse_transforms(spec: str, field: str) -> list[Transform]:
                 raise ValueError(part)
             args = [ast.literal_eval(a) for a in call.args]
             kwargs = {str(k.arg): ast.literal_eval(k.value) for k in call.keywords}
-        except (SyntaxError, ValueError) as error:
+        except (SyntaxError, ValueError, TypeError) as error:
             raise ValueError(
                 f"{field} must be name(arguments)|name(arguments); got {part}. "
                 "Write for example resize(224)|random_flip()."
@@ -146,7 +155,11 @@ def parse_transforms(spec: str, field: str) -> list[Transform]:
             raise ValueError(f"{field}: {part} does not fit {call.func.id}({options}).") from error
         bound.apply_defaults()
         arguments = dict(list(bound.arguments.items())[2:])
-        if broken := _broken_rule(call.func.id, arguments):
+        broken = _broken_rule(call.func.id, arguments)
+        levels = arguments.get("value")
+        if not broken and channels and type(levels) is tuple and len(levels) not in (1, channels):
+            broken = f"value must have 1 or {channels} levels; got {levels}"
+        if broken:
             raise ValueError(f"{field}: in {part}, {broken}. Mend it.")
         transforms.append(functools.partial(function, **arguments))
     return transforms

@@ -16,7 +16,7 @@ from jax.experimental import multihost_utils
 from crate_jax.analysis import layerwise
 from crate_jax.config import TrainConfig, validate
 from crate_jax.data.examples import make_prepare
-from crate_jax.data.loader import Batches, eval_batches
+from crate_jax.data.loader import Batches, check_bad_share, eval_batches
 from crate_jax.data.pixels import normalize
 from crate_jax.data.sources import Source, open_source
 from crate_jax.models.cost import abstract_parameters
@@ -133,7 +133,7 @@ def evaluate_split(
     Raises:
         ValueError, KeyError, FileNotFoundError: config, data or weights break a rule.
     """
-    model, params, batches = _open_split(config, split, load_params)
+    model, source, params, batches = _open_split(config, split, load_params)
     preprocess = functools.partial(normalize, mean=config.data.mean, std=config.data.std)
     eval_step = jax.jit(make_eval_step(model, preprocess=preprocess))
     with contextlib.closing(batches()) as first:  # compiles; not in the throughput
@@ -141,6 +141,7 @@ def evaluate_split(
     start = time.perf_counter()
     with contextlib.closing(batches()) as stream:
         metrics = evaluate(eval_step, params, stream)
+    check_bad_share(source, config.data, len(source) - int(metrics["examples"]))
     rate = metrics["examples"] / (time.perf_counter() - start)
     return metrics | {"images_per_s": round(rate, 1)}
 
@@ -156,7 +157,7 @@ def layerwise_split(
     Raises:
         ValueError, KeyError, FileNotFoundError: config, data or weights break a rule.
     """
-    model, params, batches = _open_split(config, split, load_params)
+    model, _, params, batches = _open_split(config, split, load_params)
     with contextlib.closing(batches()) as stream:
         batch = multihost_utils.process_allgather(next(stream), tiled=True)
     images = batch["image"][batch["mask"] > 0]
@@ -166,7 +167,7 @@ def layerwise_split(
 
 
 def _open_split(config: TrainConfig, split: str, load_params: Callable[[Crate], Any]):
-    """Model, parameters on every device, and a function that starts the batches of a split."""
+    """Model, split, parameters on every device, and a function that starts the split's batches."""
     validate(config)
     mesh = make_mesh(config.parallel.mesh)
     check_batch_size("eval_batch_size", config.eval_batch_size, mesh.devices.size)
@@ -186,4 +187,4 @@ def _open_split(config: TrainConfig, split: str, load_params: Callable[[Crate], 
             sharding=batch_sharding(mesh),
         )
 
-    return model, params, batches
+    return model, source, params, batches

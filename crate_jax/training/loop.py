@@ -29,7 +29,7 @@ from crate_jax.analysis import layerwise
 from crate_jax.checkpoint import Checkpointer
 from crate_jax.config import TrainConfig, to_dict, validate
 from crate_jax.data.examples import LoadForTraining, Prepare, make_prepare
-from crate_jax.data.loader import Batches, eval_batches, train_batches
+from crate_jax.data.loader import Batches, check_bad_share, eval_batches, train_batches
 from crate_jax.data.sources import Source, check_same_classes
 from crate_jax.evaluation.classify import evaluate, open_model_and_source
 from crate_jax.interop import load_fitted
@@ -222,7 +222,10 @@ def _compile(run: Run, shardings: Any) -> Programs:
             sharding=sharding,
         )
         with contextlib.closing(stream):
-            return evaluate(eval_step, params, stream)
+            metrics = evaluate(eval_step, params, stream)
+        source = run.eval_source
+        check_bad_share(source, config.data, len(source) - int(metrics["examples"]))
+        return metrics
 
     gather = jax.jit(
         lambda params, images: (params, images[:OBJECTIVE_IMAGES]), out_shardings=everywhere

@@ -327,7 +327,7 @@ def test_links_in_a_tar_are_followed(tmp_path):
     write_members(
         tmp_path / "train.tar",
         ("ant/1.jpg", b"one"),
-        ("ant/README", symbolic | {"linkname": "/usr/share/doc"}),
+        ("ant/.cache", symbolic | {"linkname": "/tmp"}),  # hidden
         ("bee/2.jpg", hard | {"linkname": "ant/1.jpg"}),
         ("bee/3.jpg", symbolic | {"linkname": "../ant/./1.jpg"}),
         ("bee/4.jpg", symbolic | {"linkname": "3.jpg"}),
@@ -343,7 +343,8 @@ def test_links_in_a_tar_are_followed(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "name, target", [("bee/2.jpg", "nowhere.jpg"), ("bee/2.jpg", "2.jpg"), ("bee", "ant")]
+    "name, target",
+    [("bee/2.jpg", "nowhere.jpg"), ("bee/2.jpg", "2.jpg"), ("bee", "ant"), ("bee", "data/bee")],
 )
 def test_link_in_a_tar_that_leads_to_no_file(tmp_path, name, target):
     link = {"type": tarfile.SYMTYPE, "linkname": target}
@@ -372,6 +373,42 @@ def test_tar_is_read_as_it_would_be_unpacked(tmp_path):
     write_members(tmp_path / "out.tar", ("../ant/1.jpg", b"x"))
     with pytest.raises(ValueError, match=r"\.\./ant/1\.jpg must lie within the tar file\."):
         open_split("tar", tmp_path, "out")
+
+
+def test_tars_within_a_tar(tmp_path):
+    one, two = (tar_bytes({f"{n}.jpg": b"x"}) for n in (1, 2))
+    write_tar(tmp_path, "twice", {"ant.tar": one, "bee.tar": one, "./ant.tar": two})
+    assert set(contents(tmp_path, "twice")[0]) == {"ant/2.jpg", "bee/1.jpg"}  # the last counts
+    write_tar(tmp_path, "packed", {"ant.tar": one, "bee.tar.gz": b"x"})
+    with pytest.raises(ValueError, match=r"bee\.tar\.gz must be an uncompressed tar file\. Unpack"):
+        open_split("tar", tmp_path, "packed")
+    write_members(
+        tmp_path / "linked.tar",
+        ("ant.tar", one),
+        ("bee.tar", {"type": tarfile.SYMTYPE, "linkname": "ant.tar"}),
+    )
+    with pytest.raises(
+        ValueError, match=r"bee\.tar leads to ant\.tar\. Pack it with --dereference"
+    ):
+        open_split("tar", tmp_path, "linked")
+
+
+def test_two_tar_files_of_one_split(tmp_path):
+    for name in ("train", "ILSVRC2012_img_train"):
+        write_tar(tmp_path, name, {"ant/1.jpg": b"x"})
+    message = r"must hold one tar file for train; got .*ILSVRC2012_img_train\.tar and train\.tar\."
+    with pytest.raises(ValueError, match=message):
+        open_split("tar", tmp_path)
+
+
+def test_index_is_of_where_the_files_are(tmp_path, monkeypatch):
+    """Two data sets of one relative name, size and time, and one folder for indices."""
+    for place, other in (("one", "b"), ("two", "z")):
+        write_tar(tmp_path / place / "data", "train", {"a/1.jpg": b"x", f"{other}/1.jpg": b"x"})
+        os.utime(tmp_path / place / "data/train.tar", ns=(1, 1))
+        monkeypatch.chdir(tmp_path / place)
+        source = open_split("tar", "data", index_dir=str(tmp_path / "indices"))
+        assert source.class_names == ("a", other)
 
 
 def test_one_stray_image_does_not_make_one_class_of_all(tmp_path):
@@ -574,13 +611,37 @@ def test_prepared_imagenet_is_read_under_tfdss_own_name(imagenet, tmp_path):
         ("imagenet2012", r"--name must be a name of your own, .*; got imagenet2012\. TFDS reads"),
         ("cifar10", r"--name must be a name of your own, .*; got cifar10\."),
         ("my photos", r"--name must be a name of your own, .*; got my photos\."),
+        ("Photos", r"--name must be a name of your own, .*; got Photos\."),
+        ("_x", r"--name must be a name of your own, .*; got _x\."),
+        ("synthetic", r"--name must be a name of your own, .*; got synthetic\."),
         ("x:1", r"--name's version must be of three numbers; got 1\. Write 1\.0\.0\."),
+        ("x:1.0.x", r"--name's version must be of three numbers; got 1\.0\.x\."),
+        ("x:01.0.0", r"--name's version must be of three numbers; got 01\.0\.0\."),
     ],
 )
 def test_names_that_do_not_fit(stored, tmp_path, name, message):
     with pytest.raises(ValueError, match=message):
         prepare(str(stored["folder"][1]), str(tmp_path), name=name)
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("split", ["my split", "a+b", "train[1]", "all", "é", "train.v2"])
+def test_splits_that_tfds_could_not_name(tmp_path, photographs, split):
+    (jpeg,) = encode_crops(photographs, 1)
+    write_folder(tmp_path / "from", split, {"ant/1.jpg": jpeg})
+    with pytest.raises(ValueError, match=r"splits must be named by letters, digits, _ and -, and"):
+        prepare(str(tmp_path / "from"), str(tmp_path / "to"), name="x")
+    assert not (tmp_path / "to").exists()
+
+
+def test_folders_beside_tar_files_are_not_left_out(tmp_path):
+    write_folder(tmp_path, "train", {"ant/1.jpg": b"x"})
+    write_tar(tmp_path, "test", {"ant/1.jpg": b"x"})
+    message = (
+        r"--from must hold folders or tar files, not both; got train beside the tar file of test"
+    )
+    with pytest.raises(ValueError, match=message):
+        prepare(str(tmp_path), str(tmp_path / "to"), name="x")
 
 
 def test_nothing_to_prepare(tmp_path):

@@ -154,6 +154,19 @@ def test_folder_without_that_split(folder):
         open_split("folder", folder, "trian")
 
 
+@pytest.mark.parametrize("split", ["", ".", "..", "./"])
+def test_folder_of_all_splits_is_no_split(folder, split):
+    with pytest.raises(FileNotFoundError, match=rf"split must be a folder below {folder}; got "):
+        open_split("folder", folder, split)
+
+
+def test_hidden_dead_link_is_hidden(tmp_path):
+    write_image(tmp_path / "train/ant/1.png", (1, 2, 3))
+    for place in (tmp_path, tmp_path / "train", tmp_path / "train/ant"):
+        (place / ".cache").symlink_to("gone")
+    assert len(open_split("folder", tmp_path)) == 1
+
+
 def test_folder_without_images(tmp_path):
     (tmp_path / "train/ant").mkdir(parents=True)
     (tmp_path / "train/ant/notes.txt").write_text("no image")

@@ -3,7 +3,9 @@
 import numpy as np
 import pytest
 
+from crate_jax.config import DataConfig
 from crate_jax.data.augment import center_crop, random_affine, random_flip
+from crate_jax.data.examples import make_prepare
 from crate_jax.data.transform_spec import RULES, TRANSFORMS, parse_transforms
 
 
@@ -77,6 +79,7 @@ def test_unknown_transform_suggests_the_nearest():
         "resize(SIZE)",
         "resize(__import__('os').getpid())",
         "resize(*[8])",
+        "resize({[]: 1})",
         "8",
     ],
 )
@@ -106,7 +109,7 @@ def test_arguments_that_do_not_fit(part, options):
     assert str(caught.value) == f"data.train_transforms: {part} does not fit {options}."
 
 
-SIZES = "a positive whole number of pixels, or (height, width)"
+SIZES = "a positive whole number of pixels, or (height, width), of at most 134217728 in all"
 LEVELS = "a level in 0 … 255, one for each channel, or 'noise'"
 
 
@@ -126,10 +129,14 @@ LEVELS = "a level in 0 … 255, one for each channel, or 'noise'"
         ("random_erasing(min_ratio=4)", "min_ratio must be at most max_ratio; got 4 and 3.3"),
         ("random_erasing(value=(1, 2))", f"value must be {LEVELS}; got (1, 2)"),
         ("random_erasing(value=300)", f"value must be {LEVELS}; got 300"),
-        ("random_blur(0, 0, 1)", "min_sigma must be a number > 0; got 0"),
+        ("resize(99999)", f"size must be {SIZES}; got 99999"),
+        ("resize(8, ['a'])", "interpolation must be one of bilinear, bicubic; got ['a']"),
+        ("random_blur(0, 0, 1)", "min_sigma must be in (0, 100] pixels; got 0"),
+        ("random_blur(1, 1e300)", "max_sigma must be in (0, 100] pixels; got 1e+300"),
+        ("random_resized_crop(8, min_ratio=0.001)", "min_ratio must be in [0.01, 100]; got 0.001"),
         ("color_jitter(hue=0.9)", "hue must be in [0, 0.5]; got 0.9"),
-        ("color_jitter(-1)", "brightness must be a number >= 0; got -1"),
-        ("color_jitter(1e999)", "brightness must be a number >= 0; got inf"),
+        ("color_jitter(-1)", "brightness must be in [0, 100]; got -1"),
+        ("color_jitter(1e999)", "brightness must be in [0, 100]; got inf"),
         ("randaugment(-2)", "num_ops must be a whole number >= 0; got -2"),
         ("randaugment(2, 31)", "magnitude must be a whole number in 0 … 30; got 31"),
         ("random_affine(scale=1.0)", "scale must be in [0, 1); got 1.0"),
@@ -148,3 +155,19 @@ def test_every_argument_has_a_rule_that_its_default_keeps():
         size = "8" if "size" in TRANSFORMS[name].__code__.co_varnames[:3] else ""
         (transform,) = parse_transforms(f"{name}({size})", "x")
         assert set(transform.keywords) <= set(RULES)
+
+
+def test_levels_are_as_many_as_channels():
+    spec = "random_erasing(value=(1, 2, 3))"
+    assert parse_transforms(spec, "x", channels=3) and parse_transforms(spec, "x")
+    with pytest.raises(
+        ValueError, match=r"x: in .*, value must have 1 or 1 levels; got \(1, 2, 3\)"
+    ):
+        parse_transforms(spec, "x", channels=1)
+    with pytest.raises(ValueError, match=r"value must have 1 or 1 levels"):
+        make_prepare(DataConfig(train_transforms=spec), (8, 8, 1), train=True)
+
+
+def test_narrow_fallback_crop_has_pixels():
+    (crop,) = parse_transforms("random_resized_crop(4, min_ratio=0.01, max_ratio=0.011)", "x")
+    assert crop(noise(9, 9), np.random.default_rng(0)).shape == (4, 4, 3)
