@@ -25,7 +25,8 @@ from crate_jax.digest import changed, digest
 
 FOLDER = "checkpoints"  # below the run's workdir
 DIGEST = "digest"  # of the state; in the record, between the disk and this module
-CHECKSUM = "checksum"  # of the record with the digest, likewise
+METRICS = "metrics"  # what was measured at the step, likewise: Orbax has them in a file unchecked
+CHECKSUM = "checksum"  # of the record with these, likewise
 DAMAGED = "damaged-"  # what a step that was set aside is called
 
 
@@ -133,7 +134,9 @@ class Checkpointer:
             failure = error
         items = ocp.args.Composite(
             state=ocp.args.StandardSave(state),
-            record=ocp.args.JsonSave(_with_checksum(record | {DIGEST: digest(state)})),
+            record=ocp.args.JsonSave(
+                _with_checksum(record | {DIGEST: digest(state), METRICS: metrics or {}})
+            ),
         )
         try:
             # force: the loop decides when; Orbax has no interval of its own to keep.
@@ -294,7 +297,8 @@ class Checkpointer:
             raise ValueError(self._damage(step, "its record is not what was saved"))
         if DIGEST in record and tree and (paths := changed(tree, record[DIGEST])):
             raise ValueError(self._damage(step, f"{paths[0]} is not what was saved"))
-        return {key: value for key, value in record.items() if key not in (DIGEST, CHECKSUM)}
+        own = (DIGEST, METRICS, CHECKSUM)
+        return {key: value for key, value in record.items() if key not in own}
 
     def _set_aside(self, steps: list[int]) -> None:
         if not steps:
@@ -342,10 +346,17 @@ class _Manager(ocp.CheckpointManager):
         super().__init__(directory, options=options)
 
     def metrics(self, step: int) -> dict[str, float] | None:
-        """None as well for metrics that cannot be read: such a step is not among the best."""
+        """None as well for metrics that cannot be read, or are not those that were saved.
+
+        Such a step is not among the best.
+        """
         try:
             found = super().metrics(step)
+            path = Path(self.directory) / str(step) / "record" / "metadata"
+            record = json.loads(path.read_text()) if found and path.exists() else {}
         except (ValueError, OSError):  # of JSON and of Unicode too
+            return None
+        if isinstance(record, dict) and record.get(METRICS, found) != found:
             return None
         known = isinstance(found, dict) and isinstance(found.get(self._best_metric), int | float)
         return found if known else None

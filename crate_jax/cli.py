@@ -31,9 +31,9 @@ def run_command(command: Callable[[], dict[str, Any]]) -> int:
     file; any other is a bug and keeps its trace.
 
     Returns:
-        Exit status: 0; 1 if the result says that something is not ``within_tolerance``; 2 for a
-        mistake; `TRY_AGAIN` for a run that was told to stop and is saved, 130 for a command
-        that was interrupted otherwise.
+        Exit status: 0; 1 if the result says that something is not ``within_tolerance`` or not
+        ``intact``; 2 for a mistake; `TRY_AGAIN` for a run that was told to stop and is saved, 130
+        for a command that was interrupted otherwise.
     """
     quiet_libraries()
     try:
@@ -57,7 +57,7 @@ def run_command(command: Callable[[], dict[str, Any]]) -> int:
             _leave(status)
         return status
     sys.stdout.write(json.dumps(result) + "\n")
-    return 0 if result.get("within_tolerance", True) else 1
+    return 0 if result.get("within_tolerance", True) and result.get("intact", True) else 1
 
 
 def _leave(status: int) -> NoReturn:
@@ -247,8 +247,8 @@ def _parse_config(args: argparse.Namespace, rest: list[str]) -> TrainConfig:
     config = config_flags.DEFINE_config_file("config", flag_values=values, sys_argv=argv)
     try:
         values(argv)
-    except absl.flags.Error as error:
-        raise ValueError(str(error)) from error
+    except (absl.flags.Error, SyntaxError) as error:
+        raise ValueError(f"--config must be a recipe; {args.config} is none ({error}).") from error
     return config.value
 
 

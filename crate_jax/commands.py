@@ -326,44 +326,24 @@ def checkpoints(args: argparse.Namespace) -> dict[str, Any]:
         best = "  best" if row["best"] else ""
         start = f"step {row['step']:>8}  {row['mib']:9.2f} MiB  {words[row['intact']]}{best}"
         sys.stdout.write(f"{start}  {metrics}\n")
+        if "problem" in row:
+            sys.stdout.write(f"  {row['problem']}\n")
     aside = sorted(p.name for p in (Path(args.run) / FOLDER).glob(f"{DAMAGED}*"))
-    return {"workdir": args.run, "checkpoints": found, "set_aside": aside}
+    intact = all(row["intact"] is not False for row in found)
+    return {"workdir": args.run, "intact": intact, "checkpoints": found, "set_aside": aside}
 
 
 def plan(args: argparse.Namespace, config: TrainConfig) -> dict[str, Any]:
     """What a training step needs on a mesh of machines that are not here."""
     import jax
 
-    from crate_jax.plan import mesh_size, plan
+    from crate_jax.plan import mesh_size, plan, table
 
     jax.config.update("jax_platforms", "cpu")
     jax.config.update("jax_num_cpu_devices", mesh_size(args.mesh))
     found = plan(validate(config), args.mesh)
-    _write_plan(found)
+    sys.stdout.write(table(found))
     return found
-
-
-def _write_plan(found: dict[str, Any]) -> None:
-    """The plan as a table."""
-    memory, lines = found["memory"], [f"{found['parameters']:,} parameters", ""]
-    lines.append("memory of a device                 GiB")
-    lines += [f"  {name:<28}{size / 2**30:>10.3f}" for name, size in memory.items()]
-    lines += ["", "collectives of a step, compiled  count        MB"]
-    for kind, of in found["collectives"].items():
-        lines.append(f"  {kind:<28}{of['count']:>8}{of['bytes'] / 1e6:>10.1f}")
-    for name in ("gradient_bytes", "gathered_bytes"):
-        lines.append(f"  {name + ', by formula':<36}{found[name] / 1e6:>10.1f}")
-    lines += ["", "at peak (ms)  compute    memory     links   network      step      fits"]
-    for chip, seconds in found["chips"].items():
-        cells = [
-            "" if (value := seconds.get(f"{name}_s")) is None else f"{1e3 * value:.2f}"
-            for name in ("compute", "memory", "links", "network")
-        ]
-        step = seconds["step_s"]
-        cells.append("unknown" if step is None else f"{1e3 * step[0]:.1f}-{1e3 * step[1]:.1f}")
-        cells.append("yes" if seconds["fits"] else "NO")
-        lines.append(f"  {chip:<10}" + "".join(f"{cell:>10}" for cell in cells))
-    sys.stdout.write("\n".join(lines) + "\n")
 
 
 def _saved_config(workdir: str | Path, step: str) -> tuple[TrainConfig, int]:

@@ -125,10 +125,12 @@ def make_mesh(spec: str = "data:-1", devices: Sequence[Any] | None = None) -> Me
     types = (AxisType.Auto,) * len(AXES)
     slices = Counter(getattr(device, "slice_index", 0) for device in devices)
     if len(set(slices.values())) > 1:
-        raise ValueError(
-            f"devices must be equally many on every slice or host; got {sorted(slices.values())}. "
-            "Start as many on each."
-        )
+        if sizes["fsdp"] > 1:
+            raise ValueError(
+                "devices must be equally many on every slice or host for fsdp; got "
+                f"{sorted(slices.values())}. Start as many on each."
+            )
+        return Mesh(np.array(devices).reshape(-1, 1), AXES, types)
     if len(slices) > 1:
         return Mesh(_across_slices(tuple(sizes.values()), devices, len(slices)), AXES, types)
     # jax.make_mesh splits the axes of one kind of TPU's torus: a 4 x 4 slice of another could have
@@ -229,3 +231,20 @@ def state_shardings(abstract_state: Any, mesh: Mesh) -> Any:
         return replicated(mesh)
 
     return jax.tree_util.tree_map_with_path(spec, abstract_state)
+
+
+def check_shares(abstract_state: Any, shardings: Any, mesh: Mesh) -> None:
+    """Refuse an ``fsdp`` that splits little of a state.
+
+    Raises:
+        ValueError: a device would hold a tenth of the whole more than 1/fsdp of it.
+    """
+    n = mesh.shape["fsdp"]
+    size = lambda leaf, sharding: math.prod(sharding.shard_shape(leaf.shape))  # noqa: E731
+    own = sum(jax.tree.leaves(jax.tree.map(size, abstract_state, shardings)))
+    whole = sum(leaf.size for leaf in jax.tree.leaves(abstract_state))
+    if own > (1 / n + 0.1) * whole:
+        raise ValueError(
+            "parallel.mesh must have an fsdp that divides the widths of the model; with "
+            f"fsdp:{n} a device would hold {own / whole:.0%} of the state. Choose another."
+        )

@@ -11,6 +11,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import optax
 
 from crate_jax.collectives import KINDS, collectives
 from crate_jax.config import TrainConfig
@@ -18,7 +19,7 @@ from crate_jax.models.cost import activation_bytes, multiply_adds, num_tokens
 from crate_jax.models.crate import Crate, pair
 from crate_jax.models.zoo import build_model
 from crate_jax.parallel import batch_sharding, check_batch_size, make_mesh, parse_mesh
-from crate_jax.training.optimizer import make_optimizer, make_schedule
+from crate_jax.training.optimizer import make_optimizer
 from crate_jax.training.programs import jit_train_step
 from crate_jax.training.state import TrainState, abstract_state
 
@@ -34,7 +35,7 @@ class Chip:
         link: bytes a second that a chip sends to its neighbours, one way: half of what is quoted
             for both ways.
         domain: how many chips those links join.
-        network: bytes a second a chip beyond that; None: no figure was found.
+        network: bytes a second a chip beyond that.
         source: where the figures are from.
     """
 
@@ -43,7 +44,7 @@ class Chip:
     memory_bandwidth: float
     link: float
     domain: int
-    network: float | None
+    network: float
     source: str
 
 
@@ -85,7 +86,7 @@ def plan(config: TrainConfig, spec: str) -> dict[str, Any]:
     devices, micro_batches = mesh.devices.size, config.optim.accumulate_steps
     check_batch_size("batch_size", config.batch_size, devices * micro_batches)
     model = build_model(config.model)
-    schedule = make_schedule(config.optim, total_steps=10_000, steps_per_epoch=1_000)
+    schedule = optax.constant_schedule(1.0)  # which one it is costs nothing
     tx = make_optimizer(config.optim, schedule)
     key = jax.random.key(0)
     state, shardings = abstract_state(model, tx, key, mesh, ema=config.optim.ema_decay > 0)
@@ -116,6 +117,7 @@ def plan(config: TrainConfig, spec: str) -> dict[str, Any]:
         "model": config.model.name,
         "mesh": dict(mesh.shape),
         "batch_size": config.batch_size,
+        "dtype": config.model.dtype,
         "parameters": _values(state.params),
         "memory": memory | {"total": sum(memory.values()), "compiled": in_use},
         "flops": flops,
@@ -124,6 +126,30 @@ def plan(config: TrainConfig, spec: str) -> dict[str, Any]:
         "gathered_bytes": gathered,
         "chips": {name: _seconds(c, flops / devices, memory, joined) for name, c in CHIPS.items()},
     }
+
+
+def table(found: dict[str, Any]) -> str:
+    """What `plan` found, for people."""
+    memory, lines = found["memory"], [f"{found['parameters']:,} parameters", ""]
+    lines.append("memory of a device                 GiB")
+    lines += [f"  {name:<28}{size / 2**30:>10.3f}" for name, size in memory.items()]
+    lines += ["", "collectives of a step, compiled  count        MB"]
+    for kind, of in found["collectives"].items():
+        lines.append(f"  {kind:<28}{of['count']:>8}{of['bytes'] / 1e6:>10.1f}")
+    for name in ("gradient_bytes", "gathered_bytes"):
+        lines.append(f"  {name + ', by formula':<36}{found[name] / 1e6:>10.1f}")
+    if found["dtype"] != "float32":
+        lines.append(f"compiled for CPUs, which compute {found['dtype']} products in float32")
+    lines += ["", "at peak (ms)  compute    memory     links   network      step      fits"]
+    for chip, seconds in found["chips"].items():
+        cells = [
+            f"{1e3 * seconds[f'{name}_s']:.2f}" if f"{name}_s" in seconds else ""
+            for name in ("compute", "memory", "links", "network")
+        ]
+        low, high = (1e3 * s for s in seconds["step_s"])
+        cells += [f"{low:.1f}-{high:.1f}", "yes" if seconds["fits"] else "NO"]
+        lines.append(f"  {chip:<10}" + "".join(f"{cell:>10}" for cell in cells))
+    return "\n".join(lines) + "\n"
 
 
 def mesh_size(spec: str) -> int:
@@ -159,9 +185,8 @@ def memory_bytes(
     params = _bytes(state.params, per_device=True)
     layer = activation_bytes(model.clone(remat="none")) // model.depth
     working = rows * (layer + _WORKING_ARRAYS * 4 * num_tokens(model) * model.width)
-    if params < _bytes(
-        state.params, per_device=False
-    ):  # the weights of a layer, and their gradient
+    if params < _bytes(state.params, per_device=False):
+        # The weights of a layer, gathered, and their gradients.
         working += 2 * _bytes(state.params["blocks"], per_device=False) // model.depth
     return {
         "parameters": params,
@@ -227,11 +252,9 @@ def _seconds(
         "links_s": link / chip.link,
     }
     if network:
-        seconds["network_s"] = network / chip.network if chip.network else None
-    known = [value for value in seconds.values() if value is not None]
-    complete = len(known) == len(seconds)
+        seconds["network_s"] = network / chip.network
     # At best everything overlaps, at worst nothing does.
-    seconds["step_s"] = [max(known), sum(known)] if complete else None
+    seconds["step_s"] = [max(seconds.values()), sum(seconds.values())]
     seconds["fits"] = sum(memory.values()) <= chip.memory
     return seconds
 

@@ -614,7 +614,16 @@ def test_flipped_bit_of_a_record_is_found(tmp_path, changed):
     again.close()
 
 
-@pytest.mark.parametrize("damaged", ['{"test/top1": 0.', '{"test/uop1": 0.9}', "[0.9]", "\xff"])
+@pytest.mark.parametrize(
+    "damaged",
+    [
+        '{"test/top1": 0.',
+        '{"test/uop1": 0.9}',
+        "[0.9]",
+        "\xff",
+        '{"test/top1": 0.99, "test/loss": 0.3333333333333333}',  # another digit
+    ],
+)
 def test_step_with_unreadable_metrics_is_restored_but_not_the_best(tmp_path, damaged):
     checkpointer = write(tmp_path, [0.5, 0.9])
     checkpointer.close()

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import time
 
@@ -115,6 +116,15 @@ def test_checkpoints_lists_the_run(trained):
     assert len(rows) == 2 and "intact" in rows[0] and "test/top1 0." in rows[1]
 
 
+def test_checkpoints_ends_with_1_where_one_is_damaged(trained, tmp_path):
+    shutil.copytree(trained[0], tmp_path / "run")
+    (tmp_path / "run/checkpoints/8/state/_METADATA").unlink()
+    status, out, err = run("-m", "crate_jax", "checkpoints", tmp_path / "run")
+    *rows, last = out.splitlines()
+    assert status == 1 and not json.loads(last)["intact"], err
+    assert "DAMAGED" in rows[1] and "checkpoint must be readable; step 8 in" in rows[2]
+
+
 def test_report_draws_the_run(trained):
     workdir, _ = trained
     found = result("-m", "crate_jax", "report", f"--workdir={workdir}")
@@ -214,8 +224,6 @@ def test_batch_must_fit_the_devices(tmp_path):
 
 @pytest.mark.parametrize("damage", ["file", "config", "checkpoint"])
 def test_unreadable_workdir(trained, tmp_path, damage):
-    import shutil
-
     workdir = tmp_path / "run"
     if damage == "file":
         workdir.write_text("not a folder")

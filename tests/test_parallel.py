@@ -11,6 +11,7 @@ from jax.sharding import AxisType, PartitionSpec
 from crate_jax.parallel import (
     batch_sharding,
     check_batch_size,
+    check_shares,
     make_mesh,
     replicated,
     state_shardings,
@@ -137,9 +138,25 @@ def test_axes_and_open_sizes_are_named_once(spec):
 
 def test_slices_of_different_sizes_are_refused():
     devices = [OfSlice(i, int(i > 2), int(i > 2)) for i in range(8)]
-    message = r"devices must be equally many on every slice or host; got \[3, 5\]\. Start as many"
+    message = r"devices must be equally many on every slice or host for fsdp; got \[3, 5\]\. Start"
     with pytest.raises(ValueError, match=message):
-        make_mesh("data:-1", devices)
+        make_mesh("data:-1,fsdp:2", devices)
+    assert make_mesh("data:-1", devices).devices.shape == (8, 1)  # every device is alike there
+
+
+@pytest.mark.parametrize(("width", "share"), [(768, None), (42, "100%")])
+def test_fsdp_that_divides_nothing_is_refused(width, share):
+    state = {
+        "w": jax.ShapeDtypeStruct((width, width), jnp.float32),
+        "b": jax.ShapeDtypeStruct((width,), jnp.float32),
+    }
+    mesh = make_mesh("fsdp:8")
+    shardings = state_shardings(state, mesh)
+    if share is None:
+        return check_shares(state, shardings, mesh)
+    message = rf"divides the widths of the model; with fsdp:8 a device would hold {share} of the"
+    with pytest.raises(ValueError, match=message):
+        check_shares(state, shardings, mesh)
 
 
 # --- where arrays lie -----------------------------------------------------------------------------

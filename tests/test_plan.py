@@ -138,6 +138,17 @@ def test_flags_that_do_not_exist(flag, message):
     assert (status, out) == (2, "") and message in err and len(err.splitlines()) == 1
 
 
+def test_a_plan_does_not_depend_on_the_schedule():
+    config = recipe("imagenet1k", "tiny", **SMALL, optim__warmup_epochs=100)
+    assert plan(config, "data:2")["flops"] > 0
+
+
+def test_a_config_that_is_no_recipe():
+    status, _, err = run("-m", "crate_jax", "plan", "--config=README.md", "--mesh=data:2")
+    assert status == 2 and err.startswith("error: --config must be a recipe; README.md is none (")
+    assert len(err.splitlines()) == 1
+
+
 PROGRAM = """
 %body.1 (p: f32[]) -> f32[] {
   %g = (bf16[4,8]{1,0}, f32[3]{0}) all-gather(%a), replica_groups=[2,4]<=[8], dimensions={0}

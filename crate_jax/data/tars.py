@@ -227,7 +227,13 @@ def _decoded(names: np.ndarray) -> list[str]:
 def _folder_labels(path: str, names: list[str], folders: list[str]) -> tuple[list[int], list[str]]:
     """A label for each image by its first folder, and the names of the classes."""
     parts = [name.split("/") for name in names]
-    around = {p[0] for p in parts} | {f.split("/")[0] for f in folders}
+    first = {p[0] for p in parts}
+    around = first | {f.split("/")[0] for f in folders}
+    if len(first) == 1 < len(around) and all(len(p) > 2 for p in parts):
+        raise ValueError(
+            f"{path} must hold class/image files; all are below {parts[0][0]}, beside other folders"
+            ". Pack what is in it."
+        )
     if len(around) == 1 and any(len(p) > 2 for p in parts):
         parts = [p[1:] for p in parts]
         folders = [below for f in folders if (below := f.partition("/")[2])]

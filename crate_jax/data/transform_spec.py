@@ -158,7 +158,7 @@ def parse_transforms(spec: str, field: str, *, channels: int | None = None) -> l
         broken = _broken_rule(call.func.id, arguments)
         levels = arguments.get("value")
         if not broken and channels and type(levels) is tuple and len(levels) not in (1, channels):
-            broken = f"value must have 1 or {channels} levels; got {levels}"
+            broken = f"value must have a level for each of {channels} channels; got {levels}"
         if broken:
             raise ValueError(f"{field}: in {part}, {broken}. Mend it.")
         transforms.append(functools.partial(function, **arguments))

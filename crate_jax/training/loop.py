@@ -48,6 +48,9 @@ from crate_jax.training.programs import jit_eval_step, jit_train_step, preproces
 from crate_jax.training.state import TrainState, abstract_state, init_sharded, replace_params
 from crate_jax.training.workdir import Stopped, StopSignal, check_workdir, write_config
 
+# What XLA calls errors that are the program's own: another try would end the same.
+_OURS = ("INVALID_ARGUMENT", "UNIMPLEMENTED")
+
 # Images of a batch on which the objective is measured: the tokens of all layers are held at once.
 OBJECTIVE_IMAGES = 64
 
@@ -171,9 +174,14 @@ def train(config: TrainConfig, workdir: str | Path) -> dict[str, Any]:
                         run, programs, batches, state, record, checkpointer, reporter, stop
                     )
     except jax.errors.JaxRuntimeError as error:
-        if not distributed:
-            raise
         reason = str(error).strip().splitlines()[0]
+        if "RESOURCE_EXHAUSTED" in reason:
+            raise ValueError(
+                f"a step must fit into the memory of a device; it does not ({reason[:200]}). Raise "
+                "optim.accumulate_steps, set model.remat=full, or split over more devices."
+            ) from error
+        if not distributed or reason.startswith(_OURS):
+            raise
         raise LostProcess(
             f"all processes must stay; one was lost, or failed here ({reason[:200]}). Start all "
             f"of them again: they go on after step {checkpointer.latest_step or 0}."

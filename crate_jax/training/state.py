@@ -12,7 +12,7 @@ from jax.sharding import Mesh
 
 from crate_jax.models.cost import sample_images
 from crate_jax.models.crate import Crate
-from crate_jax.parallel import place, state_shardings
+from crate_jax.parallel import check_shares, place, state_shardings
 
 
 @flax.struct.dataclass
@@ -55,9 +55,13 @@ def abstract_state(
 
     Returns:
         The state as `jax.ShapeDtypeStruct` leaves with shardings, and the tree of the shardings.
+
+    Raises:
+        ValueError: the mesh has an ``fsdp`` that splits little of the state.
     """
     shapes = jax.eval_shape(lambda key: init_state(model, tx, key, ema=ema), key)
     shardings = state_shardings(shapes, mesh)
+    check_shares(shapes, shardings, mesh)
     leaf = lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)  # noqa: E731
     return jax.tree.map(leaf, shapes, shardings), shardings
 

@@ -379,6 +379,8 @@ def test_tars_within_a_tar(tmp_path):
     one, two = (tar_bytes({f"{n}.jpg": b"x"}) for n in (1, 2))
     write_tar(tmp_path, "twice", {"ant.tar": one, "bee.tar": one, "./ant.tar": two})
     assert set(contents(tmp_path, "twice")[0]) == {"ant/2.jpg", "bee/1.jpg"}  # the last counts
+    write_tar(tmp_path, "both", {"ant/3.jpg": b"x", "ant.tar": one, "bee.tar": two})
+    assert set(contents(tmp_path, "both")[0]) == {"ant/1.jpg", "ant/3.jpg", "bee/2.jpg"}
     write_tar(tmp_path, "packed", {"ant.tar": one, "bee.tar.gz": b"x"})
     with pytest.raises(ValueError, match=r"bee\.tar\.gz must be an uncompressed tar file\. Unpack"):
         open_split("tar", tmp_path, "packed")
@@ -450,6 +452,19 @@ def test_damaged_tar_does_not_pass_for_a_shorter_one(tmp_path, damage, within):
     found = open_split("tar", tmp_path, on_bad_example="skip")
     if within:
         assert found.class_names == ("a", "b", "c")  # what is whole around the damage is read
+
+
+def test_folder_around_all_has_none_beside_it(tmp_path):
+    write_members(
+        tmp_path / "train.tar",
+        ("meta/", {"type": tarfile.DIRTYPE}),
+        ("all/ant/1.jpg", b"1"),
+        ("all/bee/2.jpg", b"2"),
+    )
+    with pytest.raises(
+        ValueError, match=r"train\.tar must hold .*; all are below all, beside other"
+    ):
+        open_split("tar", tmp_path)
 
 
 def test_tar_that_is_written_again_at_its_size(tmp_path):

@@ -160,11 +160,10 @@ def test_every_argument_has_a_rule_that_its_default_keeps():
 def test_levels_are_as_many_as_channels():
     spec = "random_erasing(value=(1, 2, 3))"
     assert parse_transforms(spec, "x", channels=3) and parse_transforms(spec, "x")
-    with pytest.raises(
-        ValueError, match=r"x: in .*, value must have 1 or 1 levels; got \(1, 2, 3\)"
-    ):
+    message = r"x: in .*, value must have a level for each of 1 channels; got \(1, 2, 3\)\."
+    with pytest.raises(ValueError, match=message):
         parse_transforms(spec, "x", channels=1)
-    with pytest.raises(ValueError, match=r"value must have 1 or 1 levels"):
+    with pytest.raises(ValueError, match=r"value must have a level for each of 1 channels"):
         make_prepare(DataConfig(train_transforms=spec), (8, 8, 1), train=True)
 
 

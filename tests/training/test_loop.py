@@ -14,6 +14,7 @@ import pytest
 from stored import convert, encode_crops, write_array_record, write_folder
 
 import crate_jax.config as config_module
+import crate_jax.training.loop as loop
 from crate_jax.checkpoint import Checkpointer
 from crate_jax.config import DataConfig, ModelConfig, OptimConfig, ParallelConfig, TrainConfig
 from crate_jax.data.sources import open_source
@@ -325,3 +326,15 @@ def test_a_bucket_is_no_workdir(tiny_config):
     )
     with pytest.raises(ValueError, match=message):
         train(tiny_config(), "gs://bucket/run")
+
+
+def test_too_little_memory_is_a_mistake_with_a_remedy(tiny_config, tmp_path, monkeypatch):
+    def full(*args):
+        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes.")
+
+    monkeypatch.setattr(loop, "jit_train_step", lambda *args: full)
+    message = (
+        r"a step must fit into the memory of a device; .* Raise optim\.accumulate_steps, set mo"
+    )
+    with pytest.raises(ValueError, match=message):
+        train(tiny_config(), tmp_path)
