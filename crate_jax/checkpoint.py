@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
 import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
+from orbax.checkpoint import multihost
 from orbax.checkpoint.checkpoint_manager import METRIC_ITEM_NAME
 from orbax.checkpoint.checkpoint_managers import preservation_policy
 
@@ -28,6 +28,10 @@ DIGEST = "digest"  # of the state; in the record, between the disk and this modu
 METRICS = "metrics"  # what was measured at the step, likewise: Orbax has them in a file unchecked
 CHECKSUM = "checksum"  # of the record with these, likewise
 DAMAGED = "damaged-"  # what a step that was set aside is called
+
+# Seconds for which a process that has read a step waits for the others to have read it, and one
+# that could not waits to hear from them.
+READING_S, AGREEMENT_S = 3600, 60
 
 
 class Checkpointer:
@@ -55,6 +59,7 @@ class Checkpointer:
     ):
         self.directory = Path(workdir).absolute() / FOLDER
         self._saving: int | None = None
+        self._agreements = 0
         metric = lambda metrics: metrics[best_metric]  # noqa: E731
         # Orbax's max_to_keep would keep the best and delete the latest, and a resumed run go back.
         kept: list[Any] = [preservation_policy.LatestN(keep_latest)]
@@ -171,7 +176,8 @@ class Checkpointer:
         """Read the newest step that is whole, and set newer ones aside.
 
         A damaged step is renamed, ``damaged-300``, so that its number is free again and nobody
-        takes it for a checkpoint; nothing is deleted. All processes take the same step.
+        takes it for a checkpoint; nothing is deleted. All processes take the same step; one that
+        alone cannot read it gives the others a minute to say so too.
 
         Args:
             abstract_state: as for `restore`.
@@ -181,6 +187,8 @@ class Checkpointer:
 
         Raises:
             ValueError: no step can be read; none is renamed.
+            jax.errors.JaxRuntimeError: this process cannot read a step, and another does not say
+                whether it can: it waits for this one within Orbax, or is lost.
         """
         problems: dict[int, str] = {}
         for step in reversed(self.steps):
@@ -189,7 +197,7 @@ class Checkpointer:
                 found = self.restore(step, abstract_state)
             except ValueError as error:
                 problems[step] = str(error)
-            if _everywhere(found is not None) and found is not None:
+            if self._agreed(found is not None) and found is not None:
                 self._set_aside(list(problems))
                 return *found, list(problems.values())
             problems.setdefault(step, self._damage(step, "another process cannot read it"))
@@ -286,6 +294,10 @@ class Checkpointer:
     def _read(self, step: int, items: ocp.args.Composite) -> Any:
         try:
             return self._manager.restore(step, args=items)
+        except jax.errors.JaxRuntimeError as error:
+            if jax.process_count() > 1:  # another process is gone, which says nothing of the step
+                raise
+            raise self._unreadable(step, error) from error
         except Exception as error:  # Orbax raises bare Exceptions, and KeyErrors and JSON errors
             raise self._unreadable(step, error) from error
 
@@ -300,6 +312,21 @@ class Checkpointer:
         own = (DIGEST, METRICS, CHECKSUM)
         return {key: value for key, value in record.items() if key not in own}
 
+    def _agreed(self, ok: bool) -> bool:
+        """Whether it is so on every process."""
+        count, own = jax.process_count(), jax.process_index()
+        if count == 1:
+            return ok
+        # Not by a collective: the others may be waiting in one of Orbax's, which then would never
+        # be met.
+        client = multihost.get_jax_distributed_client()
+        self._agreements += 1
+        key = f"crate_jax/restored/{self._agreements}/"
+        client.key_value_set(f"{key}{own}", str(int(ok)))
+        wait_ms = 1000 * (READING_S if ok else AGREEMENT_S)
+        said = [client.blocking_key_value_get(f"{key}{i}", wait_ms) for i in range(count)]
+        return all(word == "1" for word in said)
+
     def _set_aside(self, steps: list[int]) -> None:
         if not steps:
             return
@@ -308,7 +335,8 @@ class Checkpointer:
                 names = [f"{DAMAGED}{step}", *(f"{DAMAGED}{step}.{i}" for i in range(1, 1000))]
                 free = next(n for n in names if not (self.directory / n).exists())
                 os.rename(self.directory / str(step), self.directory / free)
-        _everywhere(True)  # nobody looks before the names are changed
+        # Nobody looks before the names are changed.
+        multihost_utils.sync_global_devices("crate_jax: damaged checkpoints are set aside")
         self._manager.reload()
 
     def _unreadable(self, step: int, error: Exception) -> ValueError:
@@ -367,13 +395,6 @@ def _with_checksum(record: dict[str, Any]) -> dict[str, Any]:
     others = {key: value for key, value in record.items() if key != CHECKSUM}
     text = json.dumps(others, sort_keys=True)
     return others | {CHECKSUM: zlib.crc32(text.encode())}
-
-
-def _everywhere(ok: bool) -> bool:
-    """Whether it is so on every process; all of them wait for each other."""
-    if jax.process_count() == 1:
-        return ok
-    return bool(np.min(multihost_utils.process_allgather(np.int32(ok))))
 
 
 def _no_checkpoint(directory: Path) -> FileNotFoundError:

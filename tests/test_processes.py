@@ -5,6 +5,7 @@ Gloo joins them over localhost. Every process ends by SIGKILL at its time limit,
 
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -25,7 +26,7 @@ ARGUMENTS = [*TINY, f"--config.total_steps={STEPS}", f"--config.eval_every_steps
 CLOCK = ("images_per_s", "data_wait_share")
 
 
-def start_all(workdir, count, *arguments, own=((), ())):
+def start_all(workdir, count, *arguments, own=((), ()), program=("train.py",)):
     """All processes of a run, each with four devices; a single one is started as always.
 
     With arguments of their `own`, each also has its own workdir.
@@ -43,7 +44,7 @@ def start_all(workdir, count, *arguments, own=((), ())):
         ]
         processes.append(
             subprocess.Popen(
-                ["timeout", "--signal=KILL", str(LIMIT_S), sys.executable, "train.py"]
+                ["timeout", "--signal=KILL", str(LIMIT_S), sys.executable, *program]
                 + [f"--workdir={workdir}{f'/{i}' if own[i] else ''}", *ARGUMENTS]
                 + [*addressed[: 4 * (count > 1)], *arguments, *own[i]],
                 cwd=ROOT,
@@ -89,11 +90,11 @@ def one_process(tmp_path_factory):
     workdir = tmp_path_factory.mktemp("one")
     ((status, out, err),) = finish(start_all(workdir, 1))
     assert status == 0, err
-    return json.loads(out), losses(workdir)
+    return json.loads(out), losses(workdir), workdir
 
 
 def test_two_are_one_stopped_and_resumed_by_two_one_and_two(one_process, tmp_path):
-    expected, expected_losses = one_process
+    expected, expected_losses, _ = one_process
     steps = []
     for count, step in ((2, 6), (1, 40)):
         processes = start_all(tmp_path, count)
@@ -158,3 +159,37 @@ def test_a_process_that_fails_says_why_and_ends_the_other_within_a_minute(tmp_pa
     last = err.splitlines()[-1]
     assert last.startswith("error: ") and "must be an image; its 8 bytes do not decode" in last
     assert other not in (0, 2), other_err
+
+
+# Started in place of train.py: the last process cannot read the newest checkpoint, and it alone.
+ONE_CANNOT_READ = """
+import runpy, sys
+import jax
+from crate_jax import checkpoint
+
+checkpoint.AGREEMENT_S = 5
+read = checkpoint.Checkpointer._read
+
+def broken(self, step, items):
+    if jax.process_index() == 1 and step == self.steps[-1]:
+        raise self._unreadable(step, OSError("Input/output error"))
+    return read(self, step, items)
+
+checkpoint.Checkpointer._read = broken
+runpy.run_path("train.py", run_name="__main__")
+"""
+
+
+def test_a_checkpoint_that_one_process_cannot_read_hangs_nobody(one_process, tmp_path):
+    shutil.copytree(one_process[2], tmp_path / "run")
+    start = time.monotonic()
+    flags = ["--config.total_steps=90", "--config.eval_every_steps=90"]
+    program = ("-c", ONE_CANNOT_READ)
+    (other, _, other_err), (status, out, err) = finish(
+        start_all(tmp_path / "run", 2, *flags, program=program)
+    )
+    assert time.monotonic() - start < 90
+    assert status == 75 and "{" not in out, (status, out, err)
+    assert "processes must stay; one was lost" in err.splitlines()[-1]
+    assert other not in (0, 2), other_err
+    assert (tmp_path / "run/checkpoints" / str(STEPS)).is_dir()  # nothing is renamed by one alone
