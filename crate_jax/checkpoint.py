@@ -7,26 +7,22 @@ with them and compared. This module knows pytrees and paths, and no model.
 """
 
 import contextlib
-import json
 import os
 import shutil
-import zlib
 from pathlib import Path
 from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
-from orbax.checkpoint import multihost
 from orbax.checkpoint.checkpoint_manager import METRIC_ITEM_NAME
 from orbax.checkpoint.checkpoint_managers import preservation_policy
 
 from crate_jax.digest import changed, digest
+from crate_jax.parallel import all_agree
+from crate_jax.sealed_record import DIGEST, Manager, is_whole, seal, unseal
 
 FOLDER = "checkpoints"  # below the run's workdir
-DIGEST = "digest"  # of the state; in the record, between the disk and this module
-METRICS = "metrics"  # what was measured at the step, likewise: Orbax has them in a file unchecked
-CHECKSUM = "checksum"  # of the record with these, likewise
 DAMAGED = "damaged-"  # what a step that was set aside is called
 
 # Seconds for which a process that has read a step waits for the others to have read it, and one
@@ -59,7 +55,6 @@ class Checkpointer:
     ):
         self.directory = Path(workdir).absolute() / FOLDER
         self._saving: int | None = None
-        self._agreements = 0
         metric = lambda metrics: metrics[best_metric]  # noqa: E731
         # Orbax's max_to_keep would keep the best and delete the latest, and a resumed run go back.
         kept: list[Any] = [preservation_policy.LatestN(keep_latest)]
@@ -73,7 +68,7 @@ class Checkpointer:
             raise _no_checkpoint(self.directory)
         if not read_only:
             self._sweep("*")
-        self._manager = _Manager(
+        self._manager = Manager(
             self.directory,
             best_metric,
             ocp.CheckpointManagerOptions(read_only=True, best_fn=metric)
@@ -139,9 +134,7 @@ class Checkpointer:
             failure = error
         items = ocp.args.Composite(
             state=ocp.args.StandardSave(state),
-            record=ocp.args.JsonSave(
-                _with_checksum(record | {DIGEST: digest(state), METRICS: metrics or {}})
-            ),
+            record=ocp.args.JsonSave(seal(record, digest(state), metrics)),
         )
         try:
             # force: the loop decides when; Orbax has no interval of its own to keep.
@@ -197,7 +190,8 @@ class Checkpointer:
                 found = self.restore(step, abstract_state)
             except ValueError as error:
                 problems[step] = str(error)
-            if self._agreed(found is not None) and found is not None:
+            wait_s = AGREEMENT_S if found is None else READING_S
+            if all_agree(found is not None, wait_s=wait_s) and found is not None:
                 self._set_aside(list(problems))
                 return *found, list(problems.values())
             problems.setdefault(step, self._damage(step, "another process cannot read it"))
@@ -305,27 +299,11 @@ class Checkpointer:
         """The record as it was saved, once it and the tree have been compared with that."""
         record = dict(record)
         # Runs of the first days have neither.
-        if CHECKSUM in record and record != _with_checksum(record):
+        if not is_whole(record):
             raise ValueError(self._damage(step, "its record is not what was saved"))
         if DIGEST in record and tree and (paths := changed(tree, record[DIGEST])):
             raise ValueError(self._damage(step, f"{paths[0]} is not what was saved"))
-        own = (DIGEST, METRICS, CHECKSUM)
-        return {key: value for key, value in record.items() if key not in own}
-
-    def _agreed(self, ok: bool) -> bool:
-        """Whether it is so on every process."""
-        count, own = jax.process_count(), jax.process_index()
-        if count == 1:
-            return ok
-        # Not by a collective: the others may be waiting in one of Orbax's, which then would never
-        # be met.
-        client = multihost.get_jax_distributed_client()
-        self._agreements += 1
-        key = f"crate_jax/restored/{self._agreements}/"
-        client.key_value_set(f"{key}{own}", str(int(ok)))
-        wait_ms = 1000 * (READING_S if ok else AGREEMENT_S)
-        said = [client.blocking_key_value_get(f"{key}{i}", wait_ms) for i in range(count)]
-        return all(word == "1" for word in said)
+        return unseal(record)
 
     def _set_aside(self, steps: list[int]) -> None:
         if not steps:
@@ -358,43 +336,6 @@ class Checkpointer:
             f"{self.directory} must take checkpoints; it did not ({reason}). {kept}. Free or mount "
             "the disk, and run again."
         )
-
-
-class _Manager(ocp.CheckpointManager):
-    """Orbax's, but one unreadable metrics file does not keep it from opening a directory.
-
-    Args:
-        directory: of the steps.
-        best_metric: what a step's metrics must hold.
-        options: Orbax's.
-    """
-
-    def __init__(self, directory: Path, best_metric: str, options: ocp.CheckpointManagerOptions):
-        self._best_metric = best_metric  # first: Orbax reads all metrics when it is made
-        super().__init__(directory, options=options)
-
-    def metrics(self, step: int) -> dict[str, float] | None:
-        """None as well for metrics that cannot be read, or are not those that were saved.
-
-        Such a step is not among the best.
-        """
-        try:
-            found = super().metrics(step)
-            path = Path(self.directory) / str(step) / "record" / "metadata"
-            record = json.loads(path.read_text()) if found and path.exists() else {}
-        except (ValueError, OSError):  # of JSON and of Unicode too
-            return None
-        if isinstance(record, dict) and record.get(METRICS, found) != found:
-            return None
-        known = isinstance(found, dict) and isinstance(found.get(self._best_metric), int | float)
-        return found if known else None
-
-
-def _with_checksum(record: dict[str, Any]) -> dict[str, Any]:
-    """The record with the CRC-32 of its other entries."""
-    others = {key: value for key, value in record.items() if key != CHECKSUM}
-    text = json.dumps(others, sort_keys=True)
-    return others | {CHECKSUM: zlib.crc32(text.encode())}
 
 
 def _no_checkpoint(directory: Path) -> FileNotFoundError:

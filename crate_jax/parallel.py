@@ -1,6 +1,7 @@
 """The processes of a run, the mesh of their devices, and the rule that lays arrays out on it."""
 
 import functools
+import itertools
 import math
 import os
 import re
@@ -16,6 +17,8 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec, Sharding
 from crate_jax.config import ParallelConfig
 
 AXES = ("data", "fsdp")
+
+_QUESTIONS = itertools.count()  # of `all_agree`
 
 
 class LostProcess(RuntimeError):
@@ -72,6 +75,30 @@ def _number(name: str, value: int | None) -> int:
             "auto on a TPU pod or under SLURM."
         )
     return int(text)
+
+
+def all_agree(ok: bool, *, wait_s: float) -> bool:
+    """Whether something is so on every process of a run, asked without a collective.
+
+    Collectives wait for every process; one that is stuck in another of them would never come. All
+    processes ask the same questions in the same order.
+
+    Args:
+        ok: whether it is so on this one.
+        wait_s: seconds to wait for the others to say.
+
+    Raises:
+        jax.errors.JaxRuntimeError: another did not say in time.
+    """
+    if jax.process_count() == 1:
+        return ok
+    from orbax.checkpoint import multihost
+
+    client = multihost.get_jax_distributed_client()
+    question = next(_QUESTIONS)
+    client.key_value_set(f"crate_jax/{question}/{jax.process_index()}", str(int(ok)))
+    keys = [f"crate_jax/{question}/{i}" for i in range(jax.process_count())]
+    return all(client.blocking_key_value_get(key, int(1000 * wait_s)) == "1" for key in keys)
 
 
 def parse_mesh(spec: str) -> dict[str, int]:

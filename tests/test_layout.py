@@ -19,6 +19,7 @@ FLOORS = [
     "objective",
     "models",
     "parallel",
+    "sealed_record",
     "checkpoint",
     "saved_runs",
     "data",
