@@ -31,6 +31,7 @@ class ModelConfig:
     lmbda: float | None = None  # ISTA's sparsity weight, >= 0
     dropout: float | None = None  # share of entries dropped while training, [0, 1)
     dtype: str = "float32"  # of the computation: "float32" or "bfloat16"
+    backward: str | None = None  # the backward pass: "derived" or, for jax.jvp, "autodiff"
     remat: str | None = None  # what the backward pass recomputes: "none", "dots" or "full"
     scan_unroll: int | None = None  # layers per iteration of the compiled loop, >= 1
 
@@ -144,6 +145,7 @@ IDENTITY = (
 _CHOICES = {
     "model.pool": (None, "cls", "mean"),
     "model.dtype": ("float32", "bfloat16"),
+    "model.backward": (None, "derived", "autodiff"),
     "model.remat": (None, "none", "dots", "full"),
     "optim.optimizer": ("adamw", "lion"),
     "optim.mu_dtype": ("float32", "bfloat16"),

@@ -201,13 +201,15 @@ def memory_bytes(
 def step_flops(model: Crate) -> int:
     """Operations of the matrix products of a training step, for one image.
 
-    Two for each multiply-add; the backward pass takes twice the forward pass. What remat computes
-    again is counted: all of it, or with "dots" the attention.
+    Two for each multiply-add; the backward pass takes twice the forward pass, less one of the four
+    products of attention if it is the derived one. What remat computes again is counted: all of
+    it, or with "dots" the attention.
     """
     forward = 2 * multiply_adds(model)
     N, K, p = num_tokens(model), model.num_heads, model.subspace_dim
-    again = {"none": 0, "dots": 4 * model.depth * N * N * K * p, "full": forward}[model.remat]
-    return 3 * forward + again
+    product = 2 * model.depth * N * N * K * p
+    again = {"none": 0, "dots": 2 * product, "full": forward}[model.remat]
+    return 3 * forward + again - (product if model.backward == "derived" else 0)
 
 
 def gradient_bytes(model: Crate, state: TrainState) -> int:

@@ -76,6 +76,7 @@ BOUNDS = {
 CHOICES = {
     "model.pool": ([None, "cls", "mean"], "means", "mean"),
     "model.dtype": (["float32", "bfloat16"], "float16", "bfloat16"),
+    "model.backward": ([None, "derived", "autodiff"], "derivd", "derived"),
     "model.remat": ([None, "none", "dots", "full"], "dot", "dots"),
     "optim.optimizer": (["adamw", "lion"], "adam", "adamw"),
     "optim.schedule": (["cosine", "official_readme"], "cosin", "cosine"),
@@ -265,6 +266,7 @@ def unusual():
         lmbda=0.3,
         dropout=0.4,
         dtype="bfloat16",
+        backward="autodiff",
         remat="dots",
         scan_unroll=2,
     )

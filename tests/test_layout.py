@@ -36,7 +36,17 @@ FLOORS = [
 # Inside a folder, lowest first. A file that is not named here may stand anywhere in its folder, as
 # long as there is no circle. The folder's own __init__ is on top of it.
 ROOMS = {
-    "models": ["layers", "embedding", "vit", "crate_mae", "crate_alpha", "crate", "cost", "zoo"],
+    "models": [
+        "derivatives",
+        "layers",
+        "embedding",
+        "vit",
+        "crate_mae",
+        "crate_alpha",
+        "crate",
+        "cost",
+        "zoo",
+    ],
     "data": [
         "storage",
         "tfrecord",

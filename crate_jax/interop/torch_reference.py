@@ -243,8 +243,8 @@ class Lion(torch.optim.Optimizer):
 def from_flax_model(model: Crate) -> TorchCrate:
     """The PyTorch model with the sizes and constants of a JAX one; parameters start anew.
 
-    Dropout is left out, and what only says how to compute (dtype, remat, scan_unroll) has no
-    counterpart. Weights carry over by `crate_jax.interop.torch_weights.to_state_dict`.
+    Dropout is left out, and what only says how to compute (dtype, backward, remat, scan_unroll) has
+    no counterpart. Weights carry over by `crate_jax.interop.torch_weights.to_state_dict`.
 
     Raises:
         ValueError: the model's fields do not fit together.

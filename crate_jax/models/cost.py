@@ -52,19 +52,23 @@ def multiply_adds(model: Crate) -> int:
 def activation_bytes(model: Crate) -> int:
     """Bytes per image that the layers keep for the backward pass, by formula.
 
-    Without recomputation a layer keeps in float32, whatever its dtype, three arrays of either
-    LayerNorm (6 N d), the exponentials of the softmax (K N²) and the statistics of both (4 N and
-    2 K N); in its dtype the inputs of the matrix products, which are the two normalised tokens and
-    Y − D Y (3 N d), the subspace tokens before and after attention (2 N K p) and the attention
-    (K N²); and a byte an entry where ISTA thresholded (N d). With remat "dots" it keeps its input
-    and the products by U, W_out, Dᵀ and D (4 N d + N K p); with "full", its input alone. With one
-    full subspace there is no W_out, nor the array that it would keep. Dropout and taps are left
-    out.
+    Without recomputation a layer keeps in its dtype the tokens before either LayerNorm (2 N d); the
+    inputs of the matrix products, which are the two normalised tokens and Y − D Y (3 N d) and the
+    subspace tokens before and after attention (2 N K p); and the attention (K N²). Mean and
+    deviation of a LayerNorm are float32 (4 N), and where ISTA thresholded is a byte an entry
+    (N d). With backward "autodiff" it keeps, in float32 whatever its dtype, three arrays of either
+    LayerNorm (6 N d) in place of its input, the exponentials of the softmax (K N²) and the
+    statistics of both (4 N and 2 K N). With remat "dots" it keeps its input and the products by U,
+    W_out, Dᵀ and D (4 N d + N K p); with "full", its input alone. With one full subspace there is
+    no W_out, nor the array that it would keep. Dropout and taps are left out.
     """
     N, d, K, p = num_tokens(model), model.width, model.num_heads, model.subspace_dim
     merged, itemsize = _has_output(model), jnp.dtype(model.dtype).itemsize
-    float32_values = 6 * N * d + K * N * N + 4 * N + 2 * K * N
-    values = 3 * N * d + (1 + merged) * N * K * p + K * N * N
+    float32_values, values = 4 * N, 3 * N * d + (1 + merged) * N * K * p + K * N * N
+    if model.backward == "derived":
+        values += 2 * N * d
+    else:
+        float32_values += 6 * N * d + K * N * N + 2 * K * N
     layer = {
         "none": 4 * float32_values + itemsize * values + N * d,
         "dots": itemsize * ((3 + merged) * N * d + N * K * p),

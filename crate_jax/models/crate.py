@@ -9,8 +9,9 @@ import jax.numpy as jnp
 from jax import Array
 from jax.typing import DTypeLike
 
+from crate_jax.models.derivatives import BACKWARD
 from crate_jax.models.embedding import PatchEmbedding
-from crate_jax.models.layers import ISTA, MSSA, dense, layer_norm
+from crate_jax.models.layers import ISTA, MSSA, LayerNorm, dense
 
 TAPS = ("subspace_tokens", "attention", "mssa", "z_half", "ista")
 
@@ -39,15 +40,17 @@ class CrateBlock(nn.Module):
     lmbda: float
     dropout: float
     dtype: DTypeLike
+    backward: str
     taps: tuple[str, ...]
 
     @nn.compact
     def __call__(self, Z_BxNxd: Array, train: bool) -> tuple[Array, dict[str, Array]]:
         """Tokens (B, N, d) to tokens (B, N, d), and those of `TAPS` that were asked for."""
-        Y_BxNxd = layer_norm(Z_BxNxd, self.dtype, "mssa_norm")
-        update_BxNxd, seen = MSSA(self.num_heads, self.head_dim, self.dtype, name="mssa")(Y_BxNxd)
+        Y_BxNxd = LayerNorm(self.dtype, self.backward, name="mssa_norm")(Z_BxNxd)
+        mssa = MSSA(self.num_heads, self.head_dim, self.dtype, self.backward, name="mssa")
+        update_BxNxd, seen = mssa(Y_BxNxd)
         half_BxNxd = Z_BxNxd + nn.Dropout(self.dropout, deterministic=not train)(update_BxNxd)
-        Y_BxNxd = layer_norm(half_BxNxd, self.dtype, "ista_norm")
+        Y_BxNxd = LayerNorm(self.dtype, self.backward, name="ista_norm")(half_BxNxd)
         Z_BxNxd = ISTA(self.eta, self.lmbda, self.dtype, name="ista")(Y_BxNxd)
         seen |= {"mssa": update_BxNxd, "z_half": half_BxNxd, "ista": Z_BxNxd}
         return Z_BxNxd, {name: seen[name] for name in self.taps}
@@ -76,6 +79,8 @@ class Crate(nn.Module):
         dropout: share of the entries dropped while training, of the embedded tokens and of MSSA's
             output; needs a "dropout" key when it is not 0.
         dtype: of the computation, float32 or bfloat16.
+        backward: "derived", the written backward passes of `crate_jax.models.derivatives`; or
+            "autodiff", slower and larger, which forward mode (`jax.jvp`) needs.
         remat: what the backward pass computes again: "none"; "dots", all but matrix products;
             "full".
         scan_unroll: layers per iteration of the compiled loop over layers.
@@ -94,6 +99,7 @@ class Crate(nn.Module):
     lmbda: float = 0.1
     dropout: float = 0.0
     dtype: DTypeLike = jnp.float32
+    backward: str = "derived"
     remat: str = "none"
     scan_unroll: int = 1
 
@@ -135,12 +141,14 @@ class Crate(nn.Module):
             KeyError: an unknown tap.
         """
         self._check(images_BxHxWxc, taps)
-        embedding = PatchEmbedding(pair(self.patch_size), self.width, self.dtype, name="embedding")
+        embedding = PatchEmbedding(
+            pair(self.patch_size), self.width, self.dtype, self.backward, name="embedding"
+        )
         Z_BxNxd = embedding(images_BxHxWxc)
         Z_BxNxd = nn.Dropout(self.dropout, deterministic=not train)(Z_BxNxd)
         Z_BxNxd, seen = self._blocks(tuple(taps))(Z_BxNxd, train)
         pooled_Bxd = Z_BxNxd[:, 0] if self.pool == "cls" else Z_BxNxd.mean(axis=1)
-        pooled_Bxd = layer_norm(pooled_Bxd, jnp.float32, "head_norm")
+        pooled_Bxd = LayerNorm(jnp.float32, self.backward, name="head_norm")(pooled_Bxd)
         logits_BxY = dense(self.num_classes, self.width, jnp.float32, "head")(pooled_Bxd)
         return (logits_BxY, seen) if taps else logits_BxY
 
@@ -166,6 +174,7 @@ class Crate(nn.Module):
             self.lmbda,
             self.dropout,
             self.dtype,
+            self.backward,
             taps,
             name="blocks",
         )
@@ -174,6 +183,7 @@ class Crate(nn.Module):
         """Every rule that a later shape error would state less clearly."""
         for name, value, known in (
             ("pool", self.pool, ("cls", "mean")),
+            ("backward", self.backward, BACKWARD),
             ("remat", self.remat, tuple(REMAT)),
         ):
             if value not in known:

@@ -8,7 +8,7 @@ from jax import Array
 from jax.nn import initializers as init
 from jax.typing import DTypeLike
 
-from crate_jax.models.layers import dense, layer_norm
+from crate_jax.models.layers import LayerNorm, dense
 
 
 def patchify(images_BxHxWxc: Array, patch_size: tuple[int, int]) -> Array:
@@ -91,15 +91,16 @@ class PatchEmbedding(nn.Module):
     patch_size: tuple[int, int]
     width: int
     dtype: DTypeLike = jnp.float32
+    backward: str = "derived"
 
     @nn.compact
     def __call__(self, images_BxHxWxc: Array) -> Array:
         """Images (B, H, W, c) to tokens (B, N + 1, d)."""
         X_BxNxk = patchify(images_BxHxWxc.astype(self.dtype), self.patch_size)
         B, N, k = X_BxNxk.shape
-        X_BxNxk = layer_norm(X_BxNxk, self.dtype, "patch_norm")
+        X_BxNxk = LayerNorm(self.dtype, self.backward, name="patch_norm")(X_BxNxk)
         Z_BxNxd = dense(self.width, k, self.dtype, "projection")(X_BxNxk)
-        Z_BxNxd = layer_norm(Z_BxNxd, self.dtype, "token_norm")
+        Z_BxNxd = LayerNorm(self.dtype, self.backward, name="token_norm")(Z_BxNxd)
         cls_d = self.param("cls_token", init.normal(1.0), (self.width,))
         pos_Mxd = self.param("pos_embedding", init.normal(1.0), (N + 1, self.width))
         cls_Bx1xd = jnp.broadcast_to(cls_d.astype(self.dtype), (B, 1, self.width))

@@ -15,14 +15,24 @@ from jax.nn import initializers as init
 from jax.sharding import AxisType, PartitionSpec
 from jax.typing import DTypeLike
 
+from crate_jax.models.derivatives import ATTEND, NORMALISE
 
-def layer_norm(X: Array, dtype: DTypeLike, name: str) -> Array:
-    """PyTorch's LayerNorm over the last axis: eps 1e-5, computed in float32, returned as `dtype`.
 
-    Call it within a module's ``__call__``; `name` is that of its parameters, scale and bias.
+class LayerNorm(nn.Module):
+    """PyTorch's LayerNorm over the last axis: `crate_jax.models.derivatives.normalise`.
+
+    Parameters scale and bias are float32, and so is the computation; the result is of `dtype`.
     """
-    norm = nn.LayerNorm(epsilon=1e-5, use_fast_variance=False, name=name)
-    return norm(X.astype(jnp.float32)).astype(dtype)
+
+    dtype: DTypeLike = jnp.float32
+    backward: str = "derived"
+
+    @nn.compact
+    def __call__(self, X: Array) -> Array:
+        """(…, d) to (…, d)."""
+        scale_d = self.param("scale", init.ones, X.shape[-1:])
+        bias_d = self.param("bias", init.zeros, X.shape[-1:])
+        return NORMALISE[self.backward](X, scale_d, bias_d, self.dtype)
 
 
 # nn.Linear's defaults in PyTorch: weight and bias uniform in ±1/√fan_in.
@@ -98,7 +108,7 @@ def subspace_tokens(Z_BxNxd: Array, U_dxKxp: Array) -> Array:
     return product(Z_BxNxd.reshape(B * N, d), U_dxKxp, project).reshape(B, N, K, p)
 
 
-def subspace_self_attention(W_BxNxKxp: Array) -> tuple[Array, Array]:
+def subspace_self_attention(W_BxNxKxp: Array, backward: str = "derived") -> tuple[Array, Array]:
     """SSA in every subspace: softmax(p^{-1/2} W_k W_kᵀ) W_k with W_k = U_kᵀ Z.
 
     Query, key and value are one matrix, so the scores are symmetric before the softmax, which runs
@@ -107,6 +117,7 @@ def subspace_self_attention(W_BxNxKxp: Array) -> tuple[Array, Array]:
 
     Args:
         W_BxNxKxp: subspace tokens.
+        backward: one of `crate_jax.models.derivatives.BACKWARD`.
 
     Returns:
         The attended subspace tokens (B, N, K, p), and the attention (B, K, N, N) whose rows sum to
@@ -114,15 +125,17 @@ def subspace_self_attention(W_BxNxKxp: Array) -> tuple[Array, Array]:
     """
     B, N, K, p = W_BxNxKxp.shape
     W_GxNxp = W_BxNxKxp.transpose(0, 2, 1, 3).reshape(B * K, N, p)
-    S_GxNxN = jnp.einsum("gnp,gmp->gnm", W_GxNxp, W_GxNxp, preferred_element_type=jnp.float32)
-    A_GxNxN = jax.nn.softmax(S_GxNxN * p**-0.5, axis=-1).astype(W_GxNxp.dtype)
-    O_GxNxp = jnp.einsum("gnm,gmp->gnp", A_GxNxN, W_GxNxp)
+    O_GxNxp, A_GxNxN = ATTEND[backward](W_GxNxp)
     O_BxNxKxp = O_GxNxp.reshape(B, K, N, p).transpose(0, 2, 1, 3)
     return O_BxNxKxp, A_GxNxN.reshape(B, K, N, N)
 
 
 def mssa(
-    Z_BxNxd: Array, U_dxKxp: Array, W_out_Kxpxd: Array | None = None, b_out_d: Array | None = None
+    Z_BxNxd: Array,
+    U_dxKxp: Array,
+    W_out_Kxpxd: Array | None = None,
+    b_out_d: Array | None = None,
+    backward: str = "derived",
 ) -> Array:
     """Multi-head subspace self-attention: W_out [SSA_1; …; SSA_K] + b_out.
 
@@ -136,11 +149,12 @@ def mssa(
         U_dxKxp: bases of the K subspaces, any float dtype.
         W_out_Kxpxd: output projection, likewise; None leaves it out, which needs K = 1 and p = d.
         b_out_d: its bias, likewise.
+        backward: one of `crate_jax.models.derivatives.BACKWARD`.
 
     Returns:
         Update of the tokens (B, N, d), of the tokens' dtype.
     """
-    O_BxNxKxp, _ = subspace_self_attention(subspace_tokens(Z_BxNxd, U_dxKxp))
+    O_BxNxKxp, _ = subspace_self_attention(subspace_tokens(Z_BxNxd, U_dxKxp), backward)
     B, N, K, p = O_BxNxKxp.shape
     O_MxKp = O_BxNxKxp.reshape(B * N, K * p)
     if W_out_Kxpxd is not None:
@@ -185,6 +199,7 @@ class MSSA(nn.Module):
     num_heads: int
     head_dim: int
     dtype: DTypeLike = jnp.float32
+    backward: str = "derived"
 
     @nn.compact
     def __call__(self, Z_BxNxd: Array) -> tuple[Array, dict[str, Array]]:
@@ -198,10 +213,10 @@ class MSSA(nn.Module):
             W_init = init.variance_scaling(1 / 3, "fan_in", "uniform", in_axis=(0, 1), out_axis=2)
             W_out_Kxpxd = self.param("W_out", W_init, (K, p, d))
             b_out_d = self.param("b_out", linear_bias_init(K * p), (d,))
-        update_BxNxd = mssa(Z_BxNxd, U_dxKxp, W_out_Kxpxd, b_out_d)
+        update_BxNxd = mssa(Z_BxNxd, U_dxKxp, W_out_Kxpxd, b_out_d, self.backward)
         # The compiler merges these with the same products inside mssa, or drops them if unused.
         W_BxNxKxp = subspace_tokens(Z_BxNxd, U_dxKxp)
-        _, A_BxKxNxN = subspace_self_attention(W_BxNxKxp)
+        _, A_BxKxNxN = subspace_self_attention(W_BxNxKxp, self.backward)
         return update_BxNxd, {"subspace_tokens": W_BxNxKxp, "attention": A_BxKxNxN}
 
 

@@ -74,7 +74,7 @@ def create_model(name: str, **overrides: Any) -> Crate:
 def architecture(model: Crate) -> dict[str, Any]:
     """The fields that decide what a model computes, as JSON values: ``Crate(**architecture(m))``.
 
-    What says only how to compute it (dropout, dtype, remat, scan_unroll) is left out.
+    What says only how to compute it (dropout, dtype, backward, remat, scan_unroll) is left out.
     """
     fields = {name: getattr(model, name) for name in ARCHITECTURE}
     sizes = {name: list(pair(fields[name])) for name in ("image_size", "patch_size")}

@@ -66,22 +66,22 @@ def test_multiply_adds_are_those_of_the_program(heads, equations):
 @pytest.mark.parametrize("heads", HEADS)
 @pytest.mark.parametrize("remat", ["none", "dots", "full"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_activation_bytes_are_what_the_backward_pass_holds(heads, remat, dtype):
+@pytest.mark.parametrize("backward", ["derived", "autodiff"])
+def test_activation_bytes_are_what_the_backward_pass_holds(heads, remat, dtype, backward):
     """Between depth 2 and depth 4 the residuals of `jax.vjp` grow by two layers' worth."""
 
     def held(depth):
-        model = Crate(**SIZES | {"depth": depth}, **heads, remat=remat, dtype=dtype)
+        how = dict(remat=remat, dtype=dtype, backward=backward)
+        model = Crate(**SIZES | {"depth": depth}, **heads, **how)
         images = jax.ShapeDtypeStruct((7, 8, 24, 3), jnp.float32)
 
-        def backward(params, images):
+        def keep(params, images):
             loss = lambda params: model.apply(params, images, train=False).sum()  # noqa: E731
             return jax.vjp(loss, params)[1]
 
-        # Flax's LayerNorm promotes bfloat16 to float32 without saying so.
-        with jax.numpy_dtype_promotion("standard"):
-            init = lambda key: model.init(key, sample_images(model), train=False)  # noqa: E731
-            params = jax.eval_shape(init, jax.random.key(0))
-            residuals = jax.tree.leaves(jax.eval_shape(backward, params, images))
+        init = lambda key: model.init(key, sample_images(model), train=False)  # noqa: E731
+        params = jax.eval_shape(init, jax.random.key(0))
+        residuals = jax.tree.leaves(jax.eval_shape(keep, params, images))
         # One array for all images of the batch, or for all their tokens, or for all their heads.
         rows = {7, 7 * num_tokens(model), 7 * model.num_heads}
         stacked = [

@@ -110,7 +110,7 @@ FUNCTION = {
     "lmbda": dict(lmbda=0.7),
 }
 # Fields with a test of their own below.
-ELSEWHERE = {"dropout", "dtype", "remat", "scan_unroll"}
+ELSEWHERE = {"dropout", "dtype", "backward", "remat", "scan_unroll"}
 
 
 def test_every_field_is_tested():

@@ -156,7 +156,7 @@ def test_steps_take_tokens_in_any_order():
 
 
 def test_block_takes_tokens_in_any_order_and_is_not_negative():
-    block = CrateBlock(K, p, ETA, LMBDA, 0.0, jnp.float32, ())
+    block = CrateBlock(K, p, ETA, LMBDA, 0.0, jnp.float32, "derived", ())
     Z, order = 3 * normal(7, B, N, d), np.random.default_rng(9).permutation(N)
     variables = jax.jit(lambda key: block.init(key, Z, False))(jax.random.key(0))
     apply = jax.jit(lambda Z: block.apply(variables, Z, False)[0])
