@@ -5,14 +5,15 @@ of a step must come to. And the step itself is compiled for as many virtual CPU 
 has (thousands take seconds: every device runs the same program), and asked.
 """
 
-import dataclasses
 import math
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
+from jax.sharding import Mesh
 
+from crate_jax.chips import CHIPS, Joined, least_seconds
 from crate_jax.collectives import KINDS, collectives
 from crate_jax.config import TrainConfig
 from crate_jax.models.cost import activation_bytes, multiply_adds, num_tokens
@@ -22,40 +23,6 @@ from crate_jax.parallel import batch_sharding, check_batch_size, make_mesh, pars
 from crate_jax.training.optimizer import make_optimizer
 from crate_jax.training.programs import jit_train_step
 from crate_jax.training.state import TrainState, abstract_state
-
-
-@dataclasses.dataclass(frozen=True)
-class Chip:
-    """Published peaks of an accelerator.
-
-    Attributes:
-        flops: dense bfloat16 operations a second.
-        memory: bytes.
-        memory_bandwidth: bytes a second.
-        link: bytes a second that a chip sends to its neighbours, one way: half of what is quoted
-            for both ways.
-        domain: how many chips those links join.
-        network: bytes a second a chip beyond that.
-        source: where the figures are from.
-    """
-
-    flops: float
-    memory: float
-    memory_bandwidth: float
-    link: float
-    domain: int
-    network: float
-    source: str
-
-
-_GOOGLE, _NVIDIA = "docs.cloud.google.com/tpu/docs/", "NVIDIA's data sheets of "
-CHIPS = {
-    "v5e": Chip(197e12, 16e9, 819e9, 200e9, 256, 6.4e12 / 8 / 256, _GOOGLE + "v5e"),
-    "v5p": Chip(459e12, 95 * 2**30, 2765e9, 600e9, 6144, 50e9 / 8, _GOOGLE + "v5p"),
-    "v6e": Chip(918e12, 32e9, 1600e9, 400e9, 256, 25.6e12 / 8 / 256, _GOOGLE + "v6e"),
-    "h100": Chip(989e12, 80e9, 3.35e12, 450e9, 8, 50e9, _NVIDIA + "H100 SXM and DGX H100"),
-    "h200": Chip(989e12, 141e9, 4.8e12, 450e9, 8, 50e9, _NVIDIA + "H200 SXM and DGX H200"),
-}
 
 # Gradients of the layer under way, and what else a layer's backward pass holds for a moment beside
 # its own activations: so many arrays (N, d) of float32, as the compiled programs have it.
@@ -72,11 +39,12 @@ def plan(config: TrainConfig, spec: str) -> dict[str, Any]:
         spec: a mesh without a size of -1, see `crate_jax.parallel.make_mesh`.
 
     Returns:
-        ``memory``: bytes a device of each kind by formula, their ``total``, and what XLA set aside,
-        ``compiled``. ``collectives``: ``count`` and ``bytes`` of each kind in a step, compiled, and
-        ``gradient_bytes`` and ``gathered_bytes`` by formula. ``flops`` of a step over all devices.
-        ``chips``: for each of `CHIPS` the seconds that each of its limits asks for, ``step_s``, the
-        largest of these and their sum, and whether it ``fits`` into the memory.
+        By formula ``memory``, bytes a device of each kind and their ``total``; ``gradient_bytes``
+        and ``gathered_bytes`` of a step; ``flops`` of a step over all devices. ``chips``: for each
+        of `CHIPS` the seconds that each of its limits asks for, ``step_s``, the largest of these
+        and their sum, and whether it ``fits`` into the memory. ``compiled``: the program's
+        ``collectives``, ``count`` and ``bytes`` of each kind, and its ``memory``, next to what the
+        formulas give for it. It is compiled in float32, ``dtype``: a CPU computes nothing else.
 
     Raises:
         ValueError: config and mesh do not fit together, or the recipe does not say the number of
@@ -96,50 +64,72 @@ def plan(config: TrainConfig, spec: str) -> dict[str, Any]:
         "image": jax.ShapeDtypeStruct(shape, jnp.uint8, sharding=rows),
         "label": jax.ShapeDtypeStruct(shape[:1], jnp.int32, sharding=rows),
     }
-    program = jit_train_step(config, model, tx, schedule, mesh, shardings)
+    twin = model.clone(dtype=jnp.dtype("float32"))
+    program = jit_train_step(config, twin, tx, schedule, mesh, shardings)
     compiled = program.lower(state, batch, jax.eval_shape(lambda: key)).compile()
-    found = collectives(compiled.as_text(), devices)
-    flops = step_flops(model) * config.batch_size
     memory = memory_bytes(model, state, batch, micro_batches)
-    set_aside: Any = compiled.memory_analysis()
-    in_use = set_aside.argument_size_in_bytes + set_aside.temp_size_in_bytes
-    of_kind = {
-        kind: {
-            "count": sum(n for c, n in found.items() if c.kind == kind),
-            "bytes": sum(n * c.bytes for c, n in found.items() if c.kind == kind),
-        }
-        for kind in KINDS
-    }
-    gradients = micro_batches * gradient_bytes(model, state) if devices > 1 else 0
-    gathered = micro_batches * gathered_bytes(model, state)
-    joined = [("all-reduce", gradients, devices), ("all-gather", gathered, mesh.shape["fsdp"])]
+    sums = gradient_sums(model, state, mesh, micro_batches)
+    gradient_bytes = sum(part.size for part in sums)
+    gathered = gathered_bytes(model, state, micro_batches)
+    joined = [*sums, Joined("all-gather", gathered, mesh.shape["fsdp"])]
+    flops = step_flops(model) * config.batch_size
     return {
         "model": config.model.name,
         "mesh": dict(mesh.shape),
         "batch_size": config.batch_size,
         "dtype": config.model.dtype,
         "parameters": _values(state.params),
-        "memory": memory | {"total": sum(memory.values()), "compiled": in_use},
+        "memory": memory | {"total": sum(memory.values())},
         "flops": flops,
-        "collectives": {kind: of for kind, of in of_kind.items() if of["count"]},
-        "gradient_bytes": gradients,
+        "gradient_bytes": gradient_bytes,
         "gathered_bytes": gathered,
-        "chips": {name: _seconds(c, flops / devices, memory, joined) for name, c in CHIPS.items()},
+        "chips": {
+            name: least_seconds(chip, flops / devices, memory, joined)
+            for name, chip in CHIPS.items()
+        },
+        "compiled": {
+            "dtype": "float32",
+            "memory_by_formula": sum(memory_bytes(twin, state, batch, micro_batches).values()),
+            "gradient_bytes_by_formula": gradient_bytes,
+            "gathered_bytes_by_formula": gathered_bytes(twin, state, micro_batches),
+        }
+        | _found(compiled, devices),
+    }
+
+
+def _found(compiled: Any, devices: int) -> dict[str, Any]:
+    """Memory and collectives of a compiled program."""
+    set_aside = compiled.memory_analysis()
+    counts = collectives(compiled.as_text(), devices)
+    of_kind = {
+        kind: {
+            "count": sum(n for c, n in counts.items() if c.kind == kind),
+            "bytes": sum(n * c.bytes for c, n in counts.items() if c.kind == kind),
+        }
+        for kind in KINDS
+    }
+    return {
+        "memory": set_aside.argument_size_in_bytes + set_aside.temp_size_in_bytes,
+        "collectives": {kind: of for kind, of in of_kind.items() if of["count"]},
     }
 
 
 def table(found: dict[str, Any]) -> str:
     """What `plan` found, for people."""
-    memory, lines = found["memory"], [f"{found['parameters']:,} parameters", ""]
-    lines.append("memory of a device                 GiB")
-    lines += [f"  {name:<28}{size / 2**30:>10.3f}" for name, size in memory.items()]
-    lines += ["", "collectives of a step, compiled  count        MB"]
-    for kind, of in found["collectives"].items():
-        lines.append(f"  {kind:<28}{of['count']:>8}{of['bytes'] / 1e6:>10.1f}")
-    for name in ("gradient_bytes", "gathered_bytes"):
-        lines.append(f"  {name + ', by formula':<36}{found[name] / 1e6:>10.1f}")
-    if found["dtype"] != "float32":
-        lines.append(f"compiled for CPUs, which compute {found['dtype']} products in float32")
+    compiled = found["compiled"]
+    lines = [f"{found['parameters']:,} parameters", "", "memory of a device                 GiB"]
+    lines += [f"  {name:<28}{size / 2**30:>10.3f}" for name, size in found["memory"].items()]
+    lines += ["", f"added up in a step, MB        {found['gradient_bytes'] / 1e6:>10.1f}"]
+    lines += [f"gathered in a step, MB        {found['gathered_bytes'] / 1e6:>10.1f}"]
+    lines += ["", f"compiled in {compiled['dtype']}          count  compiled   formula"]
+    memory = [compiled[name] / 2**30 for name in ("memory", "memory_by_formula")]
+    lines.append(f"  {'memory, GiB':<20}{'':>7}" + "".join(f"{size:>10.3f}" for size in memory))
+    formulas = {"all-reduce": "gradient_bytes", "all-gather": "gathered_bytes"}
+    for kind, of in compiled["collectives"].items():
+        line = f"  {kind + ', MB':<20}{of['count']:>7}{of['bytes'] / 1e6:>10.1f}"
+        if kind in formulas:
+            line += f"{compiled[formulas[kind] + '_by_formula'] / 1e6:>10.1f}"
+        lines.append(line)
     lines += ["", "at peak (ms)  compute    memory     links   network      step      fits"]
     for chip, seconds in found["chips"].items():
         cells = [
@@ -212,58 +202,36 @@ def step_flops(model: Crate) -> int:
     return 3 * forward + again - (product if model.backward == "derived" else 0)
 
 
-def gradient_bytes(model: Crate, state: TrainState) -> int:
-    """Bytes of the gradients that the devices add up, for one (micro-)batch.
+def gradient_sums(model: Crate, state: TrainState, mesh: Mesh, micro_batches: int) -> list[Joined]:
+    """The gradients that devices add up in a step, float32.
 
-    Those of all parameters, in float32; those of D twice, because Y Dᵀ and R D each give a part,
-    and each part is added up over the devices before the two are added.
+    Those of all parameters over all devices; those of D twice, because Y Dᵀ and R D each give a
+    part, and each part is added up before the two are. With gradient accumulation that is done over
+    ``fsdp`` for every micro-batch, and over ``data``, where each device has but its share of the
+    whole, at the end.
     """
-    return 4 * (_values(state.params) + model.depth * model.width**2)
+    data, fsdp = mesh.shape["data"], mesh.shape["fsdp"]
+    size = 4 * (_values(state.params) + model.depth * model.width**2)
+    if micro_batches == 1:
+        return [Joined("all-reduce", size, data * fsdp)] if data * fsdp > 1 else []
+    sums = [Joined("all-reduce", micro_batches * size, fsdp)] if fsdp > 1 else []
+    if data > 1:
+        sums.append(Joined("all-reduce", _bytes(state.params, per_device=True), data, stride=fsdp))
+    return sums
 
 
-def gathered_bytes(model: Crate, state: TrainState) -> int:
-    """Bytes of the weights that ``fsdp`` gathers, for one (micro-)batch.
+def gathered_bytes(model: Crate, state: TrainState, micro_batches: int) -> int:
+    """Bytes of the weights that ``fsdp`` gathers in a step.
 
-    Those of every layer twice, for the forward and for the backward pass, in the dtype of the
-    computation; patch projection, positions and head once.
+    For every micro-batch those of every layer twice, for the forward and for the backward pass, in
+    the dtype of the computation; once in a step patch projection, positions and head.
     """
     split = lambda leaf: leaf.sharding.shard_shape(leaf.shape) != leaf.shape  # noqa: E731
     whole = [leaf for leaf in jax.tree.leaves(state.params) if split(leaf)]
     blocks = [leaf for leaf in jax.tree.leaves(state.params["blocks"]) if split(leaf)]
     layers, outside = sum(x.size for x in blocks), sum(x.size for x in whole)
-    return jnp.dtype(model.dtype).itemsize * (2 * layers + outside - layers)
-
-
-def _seconds(
-    chip: Chip, flops: float, memory: dict[str, int], joined: list[tuple[str, int, int]]
-) -> dict[str, Any]:
-    """The least that a step can take on a chip, by each of its limits.
-
-    Memory is written and read once for all that a step holds. A collective over more chips than the
-    links join goes by the links first; each chip then takes its share of the result to the network.
-    """
-    traffic = 2 * sum(memory[k] for k in ("parameters", "optimizer", "gradients", "activations"))
-    link = network = 0.0
-    for kind, size, group in joined:
-        inside = min(group, chip.domain)
-        link += _sent(kind, size, inside)
-        network += _sent(kind, size / inside, math.ceil(group / inside))
-    seconds: dict[str, Any] = {
-        "compute_s": flops / chip.flops,
-        "memory_s": traffic / chip.memory_bandwidth,
-        "links_s": link / chip.link,
-    }
-    if network:
-        seconds["network_s"] = network / chip.network
-    # At best everything overlaps, at worst nothing does.
-    seconds["step_s"] = [max(seconds.values()), sum(seconds.values())]
-    seconds["fits"] = sum(memory.values()) <= chip.memory
-    return seconds
-
-
-def _sent(kind: str, size: float, group: int) -> float:
-    """Bytes that each of a group sends in a ring: the least for a result of so many bytes."""
-    return {"all-reduce": 2, "all-gather": 1}[kind] * size * (group - 1) / group
+    values = 2 * micro_batches * layers + outside - layers
+    return jnp.dtype(model.dtype).itemsize * values
 
 
 def _values(tree: Any) -> int:

@@ -27,6 +27,7 @@ FLOORS = [
     "evaluation",
     "interop",
     "training",
+    "chips",
     "collectives",
     "plan",
     "commands",

@@ -8,8 +8,9 @@ import jax
 import pytest
 from command import run
 
+from crate_jax.chips import CHIPS
 from crate_jax.collectives import Collective, collectives
-from crate_jax.plan import CHIPS, plan
+from crate_jax.plan import plan
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 
@@ -28,8 +29,6 @@ def recipe(name, arg, **changes):
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     config = module.get_config(arg)
-    # Where bfloat16 products are computed in float32, as on CPUs, so is what they leave behind.
-    config.model.dtype = "float32"
     for path, value in changes.items():
         section, _, field = path.rpartition("__")
         setattr(getattr(config, section) if section else config, field, value)
@@ -43,19 +42,36 @@ def recipe(name, arg, **changes):
         ("base", "data:2,fsdp:4", dict(batch_size=64)),
         ("large", "fsdp:8", dict(batch_size=128, model__remat="full", optim__ema_decay=0.99)),
         ("base", "data:8", dict(batch_size=128, optim__accumulate_steps=4, model__remat="dots")),
+        ("tiny", "data:2,fsdp:4", dict(batch_size=64, optim__accumulate_steps=2)),
     ],
 )
 def test_memory_and_bytes_are_those_of_the_compiled_step(arg, mesh, changes):
     found = plan(recipe("imagenet1k", arg, **changes), mesh)
-    memory = found["memory"]
-    parts = [value for name, value in memory.items() if name not in ("total", "compiled")]
-    assert memory["total"] == sum(parts)
-    assert memory["total"] == pytest.approx(memory["compiled"], rel=0.1)
-    sent = {kind: of["bytes"] for kind, of in found["collectives"].items()}
-    assert sent["all-reduce"] == pytest.approx(found["gradient_bytes"], rel=0.05)
+    assert found["dtype"] == "bfloat16"  # the recipes'
+    compiled = found["compiled"]
+    assert compiled["memory_by_formula"] == pytest.approx(compiled["memory"], rel=0.1)
+    sent = {kind: of["bytes"] for kind, of in compiled["collectives"].items()}
+    added = compiled["gradient_bytes_by_formula"]
+    assert sent["all-reduce"] == pytest.approx(added, rel=0.05)
     if "fsdp" in mesh:
-        assert sent["all-gather"] == pytest.approx(found["gathered_bytes"], rel=0.05)
+        gathered = compiled["gathered_bytes_by_formula"]
+        assert sent["all-gather"] == pytest.approx(gathered, rel=0.05)
+        assert gathered == 2 * found["gathered_bytes"]  # float32 against bfloat16
     assert set(sent) == ({"all-reduce", "all-gather"} if "fsdp" in mesh else {"all-reduce"})
+    # Half precision halves what is computed in it, and nothing of the state.
+    memory = found["memory"]
+    parts = sum(value for name, value in memory.items() if name != "total")
+    assert memory["total"] == parts < compiled["memory_by_formula"]
+
+
+def test_accumulated_gradients_are_added_up_over_data_once():
+    """Four micro-batches send what one does: less, as the parts of D's gradient are added first."""
+    at_once, in_four = (
+        plan(recipe("imagenet1k", "tiny", **SMALL, optim__accumulate_steps=n), "data:8")
+        for n in (1, 4)
+    )
+    assert in_four["compiled"]["collectives"]["all-reduce"]["count"] == 1
+    assert in_four["gradient_bytes"] == 4 * in_four["parameters"] < at_once["gradient_bytes"]
 
 
 SMALL = dict(
@@ -66,7 +82,7 @@ SMALL = dict(
 @pytest.mark.parametrize("axis", ["data", "fsdp"])
 def test_the_number_of_collectives_does_not_grow_with_the_devices(axis):
     found = [plan(recipe("imagenet1k", "tiny", **SMALL), f"{axis}:{n}") for n in (2, 4, 8)]
-    first, *others = (f["collectives"] for f in found)
+    first, *others = (f["compiled"]["collectives"] for f in found)
     depth = 12
     assert first["all-reduce"]["count"] <= depth + 2  # one a layer, the rest, and norms
     if axis == "fsdp":
@@ -76,7 +92,7 @@ def test_the_number_of_collectives_does_not_grow_with_the_devices(axis):
 
 def test_one_device_sends_nothing():
     found = plan(recipe("imagenet1k", "tiny", **SMALL), "data:1")
-    assert found["collectives"] == {}
+    assert found["compiled"]["collectives"] == {}
     assert (found["gradient_bytes"], found["gathered_bytes"]) == (0, 0)
     assert all(chip["links_s"] == 0 and "network_s" not in chip for chip in found["chips"].values())
 
@@ -121,7 +137,8 @@ def test_the_command():
     assert status == 0, err
     *table, last = out.splitlines()
     found = json.loads(last)
-    assert found["mesh"] == {"data": 8, "fsdp": 4} and found["collectives"]["all-gather"]["count"]
+    assert found["mesh"] == {"data": 8, "fsdp": 4}
+    assert found["compiled"]["collectives"]["all-gather"]["count"]
     assert any(line.split()[0] == "v5e" for line in table if line)
 
 

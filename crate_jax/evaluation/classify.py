@@ -48,17 +48,28 @@ def make_eval_step(
         images = batch["image"] if preprocess is None else preprocess(batch["image"])
         logits_BxY: Any = model.apply({"params": params}, images, train=False)
         labels_B, mask_B = batch["label"], batch["mask"]
-        _, ranked_Bxk = jax.lax.top_k(logits_BxY, min(5, logits_BxY.shape[1]))
-        hit_Bxk = (ranked_Bxk == labels_B[:, None]).astype(jnp.float32)
+        rank_B = rank_of_label(logits_BxY, labels_B)
         loss_B = optax.softmax_cross_entropy_with_integer_labels(logits_BxY, labels_B)
         return {
             "loss": jnp.sum(loss_B * mask_B),
-            "top1": jnp.sum(hit_Bxk[:, 0] * mask_B),
-            "top5": jnp.sum(hit_Bxk.sum(axis=1) * mask_B),
+            "top1": jnp.sum(mask_B, where=rank_B < 1),
+            "top5": jnp.sum(mask_B, where=rank_B < 5),
             "examples": jnp.sum(mask_B),
         }
 
     return eval_step
+
+
+def rank_of_label(logits_BxY: Array, labels_B: Array) -> Array:
+    """How many classes come before the label's: (B,) int32, 0 for a hit.
+
+    Of equal logits the lower class comes first; a logit that is not a number comes before all. It
+    is counted, not sorted: a sort would gather the logits of the whole batch on every device.
+    """
+    own_Bx1 = jnp.take_along_axis(logits_BxY, labels_B[:, None], axis=1)
+    lower_BxY = jnp.arange(logits_BxY.shape[1])[None] < labels_B[:, None]
+    ahead_BxY = ~(logits_BxY <= own_Bx1) | ((logits_BxY == own_Bx1) & lower_BxY)
+    return jnp.sum(ahead_BxY, axis=1, dtype=jnp.int32)
 
 
 def evaluate(

@@ -71,7 +71,8 @@ def make_train_step(
         mix: of `crate_jax.data.mixing.make_mix`; applied to the whole batch, so that who is mixed
             with whom depends neither on micro-batches nor on the number of processes.
         label_smoothing: in [0, 1).
-        accumulate_steps: micro-batches, run one after the other, whose gradients are averaged.
+        accumulate_steps: micro-batches, run one after the other, whose gradients are averaged. With
+            more than one, what dropout drops depends on the size of the mesh's ``data``.
         ema_decay: of the averaged parameters in the state, when it keeps any.
         axis_name: the `jax.pmap` axis to average over.
 
@@ -126,20 +127,37 @@ def _mean_gradient(loss_fn: Callable, params: Any, batch: Batch, key: Array, mic
     grad_fn = jax.grad(loss_fn, has_aux=True)
     if micro_batches == 1:
         return grad_fn(params, batch, key)
+    groups = _groups()
+    if groups > 1:
+        # Each keeps a gradient of its own until the end of the step: they are added up over the
+        # devices once, and not after every micro-batch.
+        grad_fn = jax.vmap(grad_fn, in_axes=(None, 0, 0), spmd_axis_name="data")
 
     def split(x: Array) -> Array:
         # Micro-batch i takes every i-th row, so that each device keeps the rows it has.
-        return x.reshape(x.shape[0] // micro_batches, micro_batches, *x.shape[1:]).swapaxes(0, 1)
+        grouped = (groups,) if groups > 1 else ()
+        x = x.reshape(*grouped, -1, micro_batches, *x.shape[1:])
+        return jnp.moveaxis(x, len(grouped) + 1, 0)
 
     def add(total: Any, item: tuple[Array, Batch]):
         i, micro_batch = item
-        part = grad_fn(params, micro_batch, jax.random.fold_in(key, i))
-        return jax.tree.map(jnp.add, total, part), None
+        micro_key = jax.random.fold_in(key, i)
+        keys = jax.random.split(micro_key, groups) if groups > 1 else micro_key
+        return jax.tree.map(jnp.add, total, grad_fn(params, micro_batch, keys)), None
 
     micro = jax.tree.map(split, batch)
     first = jax.tree.map(lambda x: x[0], micro)
+    keys = jax.random.split(key, groups) if groups > 1 else key
     zeros = jax.tree.map(
-        lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(grad_fn, params, first, key)
+        lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(grad_fn, params, first, keys)
     )
     total, _ = jax.lax.scan(add, zeros, (jnp.arange(micro_batches), micro))
+    if groups > 1:
+        total = jax.tree.map(lambda x: x.mean(axis=0), total)
     return jax.tree.map(lambda x: x / micro_batches, total)
+
+
+def _groups() -> int:
+    """How many groups of devices the mesh around a step (`crate_jax.parallel.on_mesh`) has."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return mesh.shape.get("data", 1)

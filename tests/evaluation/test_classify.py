@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from crate_jax.analysis import layerwise
+from crate_jax.collectives import collectives
 from crate_jax.config import DataConfig, ModelConfig, TrainConfig
 from crate_jax.data.examples import load_example, make_prepare
 from crate_jax.data.loader import eval_batches
@@ -20,6 +21,7 @@ from crate_jax.evaluation.classify import (
     layerwise_split,
     make_eval_step,
     open_model_and_source,
+    rank_of_label,
 )
 from crate_jax.parallel import batch_sharding, make_mesh, replicated
 
@@ -134,6 +136,25 @@ def test_diverged_model_shows(readout_step):
     logits, labels = draw(10)
     found = evaluate(readout_step, {"scale": jnp.float32(np.nan)}, batches_of(logits, labels))
     assert np.isnan(found["loss"])
+    assert found["top1"] == found["top5"] == 0
+
+
+@pytest.mark.parametrize("label", [0, 1, 2])
+def test_a_logit_that_is_not_a_number_is_never_a_hit(label):
+    logits = jnp.asarray([[3.0, np.nan, 1.0]])
+    rank = rank_of_label(logits, jnp.asarray([label]))
+    assert rank.tolist() == [{0: 1, 1: 3, 2: 2}[label]]
+
+
+def test_evaluation_sends_no_logits():
+    """Sums alone travel between the devices."""
+    step = jax.jit(make_eval_step(Readout()))
+    rows = batch_sharding(make_mesh("data:8"))
+    batch = jax.device_put(next(batches_of(*draw(10, count=16), size=16)), rows)
+    scale = jax.device_put(SCALE, replicated(make_mesh("data:8")))
+    found = collectives(step.lower(scale, batch).compile().as_text(), devices=8)
+    assert {c.kind for c in found} == {"all-reduce"}
+    assert sum(n * c.bytes for c, n in found.items()) == 4 * 4
 
 
 def test_preprocess_comes_before_the_model():
