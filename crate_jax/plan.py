@@ -16,7 +16,7 @@ from jax.sharding import Mesh
 from crate_jax.chips import CHIPS, Joined, least_seconds
 from crate_jax.collectives import KINDS, collectives
 from crate_jax.config import TrainConfig
-from crate_jax.models.cost import activation_bytes, multiply_adds, num_tokens
+from crate_jax.models.cost import activation_bytes, num_tokens, step_flops
 from crate_jax.models.crate import Crate, pair
 from crate_jax.models.zoo import build_model
 from crate_jax.parallel import batch_sharding, check_batch_size, make_mesh, parse_mesh
@@ -186,20 +186,6 @@ def memory_bytes(
         "working": working,
         "batch": _bytes(batch, per_device=True),
     }
-
-
-def step_flops(model: Crate) -> int:
-    """Operations of the matrix products of a training step, for one image.
-
-    Two for each multiply-add; the backward pass takes twice the forward pass, less one of the four
-    products of attention if it is the derived one. What remat computes again is counted: all of
-    it, or with "dots" the attention.
-    """
-    forward = 2 * multiply_adds(model)
-    N, K, p = num_tokens(model), model.num_heads, model.subspace_dim
-    product = 2 * model.depth * N * N * K * p
-    again = {"none": 0, "dots": 2 * product, "full": forward}[model.remat]
-    return 3 * forward + again - (product if model.backward == "derived" else 0)
 
 
 def gradient_sums(model: Crate, state: TrainState, mesh: Mesh, micro_batches: int) -> list[Joined]:
