@@ -1,0 +1,103 @@
+"""Has a step become slower? A fresh result of `step.py` against the committed one.
+
+    python benchmarks/step.py --models ... --output /tmp/step_cpu_2core.json
+    python benchmarks/check.py /tmp/step_cpu_2core.json
+
+Compared are the ratios to PyTorch, and our bytes of memory: never times, which the day and the
+machine decide. Prints what moved by more than 10 %, and what is missing; ends with 1 if a ratio
+fell so far, the memory grew so far, or a figure is missing, and with 0 otherwise.
+"""
+
+import argparse
+import json
+import math
+import sys
+from pathlib import Path
+from typing import Any
+
+TOLERANCE = 0.1
+FIGURES = ("ratio_eager", "ratio_compile", "memory_bytes_ours")
+RESULTS = Path(__file__).resolve().parent / "results"
+
+
+def load(path: Path) -> dict[str, Any]:
+    """A result of step.py.
+
+    Raises:
+        ValueError: the file is no such thing.
+    """
+    try:
+        result = json.loads(path.read_text("utf-8"))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path} must be a JSON file; got {error}.") from None
+    sections = ("batch_sizes", "hardware")
+    known = isinstance(result, dict) and all(isinstance(result.get(s), dict) for s in sections)
+    if not known or not figures(result) or not all(map(positive, figures(result).values())):
+        raise ValueError(f"{path} must be a result of benchmarks/step.py. Write it with --output.")
+    return result
+
+
+def figures(result: dict[str, Any]) -> dict[str, Any]:
+    """What is compared, of all that is in a result."""
+    return {key: value for key, value in result.items() if key.rpartition("/")[2] in FIGURES}
+
+
+def positive(value: Any) -> bool:
+    """Whether it is a number that another one can be divided by."""
+    return type(value) in (int, float) and 0 < value < math.inf
+
+
+def compare(new: dict[str, Any], old: dict[str, Any]) -> tuple[list[str], bool]:
+    """A line for each figure that moved or is missing, and whether the new result is as good.
+
+    Raises:
+        ValueError: the two were measured on different work.
+    """
+    shared = new["batch_sizes"].keys() & old["batch_sizes"].keys()
+    for what, a, b in [
+        ("dtype", new.get("dtype"), old.get("dtype")),
+        *((f"batch size of {m}", new["batch_sizes"][m], old["batch_sizes"][m]) for m in shared),
+    ]:
+        if a != b:
+            raise ValueError(f"The {what} must be the same in both; got {a} and {b}.")
+    lines, good = [], True
+    for key, before in figures(old).items():
+        if key not in new:
+            lines.append(f"{key}: missing, was {before:,}")
+            good = False
+            continue
+        change = new[key] / before - 1
+        if abs(change) > TOLERANCE:
+            grew, memory = change > 0, key.endswith("memory_bytes_ours")
+            word = ("smaller", "larger")[grew] if memory else ("slower", "faster")[grew]
+            lines.append(f"{key}: {word}, {before:,} -> {new[key]:,} ({change:+.0%})")
+            good = good and grew != memory
+    return lines, good
+
+
+def main() -> None:
+    """Compare, print, and end with 1 if the new result is worse."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("new", type=Path, help="what step.py has just written")
+    parser.add_argument(
+        "committed", type=Path, nargs="?", help="default: of that name, in benchmarks/results"
+    )
+    args = parser.parse_args()
+    committed = args.committed or RESULTS / args.new.name
+    if args.new.resolve() == committed.resolve():
+        sys.exit(f"{args.new} must not be compared with itself. Write the new result elsewhere.")
+    try:
+        new, old = load(args.new), load(committed)
+        lines, good = compare(new, old)
+    except ValueError as error:
+        sys.exit(str(error))
+    if any(new["hardware"].get(what) != old["hardware"].get(what) for what in ("device", "cpu")):
+        print("Not measured on the same hardware: ratios carry over only in part.")
+    print("\n".join(lines or [f"{len(figures(old))} figures, none moved by {TOLERANCE:.0%}."]))
+    sys.exit(not good)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,121 @@
+"""What `benchmarks/` makes of results, on small made-up ones; nothing is measured."""
+
+import json
+
+import pytest
+from command import run
+
+from benchmarks.step_table import report
+
+RESULT = {
+    "a/forward/ratio_eager": 1.5,
+    "a/forward/lowest_ratio_eager": 1.2,
+    "a/forward/highest_ratio_eager": 1.625,
+    "a/forward/images_per_s": 400.0,
+    "a/forward/share_of_peak": 0.25,
+    "a/train/ratio_compile": 0.8,
+    "a/train/memory_bytes_ours": 2_000_000,
+    "peak_flops_per_s": 2e11,
+    "copy_bytes_per_s": 3e10,
+    "hardware": {"device": "cpu", "cpu": "2 x Z80", "load_average_before": 0.5},
+    "versions": {"jax": "0.10.2"},
+    "command": "python benchmarks/step.py",
+    "batch_sizes": {"a": 8},
+    "dtype": "float32",
+    "rounds": 7,
+    "omitted": {"a/forward/ratio_compile": "InvalidCxxCompiler: none"},
+}
+
+
+def test_table():
+    lines = report(RESULT).splitlines()
+    forward = "| a | 8 | forward | 400 | - | - | 1.50 (1.20 to 1.62) | - | - / - / - |"
+    assert lines[2] == forward + " - / - / - | 25% |"
+    assert "| 0.80 (- to -) | 2 / - / - |" in lines[3]
+    assert {line.count("|") for line in lines[:4]} == {12}
+    assert "- Device: cpu; processor: 2 x Z80; load before: 0.5" in lines
+    assert "- Peak: 200 GFLOP/s in a large matrix product, 30 GB/s in a copy" in report(RESULT)
+    assert "- Left out: a/forward/ratio_compile: InvalidCxxCompiler: none" in lines
+
+
+@pytest.fixture
+def check(tmp_path):
+    """A function: exit status and output of `check.py` for two results, or texts of files."""
+
+    def call(new, committed=RESULT):
+        paths = [tmp_path / "new.json", tmp_path / "committed.json"]
+        for path, content in zip(paths, (new, committed), strict=True):
+            path.write_text(content if isinstance(content, str) else json.dumps(content))
+        status, out, err = run("benchmarks/check.py", *paths)
+        return status, (out + err).replace(f"{tmp_path}/", "").strip()
+
+    return call
+
+
+@pytest.mark.parametrize(
+    ("changes", "status", "says"),
+    [
+        ({}, 0, "3 figures, none moved by 10%."),
+        ({"a/forward/images_per_s": 4.0}, 0, "3 figures, none moved by 10%."),
+        ({"a/train/ratio_compile": 0.73}, 0, "3 figures, none moved by 10%."),
+        (
+            {"a/train/ratio_compile": 0.71},
+            1,
+            "a/train/ratio_compile: slower, 0.8 -> 0.71 (-11%)",
+        ),
+        (
+            {"a/forward/ratio_eager": 1.8},
+            0,
+            "a/forward/ratio_eager: faster, 1.5 -> 1.8 (+20%)",
+        ),
+        (
+            {"a/train/memory_bytes_ours": 3_000_000},
+            1,
+            "a/train/memory_bytes_ours: larger, 2,000,000 -> 3,000,000 (+50%)",
+        ),
+        (
+            {"a/train/memory_bytes_ours": 1_000_000},
+            0,
+            "a/train/memory_bytes_ours: smaller, 2,000,000 -> 1,000,000 (-50%)",
+        ),
+        (
+            {"hardware": {"device": "gpu"}},
+            0,
+            "Not measured on the same hardware: ratios carry over only in part.\n"
+            "3 figures, none moved by 10%.",
+        ),
+        ({"dtype": "bfloat16"}, 1, "The dtype must be the same in both; got bfloat16 and float32."),
+        (
+            {"batch_sizes": {"a": 9}},
+            1,
+            "The batch size of a must be the same in both; got 9 and 8.",
+        ),
+    ],
+)
+def test_what_moved(check, changes, status, says):
+    assert check(RESULT | changes) == (status, says)
+
+
+def test_what_is_missing_fails_beside_what_is_faster(check):
+    new = RESULT | {"a/train/ratio_compile": 1.6}
+    del new["a/forward/ratio_eager"]
+    says = "a/forward/ratio_eager: missing, was 1.5\n"
+    assert check(new) == (1, says + "a/train/ratio_compile: faster, 0.8 -> 1.6 (+100%)")
+
+
+@pytest.mark.parametrize(
+    "text", ["", "[1]", "{}", json.dumps(RESULT | {"a/forward/ratio_eager": 0}), '"a/ratio_eager"']
+)
+def test_a_file_that_is_no_result(check, text):
+    for new, old, name in ((text, RESULT, "new.json"), (RESULT, text, "committed.json")):
+        status, out = check(new, old)
+        assert status == 1 and out.startswith(f"{name} must be a ")
+        assert out.count("\n") == 0
+
+
+def test_a_file_that_is_not_there_and_one_that_is_the_other():
+    status, _, error = run("benchmarks/check.py", "no/such.json")
+    assert status == 1 and error.startswith("no/such.json must be a JSON file; got [Errno 2]")
+    committed = "benchmarks/results/step_cpu_2core.json"
+    status, _, error = run("benchmarks/check.py", committed)
+    assert status == 1 and error.startswith(f"{committed} must not be compared with itself.")
