@@ -5,8 +5,10 @@
 Every round starts the same small run with train.py and does one thing to it, at a random step or in
 the middle of a save: kill -9, SIGTERM, a file of the newest checkpoint cut short, a file or all of
 it deleted, one bit of a file of it flipped, or the disk full for a while. The same command then
-goes on to the end, where the parameters must be, bit for bit, those of a run that nothing happened
-to, and metrics.jsonl must hold the same lines. Lost are the steps that were computed again.
+goes on; every second time it is struck again, by kill -9 or SIGTERM, while it imports, restores or
+compiles, and started once more. At the end the parameters must be, bit for bit, those of a run that
+nothing happened to, and metrics.jsonl must hold the same lines. Lost are the steps that were
+computed again.
 
 A full disk is a small tmpfs with a file that fills it; where none can be mounted (that takes root),
 a limit on the size of any file that the run writes. Linux only. The last line is JSON; the exit
@@ -17,7 +19,6 @@ import argparse
 import contextlib
 import json
 import random
-import re
 import shutil
 import subprocess
 import sys
@@ -53,6 +54,7 @@ RUN = [
 TWO_SAVED = 3 * SAVE_EVERY + 1  # the step by which the third save has waited for the second
 LAST_MOMENT = STEPS - 4 * SAVE_EVERY  # early enough to strike before the end
 SAVE_S = 0.15  # about as long as a save takes
+AGAIN = 0.5  # the share of restarts that are struck while they start
 DISK_MIB = 8  # some twenty checkpoints
 CLOCK = ("images_per_s", "data_wait_share")  # in metrics.jsonl, and never the same twice
 
@@ -129,21 +131,27 @@ def play(fault: str, rng: random.Random, scratch: Path, whole: tuple[Any, Any]) 
         A row of the result; it has a ``problem`` if the round was not survived.
     """
     inject, first = FAULTS[fault]
-    row: dict[str, Any] = {"fault": fault, "identical": False, "steps_lost": 0}
+    row: dict[str, Any] = {"fault": fault, "identical": False, "steps_lost": 0, "again": []}
     failed_save = f"--config.on_failed_save={rng.choice(('stop', 'continue'))}"
     with new_folder(fault, scratch) as folder:
         workdir = folder / "run"
         try:
             with faults.Training(workdir, scratch / "compiled", *RUN, failed_save) as run:
+                run.wait_until(lambda: run.has_stepped)
+                start_up_s = run.age_s
                 row["at_step"] = wait_for_moment(rng, run, first)
                 row["what"] = inject(rng, run)
-            if run.process.returncode != 0:
-                reached = last_step(workdir)
+            reached = last_step(workdir)
+            while run.process.returncode != 0:
                 with faults.Training(workdir, scratch / "compiled", *RUN, failed_save) as run:
-                    run.end(0)
-                resumed = re.search(r"^resuming .* after step (\d+) of", "".join(run.said), re.M)
-                row["resumed_from"] = int(resumed[1]) if resumed else 0
-                row["steps_lost"] = reached - row["resumed_from"]
+                    if rng.random() < AGAIN:
+                        row["again"].append(faults.strike_start(rng, run, start_up_s))
+                    else:
+                        run.end(0)
+                if run.resumed_from is not None:
+                    row["resumed_from"] = run.resumed_from
+                    row["steps_lost"] += reached - run.resumed_from
+                    reached = last_step(workdir)
             row["identical"] = final_parameters(workdir) == whole[0]
             if not row["identical"]:
                 raise faults.NotSurvivedError("other parameters")
@@ -178,6 +186,7 @@ def main() -> int:
         "rounds": len(rows),
         "survived": survived,
         "identical": sum(row["identical"] for row in rows),
+        "struck_while_starting": sum(len(row["again"]) for row in rows),
         "steps_lost": sum(row["steps_lost"] for row in rows),
         "steps_lost_most": max((row["steps_lost"] for row in rows), default=0),
         "steps": STEPS,

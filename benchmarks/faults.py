@@ -3,6 +3,7 @@
 import contextlib
 import os
 import random
+import re
 import resource
 import shutil
 import signal
@@ -37,6 +38,7 @@ class Training:
     def __init__(self, workdir: Path, compiled: Path, *arguments: str):
         self.workdir = workdir
         self.said: list[str] = []  # the lines of stderr
+        self._start = time.monotonic()
         self.process = subprocess.Popen(
             [sys.executable, "train.py", f"--workdir={workdir}", *arguments],
             cwd=ROOT,
@@ -58,6 +60,22 @@ class Training:
         self.process.kill()
         self.process.wait()
         self._reader.join()
+
+    @property
+    def age_s(self) -> float:
+        """Seconds since the process was started."""
+        return time.monotonic() - self._start
+
+    @property
+    def has_stepped(self) -> bool:
+        """Whether the process has said that a step is done: its start-up is over."""
+        return any(line.startswith("step ") for line in self.said)
+
+    @property
+    def resumed_from(self) -> int | None:
+        """The step that the process went on from; None if it ended before it said so."""
+        resuming = re.search(r"^resuming .* after step (\d+) of", "".join(self.said), re.M)
+        return int(resuming[1]) if resuming else 0 if self.has_stepped else None
 
     def wait_until(self, seen: Callable[[], bool]) -> None:
         """Wait for something to be seen; the process must not end before."""
@@ -87,6 +105,24 @@ class Training:
 def is_saving(workdir: Path) -> bool:
     """Whether there is a checkpoint that is not completely written."""
     return any((workdir / FOLDER).glob("*tmp*"))
+
+
+def strike_start(rng: random.Random, run: Training, start_up_s: float) -> str:
+    """SIGKILL or SIGTERM at a random moment of a start-up: as it imports, restores or compiles.
+
+    A SIGTERM before the first step ends the process at once, or after that step, with that saved.
+
+    Args:
+        rng: for what and when.
+        run: just started.
+        start_up_s: how long the start-up takes, about.
+    """
+    what, moment_s = rng.choice((signal.SIGKILL, signal.SIGTERM)), rng.uniform(0, start_up_s)
+    run.wait_until(lambda: run.age_s >= moment_s or run.has_stepped)
+    age_s = run.age_s
+    run.process.send_signal(what)
+    status = run.end(-what, *([TRY_AGAIN] if what == signal.SIGTERM else []))
+    return f"{what.name} {age_s:.2f} s into a start of {start_up_s:.2f} s: exit status {status}"
 
 
 # --- the faults: each does one thing, sees the process end, and says what it did ------------------
