@@ -26,14 +26,12 @@ machine: the load on it before the start is in the JSON.
 import argparse
 import contextlib
 import json
-import math
 import os
 import platform
 import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -52,22 +50,13 @@ import torch
 from contenders import Contender, finish, make_contenders
 from hardware import copy_bytes_per_s, describe_cpu, large_product
 from step_table import report
+from timing import race
 
 from crate_jax import create_model, list_models
 from crate_jax.models.cost import multiply_adds, step_flops
 
 TOLERANCE = {"float32": 1e-4, "bfloat16": 5e-2}  # share of the largest logit, and of the loss
 LOAD = os.getloadavg()[0]  # over the last minute, before this program adds to it
-MIN_ROUND_SECONDS = 0.2  # a contender's turn repeats its call until it takes about this long
-
-
-def seconds(run: Callable[[], Any], calls: int) -> float:
-    """Seconds a call, over some calls in a row."""
-    start = time.perf_counter()
-    for _ in range(calls - 1):
-        run()
-    finish(run())
-    return (time.perf_counter() - start) / calls
 
 
 def first_calls(at: str, contenders: dict[str, Contender], dtype: str, omitted: dict) -> dict:
@@ -101,18 +90,6 @@ def first_calls(at: str, contenders: dict[str, Contender], dtype: str, omitted: 
     return numbers
 
 
-def race(runs: dict[str, Callable[[], Any]], rounds: int) -> dict[str, list[float]]:
-    """Seconds a call of each in each round, one after the other within a round."""
-    calls = {
-        name: max(1, math.ceil(MIN_ROUND_SECONDS / seconds(run, 1))) for name, run in runs.items()
-    }
-    times: dict[str, list[float]] = {name: [] for name in runs}
-    for _ in range(rounds):
-        for name, run in runs.items():
-            times[name].append(seconds(run, calls[name]))
-    return times
-
-
 def measure(
     name: str, batch_size: int, args: argparse.Namespace, omitted: dict[str, str]
 ) -> dict[str, float]:
@@ -126,7 +103,7 @@ def measure(
         at = f"{name}/{mode}"
         found = first_calls(at, contenders, args.dtype, omitted)
         runs = {who: contender.run for who, contender in contenders.items()}
-        times = race(runs | {"product": product}, args.rounds)
+        times = race(runs | {"product": product}, args.rounds, finish)
 
         def ratios(other: str, to: dict[str, list[float]] = times) -> list[float]:
             return [b / a for a, b in zip(to["ours"], to[other], strict=True)]
