@@ -6,8 +6,9 @@ Every step of one layer runs as a program of its own, forward and backward, and 
 floor is the longer of two times: its operations at the rate of a large matrix product, and its
 bytes, every input and output once, at the rate of a copy, both measured on the same machine. The
 floor on a chip, in bfloat16, is the same from its published peaks (`crate_jax.chips`). The whole
-layer is one program, in which the compiler joins steps. Then attention alone, by every path there is, at 197 and
-785 tokens. The last line is JSON; --output writes it, and the tables beside it as Markdown.
+layer is one program, in which the compiler joins steps. Then attention alone, by every path there
+is, at 197 and 785 tokens. The last line is JSON; --output writes it, and the tables beside it as
+Markdown.
 """
 
 import argparse
@@ -70,14 +71,14 @@ def steps_of(model: Crate, batch_size: int) -> Steps:
     ista = functools.partial(ista_step, eta=model.eta, lmbda=model.lmbda)
     dense = 2 * B * N * d * K * p
     return {
-        "LayerNorm": (norm, (draw(B, N, d), ones, zeros), 0, 2),
+        "LayerNorm of MSSA": (norm, (draw(B, N, d), ones, zeros), 0, 2),
         "Uᵀ Z": (subspace_tokens, (draw(B, N, d), weight(d, K, p)), dense, 2),
         "transposes": (there_and_back, (draw(B, N, K, p),), 0, 2),
         "attention": (
             lambda W: ATTEND["derived"](W)[0], (draw(B * K, N, p),), 4 * B * K * N * N * p, 1.5
         ),
         "W_out, residual": (out, (draw(B, N, d), draw(B * N, K * p), weight(K * p, d)), dense, 2),
-        "LayerNorm ": (norm, (draw(B, N, d), ones, zeros), 0, 2),
+        "LayerNorm of ISTA": (norm, (draw(B, N, d), ones, zeros), 0, 2),
         "ISTA": (ista, (draw(B, N, d), weight(d, d)), 4 * B * N * d * d, 2),
     }  # fmt: skip
 
@@ -242,7 +243,7 @@ def report(found: dict[str, Any]) -> str:
 
 def main() -> None:
     """Parse, measure, print, write."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description="Where the time of a layer goes.")
     parser.add_argument("--model", choices=list_models(), default="crate_base_patch16_224")
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
