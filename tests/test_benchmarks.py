@@ -5,6 +5,7 @@ import json
 import pytest
 from command import run
 
+from benchmarks import growth_table
 from benchmarks.step_table import report
 
 RESULT = {
@@ -119,3 +120,14 @@ def test_a_file_that_is_not_there_and_one_that_is_the_other():
     committed = "benchmarks/results/step_cpu_2core.json"
     status, _, error = run("benchmarks/check.py", committed)
     assert status == 1 and error.startswith(f"{committed} must not be compared with itself.")
+
+
+def test_growth_is_by_the_middle_case_and_by_round():
+    # One second, and two of each layer; the machine is half as fast in the second round.
+    times = [[7.0, 14.0, 7.0], [13.0, 26.0, 13.0], [25.0, 50.0, 26.0]]
+    small, middle, large = growth_table.growth(times, [30, 60, 120])
+    assert set(middle.values()) == {1.0}
+    assert small["quotient"] == pytest.approx(14 / 13) and small["growth_by_formula"] == 0.5
+    assert large["growth"] == large["lowest_growth"] == pytest.approx(25 / 13)
+    assert large["highest_growth"] == 2.0
+    assert growth_table.seconds_each([3, 6, 12], times) == [2.0, pytest.approx(13 / 6)]
