@@ -21,6 +21,7 @@ Markdown. Use an idle machine: the load on it before the start is in the JSON.
 
 import argparse
 import json
+import os
 import platform
 import statistics
 import sys
@@ -37,13 +38,14 @@ import numpy as np
 from contenders import TX, Contender, finish, jax_contenders
 from growth_table import UNITS, growth, report, seconds_each
 from hardware import describe_cpu
-from step import LOAD, race
+from timing import race
 
 from crate_jax import Crate, create_model
 from crate_jax.models.cost import activation_bytes, num_tokens, step_flops
 from crate_jax.models.crate import pair
 from crate_jax.training.state import init_state
 
+LOAD = os.getloadavg()[0]  # over the last minute, before this program adds to it
 MODEL = "crate_tiny_patch16_224"
 BASE = {"depth": 6, "batch_size": 4, "image_size": 224}
 SWEEPS = {  # BASE is the middle case of each
@@ -78,7 +80,7 @@ def measure(sweep: str, rounds: int) -> dict[str, Any]:
         kept = case["batch_size"] * activation_bytes(model)
         case |= {"tokens": num_tokens(model), "memory_bytes": step.memory()}
         rows.append(case | {"activation_bytes_by_formula": kept})
-    times = list(race(runs, rounds).values())
+    times = list(race(runs, rounds, finish).values())
     for row, of_case, grown in zip(rows, times, growth(times, flops), strict=True):
         row["seconds"] = statistics.median(of_case)
         row["images_per_s"] = row["batch_size"] / row["seconds"]
