@@ -44,7 +44,7 @@ class Joined:
     """What groups of devices add up or gather together in a step.
 
     Attributes:
-        kind: one of `crate_jax.collectives.KINDS`.
+        kind: "all-reduce" or "all-gather".
         size: bytes of the result on one device.
         group: how many devices a group has.
         stride: how many of the mesh stand between one member and the next, and the one itself.

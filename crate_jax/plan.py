@@ -15,7 +15,7 @@ from jax.sharding import Mesh
 
 from crate_jax.chips import CHIPS, Joined, least_seconds
 from crate_jax.collectives import KINDS, collectives
-from crate_jax.config import TrainConfig
+from crate_jax.config import OptimConfig, TrainConfig
 from crate_jax.models.cost import activation_bytes, num_tokens, step_flops
 from crate_jax.models.crate import Crate, pair
 from crate_jax.models.zoo import build_model
@@ -67,7 +67,7 @@ def plan(config: TrainConfig, spec: str) -> dict[str, Any]:
     twin = model.clone(dtype=jnp.dtype("float32"))
     program = jit_train_step(config, twin, tx, schedule, mesh, shardings)
     compiled = program.lower(state, batch, jax.eval_shape(lambda: key)).compile()
-    memory = memory_bytes(model, state, batch, micro_batches)
+    memory = memory_bytes(model, state, batch, config.optim)
     sums = gradient_sums(model, state, mesh, micro_batches)
     gradient_bytes = sum(part.size for part in sums)
     gathered = gathered_bytes(model, state, micro_batches)
@@ -89,7 +89,7 @@ def plan(config: TrainConfig, spec: str) -> dict[str, Any]:
         },
         "compiled": {
             "dtype": "float32",
-            "memory_by_formula": sum(memory_bytes(twin, state, batch, micro_batches).values()),
+            "memory_by_formula": sum(memory_bytes(twin, state, batch, config.optim).values()),
             "gradient_bytes_by_formula": gradient_bytes,
             "gathered_bytes_by_formula": gathered_bytes(twin, state, micro_batches),
         }
@@ -155,35 +155,42 @@ def mesh_size(spec: str) -> int:
 
 
 def memory_bytes(
-    model: Crate, state: TrainState, batch: dict[str, Any], micro_batches: int
+    model: Crate, state: TrainState, batch: dict[str, Any], optim: OptimConfig
 ) -> dict[str, int]:
     """Bytes that one device holds at the height of a training step, by kind.
 
     Args:
-        model: its remat and dtype count.
+        model: its backward, dtype, remat and scan_unroll count.
         state: shapes with shardings.
         batch: likewise.
-        micro_batches: of gradient accumulation.
+        optim: its optimizer and accumulate_steps count.
 
     Returns:
         ``parameters``, ``optimizer`` (with the average, if any), ``gradients``, ``activations``
         (what the backward pass keeps of all layers), ``working`` (what it holds of one layer for a
-        moment) and ``batch``.
+        moment, or of those that scan_unroll joins), ``copies`` (which XLA makes of what it
+        overwrites and reads on) and ``batch``.
     """
+    micro_batches = optim.accumulate_steps
     own = sum(batch["image"].sharding.shard_shape(batch["image"].shape)[:1])
     rows = own // micro_batches
     params = _bytes(state.params, per_device=True)
-    layer = activation_bytes(model.clone(remat="none")) // model.depth
-    working = rows * (layer + _WORKING_ARRAYS * 4 * num_tokens(model) * model.width)
+    layers = model.scan_unroll * activation_bytes(model.clone(remat="none")) // model.depth
+    working = rows * (layers + _WORKING_ARRAYS * 4 * num_tokens(model) * model.width)
+    # Lion's moment makes both the update and the next moment; with more micro-batches the second
+    # set of gradients is free by then.
+    copies = params if optim.optimizer == "lion" and micro_batches == 1 else 0
     if params < _bytes(state.params, per_device=False):
-        # The weights of a layer, gathered, and their gradients.
+        # The weights of a layer, gathered, and their gradients; and the shards of all layers.
         working += 2 * _bytes(state.params["blocks"], per_device=False) // model.depth
+        copies += _bytes(state.params["blocks"], per_device=True)
     return {
         "parameters": params,
         "optimizer": _bytes(state, per_device=True) - params,
         "gradients": params * (2 if micro_batches > 1 else 1),
         "activations": rows * activation_bytes(model),
         "working": working,
+        "copies": copies,
         "batch": _bytes(batch, per_device=True),
     }
 

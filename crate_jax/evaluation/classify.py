@@ -51,7 +51,7 @@ def make_eval_step(
         rank_B = rank_of_label(logits_BxY, labels_B)
         loss_B = optax.softmax_cross_entropy_with_integer_labels(logits_BxY, labels_B)
         return {
-            "loss": jnp.sum(loss_B * mask_B),
+            "loss": jnp.sum(loss_B, where=mask_B > 0),
             "top1": jnp.sum(mask_B, where=rank_B < 1),
             "top5": jnp.sum(mask_B, where=rank_B < 5),
             "examples": jnp.sum(mask_B),
@@ -63,13 +63,15 @@ def make_eval_step(
 def rank_of_label(logits_BxY: Array, labels_B: Array) -> Array:
     """How many classes come before the label's: (B,) int32, 0 for a hit.
 
-    Of equal logits the lower class comes first; a logit that is not a number comes before all. It
-    is counted, not sorted: a sort would gather the logits of the whole batch on every device.
+    Of equal logits the lower class comes first. One that is not a number comes before all others,
+    and as the label's own is never a hit, however many count as one. It is counted, not sorted: a
+    sort would gather the logits of the whole batch on every device.
     """
     own_Bx1 = jnp.take_along_axis(logits_BxY, labels_B[:, None], axis=1)
     lower_BxY = jnp.arange(logits_BxY.shape[1])[None] < labels_B[:, None]
     ahead_BxY = ~(logits_BxY <= own_Bx1) | ((logits_BxY == own_Bx1) & lower_BxY)
-    return jnp.sum(ahead_BxY, axis=1, dtype=jnp.int32)
+    rank_B = jnp.sum(ahead_BxY, axis=1, dtype=jnp.int32)
+    return jnp.where(jnp.isnan(own_Bx1[:, 0]), jnp.iinfo(jnp.int32).max, rank_B)
 
 
 def evaluate(

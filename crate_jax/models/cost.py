@@ -53,13 +53,14 @@ def step_flops(model: Crate) -> int:
     """Operations of the matrix products of a training step, for one image.
 
     Two for each multiply-add; the backward pass takes twice the forward pass, less one of the four
-    products of attention if it is the derived one. What remat computes again is counted: all of
-    it, or with "dots" the attention.
+    products of attention if it is the derived one. What remat computes again is counted: the
+    layers, or with "dots" their attention.
     """
     forward = 2 * multiply_adds(model)
     N, K, p = num_tokens(model), model.num_heads, model.subspace_dim
     product = 2 * model.depth * N * N * K * p
-    again = {"none": 0, "dots": 2 * product, "full": forward}[model.remat]
+    layers = forward - 2 * multiply_adds(model.clone(depth=0))
+    again = {"none": 0, "dots": 2 * product, "full": layers}[model.remat]
     return 3 * forward + again - (product if model.backward == "derived" else 0)
 
 

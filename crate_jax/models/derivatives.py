@@ -46,7 +46,10 @@ def _attend_backward(kept: tuple[Array, Array], gradients: tuple[Array, Array]) 
     product = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
     P_GxNxN = A_GxNxN.astype(jnp.float32)
     dA_GxNxN = dA_GxNxN.astype(jnp.float32) + product("gnp,gmp->gnm", dO_GxNxp, W_GxNxp)
-    dS_GxNxN = P_GxNxN * (dA_GxNxN - jnp.sum(P_GxNxN * dA_GxNxN, axis=-1, keepdims=True))
+    # Rounded to half precision, rows of A no longer sum to one; those of dS have to sum to zero.
+    mean_GxNx1 = jnp.sum(P_GxNxN * dA_GxNxN, axis=-1, keepdims=True)
+    mean_GxNx1 /= jnp.sum(P_GxNxN, axis=-1, keepdims=True)
+    dS_GxNxN = P_GxNxN * (dA_GxNxN - mean_GxNx1)
     both_GxNxN = (dS_GxNxN + dS_GxNxN.swapaxes(1, 2)) * W_GxNxp.shape[-1] ** -0.5
     dW_GxNxp = product("gnm,gnp->gmp", A_GxNxN, dO_GxNxp)
     dW_GxNxp += product("gnm,gmp->gnp", both_GxNxN.astype(W_GxNxp.dtype), W_GxNxp)

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import optax
 from jax import Array
+from jax.sharding import AxisType
 
 from crate_jax.data.mixing import Mix
 from crate_jax.models.crate import Crate
@@ -160,4 +161,5 @@ def _mean_gradient(loss_fn: Callable, params: Any, batch: Batch, key: Array, mic
 def _groups() -> int:
     """How many groups of devices the mesh around a step (`crate_jax.parallel.on_mesh`) has."""
     mesh = jax.sharding.get_abstract_mesh()
-    return mesh.shape.get("data", 1)
+    types = dict(zip(mesh.axis_names, mesh.axis_types, strict=True))
+    return mesh.shape["data"] if types.get("data") is AxisType.Auto else 1

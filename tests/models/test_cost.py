@@ -13,6 +13,7 @@ from crate_jax.models.cost import (
     multiply_adds,
     num_tokens,
     sample_images,
+    step_flops,
 )
 
 # Every size differs, so that no product of two of them stands for another.
@@ -43,24 +44,46 @@ def test_multiply_adds_of_the_published_models(name, published):
     assert round(multiply_adds(create_model(name)) / 1e9, 2) == published
 
 
+@pytest.fixture
+def count_multiply_adds(equations):
+    """Of the matrix products that a function's results need."""
+
+    def count(function, *args):
+        program = jax.make_jaxpr(function)(*args).jaxpr
+        live, _ = partial_eval.dce_jaxpr(program, [True] * len(program.outvars))
+        counted = 0
+        for equation, times in equations(live):
+            if equation.primitive.name == "dot_general":
+                (contracted, _), _ = equation.params["dimension_numbers"]
+                length = np.prod([equation.invars[0].aval.shape[axis] for axis in contracted])
+                counted += times * int(length) * equation.outvars[0].aval.size
+        return counted
+
+    return count
+
+
+def abstract_variables(model):
+    init = lambda key: model.init(key, sample_images(model), train=False)  # noqa: E731
+    return jax.eval_shape(init, jax.random.key(0))
+
+
 @pytest.mark.parametrize("heads", HEADS)
-def test_multiply_adds_are_those_of_the_program(heads, equations):
+def test_multiply_adds_are_those_of_the_program(heads, count_multiply_adds):
     model = Crate(**SIZES, **heads, in_channels=2)
-    params = jax.eval_shape(
-        lambda key: model.init(key, sample_images(model), train=False), jax.random.key(0)
-    )
-    program = jax.make_jaxpr(lambda p, x: model.apply(p, x, train=False))(
-        params, sample_images(model)
-    )
-    # What the logits do not need (the taps) is not computed.
-    live, _ = partial_eval.dce_jaxpr(program.jaxpr, [True])
-    counted = 0
-    for equation, times in equations(live):
-        if equation.primitive.name == "dot_general":
-            (contracted, _), _ = equation.params["dimension_numbers"]
-            length = np.prod([equation.invars[0].aval.shape[axis] for axis in contracted])
-            counted += times * int(length) * equation.outvars[0].aval.size
+    apply = lambda variables, images: model.apply(variables, images, train=False)  # noqa: E731
+    counted = count_multiply_adds(apply, abstract_variables(model), sample_images(model))
     assert multiply_adds(model) == counted
+
+
+@pytest.mark.parametrize("heads", HEADS)
+@pytest.mark.parametrize("remat", ["none", "dots", "full"])
+@pytest.mark.parametrize("backward", ["derived", "autodiff"])
+def test_step_flops_are_those_of_loss_and_gradient(heads, remat, backward, count_multiply_adds):
+    model = Crate(**SIZES, **heads, in_channels=2, remat=remat, backward=backward)
+    images = sample_images(model)
+    loss = lambda variables: model.apply(variables, images, train=False).sum()  # noqa: E731
+    counted = count_multiply_adds(jax.value_and_grad(loss), abstract_variables(model))
+    assert step_flops(model) == 2 * counted
 
 
 @pytest.mark.parametrize("heads", HEADS)
@@ -79,9 +102,7 @@ def test_activation_bytes_are_what_the_backward_pass_holds(heads, remat, dtype, 
             loss = lambda params: model.apply(params, images, train=False).sum()  # noqa: E731
             return jax.vjp(loss, params)[1]
 
-        init = lambda key: model.init(key, sample_images(model), train=False)  # noqa: E731
-        params = jax.eval_shape(init, jax.random.key(0))
-        residuals = jax.tree.leaves(jax.eval_shape(keep, params, images))
+        residuals = jax.tree.leaves(jax.eval_shape(keep, abstract_variables(model), images))
         # One array for all images of the batch, or for all their tokens, or for all their heads.
         rows = {7, 7 * num_tokens(model), 7 * model.num_heads}
         stacked = [
