@@ -4,10 +4,12 @@ Forward pass (inference) and full training step (loss with label smoothing 0.1, 
 the Flax model, under `jax.jit` with donated state, and of the same model in PyTorch
 (`crate_jax.interop.torch_reference`, the official operations). Both get the same weights, the same
 batch, already on the device, and the same precision: float32 products at full precision in both, or
-float32 weights with bfloat16 products (autocast in PyTorch). All contenders live in one process and
-take turns, round by round; a ratio is the median over the rounds of their time by ours in that
-round, so that what slows the machine for a while slows all of them; the lowest and the highest of
-these stand beside it. Before the clock starts, logits and losses must agree.
+float32 weights with bfloat16 products, each as its users have it: ours keeps the tokens between
+layers in bfloat16 too, PyTorch's autocast keeps them in float32 and moves more bytes. All
+contenders live in one process and take turns, round by round; a ratio is the median over the rounds
+of their time by ours in that round, so that what slows the machine for a while slows all of them;
+the lowest and the highest of these stand beside it. Before the clock starts, logits and losses must
+agree.
 
     python benchmarks/step.py --models crate_tiny_patch16_224:16,crate_base_patch16_224:8
 

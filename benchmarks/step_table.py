@@ -40,11 +40,13 @@ def report(result: dict[str, Any]) -> str:
     lines += [
         "",
         f"{result['dtype']}; medians of {result['rounds']} rounds, with the lowest and highest "
-        "ratio; a ratio > 1 means that ours is faster. Memory and first call: ours / eager / "
+        "ratio; a ratio > 1 means that ours is faster. PyTorch runs the official operations: three "
+        "products in ISTA, softmax and attention apart. Memory and first call: ours / eager / "
         "compile.",
         "",
         f"- Device: {hardware['device']}; processor: {hardware['cpu']}; "
-        f"load before: {hardware['load_average_before']}",
+        f"load before: {hardware['load_average_before']}; PyTorch's waiting threads: "
+        f"{hardware['omp_wait_policy']}",
         f"- Peak: {result['peak_flops_per_s'] / 1e9:,.0f} GFLOP/s in a large matrix product, "
         f"{result['copy_bytes_per_s'] / 1e9:,.0f} GB/s in a copy (read and written)",
         "- Versions: " + ", ".join(f"{name} {v}" for name, v in result["versions"].items()),

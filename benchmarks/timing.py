@@ -24,7 +24,7 @@ def race(
     rounds: int,
     finish: Callable[[Any], Any] = jax.block_until_ready,
 ) -> dict[str, list[float]]:
-    """Seconds a call of each in each round, one after the other within a round.
+    """Seconds a call of each in each round, one after the other, another one first each time.
 
     Args:
         runs: what to call, by name; compiled already, or the number of calls in a turn is off.
@@ -36,7 +36,9 @@ def race(
         for name, run in runs.items()
     }
     times: dict[str, list[float]] = {name: [] for name in runs}
-    for _ in range(rounds):
-        for name, run in runs.items():
-            times[name].append(seconds(run, calls[name], finish))
+    names = list(runs)
+    for i in range(rounds):
+        first = i % len(names)
+        for name in names[first:] + names[:first]:
+            times[name].append(seconds(runs[name], calls[name], finish))
     return times
