@@ -2,13 +2,15 @@
 
     python benchmarks/layer.py --model crate_base_patch16_224 --batch-size 8
 
-Every step of one layer runs as a program of its own, forward and backward, and all take turns. Its
-floor is the longer of two times: its operations at the rate of a large matrix product, and its
-bytes, every input and output once, at the rate of a copy, both measured on the same machine. The
-floor on a chip, in bfloat16, is the same from its published peaks (`crate_jax.chips`). The whole
-layer is one program, in which the compiler joins steps. Then attention alone, by every path there
-is, at 197 and 785 tokens. The last line is JSON; --output writes it, and the tables beside it as
-Markdown.
+Every step of one layer runs as two programs of its own, forward, and forward with its backward
+pass, and all take turns; the time of the backward pass is the difference. A floor is the longer of
+two times: operations at the rate of a large matrix product, and bytes at the rate of a copy, both
+measured on the same machine. The bytes are those that no kernel can do without: forward the inputs
+and the output, backward the inputs again, the gradient of the output and those of the inputs. What
+is kept in between is not among them. The floor on a chip, in bfloat16, is the same from its
+published peaks (`crate_jax.chips`). The whole layer is one program, and has the floor of one. Then
+attention alone, by every path there is, at 197 and 785 tokens. The last line is JSON; --output
+writes it, and the tables beside it as Markdown.
 """
 
 import argparse
@@ -88,29 +90,38 @@ def size(tree: Any) -> int:
     return sum(leaf.nbytes for leaf in jax.tree.leaves(tree) if hasattr(leaf, "nbytes"))
 
 
-def programs_of(steps: Steps) -> dict[str, dict[str, Any]]:
-    """By "step, forward" and "step, backward": what to call, its operations and its bytes."""
-    found = {}
+def measure_steps(steps: Steps, rounds: int, others: dict[str, Any]) -> tuple[list, dict]:
+    """Rows "step, forward" and "step, backward"; and ms of what else takes turns with them."""
+    runs, rows = dict(others), []
     for name, (function, inputs, flops, back) in steps.items():
-        forward = jax.jit(lambda *x, function=function: jax.vjp(function, *x))
-        backward = jax.jit(lambda pull, gradient: pull(gradient))
-        outputs, pull = forward(*inputs)
-        gradients = backward(pull, outputs)
-        found[f"{name}, forward"] = {
-            "run": functools.partial(forward, *inputs),
-            "flops": flops,
-            "bytes": size(inputs) + size(outputs) + size(pull),
-        }
-        found[f"{name}, backward"] = {
-            "run": functools.partial(backward, pull, outputs),
-            "flops": int(back * flops),
-            "bytes": size(pull) + size(outputs) + size(gradients),
-        }
-    return found
+        forward, both = jax.jit(function), jax.jit(functools.partial(with_gradients, function))
+        output = forward(*inputs)
+        runs[f"{name}, forward"] = functools.partial(forward, *inputs)
+        runs[f"{name}, both"] = functools.partial(both, *inputs)
+        gradients = both(*inputs)[1]
+        moved = size(inputs) + size(output)
+        rows.append({"step": f"{name}, forward", "flops": flops, "bytes": moved})
+        moved += size(gradients)
+        rows.append({"step": f"{name}, backward", "flops": int(back * flops), "bytes": moved})
+    jax.block_until_ready([run() for run in runs.values()])
+    times = race(runs, rounds)
+    median = {name: 1e3 * statistics.median(of) for name, of in times.items()}
+    for row in rows:
+        name, _, way = row["step"].rpartition(", ")
+        pairs = zip(times[f"{name}, both"], times[f"{name}, forward"], strict=True)
+        backward = 1e3 * statistics.median(both - forward for both, forward in pairs)
+        row["ms"] = median[f"{name}, forward"] if way == "forward" else backward
+    return rows, {name: median[name] for name in others}
 
 
-def whole_layer(model: Crate, batch_size: int) -> dict[str, Callable[[], Any]]:
-    """One layer as one program: forward alone, and forward and backward."""
+def with_gradients(function: Callable[..., Any], *inputs: Any) -> tuple[Any, Any]:
+    """A step's output, and the gradients of its inputs for a gradient of the output."""
+    output, pull = jax.vjp(function, *inputs)
+    return output, pull(output)
+
+
+def whole_layer(model: Crate, batch_size: int) -> tuple[dict[str, Callable[[], Any]], int]:
+    """One layer as a program, forward alone and with its backward pass; and bytes of its floor."""
     block = CrateBlock(
         model.num_heads, model.subspace_dim, model.eta, model.lmbda, 0.0,
         model.dtype, model.backward, (),
@@ -119,16 +130,10 @@ def whole_layer(model: Crate, batch_size: int) -> dict[str, Callable[[], Any]]:
     Z = Z.astype(model.dtype)
     params = jax.jit(lambda key: block.init(key, Z, False))(jax.random.key(2))
     apply = lambda params, Z: block.apply(params, Z, False)[0]  # noqa: E731
-    forward = jax.jit(apply)
-
-    @jax.jit
-    def both(params, Z):
-        outputs, pull = jax.vjp(apply, params, Z)
-        return pull(outputs)
-
+    forward, both = jax.jit(apply), jax.jit(functools.partial(with_gradients, apply))
     runs = {"forward": lambda: forward(params, Z), "both": lambda: both(params, Z)}
-    jax.block_until_ready([run() for run in runs.values()])
-    return runs
+    # Weights twice, their gradients; tokens in, out, their gradients in and out, tokens again.
+    return runs, 3 * size(params) + 5 * size(Z)
 
 
 def attention_paths(backend: str, dtype: Any) -> dict[str, Callable[[Any], Any]]:
@@ -182,25 +187,28 @@ def race_attention(groups: int, N: int, p: int, dtype: Any, rounds: int) -> list
 
 def measure(model: Crate, args: argparse.Namespace) -> dict[str, Any]:
     """Rows of all tables, and the peaks behind the floors."""
-    programs = programs_of(steps_of(model, args.batch_size))
     multiply, product_flops = large_product(args.dtype)
-    runs = {name: of["run"] for name, of in programs.items()} | {"product": multiply}
-    times = race(runs | whole_layer(model, args.batch_size), args.rounds)
-    ms = {name: 1e3 * statistics.median(of) for name, of in times.items()}
+    layer, layer_bytes = whole_layer(model, args.batch_size)
+    steps = steps_of(model, args.batch_size)
+    rows, ms = measure_steps(steps, args.rounds, {"product": multiply} | layer)
+    layer_flops = sum(row["flops"] for row in rows)
+    rows.append({"step": "the layer, one program", "flops": layer_flops, "bytes": layer_bytes,
+                 "ms": ms["both"]})  # fmt: skip
     peak, copied = 1e3 * product_flops / ms["product"], copy_bytes_per_s()
-    floor = lambda of, flops, moved: 1e3 * max(of["flops"] / flops, of["bytes"] / moved)  # noqa: E731
-    rows = [
-        {"step": name, "gflop": of["flops"] / 1e9, "mb": of["bytes"] / 1e6,
-         "floor_ms": floor(of, peak, copied), "ms": ms[name]}
-        | {f"floor_ms_{c}": floor(of, CHIPS[c].flops, CHIPS[c].memory_bandwidth) for c in SHOWN}
-        for name, of in programs.items()
-    ]  # fmt: skip
+
+    def floor_ms(row, flops_per_s, bytes_per_s):
+        return 1e3 * max(row["flops"] / flops_per_s, row["bytes"] / bytes_per_s)
+
+    for row in rows:
+        row["floor_ms"] = floor_ms(row, peak, copied)
+        for chip in SHOWN:
+            peaks = CHIPS[chip]
+            row[f"floor_ms_{chip}"] = floor_ms(row, peaks.flops, peaks.memory_bandwidth)
     attention = []
     for N in LENGTHS:
         groups = max(1, args.batch_size * model.num_heads * LENGTHS[0] // N)
         attention += race_attention(groups, N, model.subspace_dim, model.dtype, args.rounds)
-    layer = {"forward_ms": ms["forward"], "both_ms": ms["both"]}
-    return {"rows": rows, "layer": layer, "attention": attention,
+    return {"rows": rows, "layer_forward_ms": ms["forward"], "attention": attention,
             "peak_flops_per_s": peak, "copy_bytes_per_s": copied}  # fmt: skip
 
 
@@ -210,16 +218,16 @@ def report(found: dict[str, Any]) -> str:
     heads = ["step", "GFLOP", "MB", "floor, ms", "reached, ms", "floor / reached"]
     heads += [f"floor on {chip}, ms" for chip in shown]
     lines = [f"| {' | '.join(heads)} |", "| --- |" + " ---: |" * (len(heads) - 1)]
-    keys = ["gflop", "mb", "floor_ms"]
-    keys_of_chips = [f"floor_ms_{chip}" for chip in shown]
-    total = {key: sum(row[key] for row in found["rows"]) for key in keys + keys_of_chips}
-    whole = total | {"step": "the layer, one program", "ms": found["layer"]["both_ms"]}
-    for row in [*found["rows"], whole]:
-        cells = [f"{row[key]:.2f}" for key in (*keys, "ms")]
-        cells.append(f"{row['floor_ms'] / row['ms']:.0%}")
-        cells += [f"{row[key]:.4f}" for key in keys_of_chips]
+    for row in found["rows"]:
+        cells = [f"{row['flops'] / 1e9:.2f}", f"{row['bytes'] / 1e6:.2f}"]
+        cells += [
+            f"{row['floor_ms']:.2f}",
+            f"{row['ms']:.2f}",
+            f"{row['floor_ms'] / row['ms']:.0%}",
+        ]
+        cells += [f"{row[f'floor_ms_{chip}']:.4f}" for chip in shown]
         lines.append(f"| {row['step']} | {' | '.join(cells)} |")
-    lines += ["", f"The layer's forward pass alone: {found['layer']['forward_ms']:.2f} ms.", ""]
+    lines += ["", f"The layer's forward pass alone: {found['layer_forward_ms']:.2f} ms.", ""]
     lines += ["| tokens | attention by | forward, ms | forward and backward, ms | kept, MB |",
               "| ---: | --- | ---: | ---: | ---: |"]  # fmt: skip
     lines += [
