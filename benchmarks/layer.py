@@ -62,10 +62,8 @@ def steps_of(model: Crate, batch_size: int) -> Steps:
     def norm(X, scale, bias):
         return NORMALISE["derived"](X, scale, bias, dtype)
 
-    def there_and_back(W):
-        """The two transposes around attention."""
-        heads = jax.lax.optimization_barrier(W.transpose(0, 2, 1, 3).reshape(B * K, N, p))
-        return heads.reshape(B, K, N, p).transpose(0, 2, 1, 3)
+    def to_heads(W):
+        return W.transpose(0, 2, 1, 3).reshape(B * K, N, p)
 
     def out(Z, O_MxKp, W):
         return Z + product(O_MxKp, W).reshape(B, N, d)
@@ -75,7 +73,7 @@ def steps_of(model: Crate, batch_size: int) -> Steps:
     return {
         "LayerNorm of MSSA": (norm, (draw(B, N, d), ones, zeros), 0, 2),
         "Uᵀ Z": (subspace_tokens, (draw(B, N, d), weight(d, K, p)), dense, 2),
-        "transposes": (there_and_back, (draw(B, N, K, p),), 0, 2),
+        "one of two transposes": (to_heads, (draw(B, N, K, p),), 0, 2),
         "attention": (
             lambda W: ATTEND["derived"](W)[0], (draw(B * K, N, p),), 4 * B * K * N * N * p, 1.5
         ),

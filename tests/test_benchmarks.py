@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from command import run
+from command import ROOT, run
 
 from benchmarks import growth_table
 from benchmarks.step_table import report
@@ -18,7 +18,12 @@ RESULT = {
     "a/train/memory_bytes_ours": 2_000_000,
     "peak_flops_per_s": 2e11,
     "copy_bytes_per_s": 3e10,
-    "hardware": {"device": "cpu", "cpu": "2 x Z80", "load_average_before": 0.5},
+    "hardware": {
+        "device": "cpu",
+        "cpu": "2 x Z80",
+        "load_average_before": 0.5,
+        "omp_wait_policy": "passive",
+    },
     "versions": {"jax": "0.10.2"},
     "command": "python benchmarks/step.py",
     "batch_sizes": {"a": 8},
@@ -34,7 +39,7 @@ def test_table():
     assert lines[2] == forward + " - / - / - | 25% |"
     assert "| 0.80 (- to -) | 2 / - / - |" in lines[3]
     assert {line.count("|") for line in lines[:4]} == {12}
-    assert "- Device: cpu; processor: 2 x Z80; load before: 0.5" in lines
+    assert "- Device: cpu; processor: 2 x Z80; load before: 0.5; PyTorch's" in report(RESULT)
     assert "- Peak: 200 GFLOP/s in a large matrix product, 30 GB/s in a copy" in report(RESULT)
     assert "- Left out: a/forward/ratio_compile: InvalidCxxCompiler: none" in lines
 
@@ -120,6 +125,12 @@ def test_a_file_that_is_not_there_and_one_that_is_the_other():
     committed = "benchmarks/results/step_cpu_2core.json"
     status, _, error = run("benchmarks/check.py", committed)
     assert status == 1 and error.startswith(f"{committed} must not be compared with itself.")
+
+
+def test_the_committed_result_can_be_compared_with(check):
+    committed = json.loads((ROOT / "benchmarks/results/step_cpu_2core.json").read_text())
+    status, out = check(committed, committed)
+    assert status == 0 and out.endswith("figures, none moved by 10%.")
 
 
 def test_growth_is_by_the_middle_case_and_by_round():
