@@ -8,13 +8,14 @@ The last line is JSON.
 import argparse
 import json
 import os
-import platform
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
+
+from hardware import describe_cpu
 
 
 def main() -> None:
@@ -55,7 +56,7 @@ def main() -> None:
         "top1_mean": round(statistics.mean(run["top1"] for run in runs), 4),
         "seconds_median": statistics.median(run["seconds"] for run in runs),
         "runs": runs,
-        "hardware": f"{os.cpu_count()} x {platform.machine()} {jax.devices()[0].device_kind}",
+        "hardware": f"{describe_cpu()}, {jax.devices()[0].device_kind}",
         "jax": jax.__version__,
         "command": " ".join(["python", *sys.argv]),
     }

@@ -5,9 +5,9 @@
 Every step of one layer runs as two programs of its own, forward, and forward with its backward
 pass, and all take turns; the time of the backward pass is the difference. A floor is the longer of
 two times: operations at the rate of a large matrix product, and bytes at the rate of a copy, both
-measured on the same machine. The bytes are those that no kernel can do without: forward the inputs
-and the output, backward the inputs again, the gradient of the output and those of the inputs. What
-is kept in between is not among them. The floor on a chip, in bfloat16, is the same from its
+measured on the same machine. The bytes: forward the inputs and the output; backward the inputs
+again, the gradient of the output and those of the inputs. What is kept in between is not among
+them. The floor on a chip, in bfloat16, is the same from its
 published peaks (`crate_jax.chips`). The whole layer is one program, and has the floor of one. Then
 attention alone, by every path there is, at 197 and 785 tokens. The last line is JSON; --output
 writes it, and the tables beside it as Markdown.
@@ -199,7 +199,7 @@ def measure(model: Crate, args: argparse.Namespace) -> dict[str, Any]:
 
     for row in rows:
         row["floor_ms"] = floor_ms(row, peak, copied)
-        for chip in SHOWN:
+        for chip in SHOWN if args.dtype == "bfloat16" else ():  # what the chips' peaks are of
             peaks = CHIPS[chip]
             row[f"floor_ms_{chip}"] = floor_ms(row, peaks.flops, peaks.memory_bandwidth)
     attention = []
@@ -212,7 +212,7 @@ def measure(model: Crate, args: argparse.Namespace) -> dict[str, Any]:
 
 def report(found: dict[str, Any]) -> str:
     """The tables as Markdown."""
-    shown = SHOWN if found["dtype"] == "bfloat16" else ()  # what the chips' peaks are of
+    shown = SHOWN if found["dtype"] == "bfloat16" else ()
     heads = ["step", "GFLOP", "MB", "floor, ms", "reached, ms", "floor / reached"]
     heads += [f"floor on {chip}, ms" for chip in shown]
     lines = [f"| {' | '.join(heads)} |", "| --- |" + " ---: |" * (len(heads) - 1)]
@@ -256,6 +256,10 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--output", type=Path, help="a .json file; the tables go beside it as .md")
     args = parser.parse_args()
+    if min(args.batch_size, args.rounds) < 1:
+        parser.error("--batch-size and --rounds must be at least 1.")
+    if args.output and args.output.suffix != ".json":
+        parser.error(f"--output must end in .json; got {args.output}.")
     if args.dtype == "float32":  # on a GPU JAX would round the operands to TF32
         jax.config.update("jax_default_matmul_precision", "highest")
     model = create_model(args.model, dtype=jnp.dtype(args.dtype))
@@ -275,6 +279,7 @@ def main() -> None:
     }
     markdown = report(found)
     if args.output:
+        args.output.parent.mkdir(parents=True, exist_ok=True)
         args.output.write_text(json.dumps(found, indent=1) + "\n")
         args.output.with_suffix(".md").write_text(markdown)
     print(markdown)

@@ -8,8 +8,8 @@ float32 weights with bfloat16 products, each as its users have it: ours keeps th
 layers in bfloat16 too, PyTorch's autocast keeps them in float32 and moves more bytes. All
 contenders live in one process and take turns, round by round; a ratio is the median over the rounds
 of their time by ours in that round, so that what slows the machine for a while slows all of them;
-the lowest and the highest of these stand beside it. Before the clock starts, logits and losses must
-agree.
+the lowest and the highest of these stand beside it. Before the clock starts, logits must agree, and
+the losses of two steps.
 
     python benchmarks/step.py --models crate_tiny_patch16_224:16,crate_base_patch16_224:8
 
@@ -71,7 +71,7 @@ def first_calls(at: str, contenders: dict[str, Contender], dtype: str, omitted: 
     for name, contender in list(contenders.items()):
         start = time.perf_counter()
         try:
-            result = finish(contender.run())
+            first = finish(contender.run())
         except Exception as error:
             if name != "compile":
                 raise
@@ -80,6 +80,8 @@ def first_calls(at: str, contenders: dict[str, Contender], dtype: str, omitted: 
             del contenders[name]
             continue
         numbers[f"first_s_{name}"] = time.perf_counter() - start
+        # The second loss is that after an update: it tells whether the gradients agree, too.
+        result = np.stack([first, finish(contender.run())])
         if name == "ours":
             expected = result
         error = float(np.abs(expected - result).max() / np.abs(expected).max())

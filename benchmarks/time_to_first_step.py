@@ -9,13 +9,14 @@ the cold one left. Medians over the rounds; the last line is JSON.
 import argparse
 import json
 import os
-import platform
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
+
+from hardware import describe_cpu
 
 
 def measure(model_name: str, batch_size: int) -> dict[str, float]:
@@ -77,7 +78,7 @@ def main() -> None:
         "batch_size": args.batch_size,
         **{kind: round(statistics.median(values), 2) for kind, values in runs.items()},
         "runs": {kind: [round(v, 2) for v in values] for kind, values in runs.items()},
-        "hardware": f"{os.cpu_count()} x {platform.machine()} {jax.devices()[0].device_kind}",
+        "hardware": f"{describe_cpu()}, {jax.devices()[0].device_kind}",
         "jax": jax.__version__,
         "command": " ".join(["python", *sys.argv]),
     }

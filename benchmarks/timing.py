@@ -1,6 +1,7 @@
 """Times of several ways to do something that take turns: a busy machine slows all of them alike."""
 
 import math
+import random
 import time
 from collections.abc import Callable
 from typing import Any
@@ -24,7 +25,9 @@ def race(
     rounds: int,
     finish: Callable[[Any], Any] = jax.block_until_ready,
 ) -> dict[str, list[float]]:
-    """Seconds a call of each in each round, one after the other, another one first each time.
+    """Seconds a call of each in each round, one after the other, in another order each time.
+
+    Which one comes before decides what a turn finds in caches and memory.
 
     Args:
         runs: what to call, by name; compiled already, or the number of calls in a turn is off.
@@ -36,9 +39,8 @@ def race(
         for name, run in runs.items()
     }
     times: dict[str, list[float]] = {name: [] for name in runs}
-    names = list(runs)
-    for i in range(rounds):
-        first = i % len(names)
-        for name in names[first:] + names[:first]:
+    order = random.Random(0)
+    for _ in range(rounds):
+        for name in order.sample(list(runs), len(runs)):
             times[name].append(seconds(runs[name], calls[name], finish))
     return times

@@ -61,8 +61,9 @@ def least_seconds(
 ) -> dict[str, Any]:
     """The least that a step can take on a chip, by each of its limits.
 
-    Memory is written and read once for all that a step holds. A collective over more chips than the
-    links join goes by the links first; each chip then takes its share of the result to the network.
+    Parameters, optimizer, gradients and activations are written and read once. A collective over
+    more chips than the links join goes by the links first; each chip then takes its share of the
+    result to the network.
     """
     traffic = 2 * sum(memory[k] for k in ("parameters", "optimizer", "gradients", "activations"))
     link = network = 0.0

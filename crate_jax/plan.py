@@ -24,9 +24,9 @@ from crate_jax.training.optimizer import make_optimizer
 from crate_jax.training.programs import jit_train_step
 from crate_jax.training.state import TrainState, abstract_state
 
-# Gradients of the layer under way, and what else a layer's backward pass holds for a moment beside
-# its own activations: so many arrays (N, d) of float32, as the compiled programs have it.
-_WORKING_ARRAYS = 16
+# What a backward pass holds for a moment, beside the activations of the layer under way: so many
+# float32 arrays of tokens, and of the patches' pixels. Fitted to programs compiled for CPU devices.
+_WORKING_TOKENS, _WORKING_PATCHES = 2, 6
 
 
 def plan(config: TrainConfig, spec: str) -> dict[str, Any]:
@@ -160,23 +160,25 @@ def memory_bytes(
     """Bytes that one device holds at the height of a training step, by kind.
 
     Args:
-        model: its backward, dtype, remat and scan_unroll count.
+        model: reads its sizes, backward, dtype, remat and scan_unroll.
         state: shapes with shardings.
         batch: likewise.
-        optim: its optimizer and accumulate_steps count.
+        optim: reads optimizer and accumulate_steps.
 
     Returns:
         ``parameters``, ``optimizer`` (with the average, if any), ``gradients``, ``activations``
         (what the backward pass keeps of all layers), ``working`` (what it holds of one layer for a
-        moment, or of those that scan_unroll joins), ``copies`` (which XLA makes of what it
-        overwrites and reads on) and ``batch``.
+        moment, or of those that scan_unroll joins), ``copies`` (of what XLA overwrites while it is
+        still read) and ``batch``. ``working`` and ``copies`` are fitted to programs for CPUs.
     """
     micro_batches = optim.accumulate_steps
     own = sum(batch["image"].sharding.shard_shape(batch["image"].shape)[:1])
     rows = own // micro_batches
     params = _bytes(state.params, per_device=True)
     layers = model.scan_unroll * activation_bytes(model.clone(remat="none")) // model.depth
-    working = rows * (layers + _WORKING_ARRAYS * 4 * num_tokens(model) * model.width)
+    values = _WORKING_TOKENS * num_tokens(model) * model.width
+    values += _WORKING_PATCHES * math.prod(pair(model.image_size)) * model.in_channels
+    working = rows * (layers + 4 * values)
     # Lion's moment makes both the update and the next moment; with more micro-batches the second
     # set of gradients is free by then.
     copies = params if optim.optimizer == "lion" and micro_batches == 1 else 0

@@ -133,6 +133,11 @@ def test_the_committed_result_can_be_compared_with(check):
     assert status == 0 and out.endswith("figures, none moved by 10%.")
 
 
+def test_models_that_were_not_measured_again_are_said_and_do_not_fail(check):
+    committed = RESULT | {"b/train/ratio_eager": 1.2, "batch_sizes": {"a": 8, "b": 4}}
+    assert check(RESULT, committed) == (0, "b: not measured")
+
+
 def test_growth_is_by_the_middle_case_and_by_round():
     # One second, and two of each layer; the machine is half as fast in the second round.
     times = [[7.0, 14.0, 7.0], [13.0, 26.0, 13.0], [25.0, 50.0, 26.0]]

@@ -41,7 +41,10 @@ def _attend_and_keep(W_GxNxp: Array) -> tuple[tuple[Array, Array], tuple[Array, 
 
 
 def _attend_backward(kept: tuple[Array, Array], gradients: tuple[Array, Array]) -> tuple[Array]:
-    """With S = W Wᵀ: dW = Aᵀ dO + (dS + dSᵀ) W, where S would take two products, dS W and dSᵀ W."""
+    """The gradient dW = Aᵀ dO + (dS + dSᵀ) W; automatic differentiation has dS W and dSᵀ W apart.
+
+    The scores are p^{-1/2} S, S = W Wᵀ; through the softmax dS = A (dA − Σ A dA), row by row.
+    """
     (W_GxNxp, A_GxNxN), (dO_GxNxp, dA_GxNxN) = kept, gradients
     product = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
     P_GxNxN = A_GxNxN.astype(jnp.float32)

@@ -130,8 +130,8 @@ def _mean_gradient(loss_fn: Callable, params: Any, batch: Batch, key: Array, mic
         return grad_fn(params, batch, key)
     groups = _groups()
     if groups > 1:
-        # Each keeps a gradient of its own until the end of the step: they are added up over the
-        # devices once, and not after every micro-batch.
+        # Each keeps a gradient of its own until the end of the step: they are added up over
+        # `data` once, and not after every micro-batch.
         grad_fn = jax.vmap(grad_fn, in_axes=(None, 0, 0), spmd_axis_name="data")
 
     def split(x: Array) -> Array:
@@ -159,7 +159,7 @@ def _mean_gradient(loss_fn: Callable, params: Any, batch: Batch, key: Array, mic
 
 
 def _groups() -> int:
-    """How many groups of devices the mesh around a step (`crate_jax.parallel.on_mesh`) has."""
+    """The size of ``data`` in the mesh around a step; 1 without one, or where it is mapped over."""
     mesh = jax.sharding.get_abstract_mesh()
     types = dict(zip(mesh.axis_names, mesh.axis_types, strict=True))
     return mesh.shape["data"] if types.get("data") is AxisType.Auto else 1
