@@ -61,7 +61,7 @@ def compare(new: dict[str, Any], old: dict[str, Any]) -> tuple[list[str], bool]:
         if a != b:
             raise ValueError(f"The {what} must be the same in both; got {a} and {b}.")
     lines, good = [], True
-    for model in old["batch_sizes"].keys() - shared:
+    for model in sorted(old["batch_sizes"].keys() - shared):
         lines.append(f"{model}: not measured")
     for key, before in figures(old).items():
         if key.partition("/")[0] not in shared:
