@@ -1,7 +1,7 @@
 """Has a step become slower? A fresh result of `step.py` against the committed one.
 
-    python benchmarks/step.py --models ... --output /tmp/step_cpu_2core.json
-    python benchmarks/check.py /tmp/step_cpu_2core.json
+    python benchmarks/step.py --models ... --output new.json
+    python benchmarks/check.py new.json benchmarks/results/step_cpu_2core.json
 
 Compared are the ratios to PyTorch, and our bytes of memory: never times, which the day and the
 machine decide. Prints what moved by more than 10 %, and what is missing; ends with 1 if a ratio

@@ -20,7 +20,6 @@ Markdown. Use an idle machine: the load on it before the start is in the JSON.
 """
 
 import argparse
-import json
 import os
 import platform
 import statistics
@@ -38,6 +37,7 @@ import numpy as np
 from contenders import TX, Contender, finish, jax_contenders
 from growth_table import UNITS, growth, report, seconds_each
 from hardware import describe_cpu
+from publish import publish
 from timing import race
 
 from crate_jax import Crate, create_model
@@ -126,12 +126,7 @@ def main() -> None:
         "rounds": args.rounds,
     }
     markdown = report(result)
-    if args.output:
-        args.output.parent.mkdir(parents=True, exist_ok=True)
-        args.output.write_text(json.dumps(result, indent=2) + "\n")
-        args.output.with_suffix(".md").write_text(markdown)
-    print(markdown)
-    print(json.dumps(result))
+    publish(result, markdown, args.output)
 
 
 if __name__ == "__main__":

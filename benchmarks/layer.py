@@ -15,7 +15,6 @@ writes it, and the tables beside it as Markdown.
 
 import argparse
 import functools
-import json
 import math
 import os
 import platform
@@ -32,6 +31,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import jax
 import jax.numpy as jnp
 from hardware import copy_bytes_per_s, describe_cpu, large_product
+from publish import publish
 from timing import race
 
 from crate_jax import create_model, list_models
@@ -278,12 +278,7 @@ def main() -> None:
         "command": " ".join(["python", "benchmarks/layer.py", *sys.argv[1:]]),
     }
     markdown = report(found)
-    if args.output:
-        args.output.parent.mkdir(parents=True, exist_ok=True)
-        args.output.write_text(json.dumps(found, indent=1) + "\n")
-        args.output.with_suffix(".md").write_text(markdown)
-    print(markdown)
-    print(json.dumps(found))
+    publish(found, markdown, args.output)
 
 
 if __name__ == "__main__":

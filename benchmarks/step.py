@@ -27,7 +27,6 @@ machine: the load on it before the start is in the JSON.
 
 import argparse
 import contextlib
-import json
 import os
 import platform
 import statistics
@@ -51,6 +50,7 @@ import numpy as np
 import torch
 from contenders import Contender, finish, make_contenders
 from hardware import copy_bytes_per_s, describe_cpu, large_product
+from publish import publish
 from step_table import report
 from timing import race
 
@@ -221,12 +221,7 @@ def main() -> None:
     if omitted:
         result["omitted"] = omitted
     markdown = report(result)
-    if args.output:
-        args.output.parent.mkdir(parents=True, exist_ok=True)
-        args.output.write_text(json.dumps(result, indent=2) + "\n")
-        args.output.with_suffix(".md").write_text(markdown)
-    print(markdown)
-    print(json.dumps(result))
+    publish(result, markdown, args.output)
 
 
 if __name__ == "__main__":
