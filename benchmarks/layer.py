@@ -7,10 +7,10 @@ pass, and all take turns; the time of the backward pass is the difference. A flo
 two times: operations at the rate of a large matrix product, and bytes at the rate of a copy, both
 measured on the same machine. The bytes: forward the inputs and the output; backward the inputs
 again, the gradient of the output and those of the inputs. What is kept in between is not among
-them. The floor on a chip, in bfloat16, is the same from its
-published peaks (`crate_jax.chips`). The whole layer is one program, and has the floor of one. Then
-attention alone, by every path there is, at 197 and 785 tokens. The last line is JSON; --output
-writes it, and the tables beside it as Markdown.
+them. The floor on a chip, in bfloat16, is the same from its published peaks (`crate_jax.chips`).
+The whole layer is one program, and has the floor of one. Then attention alone, by every path there
+is, at 197 and 785 tokens. The last line is JSON; --output writes it, and the tables beside it as
+Markdown.
 """
 
 import argparse

@@ -128,31 +128,28 @@ def _mean_gradient(loss_fn: Callable, params: Any, batch: Batch, key: Array, mic
     grad_fn = jax.grad(loss_fn, has_aux=True)
     if micro_batches == 1:
         return grad_fn(params, batch, key)
-    groups = _groups()
+    groups, rows = _groups(), (-1, micro_batches)
+    keys = jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(micro_batches))
     if groups > 1:
         # Each keeps a gradient of its own until the end of the step: they are added up over
         # `data` once, and not after every micro-batch.
         grad_fn = jax.vmap(grad_fn, in_axes=(None, 0, 0), spmd_axis_name="data")
+        keys = jax.vmap(lambda key: jax.random.split(key, groups))(keys)
+        rows = (groups, *rows)
 
     def split(x: Array) -> Array:
         # Micro-batch i takes every i-th row, so that each device keeps the rows it has.
-        grouped = (groups,) if groups > 1 else ()
-        x = x.reshape(*grouped, -1, micro_batches, *x.shape[1:])
-        return jnp.moveaxis(x, len(grouped) + 1, 0)
+        return jnp.moveaxis(x.reshape(*rows, *x.shape[1:]), len(rows) - 1, 0)
 
-    def add(total: Any, item: tuple[Array, Batch]):
-        i, micro_batch = item
-        micro_key = jax.random.fold_in(key, i)
-        keys = jax.random.split(micro_key, groups) if groups > 1 else micro_key
-        return jax.tree.map(jnp.add, total, grad_fn(params, micro_batch, keys)), None
+    def add(total: Any, item: tuple[Batch, Array]):
+        return jax.tree.map(jnp.add, total, grad_fn(params, *item)), None
 
-    micro = jax.tree.map(split, batch)
+    micro = (jax.tree.map(split, batch), keys)
     first = jax.tree.map(lambda x: x[0], micro)
-    keys = jax.random.split(key, groups) if groups > 1 else key
     zeros = jax.tree.map(
-        lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(grad_fn, params, first, keys)
+        lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(grad_fn, params, *first)
     )
-    total, _ = jax.lax.scan(add, zeros, (jnp.arange(micro_batches), micro))
+    total, _ = jax.lax.scan(add, zeros, micro)
     if groups > 1:
         total = jax.tree.map(lambda x: x.mean(axis=0), total)
     return jax.tree.map(lambda x: x / micro_batches, total)
