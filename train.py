@@ -8,7 +8,7 @@ from pathlib import Path
 
 from absl import app, flags
 
-from crate_jax import cli
+from crate_jax.cli import main as cli
 
 DEFAULT_CONFIG = str(Path(__file__).parent / "configs" / "digits.py")
 

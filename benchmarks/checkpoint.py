@@ -26,8 +26,8 @@ from hardware import describe_cpu
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import crate_jax
-from crate_jax.checkpoint import Checkpointer
-from crate_jax.digest import digest
+from crate_jax.checkpoint.digest import digest
+from crate_jax.checkpoint.manager import Checkpointer
 from crate_jax.parallel import make_mesh
 from crate_jax.training.state import abstract_state, init_sharded
 

@@ -33,8 +33,8 @@ import faults
 import jax
 from hardware import describe_cpu
 
-from crate_jax.cli import quiet_libraries
-from crate_jax.saved_runs import read_params
+from crate_jax.checkpoint.reading import read_params
+from crate_jax.cli.main import quiet_libraries
 
 STEPS, SAVE_EVERY = 180, 15
 RUN = [

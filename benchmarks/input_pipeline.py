@@ -45,9 +45,9 @@ from hardware import describe_cpu
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from crate_jax.config import IMAGENET_MEAN, IMAGENET_STD, DataConfig
-from crate_jax.data.examples import make_prepare
+from crate_jax.data.images.rows import make_prepare
 from crate_jax.data.loader import train_batches
-from crate_jax.data.sources import Source, SyntheticImages
+from crate_jax.data.stores.sources import Source, SyntheticImages
 
 BATCH, SIZE, EXAMPLES = 128, 224, 4096
 WARM_UP, TIMED = 8, 16  # batches

@@ -7,7 +7,8 @@ pass, and all take turns; the time of the backward pass is the difference. A flo
 two times: operations at the rate of a large matrix product, and bytes at the rate of a copy, both
 measured on the same machine. The bytes: forward the inputs and the output; backward the inputs
 again, the gradient of the output and those of the inputs. What is kept in between is not among
-them. The floor on a chip, in bfloat16, is the same from its published peaks (`crate_jax.chips`).
+them. The floor on a chip, in bfloat16, is the same from its published peaks
+(`crate_jax.planning.chips`).
 The whole layer is one program, and has the floor of one. Then attention alone, by every path there
 is, at 197 and 785 tokens. The last line is JSON; --output writes it, and the tables beside it as
 Markdown.
@@ -35,11 +36,11 @@ from publish import publish
 from timing import race
 
 from crate_jax import create_model, list_models
-from crate_jax.chips import CHIPS
 from crate_jax.models.cost import num_tokens
 from crate_jax.models.crate import Crate, CrateBlock
 from crate_jax.models.derivatives import ATTEND, NORMALISE
 from crate_jax.models.layers import ista_step, product, subspace_tokens
+from crate_jax.planning.chips import CHIPS
 
 LOAD = os.getloadavg()[0]  # over the last minute, before this program adds to it
 SHOWN = ("h100", "v5e")

@@ -32,7 +32,7 @@ def write_files(folder: Path, name: str) -> list[Path]:
     import torch
 
     import crate_jax
-    from crate_jax.interop.torch_reference import from_flax_model
+    from crate_jax.parity.torch_reference import from_flax_model
 
     torch.manual_seed(0)
     model = crate_jax.create_model(name)

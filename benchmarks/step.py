@@ -2,7 +2,7 @@
 
 Forward pass (inference) and full training step (loss with label smoothing 0.1, gradients, AdamW) of
 the Flax model, under `jax.jit` with donated state, and of the same model in PyTorch
-(`crate_jax.interop.torch_reference`, the official operations). Both get the same weights, the same
+(`crate_jax.parity.torch_reference`, the official operations). Both get the same weights, the same
 batch, already on the device, and the same precision: float32 products at full precision in both, or
 float32 weights with bfloat16 products, each as its users have it: ours keeps the tokens between
 layers in bfloat16 too, PyTorch's autocast keeps them in float32 and moves more bytes. All

@@ -10,8 +10,8 @@ from pathlib import Path
 import cv2
 import numpy as np
 
-from crate_jax.data.prepare import prepare
-from crate_jax.data.tfrecord import masked_crc
+from crate_jax.data.stores.prepare import prepare
+from crate_jax.data.stores.tfrecord import masked_crc
 
 
 def encode_crops(photographs, count, size=(64, 80), suffix=".jpg"):

@@ -9,12 +9,12 @@ import jax.numpy as jnp
 import pytest
 
 from crate_jax.config import DataConfig, TrainConfig, from_dict, to_dict, validate
-from crate_jax.data.transform_spec import parse_transforms
+from crate_jax.data.images.transform_spec import parse_transforms
 from crate_jax.models.crate import pair
 from crate_jax.models.zoo import build_model
 from crate_jax.parallel import batch_sharding, make_mesh
 from crate_jax.training.optimizer import make_optimizer, make_schedule
-from crate_jax.training.programs import jit_eval_step, jit_train_step
+from crate_jax.training.run import jit_eval_step, jit_train_step
 from crate_jax.training.state import abstract_state
 
 CONFIGS = Path(__file__).parents[1] / "configs"

@@ -12,7 +12,8 @@ from absl import flags
 from command import ROOT
 from ml_collections import config_flags
 
-from crate_jax import cli, commands
+from crate_jax.cli import commands
+from crate_jax.cli import main as cli
 from crate_jax.config import TrainConfig, get_field, validate
 
 # ml_collections loads a recipe in an old way.
@@ -24,7 +25,7 @@ ENDS = "();<>|&\n"  # of a command in shell
 NAMES = {
     name
     for name, value in vars(commands).items()
-    if inspect.isfunction(value) and value.__module__ == "crate_jax.commands" and name[0] != "_"
+    if inspect.isfunction(value) and value.__module__ == "crate_jax.cli.commands" and name[0] != "_"
 }
 
 

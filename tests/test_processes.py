@@ -165,17 +165,17 @@ def test_a_process_that_fails_says_why_and_ends_the_other_within_a_minute(tmp_pa
 ONE_CANNOT_READ = """
 import runpy, sys
 import jax
-from crate_jax import checkpoint
+from crate_jax.checkpoint import manager
 
-checkpoint.AGREEMENT_S = 5
-read = checkpoint.Checkpointer._read
+manager.AGREEMENT_S = 5
+read = manager.Checkpointer._read
 
 def broken(self, step, items):
     if jax.process_index() == 1 and step == self.steps[-1]:
         raise self._unreadable(step, OSError("Input/output error"))
     return read(self, step, items)
 
-checkpoint.Checkpointer._read = broken
+manager.Checkpointer._read = broken
 runpy.run_path("train.py", run_name="__main__")
 """
 

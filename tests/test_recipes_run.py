@@ -9,7 +9,7 @@ from command import ROOT, run
 from stored import encode_crops, tar_bytes, write_tfds
 
 import crate_jax
-from crate_jax.data.tars import imagenet_classes
+from crate_jax.data.stores.tars import imagenet_classes
 
 # Everything else is the recipe's: model, input, optimizer, workers.
 FEW = ["--config.total_steps=5", "--config.batch_size=4", "--config.eval_batch_size=4"]

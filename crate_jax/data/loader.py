@@ -23,9 +23,9 @@ import numpy as np
 from jax.sharding import Sharding
 
 from crate_jax.config import DataConfig
-from crate_jax.data.decode import BadExampleError
-from crate_jax.data.examples import LoadForEvaluation, LoadForTraining, Prepare, load_example
-from crate_jax.data.sources import Source
+from crate_jax.data.images.decode import BadExampleError
+from crate_jax.data.images.rows import LoadForEvaluation, LoadForTraining, Prepare, load_example
+from crate_jax.data.stores.sources import Source
 
 # The loader runs examples in parallel; OpenCV's own threads would only get in each other's way.
 cv2.setNumThreads(0)

@@ -26,12 +26,11 @@ import optax
 from jax.sharding import Mesh
 
 from crate_jax.analysis import layerwise
-from crate_jax.checkpoint import Checkpointer
+from crate_jax.checkpoint.manager import Checkpointer
 from crate_jax.config import TrainConfig, to_dict, validate
-from crate_jax.data.examples import LoadForTraining, Prepare, make_prepare
+from crate_jax.data.images.rows import LoadForTraining, Prepare, make_prepare
 from crate_jax.data.loader import Batches, check_bad_share, eval_batches, train_batches
-from crate_jax.data.sources import Source, check_same_classes
-from crate_jax.evaluation.classify import evaluate, open_model_and_source
+from crate_jax.data.stores.sources import Source, check_same_classes
 from crate_jax.interop import load_fitted
 from crate_jax.models.crate import Crate, pair
 from crate_jax.parallel import (
@@ -42,9 +41,10 @@ from crate_jax.parallel import (
     replicated,
     start_processes,
 )
-from crate_jax.training.metrics import Reporter
+from crate_jax.tasks.classify import evaluate, open_model_and_source
 from crate_jax.training.optimizer import make_optimizer, make_schedule
-from crate_jax.training.programs import jit_eval_step, jit_train_step, preprocess
+from crate_jax.training.progress import Reporter
+from crate_jax.training.run import jit_eval_step, jit_train_step, preprocess
 from crate_jax.training.state import TrainState, abstract_state, init_sharded, replace_params
 from crate_jax.training.workdir import Stopped, StopSignal, check_workdir, write_config
 

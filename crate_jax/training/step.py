@@ -10,8 +10,8 @@ import optax
 from jax import Array
 from jax.sharding import AxisType
 
-from crate_jax.data.mixing import Mix
 from crate_jax.models.crate import Crate
+from crate_jax.tasks.mixing import Mix
 from crate_jax.training.state import TrainState
 
 Batch = dict[str, Array]
@@ -69,7 +69,7 @@ def make_train_step(
         tx: the optimizer; it sees the gradient of the mean loss over the batch.
         schedule: reported as ``lr`` when given.
         preprocess: applied to the images on the device; None: they are normalised already.
-        mix: of `crate_jax.data.mixing.make_mix`; applied to the whole batch, so that who is mixed
+        mix: of `crate_jax.tasks.mixing.make_mix`; applied to the whole batch, so that who is mixed
             with whom depends neither on micro-batches nor on the number of processes.
         label_smoothing: in [0, 1).
         accumulate_steps: micro-batches, run one after the other, whose gradients are averaged. With

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
-from crate_jax.data.tfrecord import masked_crc
+from crate_jax.data.stores.tfrecord import masked_crc
 
 _VERSION = b"brain.Event:2"
 _START = b"\x08\x01"  # of a session: SessionLog.status = START

@@ -11,10 +11,10 @@ import pytest
 from stored import convert, encode_crops, write_array_record, write_folder
 
 from crate_jax.config import DataConfig
-from crate_jax.data.decode import BadExampleError
-from crate_jax.data.examples import make_prepare
+from crate_jax.data.images.decode import BadExampleError
+from crate_jax.data.images.rows import make_prepare
 from crate_jax.data.loader import eval_batches, train_batches
-from crate_jax.data.sources import Source, open_source
+from crate_jax.data.stores.sources import Source, open_source
 
 SHAPE, COUNT = (16, 20, 3), 24
 

@@ -12,9 +12,9 @@ from absl import flags
 from stored import encode_crops
 
 from crate_jax.config import DataConfig
-from crate_jax.data.examples import load_example, make_prepare
+from crate_jax.data.images.rows import load_example, make_prepare
 from crate_jax.data.loader import eval_batches, read_ahead, to_device, train_batches
-from crate_jax.data.sources import Source, SyntheticImages, open_source
+from crate_jax.data.stores.sources import Source, SyntheticImages, open_source
 from crate_jax.parallel import batch_sharding, make_mesh
 
 SHAPE = (6, 5, 3)

@@ -191,7 +191,7 @@ def test_our_own_names_of_another_model(tmp_path, refuse):
 
 def test_the_nearest_model_is_suggested(tmp_path):
     """As if of CRATE-S, without its megabytes: shapes alone are compared."""
-    from crate_jax.interop.torch_weights import official_shapes
+    from crate_jax.interop.pth import official_shapes
 
     shapes = official_shapes(create_model("crate_small_patch16_224"))
     np.savez(
@@ -263,12 +263,12 @@ def test_a_model_asked_for_wrongly(tmp_path, refuse, kwarg, message):
 
 
 def test_a_full_disk_leaves_the_old_file(tmp_path, refuse, monkeypatch):
-    from crate_jax.interop import safetensors_weights
+    from crate_jax.interop import safetensors
 
     def write(path, arrays, fields):
         path.write_bytes(b"half")
         raise OSError(28, "No space left on device")
 
     np.savez(tmp_path / "good.npz", **random_state(MODEL))
-    monkeypatch.setattr(safetensors_weights, "write", write)
+    monkeypatch.setattr(safetensors, "write", write)
     assert "No space left on device" in refuse(tmp_path / "good.npz")

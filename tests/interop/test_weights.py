@@ -12,7 +12,7 @@ import pytest
 from weights import MODEL, MODELS, assert_equal_trees, random_params, random_state
 
 from crate_jax import Crate, load_weights, save_weights
-from crate_jax.checkpoint import Checkpointer
+from crate_jax.checkpoint.manager import Checkpointer
 from crate_jax.config import ModelConfig, TrainConfig, to_dict
 from crate_jax.interop import load_fitted
 from crate_jax.models.zoo import architecture
@@ -55,7 +55,7 @@ def test_pytorch_files_round_trip(torch, tmp_path, name, suffix):
 @pytest.mark.parametrize("name", GOLDEN_MODELS)
 def test_an_official_checkpoint_comes_back_as_it_was(torch, tmp_path, name):
     """pth → params → every format → params → pth: the official names, shapes and bits."""
-    from crate_jax.interop.torch_reference import from_flax_model
+    from crate_jax.parity.torch_reference import from_flax_model
 
     model = GOLDEN_MODELS[name]
     path = GOLDEN / f"{name}.pth.tar"

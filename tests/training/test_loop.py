@@ -15,12 +15,12 @@ from stored import convert, encode_crops, write_array_record, write_folder
 
 import crate_jax.config as config_module
 import crate_jax.training.loop as loop
-from crate_jax.checkpoint import Checkpointer
+from crate_jax.checkpoint.manager import Checkpointer
+from crate_jax.checkpoint.reading import restore_params
 from crate_jax.config import DataConfig, ModelConfig, OptimConfig, ParallelConfig, TrainConfig
-from crate_jax.data.sources import open_source
+from crate_jax.data.stores.sources import open_source
 from crate_jax.models.crate import Crate
 from crate_jax.parallel import start_processes
-from crate_jax.saved_runs import restore_params
 from crate_jax.training.loop import train
 
 
@@ -115,7 +115,7 @@ def test_metrics_are_complete(four_steps):
 
 
 def test_test_metrics_are_those_of_the_averaged_parameters(four_steps, tiny_config):
-    from crate_jax.evaluation.classify import evaluate_split
+    from crate_jax.tasks.classify import evaluate_split
 
     workdir, summary = four_steps
     config = tiny_config()

@@ -12,7 +12,7 @@ from crate_jax.training.optimizer import make_optimizer, make_schedule
 from crate_jax.training.step import cross_entropy
 
 torch = pytest.importorskip("torch")
-from crate_jax.interop.torch_reference import Lion  # noqa: E402 (needs PyTorch)
+from crate_jax.parity.torch_reference import Lion  # noqa: E402 (needs PyTorch)
 
 EPOCHS, STEPS_PER_EPOCH, WARMUP = 6, 4, 3
 

@@ -1,0 +1,345 @@
+"""Checkpoints of a run: a state, a JSON record beside it, and which of them are kept.
+
+Orbax's CheckpointManager does the work, asynchronously: `save` returns once the state is copied to
+the host, and a step appears under its number only when all of it is written. Orbax restores a byte
+that changed on disk without a word, so a digest of the state and a checksum of the record are saved
+with them and compared. This module knows pytrees and paths, and no model.
+"""
+
+import contextlib
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import jax
+import orbax.checkpoint as ocp
+from jax.experimental import multihost_utils
+from orbax.checkpoint.checkpoint_manager import METRIC_ITEM_NAME
+from orbax.checkpoint.checkpoint_managers import preservation_policy
+
+from crate_jax.checkpoint.digest import changed, digest
+from crate_jax.checkpoint.record import DIGEST, Manager, is_whole, seal, unseal
+from crate_jax.parallel import all_agree
+
+FOLDER = "checkpoints"  # below the run's workdir
+DAMAGED = "damaged-"  # what a step that was set aside is called
+
+# Seconds for which a process that has read a step waits for the others to have read it, and one
+# that could not waits to hear from them.
+READING_S, AGREEMENT_S = 3600, 60
+
+
+class Checkpointer:
+    """The checkpoints of one run.
+
+    Args:
+        workdir: the run's directory; checkpoints are in its folder ``checkpoints``.
+        best_metric: name of the metric of which higher is better.
+        keep_latest: how many of the newest are kept.
+        keep_best: how many with the highest metric are kept besides.
+        read_only: open without ever writing or deleting.
+
+    Raises:
+        FileNotFoundError: read_only, and there is no checkpoint.
+    """
+
+    def __init__(
+        self,
+        workdir: str | Path,
+        *,
+        best_metric: str = "test/top1",
+        keep_latest: int = 2,
+        keep_best: int = 1,
+        read_only: bool = False,
+    ):
+        self.directory = Path(workdir).absolute() / FOLDER
+        self._saving: int | None = None
+        metric = lambda metrics: metrics[best_metric]  # noqa: E731
+        # Orbax's max_to_keep would keep the best and delete the latest, and a resumed run go back.
+        kept: list[Any] = [preservation_policy.LatestN(keep_latest)]
+        if keep_best:
+            kept.append(
+                preservation_policy.BestN(
+                    get_metric_fn=metric, n=keep_best, keep_checkpoints_without_metrics=False
+                )
+            )
+        if read_only and not self.directory.is_dir():
+            raise _no_checkpoint(self.directory)
+        if not read_only:
+            self._sweep("*")
+        self._manager = Manager(
+            self.directory,
+            best_metric,
+            ocp.CheckpointManagerOptions(read_only=True, best_fn=metric)
+            if read_only
+            else ocp.CheckpointManagerOptions(
+                best_fn=metric,
+                preservation_policy=preservation_policy.AnyPreservationPolicy(kept),
+            ),
+        )
+        if read_only and not self.steps:
+            raise _no_checkpoint(self.directory)
+
+    @property
+    def steps(self) -> list[int]:
+        """Steps that are completely written, ascending."""
+        return sorted(self._manager.all_steps())
+
+    @property
+    def latest_step(self) -> int | None:
+        """The newest step, or None."""
+        return self._manager.latest_step()
+
+    @property
+    def best_step(self) -> int | None:
+        """The step with the highest metric, or None."""
+        return self._manager.best_step()
+
+    def resolve(self, step: str | int) -> int:
+        """The number of a step given as "latest", "best" or a number.
+
+        Raises:
+            ValueError: there is no such step.
+        """
+        found = {"latest": self.latest_step, "best": self.best_step}.get(str(step), step)
+        if found is not None and str(found).isdigit() and int(found) in self.steps:
+            return int(found)
+        raise ValueError(
+            f"step must be latest, best or one of {', '.join(map(str, self.steps))}; got {step}. "
+            f"The checkpoints are in {self.directory}."
+        )
+
+    def save(
+        self, step: int, state: Any, record: dict[str, Any], metrics: dict[str, float] | None = None
+    ) -> None:
+        """Start writing a step; one that exists already is left as it is.
+
+        Args:
+            step: optimizer steps done.
+            state: pytree of global arrays; it may be donated as soon as this returns.
+            record: JSON values, given back by `restore`.
+            metrics: of the evaluation at this very step, if there was one.
+
+        Raises:
+            OSError: this save could not be started, or the one before could not be finished (this
+                one is then under way). Earlier steps are intact.
+        """
+        if step in self._manager.all_steps():
+            return
+        failure: OSError | None = None
+        try:
+            self.wait()
+        except OSError as error:
+            failure = error
+        items = ocp.args.Composite(
+            state=ocp.args.StandardSave(state),
+            record=ocp.args.JsonSave(seal(record, digest(state), metrics)),
+        )
+        try:
+            # force: the loop decides when; Orbax has no interval of its own to keep.
+            self._manager.save(step, args=items, metrics=metrics, force=True)
+        except Exception as error:  # tensorstore's ValueErrors as well as OSErrors
+            raise self._unwritable(error) from error
+        self._saving = step
+        if failure is not None:
+            raise failure
+
+    def restore(self, step: int, abstract_state: Any) -> tuple[Any, dict[str, Any]]:
+        """Read a step back.
+
+        Args:
+            step: one of `steps`.
+            abstract_state: tree of `jax.ShapeDtypeStruct` with the shardings to restore onto; they
+                need not be those it was saved from.
+
+        Returns:
+            The state and the record.
+
+        Raises:
+            ValueError: the step cannot be read, holds another tree, or is not what was saved.
+        """
+        items = ocp.args.Composite(
+            state=ocp.args.StandardRestore(abstract_state), record=ocp.args.JsonRestore()
+        )
+        restored = self._read(step, items)
+        return restored["state"], self._checked(step, restored["state"], restored["record"])
+
+    def restore_newest(self, abstract_state: Any) -> tuple[Any, dict[str, Any], list[str]]:
+        """Read the newest step that is whole, and set newer ones aside.
+
+        A damaged step is renamed, ``damaged-300``, so that its number is free again and nobody
+        takes it for a checkpoint; nothing is deleted. All processes take the same step; one that
+        alone cannot read it gives the others a minute to say so too.
+
+        Args:
+            abstract_state: as for `restore`.
+
+        Returns:
+            The state, the record, and what is wrong with each step that was set aside.
+
+        Raises:
+            ValueError: no step can be read; none is renamed.
+            jax.errors.JaxRuntimeError: this process cannot read a step, and another does not say
+                whether it can: it waits for this one within Orbax, or is lost.
+        """
+        problems: dict[int, str] = {}
+        for step in reversed(self.steps):
+            found = None
+            try:
+                found = self.restore(step, abstract_state)
+            except ValueError as error:
+                problems[step] = str(error)
+            wait_s = AGREEMENT_S if found is None else READING_S
+            if all_agree(found is not None, wait_s=wait_s) and found is not None:
+                self._set_aside(list(problems))
+                return *found, list(problems.values())
+            problems.setdefault(step, self._damage(step, "another process cannot read it"))
+        raise ValueError(next(iter(problems.values()), f"{self.directory} holds no checkpoint."))
+
+    def restore_part(self, step: int, item: Any, restore_args: Any) -> tuple[Any, dict[str, Any]]:
+        """Read some branches of a step's tree; a manager that restored a whole one cannot.
+
+        Args:
+            step: one of `steps`.
+            item: those branches, as `jax.ShapeDtypeStruct` leaves.
+            restore_args: of each leaf, as Orbax takes them.
+
+        Returns:
+            The branches and the record.
+
+        Raises:
+            ValueError: as `restore`.
+        """
+        part = ocp.args.PyTreeRestore(item=item, restore_args=restore_args, partial_restore=True)
+        items = ocp.args.Composite(state=part, record=ocp.args.JsonRestore())
+        restored = self._read(step, items)
+        return restored["state"], self._checked(step, restored["state"], restored["record"])
+
+    def metrics(self, step: int) -> dict[str, float]:
+        """What was measured at a step; empty if it was not evaluated.
+
+        Raises:
+            ValueError: it was, and that cannot be read.
+        """
+        found = self._manager.metrics(step)
+        if found is None and (self.directory / str(step) / METRIC_ITEM_NAME).exists():
+            raise ValueError(self._damage(step, "its metrics cannot be read"))
+        return dict(found or {})
+
+    def restore_record(self, step: int) -> dict[str, Any]:
+        """The JSON record of a step, without its state."""
+        return self._checked(step, {}, self._record_on_disk(step))
+
+    def has_digest(self, step: int) -> bool:
+        """Whether a step's bytes can be checked; those of the first versions cannot."""
+        return DIGEST in self._record_on_disk(step)
+
+    def _record_on_disk(self, step: int) -> dict[str, Any]:
+        return self._read(step, ocp.args.Composite(record=ocp.args.JsonRestore()))["record"]
+
+    def saved_shapes(self, step: int) -> Any:
+        """The tree of a step's state as `jax.ShapeDtypeStruct` leaves; nothing else is read."""
+        try:
+            folder: Any = self.directory / str(step) / "state"
+            tree = ocp.PyTreeCheckpointHandler().metadata(folder).tree
+        except Exception as error:
+            raise self._unreadable(step, error) from error
+        return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), tree)
+
+    def wait(self) -> None:
+        """Block until the save that was started is on disk.
+
+        Raises:
+            OSError: it could not be written; what it left behind is removed, earlier steps stay.
+        """
+        step, self._saving = self._saving, None
+        try:
+            self._manager.wait_until_finished()
+        except Exception as error:  # tensorstore's ValueErrors as well as OSErrors
+            self._sweep(step)
+            self._manager.reload()  # or it would keep the failed step in mind, and drop a good one
+            raise self._unwritable(error) from error
+
+    def close(self) -> None:
+        """Finish the saves and release the directory; failures are `wait`'s to report."""
+        with contextlib.suppress(OSError):  # or it would take the place of what ended the run
+            self.wait()
+        self._manager.close()
+
+    def reached_preemption(self, step: int) -> bool:
+        """Whether some process was told to end; true at the same step on all of them.
+
+        Call it on every process after every step. Always False in a run of one process that has
+        not started `jax.distributed`.
+        """
+        return self._manager.reached_preemption(step)
+
+    def _sweep(self, step: int | str | None) -> None:
+        """Remove what unfinished saves have left, as far as that can be done.
+
+        Orbax's own sweep fails the next save where it cannot, and a failed save's writers may go on
+        for a while. What is left under its temporary name harms nobody; the next run sweeps again.
+        """
+        if jax.process_index() == 0:
+            for path in self.directory.glob(f"{step}.*tmp*"):
+                shutil.rmtree(path, ignore_errors=True)
+
+    def _read(self, step: int, items: ocp.args.Composite) -> Any:
+        try:
+            return self._manager.restore(step, args=items)
+        except jax.errors.JaxRuntimeError as error:
+            if jax.process_count() > 1:  # another process is gone, which says nothing of the step
+                raise
+            raise self._unreadable(step, error) from error
+        except Exception as error:  # Orbax raises bare Exceptions, and KeyErrors and JSON errors
+            raise self._unreadable(step, error) from error
+
+    def _checked(self, step: int, tree: Any, record: dict[str, Any]) -> dict[str, Any]:
+        """The record as it was saved, once it and the tree have been compared with that."""
+        record = dict(record)
+        # Runs of the first days have neither.
+        if not is_whole(record):
+            raise ValueError(self._damage(step, "its record is not what was saved"))
+        if DIGEST in record and tree and (paths := changed(tree, record[DIGEST])):
+            raise ValueError(self._damage(step, f"{paths[0]} is not what was saved"))
+        return unseal(record)
+
+    def _set_aside(self, steps: list[int]) -> None:
+        if not steps:
+            return
+        if jax.process_index() == 0:
+            for step in steps:
+                names = [f"{DAMAGED}{step}", *(f"{DAMAGED}{step}.{i}" for i in range(1, 1000))]
+                free = next(n for n in names if not (self.directory / n).exists())
+                os.rename(self.directory / str(step), self.directory / free)
+        # Nobody looks before the names are changed.
+        multihost_utils.sync_global_devices("crate_jax: damaged checkpoints are set aside")
+        self._manager.reload()
+
+    def _unreadable(self, step: int, error: Exception) -> ValueError:
+        lines = str(error).strip().split("\n")
+        return ValueError(self._damage(step, lines[0][:200]))
+
+    def _damage(self, step: int, reason: str) -> str:
+        others = [other for other in self.steps if other != step]
+        remedy = f"Use another step: {', '.join(map(str, others))}." if others else "Train anew."
+        return (
+            f"checkpoint must be readable; step {step} in {self.directory} is not ({reason}). "
+            f"{remedy}"
+        )
+
+    def _unwritable(self, error: Exception) -> OSError:
+        reason = str(error).strip().split("\n")[0].rpartition(": ")[2]
+        kept = f"Intact: {', '.join(map(str, self.steps))}" if self.steps else "There is none yet"
+        return OSError(
+            f"{self.directory} must take checkpoints; it did not ({reason}). {kept}. Free or mount "
+            "the disk, and run again."
+        )
+
+
+def _no_checkpoint(directory: Path) -> FileNotFoundError:
+    return FileNotFoundError(
+        f"workdir must hold a checkpoint; {directory.parent} has none. "
+        f"Train first: python train.py --workdir={directory.parent}"
+    )

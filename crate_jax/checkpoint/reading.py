@@ -1,0 +1,114 @@
+"""What others read of a run's checkpoints: its parameters, and a list of what is there."""
+
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+
+from crate_jax.checkpoint.manager import Checkpointer
+
+
+def restore_params(
+    workdir: str | Path, abstract_params: Any, step: str | int = "latest"
+) -> tuple[Any, int]:
+    """The parameters of a run, without its optimizer state; its averaged ones if it keeps them.
+
+    Args:
+        workdir: the run's directory.
+        abstract_params: tree of `jax.ShapeDtypeStruct`, with shardings to restore onto those,
+            without to restore to the default device.
+        step: "latest", "best" or a number.
+
+    Returns:
+        The parameters and the number of their step.
+
+    Raises:
+        FileNotFoundError: there is no checkpoint.
+        ValueError: there is no such step, or it cannot be read, or it holds another tree.
+    """
+    reader = Checkpointer(workdir, read_only=True)
+    try:
+        number = reader.resolve(step)
+        ema = reader.restore_record(number).get("ema", False)
+        single = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+        wanted = {
+            "ema_params" if ema else "params": jax.tree.map(
+                lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding or single),
+                abstract_params,
+            )
+        }
+        arguments = ocp.checkpoint_utils.construct_restore_args(wanted)
+        found, _ = reader.restore_part(number, wanted, arguments)
+        return next(iter(found.values())), number
+    finally:
+        reader.close()
+
+
+def read_params(workdir: str | Path, step: str | int) -> tuple[Any, dict[str, Any]]:
+    """The parameters of a run whatever their shapes are; its averaged ones if it keeps them.
+
+    Args:
+        workdir: the run's directory.
+        step: "latest", "best" or a number.
+
+    Returns:
+        The parameters as NumPy arrays, and the JSON record of that step.
+
+    Raises:
+        FileNotFoundError: there is no checkpoint.
+        ValueError: there is no such step, or it cannot be read.
+    """
+    reader = Checkpointer(workdir, read_only=True)
+    try:
+        number = reader.resolve(step)
+        record = reader.restore_record(number)
+        name = "ema_params" if record.get("ema", False) else "params"
+        wanted = {name: reader.saved_shapes(number)[name]}
+        found, _ = reader.restore_part(number, wanted, _as_numpy(wanted))
+        return found[name], record
+    finally:
+        reader.close()
+
+
+def inspect(workdir: str | Path) -> list[dict[str, Any]]:
+    """Every checkpoint of a run, read whole and compared with its digest.
+
+    Args:
+        workdir: the run's directory.
+
+    Returns:
+        For each step, ascending: ``step``, ``mib`` on disk, ``metrics``, ``best`` (whether
+        ``--step=best`` means it), ``intact`` and, if it is not, ``problem``. ``intact`` is None for
+        a step that was saved without a digest and can be read.
+
+    Raises:
+        FileNotFoundError: there is no checkpoint.
+    """
+    reader = Checkpointer(workdir, read_only=True)
+    try:
+        return [_inspect(reader, step) for step in reader.steps]
+    finally:
+        reader.close()
+
+
+def _inspect(reader: Checkpointer, step: int) -> dict[str, Any]:
+    files = (reader.directory / str(step)).rglob("*")
+    found: dict[str, Any] = {
+        "step": step,
+        "mib": round(sum(p.stat().st_size for p in files if p.is_file()) / 2**20, 2),
+        "metrics": {},
+        "best": step == reader.best_step,
+    }
+    try:
+        found["metrics"] = reader.metrics(step)
+        shapes = reader.saved_shapes(step)
+        reader.restore_part(step, shapes, _as_numpy(shapes))
+    except (ValueError, OSError) as error:
+        return found | {"intact": False, "problem": str(error)}
+    return found | {"intact": True if reader.has_digest(step) else None}
+
+
+def _as_numpy(tree: Any) -> Any:
+    return jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), tree)

@@ -1,0 +1,1 @@
+"""Images on their way from bytes to the pixels of a row."""

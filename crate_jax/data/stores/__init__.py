@@ -1,0 +1,1 @@
+"""Where examples are kept: files, folders, tar, TFRecord, TFDS, digits."""

@@ -1,0 +1,1 @@
+"""Our models against PyTorch's, on the same weights and images."""

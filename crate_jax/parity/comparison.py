@@ -1,0 +1,185 @@
+"""What `compare` found, for people: a table for the terminal and a page with a plot."""
+
+import html
+import io
+from collections.abc import Mapping
+from typing import Any
+
+from crate_jax.models.crate import TAPS
+from crate_jax.parity.compare import (
+    LOW_PRECISION_FACTOR,
+    TOLERANCES,
+    WEIGHTS_SHARE,
+    WEIGHTS_WITHIN,
+    Comparison,
+    Difference,
+)
+
+SHOWN_GRADIENTS = 10  # in the terminal; a large model has hundreds
+HEADER = ("", "max abs", "relative", "cosine", "tolerance", "")
+
+
+def sections(found: Comparison) -> dict[str, list[tuple[str, ...]]]:
+    """Every comparison as rows of text, by heading."""
+    kinds: dict[str, list[tuple[str, ...]]] = {"layers": [], "logits": [], "gradients": []}
+    for row in found.rows:
+        kinds[row.kind].append(_cells(row))
+    losses = [
+        (f"{name} step {step}", f"{ours:.6f}", f"{theirs:.6f}", f"{relative:.1e}")
+        for name, run in found.training.items()
+        for step, (ours, theirs, relative) in enumerate(
+            zip(run["ours"], run["torch"], run["relative"], strict=True), start=1
+        )
+    ]
+    tables = {
+        "Layers": [HEADER, *kinds["layers"]],
+        "Logits": [HEADER, *kinds["logits"]],
+        "Gradients": [HEADER, *kinds["gradients"]],
+    }
+    if losses:
+        tables["Losses"] = [("", "ours", "PyTorch", "relative"), *losses]
+    return tables
+
+
+def _cells(row: Difference) -> tuple[str, ...]:
+    """One row; in low precision PyTorch's own difference stands last."""
+    note = "" if row.within else "OUT"
+    if row.torch_relative is not None:
+        note = f"PyTorch {row.torch_relative:.1e} {note}".rstrip()
+    numbers = (f"{row.max_abs:.1e}", f"{row.relative:.1e}", f"{row.cosine:.9f}")
+    return (row.name, *numbers, f"{row.tolerance:.0e}", note)
+
+
+def verdict(found: Comparison) -> list[str]:
+    """What it comes to, in a few lines."""
+    low = found.dtype != "float32"
+    worst = {
+        kind: max((r.relative for r in found.rows if r.kind == kind), default=0.0)
+        for kind in ("layers", "logits", "gradients")
+    }
+    bars = {kind: f"tolerance {TOLERANCES[kind]:.0e}" for kind in worst}
+    if low:
+        bars |= dict.fromkeys(worst, f"may be {LOW_PRECISION_FACTOR:g} times that of autocast")
+        bars["gradients"] = "not judged"
+    lines = [
+        f"{kind}: worst relative difference {value:.1e} ({bars[kind]})"
+        for kind, value in worst.items()
+    ]
+    if found.gradient_images < found.images:
+        lines.append(
+            f"gradients: of {found.gradient_images} images; in the other "
+            f"{found.images - found.gradient_images} a value of ISTA lies within rounding of its "
+            "threshold and fell to either side"
+        )
+    lines.append(f"top-1 agreement: {found.top1_agreement:.4f} of {found.images} images")
+    for name, run in found.training.items():
+        lines.append(
+            f"{name}, {len(run['ours'])} steps: worst relative difference of the loss "
+            f"{max(run['relative']):.1e} (tolerance {found.loss_tolerance:.0e}); "
+            f"{run['weights_within']:.4%} of the weights within {WEIGHTS_WITHIN:.0e}"
+            + (f" (at least {WEIGHTS_SHARE:.1%})" if name == "adamw" and not low else "")
+        )
+        if "relative_to_float64" in run:
+            lines.append(
+                f"{name}, from PyTorch in float64: ours {max(run['relative_to_float64']):.1e}, "
+                f"PyTorch in float32 {max(run['torch_relative_to_float64']):.1e}"
+            )
+    rates = found.images_per_s
+    lines.append(
+        f"forward pass: ours {rates['ours']:.1f} images/s, PyTorch (eager, CPU) "
+        f"{rates['torch']:.1f} images/s"
+    )
+    first = found.first_difference
+    lines.append("within tolerance" if first is None else f"DIFFERENT, first at: {first}")
+    return lines
+
+
+def table(found: Comparison) -> str:
+    """The whole comparison as text."""
+    parts = []
+    for heading, rows in sections(found).items():
+        if heading == "Gradients" and len(rows) > 1 + SHOWN_GRADIENTS:
+            rows = [HEADER, *sorted(rows[1:], key=lambda row: -float(row[2]))[:SHOWN_GRADIENTS]]
+            heading = f"Gradients, the {SHOWN_GRADIENTS} that differ most"
+        width = max(len(row[0]) for row in rows)
+        lines = [f"{row[0]:{width}}" + "".join(f"  {cell:>12}" for cell in row[1:]) for row in rows]
+        parts.append("\n".join([heading, *(line.rstrip() for line in lines)]))
+    return "\n\n".join([*parts, "\n".join(verdict(found))]) + "\n"
+
+
+def page(found: Comparison, conditions: Mapping[str, Any]) -> str:
+    """The whole comparison as one HTML page that needs no other file; matplotlib draws its plot.
+
+    Args:
+        found: of `compare`.
+        conditions: what a reader needs to judge it: model, weights, inputs, versions.
+    """
+    lines = verdict(found)
+    colour = "#1a7f37" if found.first_difference is None else "#b42318"
+    facts = "".join(
+        f"<tr><th>{html.escape(str(k))}</th><td>{html.escape(str(v))}</td></tr>"
+        for k, v in conditions.items()
+    )
+    tables = "".join(
+        f"<details><summary>{heading}</summary><table>{_html_rows(rows)}</table></details>"
+        for heading, rows in sections(found).items()
+    )
+    return f"""<!doctype html>
+<html lang="en"><head><meta charset="utf-8"><title>JAX and PyTorch compared</title><style>
+body {{ font: 15px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 60rem }}
+table {{ border-collapse: collapse; font: 13px/1.4 ui-monospace, monospace }}
+td, th {{ padding: .1rem .8rem; text-align: right; border-bottom: 1px solid #ddd }}
+td:first-child, th:first-child {{ text-align: left }}
+.out {{ color: #b42318; font-weight: bold }} summary {{ font-weight: bold; margin: .6rem 0 }}
+svg {{ max-width: 100%; height: auto }}
+</style></head><body>
+<h1>JAX and PyTorch compared</h1>
+<p style="color: {colour}; font-weight: bold">{html.escape(lines[-1])}</p>
+<ul>{"".join(f"<li>{html.escape(line)}</li>" for line in lines[:-1])}</ul>
+{plot(found)}
+<table>{facts}</table>
+{tables}
+</body></html>
+"""
+
+
+def _html_rows(rows: list[tuple[str, ...]]) -> str:
+    head = "".join(f"<th>{html.escape(cell)}</th>" for cell in rows[0])
+    body = "".join(
+        f"<tr{' class=out' if 'OUT' in row[-1] else ''}>"
+        + "".join(f"<td>{html.escape(cell)}</td>" for cell in row)
+        + "</tr>"
+        for row in rows[1:]
+    )
+    return f"<tr>{head}</tr>{body}"
+
+
+def plot(found: Comparison) -> str:
+    """Relative differences by layer, and of the losses by step, as inline SVG."""
+    from matplotlib.backends.backend_svg import FigureCanvasSVG
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9, 3.2), layout="constrained")
+    FigureCanvasSVG(figure)
+    panels = figure.subplots(1, 2 if found.training else 1, squeeze=False)[0]
+    smallest = 1e-9  # a difference of zero has no place on a logarithmic axis
+    for tap in TAPS:
+        rows = [row for row in found.rows if row.kind == "layers" and row.name.endswith(" " + tap)]
+        values = [max(row.relative, smallest) for row in rows]
+        panels[0].semilogy(range(len(rows)), values, marker="o", ms=3, label=tap)
+    if found.dtype == "float32":
+        panels[0].axhline(TOLERANCES["layers"], color="black", ls="--", lw=1, label="tolerance")
+    panels[0].set(xlabel="layer", ylabel="relative difference", title="tensors")
+    for name, run in found.training.items():
+        steps = range(1, len(run["relative"]) + 1)
+        panels[1].semilogy(steps, [max(v, smallest) for v in run["relative"]], marker="o", ms=3)
+        panels[1].lines[-1].set_label(name)
+    if found.training:
+        panels[1].axhline(found.loss_tolerance, color="black", ls="--", lw=1, label="tolerance")
+        panels[1].set(xlabel="step", title="loss while training")
+    for axes in panels:
+        axes.grid(alpha=0.3)
+        axes.legend(fontsize=7)
+    out = io.StringIO()
+    figure.savefig(out, format="svg", metadata={"Date": None})
+    return out.getvalue()[out.getvalue().index("<svg") :]

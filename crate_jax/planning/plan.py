@@ -1,0 +1,242 @@
+"""What a run would need on machines that are not here: memory, computation, communication, time.
+
+Two sources that check each other. Formulas say what the state, the activations and the collectives
+of a step must come to. And the step itself is compiled for as many virtual CPU devices as the mesh
+has (thousands take seconds: every device runs the same program), and asked.
+"""
+
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh
+
+from crate_jax.config import OptimConfig, TrainConfig
+from crate_jax.models.cost import activation_bytes, num_tokens, step_flops
+from crate_jax.models.crate import Crate, pair
+from crate_jax.models.zoo import build_model
+from crate_jax.parallel import batch_sharding, check_batch_size, make_mesh, parse_mesh
+from crate_jax.planning.chips import CHIPS, Joined, least_seconds
+from crate_jax.planning.collectives import KINDS, collectives
+from crate_jax.training.optimizer import make_optimizer
+from crate_jax.training.run import jit_train_step
+from crate_jax.training.state import TrainState, abstract_state
+
+# What a backward pass holds for a moment, beside the activations of the layer under way: so many
+# float32 arrays of tokens, and of the patches' pixels. Fitted to programs compiled for CPU devices.
+_WORKING_TOKENS, _WORKING_PATCHES = 2, 6
+
+
+def plan(config: TrainConfig, spec: str) -> dict[str, Any]:
+    """Compile the training step of a config for a mesh, and say what it needs.
+
+    Needs as many devices as the mesh has: set ``jax_num_cpu_devices`` before JAX is used.
+
+    Args:
+        config: of a recipe; its data set is not opened, its mesh not used.
+        spec: a mesh without a size of -1, see `crate_jax.parallel.make_mesh`.
+
+    Returns:
+        By formula ``memory``, bytes a device of each kind and their ``total``; ``gradient_bytes``
+        and ``gathered_bytes`` of a step; ``flops`` of a step over all devices. ``chips``: for each
+        of `CHIPS` the seconds that each of its limits asks for, ``step_s``, the largest of these
+        and their sum, and whether it ``fits`` into the memory. ``compiled``: the program's
+        ``collectives``, ``count`` and ``bytes`` of each kind, and its ``memory``, next to what the
+        formulas give for it. It is compiled in float32, ``dtype``: a CPU computes nothing else.
+
+    Raises:
+        ValueError: config and mesh do not fit together, or the recipe does not say the number of
+            classes.
+    """
+    mesh = make_mesh(spec, jax.devices()[: mesh_size(spec)])
+    devices, micro_batches = mesh.devices.size, config.optim.accumulate_steps
+    check_batch_size("batch_size", config.batch_size, devices * micro_batches)
+    model = build_model(config.model)
+    schedule = optax.constant_schedule(1.0)  # which one it is costs nothing
+    tx = make_optimizer(config.optim, schedule)
+    key = jax.random.key(0)
+    state, shardings = abstract_state(model, tx, key, mesh, ema=config.optim.ema_decay > 0)
+    rows = batch_sharding(mesh)
+    shape = (config.batch_size, *pair(model.image_size), model.in_channels)
+    batch = {
+        "image": jax.ShapeDtypeStruct(shape, jnp.uint8, sharding=rows),
+        "label": jax.ShapeDtypeStruct(shape[:1], jnp.int32, sharding=rows),
+    }
+    twin = model.clone(dtype=jnp.dtype("float32"))
+    program = jit_train_step(config, twin, tx, schedule, mesh, shardings)
+    compiled = program.lower(state, batch, jax.eval_shape(lambda: key)).compile()
+    memory = memory_bytes(model, state, batch, config.optim)
+    sums = gradient_sums(model, state, mesh, micro_batches)
+    gradient_bytes = sum(part.size for part in sums)
+    gathered = gathered_bytes(model, state, micro_batches)
+    joined = [*sums, Joined("all-gather", gathered, mesh.shape["fsdp"])]
+    flops = step_flops(model) * config.batch_size
+    return {
+        "model": config.model.name,
+        "mesh": dict(mesh.shape),
+        "batch_size": config.batch_size,
+        "dtype": config.model.dtype,
+        "parameters": _values(state.params),
+        "memory": memory | {"total": sum(memory.values())},
+        "flops": flops,
+        "gradient_bytes": gradient_bytes,
+        "gathered_bytes": gathered,
+        "chips": {
+            name: least_seconds(chip, flops / devices, memory, joined)
+            for name, chip in CHIPS.items()
+        },
+        "compiled": {
+            "dtype": "float32",
+            "memory_by_formula": sum(memory_bytes(twin, state, batch, config.optim).values()),
+            "gradient_bytes_by_formula": gradient_bytes,
+            "gathered_bytes_by_formula": gathered_bytes(twin, state, micro_batches),
+        }
+        | _found(compiled, devices),
+    }
+
+
+def _found(compiled: Any, devices: int) -> dict[str, Any]:
+    """Memory and collectives of a compiled program."""
+    set_aside = compiled.memory_analysis()
+    counts = collectives(compiled.as_text(), devices)
+    of_kind = {
+        kind: {
+            "count": sum(n for c, n in counts.items() if c.kind == kind),
+            "bytes": sum(n * c.bytes for c, n in counts.items() if c.kind == kind),
+        }
+        for kind in KINDS
+    }
+    return {
+        "memory": set_aside.argument_size_in_bytes + set_aside.temp_size_in_bytes,
+        "collectives": {kind: of for kind, of in of_kind.items() if of["count"]},
+    }
+
+
+def table(found: dict[str, Any]) -> str:
+    """What `plan` found, for people."""
+    compiled = found["compiled"]
+    lines = [f"{found['parameters']:,} parameters", "", "memory of a device                 GiB"]
+    lines += [f"  {name:<28}{size / 2**30:>10.3f}" for name, size in found["memory"].items()]
+    lines += ["", f"added up in a step, MB        {found['gradient_bytes'] / 1e6:>10.1f}"]
+    lines += [f"gathered in a step, MB        {found['gathered_bytes'] / 1e6:>10.1f}"]
+    lines += ["", f"compiled in {compiled['dtype']}          count  compiled   formula"]
+    memory = [compiled[name] / 2**30 for name in ("memory", "memory_by_formula")]
+    lines.append(f"  {'memory, GiB':<20}{'':>7}" + "".join(f"{size:>10.3f}" for size in memory))
+    formulas = {"all-reduce": "gradient_bytes", "all-gather": "gathered_bytes"}
+    for kind, of in compiled["collectives"].items():
+        line = f"  {kind + ', MB':<20}{of['count']:>7}{of['bytes'] / 1e6:>10.1f}"
+        if kind in formulas:
+            line += f"{compiled[formulas[kind] + '_by_formula'] / 1e6:>10.1f}"
+        lines.append(line)
+    lines += ["", "at peak (ms)  compute    memory     links   network      step      fits"]
+    for chip, seconds in found["chips"].items():
+        cells = [
+            f"{1e3 * seconds[f'{name}_s']:.2f}" if f"{name}_s" in seconds else ""
+            for name in ("compute", "memory", "links", "network")
+        ]
+        low, high = (1e3 * s for s in seconds["step_s"])
+        cells += [f"{low:.1f}-{high:.1f}", "yes" if seconds["fits"] else "NO"]
+        lines.append(f"  {chip:<10}" + "".join(f"{cell:>10}" for cell in cells))
+    return "\n".join(lines) + "\n"
+
+
+def mesh_size(spec: str) -> int:
+    """The number of devices that a mesh names.
+
+    Raises:
+        KeyError, ValueError: it is malformed, or one of its sizes is left open.
+    """
+    sizes = parse_mesh(spec).values()
+    if -1 in sizes:
+        raise ValueError(f"--mesh must name every size; got {spec}. Write data:256,fsdp:8.")
+    return math.prod(sizes)
+
+
+def memory_bytes(
+    model: Crate, state: TrainState, batch: dict[str, Any], optim: OptimConfig
+) -> dict[str, int]:
+    """Bytes that one device holds at the height of a training step, by kind.
+
+    Args:
+        model: reads its sizes, backward, dtype, remat and scan_unroll.
+        state: shapes with shardings.
+        batch: likewise.
+        optim: reads optimizer and accumulate_steps.
+
+    Returns:
+        ``parameters``, ``optimizer`` (with the average, if any), ``gradients``, ``activations``
+        (what the backward pass keeps of all layers), ``working`` (what it holds of one layer for a
+        moment, or of those that scan_unroll joins), ``copies`` (of what XLA overwrites while it is
+        still read) and ``batch``. ``working`` and ``copies`` are fitted to programs for CPUs.
+    """
+    micro_batches = optim.accumulate_steps
+    own = sum(batch["image"].sharding.shard_shape(batch["image"].shape)[:1])
+    rows = own // micro_batches
+    params = _bytes(state.params, per_device=True)
+    layers = model.scan_unroll * activation_bytes(model.clone(remat="none")) // model.depth
+    values = _WORKING_TOKENS * num_tokens(model) * model.width
+    values += _WORKING_PATCHES * math.prod(pair(model.image_size)) * model.in_channels
+    working = rows * (layers + 4 * values)
+    # Lion's moment makes both the update and the next moment; with more micro-batches the second
+    # set of gradients is free by then.
+    copies = params if optim.optimizer == "lion" and micro_batches == 1 else 0
+    if params < _bytes(state.params, per_device=False):
+        # The weights of a layer, gathered, and their gradients; and the shards of all layers.
+        working += 2 * _bytes(state.params["blocks"], per_device=False) // model.depth
+        copies += _bytes(state.params["blocks"], per_device=True)
+    return {
+        "parameters": params,
+        "optimizer": _bytes(state, per_device=True) - params,
+        "gradients": params * (2 if micro_batches > 1 else 1),
+        "activations": rows * activation_bytes(model),
+        "working": working,
+        "copies": copies,
+        "batch": _bytes(batch, per_device=True),
+    }
+
+
+def gradient_sums(model: Crate, state: TrainState, mesh: Mesh, micro_batches: int) -> list[Joined]:
+    """The gradients that devices add up in a step, float32.
+
+    Those of all parameters over all devices; those of D twice, because Y Dᵀ and R D each give a
+    part, and each part is added up before the two are. With gradient accumulation that is done over
+    ``fsdp`` for every micro-batch, and over ``data``, where each device has but its share of the
+    whole, at the end.
+    """
+    data, fsdp = mesh.shape["data"], mesh.shape["fsdp"]
+    size = 4 * (_values(state.params) + model.depth * model.width**2)
+    if micro_batches == 1:
+        return [Joined("all-reduce", size, data * fsdp)] if data * fsdp > 1 else []
+    sums = [Joined("all-reduce", micro_batches * size, fsdp)] if fsdp > 1 else []
+    if data > 1:
+        sums.append(Joined("all-reduce", _bytes(state.params, per_device=True), data, stride=fsdp))
+    return sums
+
+
+def gathered_bytes(model: Crate, state: TrainState, micro_batches: int) -> int:
+    """Bytes of the weights that ``fsdp`` gathers in a step.
+
+    For every micro-batch those of every layer twice, for the forward and for the backward pass, in
+    the dtype of the computation; once in a step patch projection, positions and head.
+    """
+    split = lambda leaf: leaf.sharding.shard_shape(leaf.shape) != leaf.shape  # noqa: E731
+    whole = [leaf for leaf in jax.tree.leaves(state.params) if split(leaf)]
+    blocks = [leaf for leaf in jax.tree.leaves(state.params["blocks"]) if split(leaf)]
+    layers, outside = sum(x.size for x in blocks), sum(x.size for x in whole)
+    values = 2 * micro_batches * layers + outside - layers
+    return jnp.dtype(model.dtype).itemsize * values
+
+
+def _values(tree: Any) -> int:
+    return sum(leaf.size for leaf in jax.tree.leaves(tree))
+
+
+def _bytes(tree: Any, *, per_device: bool) -> int:
+    """Bytes of all leaves, or of one device's share of them."""
+    total = 0
+    for leaf in jax.tree.leaves(tree):
+        shape = leaf.sharding.shard_shape(leaf.shape) if per_device else leaf.shape
+        total += math.prod(shape) * leaf.dtype.itemsize
+    return total

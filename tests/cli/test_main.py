@@ -1,0 +1,327 @@
+"""The commands, run as a user runs them: what they print, and one line for each mistake."""
+
+import json
+import os
+import shutil
+import signal
+import time
+
+import pytest
+from command import ROOT, TINY, run, start
+
+GOLDEN = ROOT / "tests" / "golden"
+
+
+def refuse(*arguments, devices=1):
+    """A command that must fail: its one line."""
+    status, out, err = run(*arguments, devices=devices)
+    assert status == 2, (out, err)
+    assert out == ""
+    lines = err.splitlines()
+    assert len(lines) == 1 and lines[0].startswith("error: "), err
+    return lines[0]
+
+
+def result(*arguments):
+    """A command that must succeed: the JSON of its last line."""
+    status, out, err = run(*arguments)
+    assert status == 0, err
+    return json.loads(out.splitlines()[-1])
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A short run's workdir and summary."""
+    workdir = tmp_path_factory.mktemp("trained")
+    return workdir, result("train.py", f"--workdir={workdir}", *TINY, "--config.total_steps=8")
+
+
+def test_train_ends_with_one_json_line(trained):
+    workdir, summary = trained
+    assert summary["step"] == 8 and summary["workdir"] == str(workdir)
+    assert summary["test/examples"] == 297
+    assert {"train/loss", "test/loss", "test/top1", "test/top5", "seconds"} <= set(summary)
+
+
+def test_evaluate_gives_what_training_measured(trained):
+    workdir, summary = trained
+    for step in ("latest", "best"):
+        found = result("-m", "crate_jax", "evaluate", f"--workdir={workdir}", f"--step={step}")
+        assert found["examples"] == 297 and found["step"] in (4, 8) and found["images_per_s"] > 0
+        if found["step"] == 8:
+            assert found["top1"] == summary["test/top1"]
+            assert found["loss"] == pytest.approx(summary["test/loss"], rel=1e-6)
+    other = result("-m", "crate_jax", "evaluate", f"--workdir={workdir}", "--split=train[:50]")
+    assert other["examples"] == 50
+
+
+def test_evaluate_weights(tmp_path):
+    """Official weights of a zoo model on a folder of images."""
+    torch = pytest.importorskip("torch")
+    import cv2
+    import numpy as np
+
+    from crate_jax.parity.torch_reference import TorchCrate
+
+    torch.manual_seed(0)
+    model = TorchCrate(224, 16, 1000, 384, 12, 6).eval()
+    torch.save({"state_dict": model.state_dict()}, tmp_path / "weights.pth.tar")
+    pixels = np.random.default_rng(0).integers(0, 256, (3, 224, 224, 3), np.uint8)
+    x = (pixels / 255 - [0.485, 0.456, 0.406]) / [0.229, 0.224, 0.225]
+    with torch.no_grad():
+        logits = model(torch.tensor(x.transpose(0, 3, 1, 2), dtype=torch.float32))
+    best = logits.argmax(1).tolist()
+    # Two images lie in the class that the model finds, one in another.
+    labels = [best[0], best[1], (best[2] + 1) % 1000]
+    for i in range(1000):
+        (tmp_path / "images" / "test" / f"{i:04d}").mkdir(parents=True)
+    for i, label in enumerate(labels):
+        path = tmp_path / "images" / "test" / f"{label:04d}" / f"{i}.png"
+        cv2.imwrite(str(path), pixels[i][..., ::-1])
+    found = result(
+        "-m",
+        "crate_jax",
+        "evaluate",
+        f"--weights={tmp_path / 'weights.pth.tar'}",
+        "--model=crate_tiny_patch16_224",
+        "--dataset=folder",
+        f"--data_dir={tmp_path / 'images'}",
+        "--transforms=resize(224)",
+        "--batch_size=4",
+    )
+    assert found["examples"] == 3
+    assert found["top1"] == pytest.approx(2 / 3)
+    loss = torch.nn.functional.cross_entropy(logits, torch.tensor(labels)).item()
+    assert found["loss"] == pytest.approx(loss, rel=1e-4)
+
+
+def test_summary_by_value():
+    found = result("-m", "crate_jax", "summary", "crate_base_patch16_224")
+    assert found["parameters"] == 22_796_008
+    assert found["tokens"] == 197
+    assert found["gmacs"] == pytest.approx(6.41, abs=0.005)
+    rectangle = ["--image_size", "64", "32", "--num_classes", "10"]
+    small = result("-m", "crate_jax", "summary", "crate_tiny_patch16_224", *rectangle)
+    assert small["tokens"] == 9
+
+
+def test_checkpoints_lists_the_run(trained):
+    workdir, _ = trained
+    status, out, err = run("-m", "crate_jax", "checkpoints", workdir)
+    assert status == 0, err
+    *rows, last = out.splitlines()
+    found = json.loads(last)
+    assert [c["step"] for c in found["checkpoints"]] == [4, 8] and found["set_aside"] == []
+    assert all(c["intact"] for c in found["checkpoints"])
+    assert len(rows) == 2 and "intact" in rows[0] and "test/top1 0." in rows[1]
+
+
+def test_checkpoints_ends_with_1_where_one_is_damaged(trained, tmp_path):
+    shutil.copytree(trained[0], tmp_path / "run")
+    (tmp_path / "run/checkpoints/8/state/_METADATA").unlink()
+    status, out, err = run("-m", "crate_jax", "checkpoints", tmp_path / "run")
+    *rows, last = out.splitlines()
+    assert status == 1 and not json.loads(last)["intact"], err
+    assert "DAMAGED" in rows[1] and "checkpoint must be readable; step 8 in" in rows[2]
+
+
+def test_report_draws_the_run(trained):
+    workdir, _ = trained
+    found = result("-m", "crate_jax", "report", f"--workdir={workdir}")
+    assert len(found["zero_fraction"]) == 2 and 0 < found["zero_fraction"][0] < 1
+    picture = (workdir / "layerwise.png").read_bytes()
+    assert picture.startswith(b"\x89PNG") and len(picture) > 10_000
+
+
+def test_default_workdir_is_named_after_the_recipe(tmp_path):
+    """Started elsewhere with no flag but lengths: the path of the README's first command."""
+    import subprocess
+    import sys
+
+    from command import environment
+
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "train.py"), *TINY, "--config.total_steps=1"],
+        cwd=tmp_path,
+        env=environment() | {"PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=200,
+    )
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "runs" / "digits" / "config.json").exists()
+
+
+def test_train_without_flags_starts():
+    """The bare command gets past its flags; CI runs it to the end."""
+    process = start("train.py", "--help")
+    out, _ = process.communicate(timeout=100)
+    assert "--workdir" in out and "--config" in out
+    process = start("-c", "import sys; sys.argv = ['train.py']; import train; print(train._CONFIG)")
+    out, err = process.communicate(timeout=100)
+    assert process.returncode == 0, err
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (
+            ["--config=configs/digit.py"],
+            "--config must be a recipe file; got configs/digit.py. Did",
+        ),
+        (["--config=configs/imagenet1k.py:larg"], "got larg. Did you mean large?"),
+        (["--config.optim.lrr=1"], "optim.lrr must name a field. Did you mean lr?"),
+        (["--config.optim=1"], "config.optim must be a field, not a section"),
+        (["--config.seed=x"], "--config.seed=x: invalid literal for int()"),
+        (["--config.optim.optimizer=adam"], "got adam. Did you mean adamw?"),
+        (["--config.optim.lr=-1"], "optim.lr must be > 0; got -1.0"),
+        (["--wrkdir=x"], "Unknown command line flag 'wrkdir'. Did you mean: workdir"),
+        (["x"], "the command line must hold flags alone; got x"),
+        (["--config.model.name=crate_tyni_patch16_224"], "Did you mean crate_tiny_patch16_224?"),
+        (
+            ["--config.model.image_size=30,30"],
+            "model.image_size must be a multiple of model.patch_size; got 30x30 and 8x8",
+        ),
+        (["--config.model.num_heads=5"], "model.width must be a multiple of model.num_heads"),
+        (
+            ["--config.model.num_classes=11"],
+            "model.num_classes must equal the 10 classes of digits",
+        ),
+        (["--config.data.dataset=cifar10"], "cifar10 is not in"),
+        (["--config.data.dataset=cifarr10"], "got cifarr10. Did you mean cifar10?"),
+        (["--config.data.train_split=trian"], "got trian. Did you mean train?"),
+        (["--config.data.data_dir=/no/such/folder"], "data.data_dir must be an existing directory"),
+        (["--config.data.eval_transforms=resise(32)"], "got resise. Did you mean resize?"),
+        (["--config.data.eval_transforms=resize(16)"], "must give the 32x32x1 images"),
+        (["--config.parallel.mesh=data:3"], "parallel.mesh must multiply to the 1 devices"),
+        (["--config.init_weights=nothing.pth"], "weights must be a file or a run's folder"),
+        (["--config=configs/finetune.py:pets"], "init_weights must be set where init_fit is"),
+    ],
+)
+def test_a_mistake_is_one_line(flags, message, tmp_path):
+    workdir = tmp_path / "run"
+    assert message in refuse("train.py", f"--workdir={workdir}", *flags)
+    assert not (workdir / "checkpoints").is_dir() or not list((workdir / "checkpoints").iterdir())
+
+
+def test_unprepared_data_says_how_to_prepare_and_downloads_nothing(tmp_path):
+    data = tmp_path / "data"
+    data.mkdir()
+    line = refuse(
+        "train.py",
+        f"--workdir={tmp_path / 'run'}",
+        "--config.data.dataset=cifar10",
+        f"--config.data.data_dir={data}",
+    )
+    assert "--config.data.download=True" in line
+    assert list(data.iterdir()) == []
+
+
+def test_batch_must_fit_the_devices(tmp_path):
+    line = refuse("train.py", f"--workdir={tmp_path}", "--config.batch_size=100", devices=8)
+    assert "batch_size must be a multiple of 8" in line and "got 100. Nearest: 96." in line
+
+
+@pytest.mark.parametrize("damage", ["file", "config", "checkpoint"])
+def test_unreadable_workdir(trained, tmp_path, damage):
+    workdir = tmp_path / "run"
+    if damage == "file":
+        workdir.write_text("not a folder")
+        expected = "is a file. Choose another"
+    else:
+        shutil.copytree(trained[0], workdir)
+    if damage == "config":
+        (workdir / "config.json").write_text("{")
+        expected = "workdir must hold a readable config.json"
+    if damage == "checkpoint":
+        for step in "48":  # with one whole step left, the run would go back to it
+            (workdir / "checkpoints" / step / "state" / "_METADATA").unlink()
+        expected = "checkpoint must be readable; step 8 in"
+    assert expected in refuse("train.py", f"--workdir={workdir}", *TINY, "--config.total_steps=8")
+
+
+def test_a_workdir_of_another_config_is_refused(trained):
+    workdir, _ = trained
+    line = refuse(
+        "train.py",
+        f"--workdir={workdir}",
+        *TINY,
+        "--config.total_steps=8",
+        "--config.model.depth=3",
+    )
+    assert "model.depth must stay 2 in" in line
+    assert result("-m", "crate_jax", "evaluate", f"--workdir={workdir}")["step"] == 8
+
+
+def test_a_non_finite_loss_names_step_and_checkpoint(tmp_path):
+    arguments = ["train.py", f"--workdir={tmp_path}", *TINY]
+    result(*arguments, "--config.total_steps=2")
+    status, out, err = run(*arguments, "--config.total_steps=9", "--config.optim.lr=1e30")
+    assert status == 2 and out == ""
+    last = err.splitlines()[-1]
+    assert last.startswith("error: train/") and "must be finite; got" in last
+    assert "at step" in last and "Checkpoint 2 is intact" in last
+    assert result("-m", "crate_jax", "evaluate", f"--workdir={tmp_path}")["step"] == 2
+
+
+def test_ctrl_c_saves_and_says_how_to_resume(tmp_path):
+    """A terminal sends it to all processes, the loader's workers too."""
+    arguments = ["train.py", f"--workdir={tmp_path}", *TINY, "--config.total_steps=400"]
+    arguments += ["--config.eval_every_steps=400", "--config.data.num_workers=1"]
+    process = start(*arguments, group=True)
+    log, deadline = tmp_path / "metrics.jsonl", time.monotonic() + 150
+    while not (log.exists() and log.read_text().count("\n") >= 5):
+        assert process.poll() is None, process.stderr.read()
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    os.killpg(process.pid, signal.SIGINT)
+    out, err = process.communicate(timeout=100)
+    assert process.returncode == 75 and out == ""
+    last = err.splitlines()[-1]
+    assert last.startswith("error: SIGINT at step ") and "which is saved. Run the same" in last
+    step = int(last.split("at step ")[1].split()[0])
+    found = result("-m", "crate_jax", "evaluate", f"--workdir={tmp_path}")
+    assert found["step"] == step < 400
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "the following arguments are required: command"),
+        (["evalute"], "invalid choice: 'evalute'"),
+        (["evaluate"], "evaluate must get one of --workdir and --weights"),
+        (
+            ["evaluate", "--workdir=/no/such/run"],
+            "workdir must hold a checkpoint; /no/such/run has",
+        ),
+        (["evaluate", "--weights=a.pth"], "must get --model and --dataset too"),
+        (["evaluate", "--workdir=a", "--model=b"], "--model and --fit must go with --weights"),
+        (
+            ["evaluate", "--weights=a", "--model=b", "--dataset=c", "--step=1"],
+            "--step must go with",
+        ),
+        (["checkpoints", "/no/such/run"], "workdir must hold a checkpoint; /no/such/run has none"),
+        (["summary", "crate_bse_patch16_224"], "Did you mean crate_base_patch16_224?"),
+        (["summary", "crate_tiny_patch16_224", "--image_size", "225"], "must be a multiple of"),
+    ],
+)
+def test_a_mistaken_command_is_one_line(arguments, message):
+    assert message in refuse("-m", "crate_jax", *arguments)
+
+
+def test_an_unknown_step_is_refused(trained):
+    line = refuse("-m", "crate_jax", "evaluate", f"--workdir={trained[0]}", "--step=5")
+    assert "step must be latest, best or one of 4, 8; got 5" in line
+
+
+def test_weights_that_do_not_fit_are_refused():
+    pytest.importorskip("torch")
+    line = refuse(
+        "-m",
+        "crate_jax",
+        "evaluate",
+        f"--weights={GOLDEN / 'crate_cls.pth.tar'}",
+        "--model=crate_tiny_patch16_224",
+        "--dataset=synthetic",
+    )
+    assert "width 48 where the model has 384" in line and "missing: transformer.layers" in line
