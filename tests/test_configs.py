@@ -10,7 +10,7 @@ import pytest
 
 from crate_jax.config import DataConfig, TrainConfig, from_dict, to_dict, validate
 from crate_jax.data.images.transform_spec import parse_transforms
-from crate_jax.models.crate import pair
+from crate_jax.models.classifier import pair
 from crate_jax.models.zoo import build_model
 from crate_jax.parallel import batch_sharding, make_mesh
 from crate_jax.training.optimizer import make_optimizer, make_schedule

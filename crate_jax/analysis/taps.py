@@ -5,11 +5,11 @@ from typing import Any
 
 from jax import Array
 
-from crate_jax.models.crate import TAPS, Crate
+from crate_jax.models.classifier import ImageClassifier
 
 
 def taps(
-    model: Crate, params: Any, images: Array, names: Sequence[str] = TAPS
+    model: ImageClassifier, params: Any, images: Array, names: Sequence[str] | None = None
 ) -> tuple[Array, dict[str, Array]]:
     """Run the model and return what its layers computed on the way.
 
@@ -17,8 +17,9 @@ def taps(
         model: a model of `crate_jax.create_model`.
         params: its parameters.
         images: (B, H, W, C), normalised.
-        names: out of ``subspace_tokens`` (L, B, N, K, p), ``attention`` (L, B, K, N, N), ``mssa``,
-            ``z_half`` and ``ista`` (L, B, N, d); only these are stored.
+        names: out of ``model.tap_names``; only these are stored. Those of a CRATE are
+            ``subspace_tokens`` (L, B, N, K, p), ``attention`` (L, B, K, N, N), ``mssa``,
+            ``z_half``, ``ista`` and ``out`` (L, B, N, d). None: all of them.
 
     Returns:
         Logits (B, Y), float32, and {name: array} in the model's dtype, layers on axis 0.
@@ -27,6 +28,10 @@ def taps(
         KeyError: an unknown name.
         ValueError: no name, or images that do not fit the model.
     """
+    names = model.tap_names if names is None else names
     if not names:
-        raise ValueError(f"names must hold at least one of {', '.join(TAPS)}; got none.")
-    return model.apply({"params": params}, images, train=False, taps=tuple(names))  # type: ignore
+        raise ValueError(f"names must hold at least one of {', '.join(model.tap_names)}; got none.")
+    found = model.apply(
+        {"params": params}, images, train=False, taps=tuple(names), method="forward"
+    )
+    return found  # type: ignore[return-value]

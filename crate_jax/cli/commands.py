@@ -24,7 +24,8 @@ from crate_jax.config import (
     from_dict,
     validate,
 )
-from crate_jax.models.crate import Crate, pair
+from crate_jax.models.classifier import pair
+from crate_jax.models.crate import Crate
 
 
 def evaluate(args: argparse.Namespace) -> dict[str, Any]:

@@ -7,7 +7,8 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from crate_jax.models.crate import Crate, pair
+from crate_jax.models.classifier import pair
+from crate_jax.models.crate import Crate
 
 
 def num_tokens(model: Crate) -> int:

@@ -2,6 +2,7 @@
 
 The written passes equal automatic differentiation and cost less: they keep one array where it keeps
 two or three, and use that a token is query, key and value at once. Only reverse mode knows them.
+The letters are those of `crate_jax.models.layers`.
 """
 
 import functools
@@ -11,55 +12,64 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import Array
+from jax.ad_checkpoint import checkpoint_name
 from jax.typing import DTypeLike
-
-EPSILON = 1e-5  # of every LayerNorm: PyTorch's default
 
 # How a model's backward pass is had: "derived", from this module; "autodiff", from JAX.
 BACKWARD = ("derived", "autodiff")
 
+_product = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
 
-def attend(W_GxNxp: Array) -> tuple[Array, Array]:
-    """Softmax attention of tokens to each other: A = softmax(p^{-1/2} W Wᵀ) and A W.
+
+def attend(V_BxKxNxp: Array, mask: Array | None = None) -> tuple[Array, Array]:
+    """Softmax attention of tokens to each other: A = softmax(p^{-1/2} V Vᵀ) and A V.
 
     Scores and softmax are float32.
 
     Args:
-        W_GxNxp: tokens of G independent groups.
+        V_BxKxNxp: tokens in K subspaces, attended in each of them apart.
+        mask: True where token n (the last axis but one) may see token m (the last axis); it
+            broadcasts to (B, K, N, N). None: every token sees all.
 
     Returns:
-        A W (G, N, p) and A (G, N, N), whose rows sum to one; both of the input's dtype.
+        A V (B, K, N, p) and A (B, K, N, N), whose rows sum to one; both of the input's dtype.
     """
-    S_GxNxN = jnp.einsum("gnp,gmp->gnm", W_GxNxp, W_GxNxp, preferred_element_type=jnp.float32)
-    A_GxNxN = jax.nn.softmax(S_GxNxN * W_GxNxp.shape[-1] ** -0.5, axis=-1).astype(W_GxNxp.dtype)
-    return jnp.einsum("gnm,gmp->gnp", A_GxNxN, W_GxNxp), A_GxNxN
+    S_BxKxNxN = _product("bknp,bkmp->bknm", V_BxKxNxp, V_BxKxNxp) * V_BxKxNxp.shape[-1] ** -0.5
+    if mask is not None:
+        S_BxKxNxN = jnp.where(mask, S_BxKxNxN, -jnp.inf)
+    A_BxKxNxN = jax.nn.softmax(S_BxKxNxN, axis=-1).astype(V_BxKxNxp.dtype)
+    A_BxKxNxN = checkpoint_name(A_BxKxNxN, "attention")
+    return jnp.einsum("bknm,bkmp->bknp", A_BxKxNxN, V_BxKxNxp), A_BxKxNxN
 
 
-def _attend_and_keep(W_GxNxp: Array) -> tuple[tuple[Array, Array], tuple[Array, Array]]:
-    O_GxNxp, A_GxNxN = attend(W_GxNxp)
-    return (O_GxNxp, A_GxNxN), (W_GxNxp, A_GxNxN)
+def _attend_and_keep(V_BxKxNxp: Array, mask: Array | None = None):
+    O_BxKxNxp, A_BxKxNxN = attend(V_BxKxNxp, mask)
+    return (O_BxKxNxp, A_BxKxNxN), (V_BxKxNxp, A_BxKxNxN)
 
 
-def _attend_backward(kept: tuple[Array, Array], gradients: tuple[Array, Array]) -> tuple[Array]:
-    """The gradient dW = Aᵀ dO + (dS + dSᵀ) W; automatic differentiation has dS W and dSᵀ W apart.
+def _attend_backward(
+    kept: tuple[Array, Array], gradients: tuple[Array, Array]
+) -> tuple[Array, None]:
+    """The gradient dV = Aᵀ dO + (dS + dSᵀ) V; automatic differentiation has dS V and dSᵀ V apart.
 
-    The scores are p^{-1/2} S, S = W Wᵀ; through the softmax dS = A (dA − Σ A dA), row by row.
+    The scores are p^{-1/2} S, S = V Vᵀ; through the softmax dS = A (dA − Σ A dA), row by row. A is
+    zero where the mask is, and so is dS.
     """
-    (W_GxNxp, A_GxNxN), (dO_GxNxp, dA_GxNxN) = kept, gradients
-    product = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
-    P_GxNxN = A_GxNxN.astype(jnp.float32)
-    dA_GxNxN = dA_GxNxN.astype(jnp.float32) + product("gnp,gmp->gnm", dO_GxNxp, W_GxNxp)
+    (V_BxKxNxp, A_BxKxNxN), (dO_BxKxNxp, dA_BxKxNxN) = kept, gradients
+    P_BxKxNxN = A_BxKxNxN.astype(jnp.float32)
+    dA_BxKxNxN = dA_BxKxNxN.astype(jnp.float32)
+    dA_BxKxNxN += _product("bknp,bkmp->bknm", dO_BxKxNxp, V_BxKxNxp)
     # Rounded to half precision, rows of A no longer sum to one; those of dS have to sum to zero.
-    mean_GxNx1 = jnp.sum(P_GxNxN * dA_GxNxN, axis=-1, keepdims=True)
-    mean_GxNx1 /= jnp.sum(P_GxNxN, axis=-1, keepdims=True)
-    dS_GxNxN = P_GxNxN * (dA_GxNxN - mean_GxNx1)
-    both_GxNxN = (dS_GxNxN + dS_GxNxN.swapaxes(1, 2)) * W_GxNxp.shape[-1] ** -0.5
-    dW_GxNxp = product("gnm,gnp->gmp", A_GxNxN, dO_GxNxp)
-    dW_GxNxp += product("gnm,gmp->gnp", both_GxNxN.astype(W_GxNxp.dtype), W_GxNxp)
-    return (dW_GxNxp.astype(W_GxNxp.dtype),)
+    mean_BxKxNx1 = jnp.sum(P_BxKxNxN * dA_BxKxNxN, axis=-1, keepdims=True)
+    mean_BxKxNx1 /= jnp.sum(P_BxKxNxN, axis=-1, keepdims=True)
+    dS_BxKxNxN = P_BxKxNxN * (dA_BxKxNxN - mean_BxKxNx1)
+    both_BxKxNxN = (dS_BxKxNxN + dS_BxKxNxN.swapaxes(-1, -2)) * V_BxKxNxp.shape[-1] ** -0.5
+    dV_BxKxNxp = _product("bknm,bknp->bkmp", A_BxKxNxN, dO_BxKxNxp)
+    dV_BxKxNxp += _product("bknm,bkmp->bknp", both_BxKxNxN.astype(V_BxKxNxp.dtype), V_BxKxNxp)
+    return dV_BxKxNxp.astype(V_BxKxNxp.dtype), None
 
 
-def normalise(X: Array, scale_d: Array, bias_d: Array, dtype: DTypeLike) -> Array:
+def normalise(X: Array, scale_d: Array, bias_d: Array, dtype: DTypeLike, epsilon: float) -> Array:
     """LayerNorm over the last axis, computed in float32.
 
     Args:
@@ -67,22 +77,26 @@ def normalise(X: Array, scale_d: Array, bias_d: Array, dtype: DTypeLike) -> Arra
         scale_d: float32.
         bias_d: float32.
         dtype: of the result.
+        epsilon: added to the variance.
 
     Returns:
-        (X − mean) / √(variance + `EPSILON`) · scale + bias, of X's shape.
+        (X − mean) / √(variance + epsilon) · scale + bias, of X's shape.
     """
-    return _normalise_and_keep(X, scale_d, bias_d, dtype)[0]
+    return _normalise_and_keep(X, scale_d, bias_d, dtype, epsilon)[0]
 
 
-def _normalise_and_keep(X: Array, scale_d: Array, bias_d: Array, dtype: DTypeLike):
+def _normalise_and_keep(X: Array, scale_d: Array, bias_d: Array, dtype: DTypeLike, epsilon: float):
     mean = jnp.mean(X.astype(jnp.float32), axis=-1, keepdims=True)
     centred = X.astype(jnp.float32) - mean
-    inverse = jax.lax.rsqrt(jnp.mean(jnp.square(centred), axis=-1, keepdims=True) + EPSILON)
+    inverse = jax.lax.rsqrt(jnp.mean(jnp.square(centred), axis=-1, keepdims=True) + epsilon)
+    mean, inverse = checkpoint_name((mean, inverse), "statistics")
     Y = (centred * (inverse * _row(scale_d, X)) + _row(bias_d, X)).astype(dtype)
     return Y, (X, mean, inverse, scale_d)
 
 
-def _normalise_backward(dtype: DTypeLike, kept: tuple[Array, Array, Array, Array], dY: Array):
+def _normalise_backward(
+    dtype: DTypeLike, epsilon: float, kept: tuple[Array, Array, Array, Array], dY: Array
+):
     """With X̂ = (X − mean)/σ and g = dY · scale: dX = (g − mean(g) − X̂ mean(g X̂))/σ."""
     X, mean, inverse, scale_d = kept
     dY = dY.astype(jnp.float32)
@@ -107,6 +121,6 @@ def _derived(function: Callable, keep: Callable, backward: Callable, **options: 
 
 ATTEND = {"derived": _derived(attend, _attend_and_keep, _attend_backward), "autodiff": attend}
 NORMALISE = {
-    "derived": _derived(normalise, _normalise_and_keep, _normalise_backward, nondiff_argnums=(3,)),
+    "derived": _derived(normalise, _normalise_and_keep, _normalise_backward, nondiff_argnums=(3, 4)),
     "autodiff": normalise,
 }

@@ -1,4 +1,6 @@
-"""Images to tokens: patches, class token, positions."""
+"""Images to tokens: P patches, class token, positions; N = P + 1."""
+
+from collections.abc import Callable
 
 import flax.linen as nn
 import jax
@@ -8,7 +10,7 @@ from jax import Array
 from jax.nn import initializers as init
 from jax.typing import DTypeLike
 
-from crate_jax.models.layers import LayerNorm, dense
+from crate_jax.models.layers import LayerNorm, Linear, linear_kernel_init
 
 
 def patchify(images_BxHxWxc: Array, patch_size: tuple[int, int]) -> Array:
@@ -19,7 +21,7 @@ def patchify(images_BxHxWxc: Array, patch_size: tuple[int, int]) -> Array:
         patch_size: (height, width) of a patch in pixels.
 
     Returns:
-        Patches (B, N, height · width · c).
+        Patches (B, P, height · width · c).
 
     Raises:
         ValueError: a side of the image is not a multiple of the patch's.
@@ -36,7 +38,7 @@ def patchify(images_BxHxWxc: Array, patch_size: tuple[int, int]) -> Array:
 
 
 def resize_positions(
-    pos_Mxd: Array | np.ndarray, old: tuple[int, int], new: tuple[int, int]
+    pos_Nxd: Array | np.ndarray, old: tuple[int, int], new: tuple[int, int]
 ) -> Array:
     """Positions of another grid of patches, by bicubic interpolation; the class token's row stays.
 
@@ -44,16 +46,16 @@ def resize_positions(
     mode="bicubic", antialias=True)``.
 
     Args:
-        pos_Mxd: row 0 the class token's, then the patches row by row; M = old height · width + 1.
+        pos_Nxd: row 0 the class token's, then the patches row by row; N = old height · width + 1.
         old: (height, width) of their grid in patches.
         new: (height, width) of the grid wanted.
 
     Returns:
         Positions (new height · width + 1, d), of the input's dtype.
     """
-    grid_RxCxd = pos_Mxd[1:].reshape(*old, -1)
+    grid_RxCxd = pos_Nxd[1:].reshape(*old, -1)
     resized_RxCxd = jax.image.resize(grid_RxCxd, (*new, grid_RxCxd.shape[-1]), "cubic")
-    return jnp.concatenate([pos_Mxd[:1], resized_RxCxd.reshape(new[0] * new[1], -1)])
+    return jnp.concatenate([pos_Nxd[:1], resized_RxCxd.reshape(new[0] * new[1], -1)])
 
 
 def resize_patch_kernel(
@@ -82,9 +84,10 @@ def resize_patch_kernel(
 
 
 class PatchEmbedding(nn.Module):
-    """Patches → LayerNorm → linear → LayerNorm, class token in front, positions added.
+    """Patches → [LayerNorm →] linear [→ LayerNorm], class token in front, positions added.
 
-    The class token (d,) and the positions (N + 1, d), row 0 the class token's, start as N(0, 1).
+    The class token (d,) and the positions (N, d), row 0 the class token's, start as N(0, 1) unless
+    told otherwise. Without norms the linear map is a convolution whose stride is its size.
     Source: the official implementation of arXiv 2306.01129.
     """
 
@@ -92,17 +95,27 @@ class PatchEmbedding(nn.Module):
     width: int
     dtype: DTypeLike = jnp.float32
     backward: str = "derived"
+    norms: bool = True
+    cls_init: Callable[..., Array] = init.normal(1.0)
+    pos_init: Callable[..., Array] = init.normal(1.0)
+    kernel_init: Callable[..., Array] = linear_kernel_init
+    bias_init: Callable[..., Array] | None = None  # None: nn.Linear's
 
     @nn.compact
     def __call__(self, images_BxHxWxc: Array) -> Array:
-        """Images (B, H, W, c) to tokens (B, N + 1, d)."""
-        X_BxNxk = patchify(images_BxHxWxc.astype(self.dtype), self.patch_size)
-        B, N, k = X_BxNxk.shape
-        X_BxNxk = LayerNorm(self.dtype, self.backward, name="patch_norm")(X_BxNxk)
-        Z_BxNxd = dense(self.width, k, self.dtype, "projection")(X_BxNxk)
-        Z_BxNxd = LayerNorm(self.dtype, self.backward, name="token_norm")(Z_BxNxd)
-        cls_d = self.param("cls_token", init.normal(1.0), (self.width,))
-        pos_Mxd = self.param("pos_embedding", init.normal(1.0), (N + 1, self.width))
+        """Images (B, H, W, c) to tokens (B, N, d)."""
+        X_BxPxk = patchify(images_BxHxWxc.astype(self.dtype), self.patch_size)
+        B, P, _ = X_BxPxk.shape
+        if self.norms:
+            X_BxPxk = LayerNorm(self.dtype, self.backward, name="patch_norm")(X_BxPxk)
+        projection = Linear(
+            self.width, self.dtype, self.kernel_init, self.bias_init, name="projection"
+        )
+        Z_BxPxd = projection(X_BxPxk)
+        if self.norms:
+            Z_BxPxd = LayerNorm(self.dtype, self.backward, name="token_norm")(Z_BxPxd)
+        cls_d = self.param("cls_token", self.cls_init, (self.width,))
+        pos_Nxd = self.param("pos_embedding", self.pos_init, (P + 1, self.width))
         cls_Bx1xd = jnp.broadcast_to(cls_d.astype(self.dtype), (B, 1, self.width))
-        Z_BxMxd = jnp.concatenate([cls_Bx1xd, Z_BxNxd], axis=1)
-        return Z_BxMxd + pos_Mxd.astype(self.dtype)[None]
+        Z_BxNxd = jnp.concatenate([cls_Bx1xd, Z_BxPxd], axis=1)
+        return Z_BxNxd + pos_Nxd.astype(self.dtype)[None]

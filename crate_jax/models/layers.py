@@ -1,21 +1,168 @@
-"""CRATE's two steps as pure functions, then the Flax modules that own their parameters.
+"""The steps of a layer as pure functions, then the Flax modules that own their parameters.
 
-Tokens are rows: where the paper writes D Z, this is ``Z @ D.T``. Matrix products take whole (B·N,
-d) and (B·K, N, p) operands because XLA runs few large products faster than many small ones.
+Tokens are rows: where the paper writes D Z, this is ``Z @ D.T``. The letters, here and above:
+
+    Z  tokens that a layer takes and gives     B  batch        N  tokens, the class token included
+    Y  tokens after a LayerNorm                d  width        K  subspaces   p  their dimension
+    U  bases of the subspaces                  m  atoms of a wide dictionary, hidden units
+    V  subspace tokens, U_kᵀ Z                 A  attention    O  attended subspace tokens
+    D  dictionary, atoms as columns            H, W, c  image  h, w  patch    Y (an axis)  classes
+
+A weight is cast to the dtype of the computation, and gathered where devices share it, at one place:
+`read`. The equations take it as it then is. They name what the backward pass may keep of them
+(``keep``); whether it does is decided at one place too, `crate_jax.models.block.REMAT`.
 """
 
 from collections.abc import Callable
-from typing import Any
+from typing import NamedTuple
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax import Array
+from jax.ad_checkpoint import checkpoint_name as keep
 from jax.nn import initializers as init
 from jax.sharding import AxisType, PartitionSpec
 from jax.typing import DTypeLike
 
 from crate_jax.models.derivatives import ATTEND, NORMALISE
+
+
+class Attended(NamedTuple):
+    """What an attention step makes.
+
+    Attributes:
+        update: of the tokens (B, N, d), before the residual.
+        seen: what it made on the way, by the name of the tap.
+    """
+
+    update: Array
+    seen: dict[str, Array]
+
+
+def mssa(
+    Y_BxNxd: Array,
+    U_dxKxp: Array,
+    W_out_Kxpxd: Array | None = None,
+    b_out_d: Array | None = None,
+    *,
+    mask: Array | None = None,
+    backward: str = "derived",
+) -> Attended:
+    """Multi-head subspace self-attention: W_out [SSA_1; …; SSA_K] + b_out.
+
+    SSA_k = softmax(p^{-1/2} V_k V_kᵀ) V_k with V_k = U_kᵀ Y, here ``Y @ U_k``: a token is query,
+    key and value at once, so the scores are symmetric before the softmax. One approximate gradient
+    step on R^c(Z; U) is Z + MSSA(Z); the residual is the caller's.
+    Source: arXiv 2306.01129, equations 11 and 12 (section 2.3); scale p^{-1/2} as in the code.
+    Differs from the paper, as the official code does: W_out is learned and not p/(N ε²) [U_1, …,
+        U_K].
+
+    Two tokens, one subspace of dimension 1 with basis (1, 0): V = (0, ln 3), so the second token
+    attends with weights 1 : 3^(ln 3).
+
+    >>> Y = jnp.array([[[0.0, 5.0], [2.0, 7.0]]])
+    >>> U = jnp.array([[[1.0]], [[0.0]]])
+    >>> W_out = jnp.array([[[1.0, 0.0]]])
+    >>> update, seen = mssa(Y, U, W_out)
+    >>> seen["subspace_tokens"].ravel().tolist()
+    [0.0, 2.0]
+
+    Args:
+        Y_BxNxd: tokens, normalised.
+        U_dxKxp: bases of the K subspaces.
+        W_out_Kxpxd: output projection; None leaves it out, which needs K = 1 and p = d.
+        b_out_d: its bias.
+        mask: as for `crate_jax.models.derivatives.attend`.
+        backward: one of `crate_jax.models.derivatives.BACKWARD`.
+
+    Returns:
+        The update (B, N, d); seen are ``subspace_tokens`` (B, N, K, p) and ``attention``
+        (B, K, N, N), whose rows sum to one. All of the tokens' dtype, which the weights share.
+    """
+    V_BxNxKxp = jnp.einsum("bnd,dkp->bnkp", Y_BxNxd, U_dxKxp)
+    V_BxKxNxp = keep(V_BxNxKxp.swapaxes(1, 2), "subspace_tokens")
+    O_BxKxNxp, A_BxKxNxN = ATTEND[backward](V_BxKxNxp, mask)
+    O_BxKxNxp = keep(O_BxKxNxp, "attended")
+    if W_out_Kxpxd is None:
+        update_BxNxd = O_BxKxNxp[:, 0]
+    else:
+        update_BxNxd = jnp.einsum("bknp,kpd->bnd", O_BxKxNxp, W_out_Kxpxd)
+    if b_out_d is not None:
+        update_BxNxd += b_out_d[None, None]
+    seen = {"subspace_tokens": V_BxNxKxp, "attention": A_BxKxNxN}
+    return Attended(update_BxNxd, seen)
+
+
+def ista_step(Y_BxNxd: Array, D_dxd: Array, *, eta: float, lmbda: float) -> Array:
+    """One step of ISTA on ½‖Y − D A‖² + λ‖A‖₁ over A ≥ 0, from A⁰ = Y.
+
+    ReLU(Y + η Dᵀ(Y − D Y) − η λ); with tokens as rows D Y is ``Y @ D.T`` and Dᵀ E is ``E @ D``.
+    There is no residual: the result replaces the tokens.
+    Source: arXiv 2306.01129, equation 17 (section 2.4).
+    Differs from official: Dᵀ(Y − D Y) takes two matrix products where DᵀY − DᵀD Y takes three.
+
+    Args:
+        Y_BxNxd: tokens, normalised.
+        D_dxd: dictionary, atoms as columns, of the tokens' dtype.
+        eta: step size η.
+        lmbda: sparsity weight λ.
+
+    Returns:
+        Sparse, non-negative tokens (B, N, d), of the tokens' dtype.
+    """
+    E_BxNxd = keep(Y_BxNxd - Y_BxNxd @ D_dxd.T, "error")
+    return relu(Y_BxNxd + eta * (E_BxNxd @ D_dxd) - eta * lmbda)
+
+
+def relu(X: Array) -> Array:
+    """max(X, 0); of it the backward pass keeps a byte an entry."""
+    return jnp.where(keep(X > 0, "active"), X, jnp.zeros((), X.dtype))
+
+
+# nn.Linear's defaults in PyTorch: weight and bias uniform in ±1/√fan_in.
+linear_kernel_init = init.variance_scaling(1 / 3, "fan_in", "uniform")
+# kaiming_uniform_ on D (d, m): uniform in ±√(6/d).
+dictionary_init = init.variance_scaling(2.0, "fan_in", "uniform")
+
+
+def linear_bias_init(fan_in: int) -> Callable[..., Array]:
+    """Uniform in ±1/√fan_in, as nn.Linear starts its bias; Flax's own default is zero."""
+
+    def initialise(key: Array, shape: tuple[int, ...], dtype: DTypeLike = jnp.float32) -> Array:
+        bound = fan_in**-0.5
+        return jax.random.uniform(key, shape, dtype, -bound, bound)
+
+    return initialise
+
+
+def read(
+    module: nn.Module,
+    name: str,
+    initialise: Callable[..., Array],
+    shape: tuple[int, ...],
+    dtype: DTypeLike,
+) -> Array:
+    """A parameter of a module as the equations take it: cast, and whole on every device.
+
+    The parameter itself is float32, and devices of an ``fsdp`` axis may share it. It is gathered
+    here because the compiler, left to itself, splits the product as the weight is split, and then
+    the activations of the whole batch travel in every layer. No name keeps what is returned: saving
+    it would keep a full copy of every layer's weights on every device.
+    """
+    return _whole(module.param(name, initialise, shape).astype(dtype))
+
+
+def _whole(weight: Array) -> Array:
+    """The weight gathered over ``fsdp``; as it is where no such axis is around it.
+
+    `crate_jax.parallel.on_mesh` puts the axis around a function.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    types = dict(zip(mesh.axis_names, mesh.axis_types, strict=True))
+    if types.get("fsdp") is not AxisType.Auto or mesh.shape["fsdp"] == 1:
+        return weight
+    return jax.lax.with_sharding_constraint(weight, PartitionSpec())
 
 
 class LayerNorm(nn.Module):
@@ -26,166 +173,33 @@ class LayerNorm(nn.Module):
 
     dtype: DTypeLike = jnp.float32
     backward: str = "derived"
+    epsilon: float = 1e-5  # PyTorch's default
 
     @nn.compact
     def __call__(self, X: Array) -> Array:
         """(…, d) to (…, d)."""
         scale_d = self.param("scale", init.ones, X.shape[-1:])
         bias_d = self.param("bias", init.zeros, X.shape[-1:])
-        return NORMALISE[self.backward](X, scale_d, bias_d, self.dtype)
+        Y = NORMALISE[self.backward](X, scale_d, bias_d, self.dtype, self.epsilon)
+        return keep(Y, "normalised")
 
 
-# nn.Linear's defaults in PyTorch: weight and bias uniform in ±1/√fan_in.
-linear_kernel_init = init.variance_scaling(1 / 3, "fan_in", "uniform")
-# kaiming_uniform_ on D (d, d): uniform in ±√(6/d).
-dictionary_init = init.variance_scaling(2.0, "fan_in", "uniform")
+class Linear(nn.Module):
+    """X W + b, with kernel and bias that start as nn.Linear's unless told otherwise."""
 
+    features: int
+    dtype: DTypeLike = jnp.float32
+    kernel_init: Callable[..., Array] = linear_kernel_init
+    bias_init: Callable[..., Array] | None = None  # None: nn.Linear's
 
-def linear_bias_init(fan_in: int) -> Callable[..., Array]:
-    """Uniform in ±1/√fan_in, as nn.Linear starts its bias; Flax's own default is zero."""
-
-    def initialise(key, shape, dtype=jnp.float32):
-        bound = fan_in**-0.5
-        return jax.random.uniform(key, shape, dtype, -bound, bound)
-
-    return initialise
-
-
-def whole(weight: Array) -> Array:
-    """A weight as a product takes it: gathered from the devices of an ``fsdp`` axis that share it.
-
-    Without such an axis around it (`crate_jax.parallel.on_mesh`), the weight as it is. Left to
-    itself, the compiler splits the product as the weight is split, and then the activations of the
-    whole batch travel in every layer.
-    """
-    mesh = jax.sharding.get_abstract_mesh()
-    types = dict(zip(mesh.axis_names, mesh.axis_types, strict=True))
-    if types.get("fsdp") is not AxisType.Auto or mesh.shape["fsdp"] == 1:
-        return weight
-    return jax.lax.with_sharding_constraint(weight, PartitionSpec())
-
-
-def product(X: Array, W: Array, multiply: Callable[[Array, Array], Array] = jnp.matmul) -> Array:
-    """``multiply(X, W)`` of tokens X and a weight W, in the tokens' dtype.
-
-    The backward pass casts and gathers W again: kept, copies of the weights of all layers would lie
-    on every device at once.
-    """
-    run = jax.checkpoint(lambda X, W: multiply(X, whole(W.astype(X.dtype))), prevent_cse=False)
-    return run(X, W)
-
-
-def _dot_general(X: Array, W: Array, *args: Any, **kwargs: Any) -> Array:
-    """`jax.lax.dot_general` as nn.Dense calls it, as a `product`."""
-    return product(X, W, lambda X, W: jax.lax.dot_general(X, W, *args, **kwargs))
-
-
-def dense(features: int, fan_in: int, dtype: DTypeLike, name: str) -> nn.Dense:
-    """A linear layer that starts as nn.Linear does."""
-    return nn.Dense(
-        features,
-        kernel_init=linear_kernel_init,
-        bias_init=linear_bias_init(fan_in),
-        dtype=dtype,
-        dot_general=_dot_general,
-        name=name,
-    )
-
-
-def subspace_tokens(Z_BxNxd: Array, U_dxKxp: Array) -> Array:
-    """Coordinates of every token in every subspace: U_kᵀ Z, here ``Z @ U_k``.
-
-    Args:
-        Z_BxNxd: tokens.
-        U_dxKxp: bases of the K subspaces, any float dtype.
-
-    Returns:
-        Subspace tokens (B, N, K, p), of the tokens' dtype.
-    """
-    B, N, d = Z_BxNxd.shape
-    _, K, p = U_dxKxp.shape
-    project = lambda Z_Mxd, U_dxKxp: Z_Mxd @ U_dxKxp.reshape(d, K * p)  # noqa: E731
-    return product(Z_BxNxd.reshape(B * N, d), U_dxKxp, project).reshape(B, N, K, p)
-
-
-def subspace_self_attention(W_BxNxKxp: Array, backward: str = "derived") -> tuple[Array, Array]:
-    """SSA in every subspace: softmax(p^{-1/2} W_k W_kᵀ) W_k with W_k = U_kᵀ Z.
-
-    Query, key and value are one matrix, so the scores are symmetric before the softmax, which runs
-    in float32. Source: arXiv 2306.01129, equation 11 (tokens as rows); scale p^{-1/2} as in the
-    code.
-
-    Args:
-        W_BxNxKxp: subspace tokens.
-        backward: one of `crate_jax.models.derivatives.BACKWARD`.
-
-    Returns:
-        The attended subspace tokens (B, N, K, p), and the attention (B, K, N, N) whose rows sum to
-        one; both of the input's dtype.
-    """
-    B, N, K, p = W_BxNxKxp.shape
-    W_GxNxp = W_BxNxKxp.transpose(0, 2, 1, 3).reshape(B * K, N, p)
-    O_GxNxp, A_GxNxN = ATTEND[backward](W_GxNxp)
-    O_BxNxKxp = O_GxNxp.reshape(B, K, N, p).transpose(0, 2, 1, 3)
-    return O_BxNxKxp, A_GxNxN.reshape(B, K, N, N)
-
-
-def mssa(
-    Z_BxNxd: Array,
-    U_dxKxp: Array,
-    W_out_Kxpxd: Array | None = None,
-    b_out_d: Array | None = None,
-    backward: str = "derived",
-) -> Array:
-    """Multi-head subspace self-attention: W_out [SSA_1; …; SSA_K] + b_out.
-
-    One approximate gradient step on R^c(Z; U) is Z + MSSA(Z); the residual is the caller's.
-    Source: arXiv 2306.01129, equations 11 and 12 (section 2.3).
-    Differs from the paper, as the official code does: W_out is learned and not p/(N ε²) [U_1, …,
-        U_K].
-
-    Args:
-        Z_BxNxd: tokens, normalised.
-        U_dxKxp: bases of the K subspaces, any float dtype.
-        W_out_Kxpxd: output projection, likewise; None leaves it out, which needs K = 1 and p = d.
-        b_out_d: its bias, likewise.
-        backward: one of `crate_jax.models.derivatives.BACKWARD`.
-
-    Returns:
-        Update of the tokens (B, N, d), of the tokens' dtype.
-    """
-    O_BxNxKxp, _ = subspace_self_attention(subspace_tokens(Z_BxNxd, U_dxKxp), backward)
-    B, N, K, p = O_BxNxKxp.shape
-    O_MxKp = O_BxNxKxp.reshape(B * N, K * p)
-    if W_out_Kxpxd is not None:
-        project = lambda O_MxKp, W_Kxpxd: O_MxKp @ W_Kxpxd.reshape(K * p, -1)  # noqa: E731
-        O_MxKp = product(O_MxKp, W_out_Kxpxd, project)
-    if b_out_d is not None:
-        O_MxKp = O_MxKp + b_out_d.astype(O_MxKp.dtype)[None, :]
-    return O_MxKp.reshape(B, N, -1)
-
-
-def ista_step(Y_BxNxd: Array, D_dxd: Array, *, eta: float, lmbda: float) -> Array:
-    """One step of ISTA on ½‖Y − D A‖² + λ‖A‖₁ over A ≥ 0, from A⁰ = Y.
-
-    ReLU(Y + η Dᵀ(Y − D Y) − η λ); with tokens as rows D Y is ``Y @ D.T`` and Dᵀ R is ``R @ D``.
-    There is no residual: the result replaces the tokens.
-    Source: arXiv 2306.01129, equation 17 (section 2.4).
-    Differs from official: Dᵀ(Y − D Y) takes two matrix products where DᵀY − DᵀD Y takes three.
-
-    Args:
-        Y_BxNxd: tokens, normalised.
-        D_dxd: dictionary, atoms as columns, any float dtype.
-        eta: step size η.
-        lmbda: sparsity weight λ.
-
-    Returns:
-        Sparse, non-negative tokens (B, N, d), of the tokens' dtype.
-    """
-    B, N, d = Y_BxNxd.shape
-    Y_Mxd = Y_BxNxd.reshape(B * N, d)
-    R_Mxd = Y_Mxd - product(Y_Mxd, D_dxd, lambda Y_Mxd, D_dxd: Y_Mxd @ D_dxd.T)
-    return jax.nn.relu(Y_Mxd + eta * product(R_Mxd, D_dxd) - eta * lmbda).reshape(B, N, d)
+    @nn.compact
+    def __call__(self, X: Array) -> Array:
+        """(…, in) to (…, features), of `dtype`."""
+        fan_in = X.shape[-1]
+        kernel = read(self, "kernel", self.kernel_init, (fan_in, self.features), self.dtype)
+        bias_init = self.bias_init or linear_bias_init(fan_in)
+        bias = read(self, "bias", bias_init, (self.features,), self.dtype)
+        return X.astype(self.dtype) @ kernel + bias.reshape((1,) * (X.ndim - 1) + bias.shape)
 
 
 class MSSA(nn.Module):
@@ -202,22 +216,18 @@ class MSSA(nn.Module):
     backward: str = "derived"
 
     @nn.compact
-    def __call__(self, Z_BxNxd: Array) -> tuple[Array, dict[str, Array]]:
-        """Tokens (B, N, d) to their update (B, N, d); also ``subspace_tokens``, ``attention``."""
-        Z_BxNxd = Z_BxNxd.astype(self.dtype)
-        d, K, p = Z_BxNxd.shape[-1], self.num_heads, self.head_dim
+    def __call__(self, Y_BxNxd: Array, mask: Array | None = None) -> Attended:
+        """Normalised tokens (B, N, d) to their update, as `mssa` returns it."""
+        Y_BxNxd = Y_BxNxd.astype(self.dtype)
+        d, K, p = Y_BxNxd.shape[-1], self.num_heads, self.head_dim
         U_init = init.variance_scaling(1 / 3, "fan_in", "uniform", in_axis=0, out_axis=(1, 2))
-        U_dxKxp = self.param("U", U_init, (d, K, p))
+        U_dxKxp = read(self, "U", U_init, (d, K, p), self.dtype)
         W_out_Kxpxd = b_out_d = None
         if (K, p) != (1, d):
             W_init = init.variance_scaling(1 / 3, "fan_in", "uniform", in_axis=(0, 1), out_axis=2)
-            W_out_Kxpxd = self.param("W_out", W_init, (K, p, d))
-            b_out_d = self.param("b_out", linear_bias_init(K * p), (d,))
-        update_BxNxd = mssa(Z_BxNxd, U_dxKxp, W_out_Kxpxd, b_out_d, self.backward)
-        # The compiler merges these with the same products inside mssa, or drops them if unused.
-        W_BxNxKxp = subspace_tokens(Z_BxNxd, U_dxKxp)
-        _, A_BxKxNxN = subspace_self_attention(W_BxNxKxp, self.backward)
-        return update_BxNxd, {"subspace_tokens": W_BxNxKxp, "attention": A_BxKxNxN}
+            W_out_Kxpxd = read(self, "W_out", W_init, (K, p, d), self.dtype)
+            b_out_d = read(self, "b_out", linear_bias_init(K * p), (d,), self.dtype)
+        return mssa(Y_BxNxd, U_dxKxp, W_out_Kxpxd, b_out_d, mask=mask, backward=self.backward)
 
 
 class ISTA(nn.Module):
@@ -230,7 +240,6 @@ class ISTA(nn.Module):
     @nn.compact
     def __call__(self, Y_BxNxd: Array) -> Array:
         """Normalised tokens (B, N, d) to sparse tokens (B, N, d)."""
-        Y_BxNxd = Y_BxNxd.astype(self.dtype)
         d = Y_BxNxd.shape[-1]
-        D_dxd = self.param("D", dictionary_init, (d, d))
-        return ista_step(Y_BxNxd, D_dxd, eta=self.eta, lmbda=self.lmbda)
+        D_dxd = read(self, "D", dictionary_init, (d, d), self.dtype)
+        return ista_step(Y_BxNxd.astype(self.dtype), D_dxd, eta=self.eta, lmbda=self.lmbda)

@@ -8,7 +8,8 @@ from typing import Any
 import jax.numpy as jnp
 
 from crate_jax.config import ModelConfig, did_you_mean
-from crate_jax.models.crate import Crate, pair
+from crate_jax.models.classifier import pair
+from crate_jax.models.crate import Crate
 
 # Sizes from arXiv 2306.01129, and the 8-pixel models of arXiv 2308.16271.
 VARIANTS: dict[str, dict[str, Any]] = {

@@ -32,7 +32,8 @@ from crate_jax.data.images.rows import LoadForTraining, Prepare, make_prepare
 from crate_jax.data.loader import Batches, check_bad_share, eval_batches, train_batches
 from crate_jax.data.stores.sources import Source, check_same_classes
 from crate_jax.interop import load_fitted
-from crate_jax.models.crate import Crate, pair
+from crate_jax.models.classifier import pair
+from crate_jax.models.crate import Crate
 from crate_jax.parallel import (
     LostProcess,
     batch_sharding,

@@ -1,0 +1,200 @@
+"""The block of the whole family, and the stack of blocks.
+
+    Z ← Z ± g · attention(norm Z)
+    Z ← [Z +] g · nonlinearity(norm Z)
+
+The parts are handed in, each a module with its pure function: MSSA and ISTA make a CRATE. What a
+model of the family is, is a choice of parts, of the sign, of the residual and of the order.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jax.ad_checkpoint import checkpoint_name as keep
+from jax.ad_checkpoint import checkpoint_policies as policies
+from jax.nn import initializers as init
+from jax.typing import DTypeLike
+
+from crate_jax.models.layers import LayerNorm
+
+# What the backward pass of a block keeps of its forward pass, besides its input; the equations give
+# these names. What has none is computed again: "none" leaves that to what costs nothing, as casts
+# and gathered weights; "dots" keeps matrix products alone, and not those of attention; "full"
+# keeps nothing.
+KEPT = (
+    "statistics",  # mean and 1/σ of a LayerNorm
+    "normalised",  # tokens after it
+    "subspace_tokens",
+    "attention",
+    "attended",
+    "half",  # tokens between the halves
+    "error",  # Y − D Y of ISTA
+    "active",  # where it is positive
+)
+REMAT = {
+    "none": policies.save_only_these_names(*KEPT),
+    "dots": policies.dots_with_no_batch_dims_saveable,
+    "full": policies.nothing_saveable,
+}
+
+
+class Part(NamedTuple):
+    """A part of a block.
+
+    Attributes:
+        name: in the parameter tree, and of the tap of its output.
+        make: from ``name=…`` to the module. An attention takes normalised tokens (B, N, d) and a
+            mask and returns `crate_jax.models.layers.Attended`; a nonlinearity takes normalised
+            tokens and returns tokens.
+        taps: what an attention also shows.
+    """
+
+    name: str
+    make: Callable[..., nn.Module]
+    taps: tuple[str, ...] = ()
+
+
+class Context(NamedTuple):
+    """What all blocks of a stack see besides the tokens.
+
+    Attributes:
+        mask: which token may see which, as `crate_jax.models.derivatives.attend` takes it.
+    """
+
+    mask: Array | None = None
+
+
+class Block(nn.Module):
+    """One layer of two halves; see the top of this file.
+
+    Attributes:
+        attention: the first half's operator.
+        nonlinearity: the second half's; None leaves that half out.
+        dtype: of the tokens, float32 or bfloat16.
+        backward: of the LayerNorms, one of `crate_jax.models.derivatives.BACKWARD`.
+        sign: of the attention's update, +1 or −1.
+        residual: whether the nonlinearity's output is added to the tokens or replaces them.
+        attention_first: the order of the halves.
+        layer_scale: what the learned factors g (d,) of both halves start from; None: g = 1.
+        epsilon: of the LayerNorms.
+        dropout: share of the entries of the attention's update that training drops.
+        train: whether dropout and stochastic depth act.
+        taps: what is returned of `tap_names`.
+    """
+
+    attention: Part
+    nonlinearity: Part | None
+    dtype: DTypeLike
+    backward: str
+    sign: int = 1
+    residual: bool = False
+    attention_first: bool = True
+    layer_scale: float | None = None
+    epsilon: float = 1e-5
+    dropout: float = 0.0
+    train: bool = False
+    taps: tuple[str, ...] = ()
+
+    @nn.compact
+    def __call__(
+        self, Z_BxNxd: Array, drop_path: Array | None, context: Context
+    ) -> tuple[Array, dict[str, Array]]:
+        """Tokens (B, N, d) to tokens (B, N, d), and the taps.
+
+        Args:
+            Z_BxNxd: tokens.
+            drop_path: rate of stochastic depth, a scalar: the share of the examples that skip a
+                half while training. None: no half is skipped.
+            context: of the stack.
+        """
+        seen: dict[str, Array] = {}
+        halves = [self._attend, self._sparsify] if self.nonlinearity else [self._attend]
+        for half in halves if self.attention_first else halves[::-1]:
+            if seen:
+                Z_BxNxd = seen["z_half"] = keep(Z_BxNxd, "half")
+            Z_BxNxd = half(Z_BxNxd, drop_path, context, seen)
+        seen["out"] = Z_BxNxd
+        return Z_BxNxd, {name: seen[name] for name in self.taps}
+
+    def _attend(self, Z_BxNxd: Array, drop_path: Array | None, context: Context, seen: dict):
+        part = self.attention
+        update_BxNxd, made = part.make(name=part.name)(self._norm(part, Z_BxNxd), context.mask)
+        seen |= made | {part.name: update_BxNxd}
+        update_BxNxd = nn.Dropout(self.dropout, deterministic=not self.train)(update_BxNxd)
+        update_BxNxd = self._gated(part, update_BxNxd, drop_path)
+        return Z_BxNxd + update_BxNxd if self.sign > 0 else Z_BxNxd - update_BxNxd
+
+    def _sparsify(self, Z_BxNxd: Array, drop_path: Array | None, context: Context, seen: dict):
+        part = self.nonlinearity
+        update_BxNxd = part.make(name=part.name)(self._norm(part, Z_BxNxd))
+        seen[part.name] = update_BxNxd
+        if not self.residual:
+            return update_BxNxd
+        return Z_BxNxd + self._gated(part, update_BxNxd, drop_path)
+
+    def _norm(self, part: Part, Z_BxNxd: Array) -> Array:
+        name = f"{part.name}_norm"
+        return LayerNorm(self.dtype, self.backward, self.epsilon, name=name)(Z_BxNxd)
+
+    def _gated(self, part: Part, update_BxNxd: Array, drop_path: Array | None) -> Array:
+        """g · update, and for a share of the examples nothing of it while training."""
+        if self.layer_scale is not None:
+            start = init.constant(self.layer_scale)
+            g_d = self.param(f"{part.name}_scale", start, update_BxNxd.shape[-1:])
+            update_BxNxd = update_BxNxd * g_d.astype(self.dtype)[None, None]
+        if drop_path is None or not self.train:
+            return update_BxNxd
+        stays = 1 - drop_path
+        kept_Bx1x1 = jax.random.bernoulli(
+            self.make_rng("dropout"), stays, (update_BxNxd.shape[0], 1, 1)
+        )
+        return update_BxNxd * (kept_Bx1x1 / stays).astype(self.dtype)
+
+
+def tap_names(attention: Part, nonlinearity: Part | None) -> tuple[str, ...]:
+    """What a block of these parts can show, in the order of computation (attention first)."""
+    second = () if nonlinearity is None else ("z_half", nonlinearity.name)
+    return (*attention.taps, attention.name, *second, "out")
+
+
+def stack(
+    block: type[nn.Module],
+    depth: int,
+    *,
+    remat: str,
+    unroll: int = 1,
+    shared: bool = False,
+    name: str = "blocks",
+    **fields: Any,
+) -> nn.Module:
+    """Blocks one after the other, as one compiled loop: the only `nn.scan` of the project.
+
+    It is called as ``stack(…)(Z_BxNxd, per_layer, context)``. ``per_layer`` holds what differs by
+    depth, such as the rate of stochastic depth or a cache: a tree of arrays with the layers on axis
+    0, or None. ``context`` is the same for all layers. It returns the last tokens, and the taps
+    with the layers on axis 0.
+
+    Args:
+        block: a module that takes (tokens, its layer of per_layer, context) and returns (tokens,
+            taps).
+        depth: L, the number of layers.
+        remat: what the backward pass of a block computes again, a key of `REMAT`.
+        unroll: layers per iteration of the compiled loop.
+        shared: one set of parameters for all layers; else each has its own, on axis 0.
+        name: in the parameter tree.
+        **fields: of the block.
+    """
+    layers = nn.scan(
+        nn.remat(block, prevent_cse=False, policy=REMAT[remat]),
+        variable_axes={} if shared else {"params": 0},
+        variable_broadcast="params" if shared else False,
+        split_rngs={"params": not shared, "dropout": True},
+        in_axes=(0, nn.broadcast),  # type: ignore[arg-type]
+        length=depth,
+        unroll=unroll,
+    )
+    return layers(**fields, name=name)
