@@ -12,6 +12,7 @@ from jax.typing import DTypeLike
 from crate_jax.models.derivatives import BACKWARD
 from crate_jax.models.embedding import PatchEmbedding
 from crate_jax.models.layers import ISTA, MSSA, LayerNorm, dense
+from crate_jax.models.variants import CrateFields
 
 TAPS = ("subspace_tokens", "attention", "mssa", "z_half", "ista")
 
@@ -56,7 +57,7 @@ class CrateBlock(nn.Module):
         return Z_BxNxd, {name: seen[name] for name in self.taps}
 
 
-class Crate(nn.Module):
+class Crate(CrateFields, nn.Module):
     """The CRATE image classifier.
 
     Parameters are float32 and start as the official code's do, in distribution; the computation is
@@ -85,23 +86,6 @@ class Crate(nn.Module):
             "full".
         scan_unroll: layers per iteration of the compiled loop over layers.
     """
-
-    image_size: int | tuple[int, int]
-    patch_size: int | tuple[int, int]
-    num_classes: int
-    width: int
-    depth: int
-    num_heads: int
-    head_dim: int | None = None
-    pool: str = "cls"
-    in_channels: int = 3
-    eta: float = 0.1
-    lmbda: float = 0.1
-    dropout: float = 0.0
-    dtype: DTypeLike = jnp.float32
-    backward: str = "derived"
-    remat: str = "none"
-    scan_unroll: int = 1
 
     @property
     def subspace_dim(self) -> int:
