@@ -9,10 +9,11 @@ from pathlib import Path
 from absl import app, flags
 
 from crate_jax.cli import main as cli
+from crate_jax.cli.flags import define_config_flag, parse_flags
 
 DEFAULT_CONFIG = str(Path(__file__).parent / "configs" / "digits.py")
 
-_CONFIG = cli.define_config_flag(DEFAULT_CONFIG)
+_CONFIG = define_config_flag(DEFAULT_CONFIG)
 _WORKDIR = flags.DEFINE_string("workdir", None, "The run's directory; default runs/<config name>.")
 
 
@@ -30,4 +31,4 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    app.run(main, flags_parser=cli.parse_flags)
+    app.run(main, flags_parser=parse_flags)

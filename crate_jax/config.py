@@ -1,116 +1,191 @@
 """The typed schema of a training run, and the rules its values obey.
 
 A recipe in ``configs/`` builds a `TrainConfig`; flags may change any field of it; `validate` then
-checks it, once. Nothing here reads a file or imports JAX.
+checks it, once. Nothing here reads a file or imports JAX. A field stands in one place: its type,
+default, comment and legal values, and whether another value makes a run another run (identity).
 """
 
 import dataclasses
-import difflib
-from collections.abc import Iterable
-from typing import Any
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from crate_jax.models.variants import FAMILIES, DType, Size, fields_of, find, values_of
+from crate_jax.options import check, did_you_mean, option, option_of, unknown
 
 
 @dataclasses.dataclass(kw_only=True)
 class ModelConfig:
-    """Which model, and what differs from its row in `crate_jax.models.zoo.VARIANTS`.
+    """Which model, and what differs from its row in `crate_jax.models.variants.VARIANTS`.
 
-    A field left at None keeps the variant's value.
+    ``ModelConfig(name=…)`` is the section of that model's family and has the family's fields. A
+    field left at None keeps the variant's value.
+
+    Raises:
+        KeyError: there is no such model, or its family has no such field.
     """
 
-    name: str = "crate_small_patch16_224"  # one of crate_jax.list_models()
-    num_classes: int | None = None  # None: as many as the data set has
-    image_size: tuple[int, ...] | None = None  # pixels: (height, width), or (side,)
-    patch_size: tuple[int, ...] | None = None  # pixels: (height, width), or (side,)
-    width: int | None = None  # d, the length of a token
-    depth: int | None = None  # L, the number of layers
-    num_heads: int | None = None  # K, the number of subspaces
-    head_dim: int | None = None  # p, the dimension of a subspace; None: width / num_heads
-    pool: str | None = None  # "cls" or "mean"
-    in_channels: int | None = None  # 1 (grey) or 3 (RGB) for decoded images
-    eta: float | None = None  # ISTA's step size, > 0
-    lmbda: float | None = None  # ISTA's sparsity weight, >= 0
-    dropout: float | None = None  # share of entries dropped while training, [0, 1)
-    dtype: str = "float32"  # of the computation: "float32" or "bfloat16"
-    backward: str | None = None  # the backward pass: "derived" or, for jax.jvp, "autodiff"
-    remat: str | None = None  # what the backward pass recomputes: "none", "dots" or "full"
-    scan_unroll: int | None = None  # layers per iteration of the compiled loop, >= 1
+    name: str = option("crate_small_patch16_224", "one of crate_jax.list_models()", identity=True)
+
+    def __new__(cls, **values: Any) -> "ModelConfig":
+        """An object of the family's class, which `__init__` fills."""
+        if cls is not ModelConfig:  # the section of a family, as a copy makes it
+            return object.__new__(cls)
+        name = values.pop("name", cls.name)
+        known = fields_of(family := find(name).family)
+        for field in values:
+            if field not in known:
+                raise unknown(f"model.{field}", known, name)
+        return object.__new__(_SECTIONS[family])
+
+    if TYPE_CHECKING:
+
+        def __init__(self, **values: Any) -> None: ...
+
+        def __getattr__(self, field: str) -> Any: ...
+
+
+def _section(family: str) -> type[ModelConfig]:
+    """The fields of a family, unset, and of the types that flags and JSON can state."""
+    stated = {Size: tuple[int, ...], DType: str}
+    optional = []
+    for name, field in fields_of(family).items():
+        told = dataclasses.replace(option_of(field), identity=True)
+        unset = dataclasses.field(default=None, metadata={"option": told})
+        optional.append((name, stated.get(field.type, field.type) | None, unset))
+    return dataclasses.make_dataclass("ModelConfig", optional, bases=(ModelConfig,), kw_only=True)
+
+
+_SECTIONS = {family: _section(family) for family in FAMILIES}
 
 
 @dataclasses.dataclass(kw_only=True)
 class DataConfig:
     """Where the examples come from and what happens to each on its way to the device."""
 
-    dataset: str = "digits"  # "digits", "folder", "tar", "synthetic", or any TFDS name
-    data_dir: str | None = None  # TFDS directory or folder root; None: TFDS's own default
-    train_split: str = "train"  # TFDS split syntax, or a folder under data_dir
-    eval_split: str = "test"  # likewise
-    download: bool = False  # whether TFDS may download and prepare a missing data set
-    train_transforms: str = ""  # "name(arguments)|name(arguments)", see data/augment.py
-    eval_transforms: str = ""  # likewise, without randomness
-    mean: tuple[float, ...] = (0.5,)  # subtracted from pixels in [0, 1]: one, or one a channel
-    std: tuple[float, ...] = (0.5,)  # then divided by, > 0
-    num_workers: int = 0  # loader processes; 0: threads of this process
-    num_threads: int = 4  # reading threads per loader process, >= 1
-    prefetch_mib: int = 256  # host memory for images made ahead, over all workers, MiB, >= 1
-    mixup_alpha: float = 0.0  # Beta(α, α) of blended images, >= 0; 0: none
-    cutmix_alpha: float = 0.0  # Beta(α, α) of pasted boxes, >= 0; 0: none
-    mix_switch: float = 0.5  # how often CutMix, where both are on, [0, 1]
-    on_bad_example: str = "raise"  # or "skip": the next good one instead (evaluation: left out)
-    max_bad_share: float = 0.01  # of the examples that may be skipped, [0, 1]
-    check_crc: bool = False  # whether TFRecord checksums are verified at each read
-    index_dir: str | None = None  # where indices of TFRecord and tar files are kept; None: beside
+    dataset: str = option(
+        "digits", "digits, folder, tar, synthetic, or any TFDS name", identity=True
+    )
+    data_dir: str | None = option(None, "TFDS directory or folder root; unset: TFDS's own default")
+    train_split: str = option(
+        "train", "TFDS split syntax, or a folder under data_dir", identity=True
+    )
+    eval_split: str = option("test", "likewise")
+    download: bool = option(False, "whether TFDS may download and prepare a missing data set")
+    train_transforms: str = option(
+        "", "name(arguments)|name(arguments), see data/augment.py", identity=True
+    )
+    eval_transforms: str = option("", "likewise, without randomness")
+    mean: tuple[float, ...] = option(
+        (0.5,), "subtracted from pixels in [0, 1]; one, or one a channel"
+    )
+    std: tuple[float, ...] = option((0.5,), "then divided by; one, or one a channel", above=0)
+    num_workers: int = option(0, "loader processes; 0: threads of this process", low=0)
+    num_threads: int = option(4, "reading threads per loader process", low=1)
+    prefetch_mib: int = option(
+        256, "host memory for images made ahead, over all workers, MiB", low=1
+    )
+    mixup_alpha: float = option(0.0, "Beta(α, α) of blended images; 0: none", low=0, identity=True)
+    cutmix_alpha: float = option(0.0, "Beta(α, α) of pasted boxes; 0: none", low=0, identity=True)
+    mix_switch: float = option(
+        0.5, "how often CutMix, where both are on", low=0, high=1, identity=True
+    )
+    on_bad_example: str = option(
+        "raise",
+        "skip: take the next good one (evaluation: leave it out)",
+        choices=("raise", "skip"),
+    )
+    max_bad_share: float = option(0.01, "of the examples that may be skipped", low=0, high=1)
+    check_crc: bool = option(False, "whether TFRecord checksums are verified at each read")
+    index_dir: str | None = option(
+        None, "where indices of TFRecord and tar files are kept; unset: beside the files"
+    )
 
 
 @dataclasses.dataclass(kw_only=True)
 class OptimConfig:
     """The optax chain and its schedule."""
 
-    optimizer: str = "adamw"  # "adamw" or "lion"
-    lr: float = 1e-3  # peak learning rate, > 0
-    weight_decay: float = 0.05  # decoupled, >= 0
-    no_decay: tuple[str, ...] = ()  # parameter names without decay; (): decay on every one
-    b1: float = 0.9  # [0, 1)
-    b2: float = 0.999  # [0, 1)
-    eps: float = 1e-8  # AdamW's denominator, > 0
-    mu_dtype: str = "float32"  # of the first moment: "bfloat16" halves its memory
-    schedule: str = "cosine"  # "cosine" (per step) or "official_readme" (per epoch)
-    warmup_epochs: float = 0.0  # linear warm-up, >= 0
-    label_smoothing: float = 0.0  # [0, 1)
-    clip_norm: float = 0.0  # largest global gradient norm; 0: no clipping
-    accumulate_steps: int = 1  # micro-batches per optimizer step, >= 1
-    ema_decay: float = 0.0  # of the averaged parameters, [0, 1); 0: none kept
+    optimizer: str = option("adamw", "the update rule", choices=("adamw", "lion"), identity=True)
+    lr: float = option(1e-3, "peak learning rate", above=0)
+    weight_decay: float = option(0.05, "decoupled", low=0)
+    no_decay: tuple[str, ...] = option(
+        (), "names of parameters without decay; none: decay on every one", identity=True
+    )
+    b1: float = option(0.9, "AdamW's and Lion's first β", low=0, below=1)
+    b2: float = option(0.999, "AdamW's and Lion's second β", low=0, below=1)
+    eps: float = option(1e-8, "added to AdamW's denominator", above=0)
+    mu_dtype: str = option(
+        "float32",
+        "of the first moment; bfloat16 halves its memory",
+        choices=("float32", "bfloat16"),
+        identity=True,
+    )
+    schedule: str = option(
+        "cosine",
+        "cosine steps once a step, official_readme once an epoch",
+        choices=("cosine", "official_readme"),
+        identity=True,
+    )
+    warmup_epochs: float = option(0.0, "linear warm-up, epochs", low=0)
+    label_smoothing: float = option(0.0, "share of a label spread over all classes", low=0, below=1)
+    clip_norm: float = option(
+        0.0, "largest global gradient norm; 0: no clipping", low=0, identity=True
+    )
+    accumulate_steps: int = option(1, "micro-batches per optimizer step", low=1)
+    ema_decay: float = option(
+        0.0, "of the averaged parameters; 0: none kept", low=0, below=1, identity=True
+    )
 
 
 @dataclasses.dataclass(kw_only=True)
 class ParallelConfig:
     """How the devices are laid out."""
 
-    mesh: str = "data:-1"  # "axis:size,…" of data and fsdp; one size may be -1: what is left
-    coordinator: str | None = None  # "host:port" of process 0; "auto": TPU pod, SLURM, …; None: one
-    num_processes: int | None = None  # with host:port: how many there are, >= 1
-    process_id: int | None = None  # with host:port: which one this is, >= 0
-    heartbeat_timeout_seconds: int = 30  # a process that is silent for longer ends the others
+    mesh: str = option("data:-1", "axis:size,… of data and fsdp; one size may be -1: what is left")
+    coordinator: str | None = option(
+        None, "host:port of process 0; auto: TPU pod, SLURM, …; unset: one process"
+    )
+    num_processes: int | None = option(None, "with host:port: how many there are", low=1)
+    process_id: int | None = option(None, "with host:port: which one this is", low=0)
+    heartbeat_timeout_seconds: int = option(
+        30, "a process that is silent for longer ends the others", low=1
+    )
 
 
 @dataclasses.dataclass(kw_only=True)
 class TrainConfig:
     """One run, whole: what `training.loop.train` takes and what a workdir records."""
 
-    name: str = "digits"  # of the recipe; the default workdir is runs/<name>
-    seed: int = 0  # of parameters, data order, augmentation and dropout, >= 0
-    batch_size: int = 128  # examples per optimizer step over all devices
-    eval_batch_size: int = 256  # examples per evaluation step over all devices
-    total_epochs: float = 1.0  # length of the run, > 0
-    total_steps: int | None = None  # the same in optimizer steps; overrides total_epochs
-    init_weights: str | None = None  # start from this file or run; None: from scratch
-    init_fit: tuple[str, ...] = ()  # of init_weights: head, image_size, patch_size, in_channels, …
-    log_every_steps: int = 50  # >= 1
-    log_objective_every_steps: int = 0  # layer-wise R^c and sparsity; 0: never
-    eval_every_steps: int = 0  # 0: at the end only
-    checkpoint_every_steps: int = 0  # 0: at each evaluation and at the end
-    keep_latest: int = 2  # newest checkpoints kept, >= 1
-    keep_best: int = 1  # checkpoints of highest test/top1 kept besides, >= 0
-    on_failed_save: str = "stop"  # or "continue": say so, and try again at the next save
+    name: str = option("digits", "of the recipe; the default workdir is runs/<name>", identity=True)
+    task: str = option("classify", "what is learnt, one of crate_jax.tasks.TASKS", identity=True)
+    seed: int = option(
+        0, "of parameters, data order, augmentation and dropout", low=0, below=2**32, identity=True
+    )
+    batch_size: int = option(
+        128, "examples per optimizer step over all devices", low=1, identity=True
+    )
+    eval_batch_size: int = option(256, "examples per evaluation step over all devices", low=1)
+    total_epochs: float = option(1.0, "length of the run, epochs", above=0)
+    total_steps: int | None = option(
+        None, "the same in optimizer steps; overrides total_epochs", low=1
+    )
+    init_weights: str | None = option(None, "start from this file or run; unset: from scratch")
+    init_fit: tuple[str, ...] = option(
+        (), "what of init_weights may differ: head, image_size, patch_size, in_channels, …"
+    )
+    log_every_steps: int = option(50, "steps between two lines of metrics", low=1)
+    log_objective_every_steps: int = option(
+        0, "steps between layer-wise R^c and sparsity; 0: never", low=0
+    )
+    eval_every_steps: int = option(0, "steps; 0: at the end only", low=0)
+    checkpoint_every_steps: int = option(0, "steps; 0: at each evaluation and at the end", low=0)
+    keep_latest: int = option(2, "newest checkpoints kept", low=1)
+    keep_best: int = option(1, "checkpoints of highest test/top1 kept besides", low=0)
+    on_failed_save: str = option(
+        "stop", "continue: say so, and try again at the next save", choices=("stop", "continue")
+    )
     model: ModelConfig = dataclasses.field(default_factory=ModelConfig)
     data: DataConfig = dataclasses.field(default_factory=DataConfig)
     optim: OptimConfig = dataclasses.field(default_factory=OptimConfig)
@@ -121,87 +196,6 @@ class TrainConfig:
 IMAGENET_EVAL = "resize_shorter(256)|center_crop(224)"
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
-
-# What a started run may not change: another value would make it another run.
-IDENTITY = (
-    "name",
-    "seed",
-    "batch_size",
-    "model",
-    "data.dataset",
-    "data.train_split",
-    "data.train_transforms",
-    "data.mixup_alpha",
-    "data.cutmix_alpha",
-    "data.mix_switch",
-    "optim.optimizer",
-    "optim.schedule",
-    "optim.ema_decay",
-    "optim.clip_norm",
-    "optim.no_decay",
-    "optim.mu_dtype",
-)
-
-_CHOICES = {
-    "model.pool": (None, "cls", "mean"),
-    "model.dtype": ("float32", "bfloat16"),
-    "model.backward": (None, "derived", "autodiff"),
-    "model.remat": (None, "none", "dots", "full"),
-    "optim.optimizer": ("adamw", "lion"),
-    "optim.mu_dtype": ("float32", "bfloat16"),
-    "optim.schedule": ("cosine", "official_readme"),
-    "data.on_bad_example": ("raise", "skip"),
-    "on_failed_save": ("stop", "continue"),
-}
-
-# field: (lowest, bound); the bound itself is excluded.
-_INF = float("inf")
-_RANGES: dict[str, tuple[float, float]] = {
-    "seed": (0, 2**32),
-    "batch_size": (1, _INF),
-    "eval_batch_size": (1, _INF),
-    "total_steps": (1, _INF),
-    "log_every_steps": (1, _INF),
-    "log_objective_every_steps": (0, _INF),
-    "eval_every_steps": (0, _INF),
-    "checkpoint_every_steps": (0, _INF),
-    "keep_latest": (1, _INF),
-    "keep_best": (0, _INF),
-    "model.num_classes": (1, _INF),
-    "model.width": (1, _INF),
-    "model.depth": (1, _INF),
-    "model.num_heads": (1, _INF),
-    "model.head_dim": (1, _INF),
-    "model.in_channels": (1, _INF),
-    "model.lmbda": (0, _INF),
-    "model.dropout": (0, 1),
-    "model.scan_unroll": (1, _INF),
-    "data.num_workers": (0, _INF),
-    "data.num_threads": (1, _INF),
-    "data.prefetch_mib": (1, _INF),
-    "data.mixup_alpha": (0, _INF),
-    "data.cutmix_alpha": (0, _INF),
-    "parallel.num_processes": (1, _INF),
-    "parallel.process_id": (0, _INF),
-    "parallel.heartbeat_timeout_seconds": (1, _INF),
-    "optim.weight_decay": (0, _INF),
-    "optim.b1": (0, 1),
-    "optim.b2": (0, 1),
-    "optim.warmup_epochs": (0, _INF),
-    "optim.label_smoothing": (0, 1),
-    "optim.clip_norm": (0, _INF),
-    "optim.accumulate_steps": (1, _INF),
-    "optim.ema_decay": (0, 1),
-}
-_SHARES = ("data.mix_switch", "data.max_bad_share")  # 0 and 1 included
-_POSITIVE = ("total_epochs", "model.eta", "optim.lr", "optim.eps")
-
-
-def did_you_mean(name: str, known: Iterable[str]) -> str:
-    """A remedy for a misspelt name: the nearest known one, or all of them."""
-    known = sorted(known)
-    near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
-    return f"Did you mean {near[0]}?" if near else f"Known: {', '.join(known)}."
 
 
 def choose(arg: str | None, recipes: dict[str, Any], default: str) -> Any:
@@ -216,19 +210,30 @@ def choose(arg: str | None, recipes: dict[str, Any], default: str) -> Any:
     return recipes[name]
 
 
+def options(config: Any, prefix: str = "") -> Iterator[tuple[str, Any, dataclasses.Field]]:
+    """Every field of a config and of its sections: its dotted path, its section, the field."""
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        if dataclasses.is_dataclass(value):
+            yield from options(value, f"{prefix}{field.name}.")
+        else:
+            yield prefix + field.name, config, field
+
+
 def get_field(config: Any, path: str) -> Any:
     """The value at a dotted path, such as ``optim.lr``.
 
     Raises:
         KeyError: a part of the path names no field; the nearest field is suggested.
     """
-    for i, part in enumerate(parts := path.split(".")):
-        known = [f.name for f in dataclasses.fields(config)] if _is_section(config) else []
+    parts = path.split(".")
+    for i, part in enumerate(parts):
+        if not dataclasses.is_dataclass(config):
+            raise KeyError(f"{path} must name a field; {'.'.join(parts[:i])} has none below it.")
+        known = [field.name for field in dataclasses.fields(config)]
         if part not in known:
-            prefix = "".join(p + "." for p in parts[:i])
-            if not known:
-                raise KeyError(f"{path} must name a field; {prefix[:-1]} has none below it.")
-            raise KeyError(f"{path} must name a field. {did_you_mean(part, known)}")
+            owner = config.name if isinstance(config, ModelConfig) else ""
+            raise unknown(".".join(parts[: i + 1]), known, owner)
         config = getattr(config, part)
     return config
 
@@ -242,38 +247,11 @@ def validate(config: TrainConfig) -> TrainConfig:
         ValueError: a field breaks its rule; the message names it, the rule, the value and the
             remedy.
     """
-    config.init_fit = _split(config.init_fit)
-    config.optim.no_decay = _split(config.optim.no_decay)
-    for path, choices in _CHOICES.items():
-        value = get_field(config, path)
-        if value not in choices:
-            names = [c for c in choices if c is not None]
-            raise ValueError(
-                f"{path} must be one of {', '.join(names)}; got {value}. "
-                + did_you_mean(str(value), names)
-            )
-    for path, (low, high) in _RANGES.items():
-        value = get_field(config, path)
-        if value is not None and not (low <= value < high):
-            rule = f">= {low}" + (f" and < {high}" if high < _INF else "")
-            raise ValueError(f"{path} must be {rule}; got {value}. Set --config.{path}.")
-    for path in _POSITIVE:
-        value = get_field(config, path)
-        if value is not None and not 0 < value < _INF:
-            raise ValueError(f"{path} must be > 0; got {value}. Set --config.{path}.")
-    for path in _SHARES:
-        value = get_field(config, path)
-        if not 0 <= value <= 1:
-            raise ValueError(f"{path} must be in [0, 1]; got {value}. Set --config.{path}.")
-    for path in ("model.image_size", "model.patch_size"):
-        value = get_field(config, path)
-        if value is not None and (len(value) not in (1, 2) or min(value) < 1):
-            raise ValueError(
-                f"{path} must be one or two positive sizes in pixels; got {value}. "
-                f"Set --config.{path}=HEIGHT,WIDTH."
-            )
-    if not all(value > 0 for value in config.data.std):
-        raise ValueError(f"data.std must be > 0; got {config.data.std}. Set --config.data.std.")
+    for path, section, field in options(config):
+        value = getattr(section, field.name)
+        check(path, field, value, f"Set --config.{path}.")
+        if field.type == tuple[str, ...]:
+            setattr(section, field.name, _split(value))
     if config.batch_size % config.optim.accumulate_steps:
         raise ValueError(
             f"batch_size must be a multiple of optim.accumulate_steps; got {config.batch_size} and "
@@ -287,52 +265,75 @@ def _split(names: tuple[str, ...]) -> tuple[str, ...]:
     return tuple(part.strip() for name in names for part in name.split(",") if part.strip())
 
 
+def renamed(model: ModelConfig, name: str) -> ModelConfig:
+    """The section of another model, with what this one sets as far as that one has the fields."""
+    known = fields_of(find(name).family)
+    kept = {field: value for field, value in overrides(model).items() if field in known}
+    return ModelConfig(name=name, **kept)
+
+
+def overrides(model: ModelConfig) -> dict[str, Any]:
+    """The fields that a section sets."""
+    values = dataclasses.asdict(model)
+    return {
+        field: values[field] for field in values if field != "name" and values[field] is not None
+    }
+
+
 def to_dict(config: TrainConfig) -> dict[str, Any]:
     """The config as plain JSON values (tuples become lists)."""
     return _plain(dataclasses.asdict(config))
 
 
 def from_dict(values: dict[str, Any]) -> TrainConfig:
-    """The inverse of `to_dict`.
+    """The inverse of `to_dict`. What is missing has its default: an older version wrote it.
 
     Raises:
         KeyError: a key names no field, for example one of another version of this project.
     """
 
-    def build(cls, values, prefix=""):
-        fields = {f.name: f for f in dataclasses.fields(cls)}
+    def build(section: Any, values: dict[str, Any], prefix: str = "") -> Any:
+        known = {field.name: field.type for field in dataclasses.fields(section)}
         kwargs = {}
         for key, value in values.items():
-            if key not in fields:
-                raise KeyError(f"{prefix}{key} must name a field. {did_you_mean(key, fields)}")
+            if key not in known and section is not ModelConfig:  # which knows its own
+                raise unknown(prefix + key, known)
             if isinstance(value, dict):
-                value = build(fields[key].default_factory, value, f"{prefix}{key}.")
+                value = build(known[key], value, f"{prefix}{key}.")
             kwargs[key] = tuple(value) if isinstance(value, list) else value
-        return cls(**kwargs)
+        return section(**kwargs)
 
     return build(TrainConfig, values)
 
 
-def differences(old: TrainConfig, new: TrainConfig) -> dict[str, tuple[Any, Any]]:
-    """Dotted path of each field whose value differs, with the old and the new value."""
-    a, b = _flatten(to_dict(old)), _flatten(to_dict(new))
-    return {path: (a[path], b[path]) for path in a if a[path] != b[path]}
+def differences(
+    old: TrainConfig, new: TrainConfig, *, identity: bool = False
+) -> dict[str, tuple[Any, Any]]:
+    """Dotted path of each field whose value differs, with the old and the new value.
+
+    Args:
+        old: a config.
+        new: another.
+        identity: whether to name those fields alone that make a run what it is.
+    """
+    a, b = ({path: value for path, value in _values(c, identity)} for c in (old, new))
+    return {path: (a.get(path), b.get(path)) for path in a | b if a.get(path) != b.get(path)}
 
 
-def _flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat = {}
-    for key, value in tree.items():
-        flat |= (
-            _flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
-        )
-    return flat
-
-
-def _is_section(value: Any) -> bool:
-    return dataclasses.is_dataclass(value) and not isinstance(value, type)
+def _values(config: TrainConfig, identity: bool) -> Iterator[tuple[str, Any]]:
+    """Paths and plain values; what the section of the model leaves unset, the variant says."""
+    variant = values_of(config.model.name)
+    for path, section, field in options(config):
+        value = getattr(section, field.name)
+        if value is None and section is config.model:
+            value = variant.get(field.name)
+        if option_of(field).identity or not identity:
+            yield path, _plain(value)
 
 
 def _plain(value: Any) -> Any:
     if isinstance(value, dict):
         return {k: _plain(v) for k, v in value.items()}
+    if isinstance(value, type):  # a dtype
+        return np.dtype(value).name
     return [_plain(v) for v in value] if isinstance(value, tuple | list) else value

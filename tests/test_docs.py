@@ -10,14 +10,11 @@ import tomllib
 import pytest
 from absl import flags
 from command import ROOT
-from ml_collections import config_flags
 
 from crate_jax.cli import commands
 from crate_jax.cli import main as cli
+from crate_jax.cli.flags import config_flag
 from crate_jax.config import TrainConfig, get_field, validate
-
-# ml_collections loads a recipe in an old way.
-pytestmark = pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")
 
 DOCS = sorted([ROOT / "README.md", *(ROOT / "docs").glob("*.md")])
 CONTAINERS = sorted((ROOT / "docs" / "containers").glob("Dockerfile.*"))
@@ -67,9 +64,8 @@ def check(program, arguments, monkeypatch):
     if program == "train.py":
         monkeypatch.setattr(sys, "argv", ["train.py", *arguments])
         monkeypatch.chdir(ROOT)
-        cli._check_config_flags(sys.argv, "configs/digits.py")
         values = flags.FlagValues()
-        config = config_flags.DEFINE_config_file("config", "configs/digits.py", flag_values=values)
+        config = config_flag("configs/digits.py", sys.argv, values)
         flags.DEFINE_string("workdir", None, "", flag_values=values)
         assert values(sys.argv) == ["train.py"]
         validate(config.value)

@@ -1,7 +1,6 @@
 """The command line: `python -m crate_jax COMMAND`, and what every command has in common."""
 
 import argparse
-import dataclasses
 import json
 import os
 import platform
@@ -17,10 +16,11 @@ import absl.logging
 import jax
 
 from crate_jax.cli import commands
-from crate_jax.config import IMAGENET_EVAL, TrainConfig, did_you_mean, get_field
+from crate_jax.cli.flags import parse_config
+from crate_jax.cli.mistakes import complain, raised_here, text
+from crate_jax.config import IMAGENET_EVAL
 from crate_jax.parallel import LostProcess
 
-PACKAGE = Path(__file__).parents[1]
 TRY_AGAIN = 75  # EX_TEMPFAIL of sysexits.h; schedulers restart on any status but 0
 
 
@@ -39,15 +39,15 @@ def run_command(command: Callable[[], dict[str, Any]]) -> int:
     try:
         result = command()
     except KeyboardInterrupt as error:
-        _complain(str(error) or "interrupted; what was saved before is intact")
+        complain(str(error) or "interrupted; what was saved before is intact")
         return TRY_AGAIN if error.args else 130
     except LostProcess as error:
-        _complain(str(error))
+        complain(str(error))
         _leave(TRY_AGAIN)
     except Exception as error:
         mistake = isinstance(error, (ValueError, KeyError, OSError, FloatingPointError))
-        if mistake and (isinstance(error, OSError) or _raised_here(error)):
-            status = _complain(_text(error))
+        if mistake and (isinstance(error, OSError) or raised_here(error)):
+            status = complain(text(error))
         elif jax.distributed.is_initialized():
             traceback.print_exc()
             status = 1
@@ -70,21 +70,6 @@ def _leave(status: int) -> NoReturn:
     os._exit(status)
 
 
-def _text(error: Exception) -> str:
-    """What an error says; str() of a KeyError would quote it."""
-    return str(error.args[0]) if isinstance(error, KeyError) and error.args else str(error)
-
-
-def _complain(message: str) -> int:
-    sys.stderr.write("error: " + " ".join(message.split()) + "\n")
-    return 2
-
-
-def _raised_here(error: Exception) -> bool:
-    frames = traceback.extract_tb(error.__traceback__)
-    return bool(frames) and PACKAGE in Path(frames[-1].filename).resolve().parents
-
-
 def quiet_libraries() -> None:
     """Only errors of Orbax, Grain and TFDS reach the terminal, unless --verbosity asks for more."""
     if absl.flags.FLAGS.is_parsed() and absl.flags.FLAGS["verbosity"].present:
@@ -101,70 +86,12 @@ def enable_compilation_cache() -> None:
     if not jax.config.values["jax_compilation_cache_dir"]:
         base = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
         cpuinfo = Path("/proc/cpuinfo")
-        lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else [platform.processor()]
+        lines = cpuinfo.readtext().splitlines() if cpuinfo.exists() else [platform.processor()]
         features = sorted({x for x in lines if x.startswith(("flags", "Features", "model name"))})
         kind = f"{platform.machine()}-{zlib.crc32(repr(features).encode()):08x}"
         jax.config.update("jax_compilation_cache_dir", str(Path(base) / "crate_jax" / kind))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
-
-
-def define_config_flag(default: str) -> Any:
-    """Define the absl flag --config, and --config.FIELD for every field of `TrainConfig`.
-
-    A mistake in these ends the process with one line and status 2.
-
-    Args:
-        default: path of the recipe when --config is not given.
-
-    Returns:
-        The flag's holder; its ``value`` is the resolved config.
-    """
-    from ml_collections import config_flags
-
-    _exit_if_wrong(lambda: _check_config_flags(sys.argv, default))
-    return config_flags.DEFINE_config_file("config", default, "Recipe: FILE.py[:VARIANT].")
-
-
-def parse_flags(argv: list[str]) -> list[str]:
-    """Parse absl flags, for `absl.app.run`; a mistake ends the process with one line."""
-
-    def parse() -> list[str]:
-        rest = absl.flags.FLAGS(argv)
-        if len(rest) > 1:
-            raise ValueError(f"the command line must hold flags alone; got {rest[1]}. See --help.")
-        return rest
-
-    return _exit_if_wrong(parse)
-
-
-def _exit_if_wrong(parse: Callable[[], Any]) -> Any:
-    try:
-        return parse()
-    except (absl.flags.Error, ValueError, KeyError, OSError) as error:
-        if not isinstance(error, absl.flags.Error | OSError) and not _raised_here(error):
-            raise
-        sys.exit(_complain(_text(error)))
-
-
-def _check_config_flags(argv: list[str], default_config: str) -> None:
-    """Name what is wrong with --config and --config.field before config_flags trips over it."""
-    path = default_config
-    for flag, following in zip(argv[1:], [*argv[2:], ""], strict=False):
-        name, separator, value = flag.lstrip("-").partition("=")
-        if not flag.startswith("-"):
-            continue
-        if name == "config":
-            path = (value if separator else following).split(":")[0]
-        elif name.startswith("config."):
-            field = name.removeprefix("config.")
-            if dataclasses.is_dataclass(get_field(TrainConfig(), field)):
-                raise ValueError(f"{name} must be a field, not a section. Set {name}.FIELD=VALUE.")
-    if not Path(path).is_file():
-        recipes = [str(Path(path).parent / p.name) for p in Path(path).parent.glob("*.py")]
-        raise FileNotFoundError(
-            f"--config must be a recipe file; got {path}. " + did_you_mean(path, recipes)
-        )
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -229,27 +156,12 @@ def main(argv: list[str] | None = None) -> int:
     )
     plan.add_argument("--config", required=True, help="a recipe, with --config.FIELD=VALUE")
     plan.add_argument("--mesh", required=True, help="such as data:256,fsdp:8")
-    plan.set_defaults(function=lambda args: commands.plan(args, _parse_config(args, rest)))
+    plan.set_defaults(function=lambda args: commands.plan(args, parse_config(args.config, rest)))
 
     args, rest = parser.parse_known_args(argv)
     if rest and not (args.command == "plan" and all(x.startswith("--config.") for x in rest)):
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     return run_command(lambda: args.function(args))
-
-
-def _parse_config(args: argparse.Namespace, rest: list[str]) -> TrainConfig:
-    """The config of --config=FILE.py[:VARIANT] and --config.FIELD=VALUE, as train.py takes them."""
-    from ml_collections import config_flags
-
-    argv = ["plan", f"--config={args.config}", *rest]
-    _check_config_flags(argv, args.config)
-    values = absl.flags.FlagValues()
-    config = config_flags.DEFINE_config_file("config", flag_values=values, sys_argv=argv)
-    try:
-        values(argv)
-    except (absl.flags.Error, SyntaxError) as error:
-        raise ValueError(f"--config must be a recipe; {args.config} is none ({error}).") from error
-    return config.value
 
 
 def _add_compare(subparsers: Any) -> None:
@@ -320,4 +232,4 @@ class _Parser(argparse.ArgumentParser):
     """argparse with one line for a mistake."""
 
     def error(self, message: str) -> NoReturn:
-        sys.exit(_complain(f"{message}. See {self.prog} --help."))
+        sys.exit(complain(f"{message}. See {self.prog} --help."))

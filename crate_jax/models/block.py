@@ -12,7 +12,6 @@ from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
-import jax.numpy as jnp
 from jax import Array
 from jax.ad_checkpoint import checkpoint_name as keep
 from jax.ad_checkpoint import checkpoint_policies as policies
@@ -33,7 +32,8 @@ KEPT = (
     "attended",
     "half",  # tokens between the halves
     "error",  # Y − D Y of ISTA
-    "active",  # where it is positive
+    "active",  # where the output is positive
+    "hidden",  # units of an MLP before their nonlinearity
 )
 REMAT = {
     "none": policies.save_only_these_names(*KEPT),
@@ -141,7 +141,7 @@ class Block(nn.Module):
         return LayerNorm(self.dtype, self.backward, self.epsilon, name=name)(Z_BxNxd)
 
     def _gated(self, part: Part, update_BxNxd: Array, drop_path: Array | None) -> Array:
-        """g · update, and for a share of the examples nothing of it while training."""
+        """G · update, and for a share of the examples nothing of it while training."""
         if self.layer_scale is not None:
             start = init.constant(self.layer_scale)
             g_d = self.param(f"{part.name}_scale", start, update_BxNxd.shape[-1:])

@@ -1,5 +1,6 @@
 """What the image classifiers of the family share: images → tokens → blocks → one token → logits."""
 
+import dataclasses
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
@@ -7,9 +8,10 @@ import flax.linen as nn
 import jax.numpy as jnp
 from jax import Array
 
-from crate_jax.models.block import REMAT, Block, Context, Part, stack, tap_names
-from crate_jax.models.derivatives import BACKWARD
+from crate_jax.models.block import Block, Context, Part, stack, tap_names
 from crate_jax.models.layers import LayerNorm, Linear
+from crate_jax.models.variants import ImageFields
+from crate_jax.options import option_of
 
 
 def pair(size: int | Sequence[int]) -> tuple[int, int]:
@@ -18,13 +20,14 @@ def pair(size: int | Sequence[int]) -> tuple[int, int]:
     return (sides[0], sides[-1])
 
 
-class ImageClassifier(nn.Module):
+class ImageClassifier(ImageFields, nn.Module):
     """A stack of blocks between an embedding and a head; a model says which.
 
-    A model is a subclass with the fields of its family that gives `attention_part`,
-    `nonlinearity_part` and `embed`, and overrides `block_fields` and `per_layer` where its blocks
-    ask for it. Parameters are float32; the computation is in ``dtype``, with norms, softmax and
-    logits in float32. Layers are stacked on axis 0 of every leaf under ``blocks``.
+    A model is a subclass with the fields of its family (`crate_jax.models.variants`) that gives
+    `attention_part`, `nonlinearity_part` and `embed`, and overrides what differs of `block_fields`,
+    `drop_path_rates`, `pooled` and `head`. Parameters are float32; the computation is in ``dtype``,
+    with norms, softmax and logits in float32. Layers are stacked on axis 0 of every leaf under
+    ``blocks``.
     """
 
     EPSILON: ClassVar[float] = 1e-5  # of the LayerNorms of blocks and head
@@ -47,9 +50,22 @@ class ImageClassifier(nn.Module):
         """Fields of `Block` that are not its defaults."""
         return {}
 
-    def per_layer(self) -> Array | None:
-        """The rate of stochastic depth of every layer (L,); None: no layer is ever skipped."""
+    def drop_path_rates(self) -> Array | None:
+        """The rate of stochastic depth of every layer (L,); None: no half is ever skipped."""
         return None
+
+    def pooled(self, Z_BxNxd: Array) -> Array:
+        """What the head reads, (B, d) float32, normalised by ``head_norm``."""
+        pooled_Bxd = Z_BxNxd[:, 0] if self.pool == "cls" else Z_BxNxd.mean(axis=1)
+        return self.head_norm()(pooled_Bxd)
+
+    def head_norm(self) -> nn.Module:
+        """The LayerNorm before the head."""
+        return LayerNorm(jnp.float32, self.backward, self.EPSILON, name="head_norm")
+
+    def head(self) -> nn.Module:
+        """From a normalised token (B, d) to logits (B, Y)."""
+        return Linear(self.num_classes, name="head")
 
     @property
     def input_shape(self) -> tuple[int, int, int]:
@@ -140,25 +156,18 @@ class ImageClassifier(nn.Module):
             taps=tuple(taps),
             **self.block_fields(),
         )
-        Z_BxNxd, seen = blocks(Z_BxNxd, self.per_layer(), Context())
-        pooled_Bxd = Z_BxNxd[:, 0] if self.pool == "cls" else Z_BxNxd.mean(axis=1)
-        norm = LayerNorm(jnp.float32, self.backward, self.EPSILON, name="head_norm")
-        logits_BxY = self.head()(norm(pooled_Bxd))
-        return logits_BxY, seen
-
-    def head(self) -> nn.Module:
-        """From the pooled token (B, d), normalised, to logits (B, Y)."""
-        return Linear(self.num_classes, name="head")
+        Z_BxNxd, seen = blocks(Z_BxNxd, self.drop_path_rates(), Context())
+        return self.head()(self.pooled(Z_BxNxd)), seen
 
     def _check(self, images_BxHxWxc: Array, taps: Sequence[str]) -> None:
         """Every rule that a later shape error would state less clearly."""
-        for name, value, known in (
-            ("pool", self.pool, ("cls", "mean")),
-            ("backward", self.backward, BACKWARD),
-            ("remat", self.remat, tuple(REMAT)),
-        ):
-            if value not in known:
-                raise ValueError(f"model.{name} must be one of {', '.join(known)}; got {value}.")
+        for field in dataclasses.fields(self):
+            choices = option_of(field).choices if "option" in field.metadata else ()
+            value = getattr(self, field.name)
+            if choices and isinstance(value, str) and value not in choices:
+                raise ValueError(
+                    f"model.{field.name} must be one of {', '.join(choices)}; got {value}."
+                )
         if images_BxHxWxc.ndim != 4 or images_BxHxWxc.shape[1:] != self.input_shape:
             raise ValueError(
                 f"images must be (B, {', '.join(map(str, self.input_shape))}) for this model; got "

@@ -121,6 +121,8 @@ def _derived(function: Callable, keep: Callable, backward: Callable, **options: 
 
 ATTEND = {"derived": _derived(attend, _attend_and_keep, _attend_backward), "autodiff": attend}
 NORMALISE = {
-    "derived": _derived(normalise, _normalise_and_keep, _normalise_backward, nondiff_argnums=(3, 4)),
+    "derived": _derived(
+        normalise, _normalise_and_keep, _normalise_backward, nondiff_argnums=(3, 4)
+    ),
     "autodiff": normalise,
 }

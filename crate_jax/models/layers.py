@@ -14,7 +14,7 @@ A weight is cast to the dtype of the computation, and gathered where devices sha
 """
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -210,10 +210,13 @@ class MSSA(nn.Module):
     `dtype`.
     """
 
+    TAPS: ClassVar[tuple[str, ...]] = ("subspace_tokens", "attention")
+
     num_heads: int
     head_dim: int
     dtype: DTypeLike = jnp.float32
     backward: str = "derived"
+    bias: bool = True
 
     @nn.compact
     def __call__(self, Y_BxNxd: Array, mask: Array | None = None) -> Attended:
@@ -226,7 +229,8 @@ class MSSA(nn.Module):
         if (K, p) != (1, d):
             W_init = init.variance_scaling(1 / 3, "fan_in", "uniform", in_axis=(0, 1), out_axis=2)
             W_out_Kxpxd = read(self, "W_out", W_init, (K, p, d), self.dtype)
-            b_out_d = read(self, "b_out", linear_bias_init(K * p), (d,), self.dtype)
+            if self.bias:
+                b_out_d = read(self, "b_out", linear_bias_init(K * p), (d,), self.dtype)
         return mssa(Y_BxNxd, U_dxKxp, W_out_Kxpxd, b_out_d, mask=mask, backward=self.backward)
 
 

@@ -1,39 +1,21 @@
-"""The named models: one row each, and how to build them."""
+"""How to build the named models, and what a file says of a model."""
 
 import dataclasses
 import fnmatch
-import numbers
+from collections.abc import Mapping
 from typing import Any
 
 import jax.numpy as jnp
 
-from crate_jax.config import ModelConfig, did_you_mean
-from crate_jax.models.classifier import pair
+from crate_jax.config import ModelConfig, overrides
+from crate_jax.models.classifier import ImageClassifier, pair
 from crate_jax.models.crate import Crate
+from crate_jax.models.variants import VARIANTS, Size, fields_of, find
+from crate_jax.options import check, did_you_mean, option_of, unknown
 
-# Sizes from arXiv 2306.01129, and the 8-pixel models of arXiv 2308.16271.
-VARIANTS: dict[str, dict[str, Any]] = {
-    "crate_tiny_patch16_224": dict(patch_size=16, width=384, depth=12, num_heads=6),
-    "crate_small_patch16_224": dict(patch_size=16, width=576, depth=12, num_heads=12),
-    "crate_base_patch16_224": dict(patch_size=16, width=768, depth=12, num_heads=12),
-    "crate_large_patch16_224": dict(patch_size=16, width=1024, depth=24, num_heads=16),
-    "crate_small_384_patch8_224": dict(patch_size=8, width=384, depth=12, num_heads=6),
-    "crate_base_patch8_224": dict(patch_size=8, width=768, depth=12, num_heads=12),
-}
+Model = ImageClassifier
 
-ARCHITECTURE = (
-    "image_size",
-    "patch_size",
-    "num_classes",
-    "width",
-    "depth",
-    "num_heads",
-    "head_dim",
-    "pool",
-    "in_channels",
-    "eta",
-    "lmbda",
-)
+CLASSES: dict[str, type[Model]] = {"crate": Crate}
 
 
 def list_models(pattern: str = "*") -> list[str]:
@@ -41,7 +23,7 @@ def list_models(pattern: str = "*") -> list[str]:
     return sorted(fnmatch.filter(VARIANTS, pattern))
 
 
-def create_model(name: str, **overrides: Any) -> Crate:
+def create_model(name: str, **overrides: Any) -> Model:
     """Build a model by name; it holds no parameters yet.
 
     Args:
@@ -54,75 +36,67 @@ def create_model(name: str, **overrides: Any) -> Crate:
 
     Raises:
         KeyError: no such model, or no such field; the nearest known name is suggested.
+        ValueError: a value is of another type, or not among the legal ones.
     """
-    if name not in VARIANTS:
-        raise KeyError(
-            f"model.name must be a known model; got {name}. " + did_you_mean(name, VARIANTS)
-        )
-    fields = [f.name for f in dataclasses.fields(Crate) if f.name not in ("parent", "name")]
+    variant = find(name)
+    known = fields_of(variant.family)
     for field in overrides:
-        if field not in fields:
-            raise KeyError(
-                f"model.{field} must name a field of {name}. " + did_you_mean(field, fields)
-            )
-        _check_type(field, overrides[field])
-    # A model with a list in it could not be hashed, which jax.jit's static arguments need.
-    overrides = {k: tuple(v) if isinstance(v, list) else v for k, v in overrides.items()}
-    values: dict[str, Any] = {"image_size": 224, "num_classes": 1000} | VARIANTS[name] | overrides
-    return Crate(**values)
+        if field not in known:
+            raise unknown(f"model.{field}", known, name)
+    values = {"image_size": 224, "num_classes": 1000} | dict(variant.fields) | overrides
+    return _build(variant.family, values)
 
 
-def architecture(model: Crate) -> dict[str, Any]:
-    """The fields that decide what a model computes, as JSON values: ``Crate(**architecture(m))``.
+def build_model(config: ModelConfig) -> Model:
+    """`create_model` from a config section; fields that are None keep the variant's value."""
+    return create_model(config.name, **overrides(config))
+
+
+def architecture(model: Model) -> dict[str, Any]:
+    """The family and the fields that decide what a model computes, as JSON values.
 
     What says only how to compute it (dropout, dtype, backward, remat, scan_unroll) is left out.
     """
-    fields = {name: getattr(model, name) for name in ARCHITECTURE}
-    sizes = {name: list(pair(fields[name])) for name in ("image_size", "patch_size")}
-    return fields | sizes | {"head_dim": model.subspace_dim}
+    (family,) = (family for family, cls in CLASSES.items() if type(model) is cls)
+    fields = {"family": family}
+    for name, field in fields_of(family).items():
+        if not option_of(field).how:
+            value = getattr(model, name)
+            fields[name] = list(pair(value)) if field.type == Size else value
+    return fields | {"head_dim": model.subspace_dim}
 
 
-def from_architecture(fields: Any) -> Crate:
+def from_architecture(fields: Any) -> Model:
     """The model of `architecture`, from values that came out of a file.
+
+    A file without a family is older than the second one. A field with a default may be missing.
 
     Raises:
         ValueError: they are not the fields of a model, or one is of another type.
     """
-    if not isinstance(fields, dict) or set(fields) != set(ARCHITECTURE):
+    values = dict(fields) if isinstance(fields, dict) else {}
+    family = values.pop("family", "crate")
+    if family not in CLASSES:
         raise ValueError(
-            f"the model in a file must be stated by {', '.join(ARCHITECTURE)}; got {fields}. "
+            f"the model in a file must be of a known family; got {family}. "
+            + did_you_mean(str(family), CLASSES)
+        )
+    stated = {name: f for name, f in fields_of(family).items() if not option_of(f).how}
+    required = {name for name, f in stated.items() if f.default is dataclasses.MISSING}
+    if not required <= set(values) <= set(stated):
+        raise ValueError(
+            f"the model in a file must be stated by {', '.join(stated)}; got {fields}. "
             "Another version may have written it: name the model, and convert from .npz or .pth."
         )
-    for name, value in fields.items():
-        _check_type(name, value)
-    values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()}
-    return Crate(**values)
+    return _build(family, values)
 
 
-def _check_type(field: str, value: Any) -> None:
-    """A number where a number belongs; other wrong types end in a trace from deep within JAX."""
-    counts = ("num_classes", "width", "depth", "num_heads", "in_channels", "scan_unroll")
-    if field in ("image_size", "patch_size"):
-        sides = value if isinstance(value, tuple | list) else (value,)
-        rule = "one or two positive sizes in pixels"
-        good = len(sides) in (1, 2) and all(_is_count(side) for side in sides)
-    elif field in counts or (field == "head_dim" and value is not None):
-        rule, good = "a positive whole number", _is_count(value)
-    elif field in ("eta", "lmbda", "dropout"):
-        rule = "a number"
-        good = isinstance(value, numbers.Real) and not isinstance(value, bool)
-    else:
-        return
-    if not good:
-        raise ValueError(f"model.{field} must be {rule}; got {value!r}. Change it.")
-
-
-def _is_count(value: Any) -> bool:
-    return isinstance(value, numbers.Integral) and not isinstance(value, bool) and int(value) >= 1
-
-
-def build_model(config: ModelConfig) -> Crate:
-    """`create_model` from a config section; fields that are None keep the variant's value."""
-    overrides = {k: v for k, v in dataclasses.asdict(config).items() if v is not None}
-    name, dtype = overrides.pop("name"), overrides.pop("dtype")
-    return create_model(name, dtype=jnp.dtype(dtype), **overrides)
+def _build(family: str, values: Mapping[str, Any]) -> Model:
+    """A model of checked values, so that no wrong one ends in a trace from deep within JAX."""
+    for name, value in values.items():
+        check(f"model.{name}", fields_of(family)[name], value, "Change it.")
+    # A model with a list in it could not be hashed, which jax.jit's static arguments need.
+    fields = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
+    if "dtype" in fields:
+        fields["dtype"] = jnp.dtype(fields["dtype"]).type
+    return CLASSES[family](**fields)

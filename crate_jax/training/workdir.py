@@ -9,14 +9,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from crate_jax.config import IDENTITY, TrainConfig, differences, from_dict, to_dict
+from crate_jax.config import TrainConfig, differences, from_dict, to_dict
 
 
 def check_workdir(config: TrainConfig, workdir: Path) -> None:
     """Refuse a workdir that another config has begun.
 
-    Fields outside `crate_jax.config.IDENTITY` (learning rate, length, logging, loader workers, …)
-    may change when a run is resumed.
+    Fields that are no part of a run's identity (learning rate, length, logging, loader workers, …)
+    may change when it is resumed.
 
     Raises:
         ValueError: workdir is no directory or a bucket, its config.json cannot be read, or a field
@@ -38,12 +38,11 @@ def check_workdir(config: TrainConfig, workdir: Path) -> None:
             f"workdir must hold a readable config.json; {path} is not ({type(error).__name__}). "
             "Choose another --workdir."
         ) from error
-    for field, (old, new) in differences(begun, config).items():
-        if any(field == name or field.startswith(name + ".") for name in IDENTITY):
-            raise ValueError(
-                f"{field} must stay {old} in {workdir}, which belongs to that config; got {new}. "
-                "Choose another --workdir."
-            )
+    for field, (old, new) in differences(begun, config, identity=True).items():
+        raise ValueError(
+            f"{field} must stay {old} in {workdir}, which belongs to that config; got {new}. "
+            "Choose another --workdir."
+        )
 
 
 def write_config(config: TrainConfig, workdir: Path, *, enabled: bool = True) -> None:

@@ -1,0 +1,119 @@
+"""The flags of a recipe: --config=FILE.py[:VARIANT], and --config.FIELD=VALUE for every field."""
+
+import dataclasses
+import functools
+import runpy
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import absl.flags
+
+from crate_jax.cli.mistakes import complain, raised_here, text
+from crate_jax.config import TrainConfig, did_you_mean, get_field, renamed
+
+
+def define_config_flag(default: str) -> Any:
+    """`config_flag` for `sys.argv`; a mistake ends the process with one line and status 2."""
+    return _exit_if_wrong(functools.partial(config_flag, default, sys.argv, absl.flags.FLAGS))
+
+
+def parse_flags(argv: list[str]) -> list[str]:
+    """Parse absl flags, for `absl.app.run`; a mistake ends the process with one line."""
+
+    def parse() -> list[str]:
+        rest = absl.flags.FLAGS(argv)
+        if len(rest) > 1:
+            raise ValueError(f"the command line must hold flags alone; got {rest[1]}. See --help.")
+        return rest
+
+    return _exit_if_wrong(parse)
+
+
+def parse_config(recipe: str, fields: list[str]) -> TrainConfig:
+    """The config of a recipe and of --config.FIELD=VALUE, as train.py takes them.
+
+    Raises:
+        ValueError, KeyError, FileNotFoundError: as for `config_flag`, or a value cannot be read.
+    """
+    argv, values = ["plan", f"--config={recipe}", *fields], absl.flags.FlagValues()
+    config = config_flag(recipe, argv, values)
+    try:
+        values(argv)
+    except absl.flags.Error as error:
+        raise ValueError(str(error)) from error
+    return config.value
+
+
+def config_flag(default: str, argv: list[str], values: absl.flags.FlagValues) -> Any:
+    """Define the absl flags --config, and --config.FIELD for the fields that `argv` sets.
+
+    --config.model.name comes first, wherever it stands: the other flags of the model are those of
+    its family, and what the recipe says of a model holds where that family has the field.
+
+    Args:
+        default: path of the recipe when `argv` names none.
+        argv: the command line, the program's name first.
+        values: where to define the flags.
+
+    Returns:
+        The holder of --config; once the flags are parsed, its ``value`` is the resolved config.
+
+    Raises:
+        FileNotFoundError: there is no such recipe.
+        KeyError: there is no such form of the recipe, model or field.
+        ValueError: the file is no recipe, or a flag sets a whole section.
+    """
+    from ml_collections import config_flags
+
+    argv = absl.flags.FLAGS.read_flags_from_files(argv, force_gnu=False)
+    given = {}
+    for flag, following in zip(argv[1:], [*argv[2:], ""], strict=True):
+        name, separator, value = flag.lstrip("-").removeprefix("no").partition("=")
+        if flag.startswith("-") and (name == "config" or name.startswith("config.")):
+            given[name] = value if separator else following
+    config = _recipe(given.pop("config", default))
+    if model := given.get("config.model.name"):
+        config.model = renamed(config.model, model)
+    for name in given:
+        if dataclasses.is_dataclass(get_field(config, name.removeprefix("config."))):
+            raise ValueError(f"{name} must be a field, not a section. Set {name}.FIELD=VALUE.")
+
+    def recipe(path: str) -> TrainConfig:
+        return config  # of the same path: argv has it
+
+    holder = config_flags.DEFINE_config_dataclass(
+        "config",
+        config,
+        "Recipe: FILE.py[:VARIANT].",
+        flag_values=values,
+        sys_argv=argv,
+        parse_fn=recipe,
+    )
+    values["config"].default_as_str = repr(default)  # for --help, which would print all of it
+    return holder
+
+
+def _recipe(path: str) -> TrainConfig:
+    """The config of FILE.py or FILE.py:VARIANT."""
+    file, separator, variant = path.partition(":")
+    if not Path(file).is_file():
+        recipes = [str(Path(file).parent / p.name) for p in Path(file).parent.glob("*.py")]
+        raise FileNotFoundError(
+            f"--config must be a recipe file; got {file}. " + did_you_mean(file, recipes)
+        )
+    try:
+        get_config = runpy.run_path(file)["get_config"]
+    except (SyntaxError, KeyError) as error:
+        raise ValueError(f"--config must be a recipe; {file} is none ({error}).") from error
+    return get_config(variant) if separator else get_config()
+
+
+def _exit_if_wrong(parse: Callable[[], Any]) -> Any:
+    try:
+        return parse()
+    except (absl.flags.Error, ValueError, KeyError, OSError) as error:
+        if not isinstance(error, absl.flags.Error | OSError) and not raised_here(error):
+            raise
+        sys.exit(complain(text(error)))

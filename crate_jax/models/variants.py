@@ -1,0 +1,115 @@
+"""The families of models, a dataclass of fields each, and the named models, a row each.
+
+The section `model` of a config and the Flax module read the same fields. Nothing here imports JAX.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from crate_jax.options import did_you_mean, option
+
+Size = int | tuple[int, ...]
+DType = str | type | np.dtype
+
+
+@dataclasses.dataclass(eq=False, repr=False)
+class ImageFields:
+    """What every image classifier has. Sizes in pixels are a side, or (height, width)."""
+
+    image_size: Size = option(..., "pixels: a side, or height and width", low=1, lengths=(1, 2))
+    patch_size: Size = option(..., "pixels, likewise; divides image_size", low=1, lengths=(1, 2))
+    num_classes: int = option(..., "Y, the number of logits; of the data set if unset", low=1)
+    width: int = option(..., "d, the length of a token", low=1)
+    depth: int = option(..., "L, the number of layers", low=1)
+    num_heads: int = option(..., "K, the number of subspaces", low=1)
+    head_dim: int | None = option(None, "p, of a subspace; width / num_heads if unset", low=1)
+    pool: str = option(
+        "cls", "the token that the head reads, or their mean", choices=("cls", "mean")
+    )
+    in_channels: int = option(3, "channels; 1 (grey) or 3 (RGB) for decoded images", low=1)
+    dropout: float = option(0.0, "share dropped while training", low=0, below=1, how=True)
+    dtype: DType = option(
+        np.float32, "of the computation", choices=("float32", "bfloat16"), how=True
+    )
+    backward: str = option(
+        "derived",
+        "the backward pass; forward mode (jax.jvp) needs autodiff",
+        choices=("derived", "autodiff"),
+        how=True,
+    )
+    remat: str = option(
+        "none",
+        "what the backward pass computes again; dots: all but matrix products",
+        choices=("none", "dots", "full"),
+        how=True,
+    )
+    scan_unroll: int = option(1, "layers per iteration of the compiled loop", low=1, how=True)
+
+
+@dataclasses.dataclass(eq=False, repr=False)
+class CrateFields(ImageFields):
+    """CRATE, arXiv 2306.01129, and the operators that its ablations put in place of its own."""
+
+    eta: float = option(0.1, "step size of ISTA", above=0)
+    lmbda: float = option(0.1, "sparsity weight of ISTA", low=0)
+    attention: str = option("mssa", "the first half of a layer", choices=("mssa", "mhsa"))
+    nonlinearity: str = option("ista", "the second half of a layer", choices=("ista", "mlp"))
+
+
+FAMILIES: dict[str, type[ImageFields]] = {"crate": CrateFields}
+
+
+@dataclasses.dataclass(frozen=True)
+class Variant:
+    """A named model: its family, and the fields that the name stands for."""
+
+    family: str
+    fields: Mapping[str, Any]
+
+
+def _crate(patch_size: int, width: int, depth: int, num_heads: int) -> Variant:
+    fields = dict(patch_size=patch_size, width=width, depth=depth, num_heads=num_heads)
+    return Variant("crate", fields)
+
+
+# Sizes from arXiv 2306.01129, and the 8-pixel models of arXiv 2308.16271.
+VARIANTS: dict[str, Variant] = {
+    "crate_tiny_patch16_224": _crate(16, width=384, depth=12, num_heads=6),
+    "crate_small_patch16_224": _crate(16, width=576, depth=12, num_heads=12),
+    "crate_base_patch16_224": _crate(16, width=768, depth=12, num_heads=12),
+    "crate_large_patch16_224": _crate(16, width=1024, depth=24, num_heads=16),
+    "crate_small_384_patch8_224": _crate(8, width=384, depth=12, num_heads=6),
+    "crate_base_patch8_224": _crate(8, width=768, depth=12, num_heads=12),
+}
+
+
+def find(name: str) -> Variant:
+    """The variant of a name.
+
+    Raises:
+        KeyError: there is none; the nearest is suggested.
+    """
+    if name not in VARIANTS:
+        raise KeyError(
+            f"model.name must be a known model; got {name}. " + did_you_mean(name, VARIANTS)
+        )
+    return VARIANTS[name]
+
+
+def fields_of(family: str) -> dict[str, dataclasses.Field]:
+    """The fields of a family by name."""
+    return {field.name: field for field in dataclasses.fields(FAMILIES[family])}
+
+
+def values_of(name: str) -> dict[str, Any]:
+    """What a name stands for: the defaults of its family, and the fields of its row."""
+    variant = find(name)
+    defaults = {
+        field.name: field.default
+        for field in fields_of(variant.family).values()
+        if field.default is not dataclasses.MISSING
+    }
+    return defaults | variant.fields

@@ -1,0 +1,148 @@
+"""A field of a configuration, whole in one place: default, comment, legal values, and its part."""
+
+import dataclasses
+import difflib
+import math
+import numbers
+import operator
+import types
+import typing
+from collections.abc import Iterable
+from typing import Any
+
+_SIGNS = {">=": operator.ge, ">": operator.gt, "<=": operator.le, "<": operator.lt}
+_KINDS = {
+    int: "a whole number",
+    float: "a number",
+    bool: "True or False",
+    str: "text",
+    tuple[int, ...]: "whole numbers",
+    tuple[float, ...]: "numbers",
+    tuple[str, ...]: "names",
+}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Option:
+    """What a field declares besides its name, type and default.
+
+    Attributes:
+        help: the comment: meaning and unit.
+        low: the smallest legal number, of a number or of every number in a tuple.
+        above: a number below all legal ones.
+        high: the largest legal number.
+        below: a number above all legal ones.
+        choices: the legal words; (): any.
+        lengths: how many entries a tuple may have; (): any number.
+        identity: whether another value makes a run another run.
+        how: whether a model's field says only how it computes, and not what.
+    """
+
+    help: str
+    low: float | None = None
+    above: float | None = None
+    high: float | None = None
+    below: float | None = None
+    choices: tuple[str, ...] = ()
+    lengths: tuple[int, ...] = ()
+    identity: bool = False
+    how: bool = False
+
+    @property
+    def bounds(self) -> list[tuple[str, float]]:
+        """Signs and numbers, such as (">=", 0) and ("<", 1)."""
+        limits = {">=": self.low, ">": self.above, "<=": self.high, "<": self.below}
+        return [(sign, number) for sign, number in limits.items() if number is not None]
+
+    @property
+    def range(self) -> str:
+        """The bounds in words, such as ">= 0 and < 1"; "" if there are none."""
+        return " and ".join(f"{sign} {number}" for sign, number in self.bounds)
+
+
+def option(default: Any, help: str, **rules: Any) -> Any:
+    """A field of a dataclass of plain values.
+
+    Args:
+        default: its default, or `...` if it has none.
+        help: its comment: meaning and unit.
+        **rules: attributes of `Option`. A field with ``how`` is keyword-only.
+    """
+    given = {} if default is ... else {"default": default}
+    told = Option(help=help, **rules)
+    return dataclasses.field(**given, metadata={"option": told}, kw_only=told.how)
+
+
+def option_of(field: dataclasses.Field) -> Option:
+    """What a field declared."""
+    return field.metadata["option"]
+
+
+def rule(field: dataclasses.Field) -> str:
+    """The legal values of a field in words, such as "a whole number >= 1"."""
+    told = option_of(field)
+    if told.choices:
+        return f"one of {', '.join(told.choices)}"
+    kind = [each for each in _members(field.type) if each is not types.NoneType][-1]
+    return " ".join(filter(None, (" or ".join(map(str, told.lengths)), _KINDS[kind], told.range)))
+
+
+def check(path: str, field: dataclasses.Field, value: Any, remedy: str) -> None:
+    """Refuse a value that is not of the field's type, or not among its legal values.
+
+    Args:
+        path: dotted name of the field in the error.
+        field: declared by `option`.
+        value: what it is to be; None is legal where the type says so.
+        remedy: the sentence that ends the error.
+
+    Raises:
+        ValueError: the value breaks the rule of the field.
+    """
+    told, several = option_of(field), isinstance(value, tuple | list)
+    good = is_of(value, field.type)
+    if told.choices and (isinstance(value, str) or not good):
+        if value not in told.choices:
+            remedy = did_you_mean(str(value), told.choices)
+            raise ValueError(f"{path} must be {rule(field)}; got {value}. {remedy}")
+    elif not good or (several and told.lengths and len(value) not in told.lengths):
+        raise ValueError(f"{path} must be {rule(field)}; got {value!r}. {remedy}")
+    elif told.bounds and value is not None:
+        for number in value if several else (value,):
+            inside = all(_SIGNS[sign](number, bound) for sign, bound in told.bounds)
+            if not (inside and math.isfinite(number)):
+                raise ValueError(f"{path} must be {told.range}; got {value}. {remedy}")
+
+
+def is_of(value: Any, kind: Any) -> bool:
+    """Whether a value is of an annotated type; a list may stand for a tuple, as in JSON."""
+    members = _members(kind)
+    if len(members) > 1:
+        return any(is_of(value, each) for each in members)
+    if typing.get_origin(kind) is tuple:
+        entry = typing.get_args(kind)[0]
+        return isinstance(value, tuple | list) and all(is_of(each, entry) for each in value)
+    if kind in (int, float):  # NumPy's too, but not True
+        number = numbers.Integral if kind is int else numbers.Real
+        return isinstance(value, number) and not isinstance(value, bool)
+    return isinstance(value, kind)
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """A remedy for a misspelt name: the nearest known one, or all of them."""
+    known = sorted(known)
+    near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    return f"Did you mean {near[0]}?" if near else f"Known: {', '.join(known)}."
+
+
+def unknown(path: str, known: Iterable[str], owner: str = "") -> KeyError:
+    """The error of a dotted path whose last part names no field of its section."""
+    whose = f" of {owner}" if owner else ""
+    remedy = did_you_mean(path.rpartition(".")[2], known)
+    return KeyError(f"{path} must name a field{whose}. {remedy}")
+
+
+def _members(kind: Any) -> tuple[Any, ...]:
+    """The types of which an annotation allows any."""
+    union = typing.get_origin(kind) in (typing.Union, types.UnionType)
+    return typing.get_args(kind) if union else (kind,)
