@@ -14,8 +14,8 @@ import jax
 import numpy as np
 from flax import traverse_util
 
-from crate_jax.models.cost import abstract_parameters, sample_images
 from crate_jax.models.classifier import pair
+from crate_jax.models.cost import abstract_parameters, sample_images
 from crate_jax.models.crate import Crate
 from crate_jax.models.embedding import resize_patch_kernel, resize_positions
 from crate_jax.models.zoo import VARIANTS, architecture, create_model

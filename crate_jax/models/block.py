@@ -32,7 +32,8 @@ KEPT = (
     "attended",
     "half",  # tokens between the halves
     "error",  # Y − D Y of ISTA
-    "active",  # where the output is positive
+    "code",  # of CRATE-α in its wide dictionary
+    "active",  # where a ReLU lets through
     "hidden",  # units of an MLP before their nonlinearity
 )
 REMAT = {

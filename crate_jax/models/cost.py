@@ -1,98 +1,168 @@
-"""What a model costs, by formula: parameters, multiply-adds, tokens, memory."""
+"""What a model costs, by formula: parameters, multiply-adds, memory.
+
+A layer costs what its two operators cost. Each has a row here, by the name it has in a block; a new
+operator is a new row.
+"""
 
 import math
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import Array
 
-from crate_jax.models.classifier import pair
-from crate_jax.models.crate import Crate
+from crate_jax.models.classifier import ImageClassifier, pair
 
 
-def num_tokens(model: Crate) -> int:
-    """N: patches and the class token."""
-    (H, W), (h, w) = pair(model.image_size), pair(model.patch_size)
-    return (H // h) * (W // w) + 1
+class Cost(NamedTuple):
+    """What an operator of one layer costs, for one image.
+
+    Attributes:
+        products: multiply-adds of its matrix products with weights.
+        attention: multiply-adds of those of tokens with tokens.
+        outputs: values that the products with weights give.
+        kept: values that the backward pass keeps without remat, in the dtype of the computation.
+        kept_bytes: bytes that it keeps besides.
+    """
+
+    products: int
+    attention: int
+    outputs: int
+    kept: int
+    kept_bytes: int = 0
 
 
-def sample_images(model: Crate) -> Array:
+def _mssa(model: ImageClassifier) -> Cost:
+    """U and W_out, which one full subspace has not; V, A and O are kept."""
+    N, d, K, p = _sizes(model)
+    maps = 1 + ((K, p) != (1, d))
+    return Cost(
+        products=maps * N * d * K * p,
+        attention=2 * N * N * K * p,
+        outputs=N * K * p + (maps - 1) * N * d,
+        kept=maps * N * K * p + K * N * N,
+    )
+
+
+def _mhsa(model: ImageClassifier) -> Cost:
+    """Maps to queries, keys and values, and W_out; those three, A and O are kept."""
+    N, d, K, p = _sizes(model)
+    return Cost(
+        products=4 * N * d * K * p,
+        attention=2 * N * N * K * p,
+        outputs=3 * N * K * p + N * d,
+        kept=4 * N * K * p + K * N * N,
+    )
+
+
+def _ista(model: ImageClassifier) -> Cost:
+    """Y Dᵀ and E D; E is kept, and where the ReLU lets through."""
+    N, d, _, _ = _sizes(model)
+    return Cost(2 * N * d * d, 0, outputs=2 * N * d, kept=N * d, kept_bytes=N * d)
+
+
+def _odl(model: Any) -> Cost:
+    """Four products with m atoms; both codes and E are kept, and where the ReLUs let through."""
+    N, d, _, _ = _sizes(model)
+    m = model.overcompleteness * d
+    return Cost(
+        4 * N * d * m, 0, outputs=2 * N * (m + d), kept=N * (2 * m + d), kept_bytes=2 * N * m
+    )
+
+
+def _mlp(model: Any) -> Cost:
+    """Two products with m hidden units, which are kept."""
+    N, d, _, _ = _sizes(model)
+    m = model.mlp_ratio * d
+    return Cost(2 * N * d * m, 0, outputs=N * (m + d), kept=N * m)
+
+
+COSTS: dict[str, Callable[[Any], Cost]] = {
+    "mssa": _mssa, "mhsa": _mhsa, "ista": _ista, "odl": _odl, "mlp": _mlp
+}  # fmt: skip
+
+
+def _sizes(model: ImageClassifier) -> tuple[int, int, int, int]:
+    """N, d, K, p."""
+    return model.num_tokens, model.width, model.num_heads, model.subspace_dim
+
+
+def _layer(model: ImageClassifier) -> Cost:
+    """One layer: its operators, and what is kept around them.
+
+    Around them are the tokens before either LayerNorm and after it (4 N d), and in float32 the mean
+    and the deviation of both (4 N).
+    """
+    N, d, _, _ = _sizes(model)
+    parts = (model.attention_part, model.nonlinearity_part)
+    found = [Cost(0, 0, outputs=0, kept=4 * N * d, kept_bytes=16 * N)]
+    found += [COSTS[part.name](model) for part in parts if part]
+    return Cost(*map(sum, zip(*found, strict=True)))
+
+
+def sample_images(model: ImageClassifier) -> Array:
     """One blank image of the size the model takes, (1, H, W, c) float32; what `init` needs."""
-    return jnp.zeros((1, *pair(model.image_size), model.in_channels))
+    return jnp.zeros((1, *model.input_shape))
 
 
-def count_parameters(model: Crate) -> int:
+def count_parameters(model: ImageClassifier) -> int:
     """Exact number of parameters, from the shapes of `init` (nothing is computed)."""
     return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(abstract_parameters(model)))
 
 
-def abstract_parameters(model: Crate) -> Any:
+def abstract_parameters(model: ImageClassifier) -> Any:
     """The parameter tree as `jax.ShapeDtypeStruct` leaves.
 
     Raises:
         ValueError: the model's fields do not fit together.
     """
-    init = lambda key: model.init(key, sample_images(model), train=False)["params"]  # noqa: E731
+
+    def init(key: Array) -> Any:
+        return model.init(key, sample_images(model), train=False)["params"]
+
     return jax.eval_shape(init, jax.random.key(0))
 
 
-def multiply_adds(model: Crate) -> int:
+def multiply_adds(model: ImageClassifier) -> int:
     """Multiply-adds of the matrix products of one forward pass for one image.
 
-    Per layer: N d K p for the subspace tokens, 2 N² K p for the attention, N K p d for W_out
-    (absent with one full subspace), and 2 N d² for ISTA. Norms, softmax and thresholds are left
-    out.
+    Embedding, layers and head; norms, softmax and thresholds are left out.
     """
-    N, d, K, p = num_tokens(model), model.width, model.num_heads, model.subspace_dim
-    h, w = pair(model.patch_size)
-    layer = N * d * K * p + 2 * N * N * K * p + _has_output(model) * N * K * p * d + 2 * N * d * d
-    return (N - 1) * h * w * model.in_channels * d + model.depth * layer + d * model.num_classes
+    layer, (h, w) = _layer(model), pair(model.patch_size)
+    embedding = (model.num_tokens - 1) * h * w * model.in_channels * model.width
+    layers = model.depth * (layer.products + layer.attention)
+    return embedding + layers + model.width * model.num_classes
 
 
-def step_flops(model: Crate) -> int:
+def step_flops(model: ImageClassifier) -> int:
     """Operations of the matrix products of a training step, for one image.
 
-    Two for each multiply-add; the backward pass takes twice the forward pass, less one of the four
-    products of attention if it is the derived one. What remat computes again is counted: the
-    layers, or with "dots" their attention.
+    Two for each multiply-add; the backward pass takes twice the forward pass. Of the four products
+    of attention in it the derived one leaves one out, and automatic differentiation computes the
+    scores once more. What remat computes again is counted: the layers, or with "dots" their
+    attention.
     """
-    forward = 2 * multiply_adds(model)
-    N, K, p = num_tokens(model), model.num_heads, model.subspace_dim
-    product = 2 * model.depth * N * N * K * p
-    layers = forward - 2 * multiply_adds(model.clone(depth=0))
+    layer = _layer(model)
+    product = model.depth * layer.attention  # operations of one of the two products of attention
+    layers = 2 * model.depth * (layer.products + layer.attention)
     again = {"none": 0, "dots": 2 * product, "full": layers}[model.remat]
-    return 3 * forward + again - (product if model.backward == "derived" else 0)
+    if model.attention_part.name == "mssa" and model.backward == "derived":
+        again -= product
+    elif model.remat == "none":
+        again += product
+    return 6 * multiply_adds(model) + again
 
 
-def activation_bytes(model: Crate) -> int:
+def activation_bytes(model: ImageClassifier) -> int:
     """Bytes per image that the layers keep for the backward pass, by formula.
 
-    Without recomputation a layer keeps in its dtype the tokens before either LayerNorm (2 N d); the
-    inputs of the matrix products, which are the two normalised tokens and Y − D Y (3 N d) and the
-    subspace tokens before and after attention (2 N K p); and the attention (K N²). Mean and
-    deviation of a LayerNorm are float32 (4 N), and where ISTA thresholded is a byte an entry
-    (N d). With backward "autodiff" it keeps, in float32 whatever its dtype, three arrays of either
-    LayerNorm (6 N d) in place of its input, the exponentials of the softmax (K N²) and the
-    statistics of both (4 N and 2 K N). With remat "dots" it keeps its input and the products by U,
-    W_out, Dᵀ and D (4 N d + N K p); with "full", its input alone. With one full subspace there is
-    no W_out, nor the array that it would keep. Dropout and taps are left out.
+    Without recomputation a layer keeps what `crate_jax.models.block.KEPT` names, and its input.
+    With remat "dots" it keeps its input and the products with weights; with "full", its input
+    alone. Dropout and taps are left out.
     """
-    N, d, K, p = num_tokens(model), model.width, model.num_heads, model.subspace_dim
-    merged, itemsize = _has_output(model), jnp.dtype(model.dtype).itemsize
-    float32_values, values = 4 * N, 3 * N * d + (1 + merged) * N * K * p + K * N * N
-    if model.backward == "derived":
-        values += 2 * N * d
-    else:
-        float32_values += 6 * N * d + K * N * N + 2 * K * N
-    layer = {
-        "none": 4 * float32_values + itemsize * values + N * d,
-        "dots": itemsize * ((3 + merged) * N * d + N * K * p),
-        "full": itemsize * N * d,
-    }[model.remat]
-    return model.depth * layer
-
-
-def _has_output(model: Crate) -> bool:
-    """Whether MSSA has W_out and b_out: not when one subspace fills the space."""
-    return (model.num_heads, model.subspace_dim) != (1, model.width)
+    layer, itemsize = _layer(model), jnp.dtype(model.dtype).itemsize
+    tokens = model.num_tokens * model.width
+    kept = {"none": layer.kept, "dots": tokens + layer.outputs, "full": tokens}[model.remat]
+    besides = layer.kept_bytes if model.remat == "none" else 0
+    return model.depth * (itemsize * kept + besides)

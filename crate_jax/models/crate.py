@@ -1,6 +1,7 @@
 """CRATE, the classifier: alternating compression (MSSA) and sparsification (ISTA)."""
 
 import functools
+from typing import ClassVar
 
 import flax.linen as nn
 
@@ -10,8 +11,6 @@ from crate_jax.models.embedding import PatchEmbedding
 from crate_jax.models.layers import ISTA, MSSA
 from crate_jax.models.transformer import MHSA, MLP
 from crate_jax.models.variants import CrateFields
-
-MLP_RATIO = 4  # hidden units over the width, where an MLP takes the place of ISTA
 
 
 class Crate(CrateFields, ImageClassifier):
@@ -48,6 +47,8 @@ class Crate(CrateFields, ImageClassifier):
         nonlinearity: "ista" or "mlp".
     """
 
+    mlp_ratio: ClassVar[int] = 4  # hidden units over the width, of an MLP in the place of ISTA
+
     @property
     def attention_part(self) -> Part:
         """MSSA, or multi-head self-attention."""
@@ -61,7 +62,7 @@ class Crate(CrateFields, ImageClassifier):
     def nonlinearity_part(self) -> Part:
         """ISTA, or an MLP."""
         if self.nonlinearity == "mlp":
-            return Part("mlp", functools.partial(MLP, MLP_RATIO * self.width, self.dtype))
+            return Part("mlp", functools.partial(MLP, self.mlp_ratio * self.width, self.dtype))
         return Part("ista", functools.partial(ISTA, self.eta, self.lmbda, self.dtype))
 
     def block_fields(self) -> dict[str, bool]:

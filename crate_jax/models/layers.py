@@ -203,11 +203,11 @@ class Linear(nn.Module):
 
 
 class MSSA(nn.Module):
-    """`mssa` with its parameters U (d, K, p), W_out (K, p, d) and b_out (d,).
+    """`mssa` with its parameters U (d, K, p), W_out (K, p, d) and, with ``bias``, b_out (d,).
 
     W_out and b_out are absent when one subspace fills the space (K = 1, p = d), as in the official
-    code. They start as PyTorch's nn.Linear does. Parameters are float32, the computation is
-    `dtype`.
+    code. They start as PyTorch's nn.Linear does, unless told otherwise. Parameters are float32, the
+    computation is `dtype`.
     """
 
     TAPS: ClassVar[tuple[str, ...]] = ("subspace_tokens", "attention")
@@ -217,18 +217,20 @@ class MSSA(nn.Module):
     dtype: DTypeLike = jnp.float32
     backward: str = "derived"
     bias: bool = True
+    kernel_init: Callable[..., Array] | None = None  # None: nn.Linear's
 
     @nn.compact
     def __call__(self, Y_BxNxd: Array, mask: Array | None = None) -> Attended:
         """Normalised tokens (B, N, d) to their update, as `mssa` returns it."""
         Y_BxNxd = Y_BxNxd.astype(self.dtype)
         d, K, p = Y_BxNxd.shape[-1], self.num_heads, self.head_dim
+        # Without the axes Flax would take the first one for a receptive field.
         U_init = init.variance_scaling(1 / 3, "fan_in", "uniform", in_axis=0, out_axis=(1, 2))
-        U_dxKxp = read(self, "U", U_init, (d, K, p), self.dtype)
+        U_dxKxp = read(self, "U", self.kernel_init or U_init, (d, K, p), self.dtype)
         W_out_Kxpxd = b_out_d = None
         if (K, p) != (1, d):
             W_init = init.variance_scaling(1 / 3, "fan_in", "uniform", in_axis=(0, 1), out_axis=2)
-            W_out_Kxpxd = read(self, "W_out", W_init, (K, p, d), self.dtype)
+            W_out_Kxpxd = read(self, "W_out", self.kernel_init or W_init, (K, p, d), self.dtype)
             if self.bias:
                 b_out_d = read(self, "b_out", linear_bias_init(K * p), (d,), self.dtype)
         return mssa(Y_BxNxd, U_dxKxp, W_out_Kxpxd, b_out_d, mask=mask, backward=self.backward)

@@ -4,6 +4,7 @@ The section `model` of a config and the Flax module read the same fields. Nothin
 """
 
 import dataclasses
+import functools
 from collections.abc import Mapping
 from typing import Any
 
@@ -59,7 +60,36 @@ class CrateFields(ImageFields):
     nonlinearity: str = option("ista", "the second half of a layer", choices=("ista", "mlp"))
 
 
-FAMILIES: dict[str, type[ImageFields]] = {"crate": CrateFields}
+@dataclasses.dataclass(eq=False, repr=False)
+class AlphaFields(ImageFields):
+    """CRATE-α, arXiv 2405.20299, with a switch for each step of its ablation."""
+
+    pool: str = option("cls", "the token that the head reads", choices=("cls",))
+    eta: float = option(0.1, "step size of ISTA", above=0)
+    lmbda: float = option(0.1, "sparsity weight of ISTA", low=0)
+    nonlinearity: str = option("odl", "the second half of a layer", choices=("odl", "ista"))
+    overcompleteness: int = option(4, "atoms of the dictionary over the width", low=1)
+    decoupled: bool = option(True, "whether the code is read with a dictionary of its own")
+    residual: bool = option(True, "whether the second half's output is added to the tokens")
+    layer_scale: float | None = option(None, "start of learned factors on both halves", above=0)
+    drop_path: float = option(0.0, "stochastic depth of the last layer", low=0, below=1, how=True)
+
+
+@dataclasses.dataclass(eq=False, repr=False)
+class VitFields(ImageFields):
+    """The ViT of arXiv 2010.11929, as timm builds it and as CRATE's repository trains it."""
+
+    pool: str = option(
+        "cls", "the token that the head reads", choices=("cls", "patches", "patches_twice")
+    )
+    mlp_ratio: int = option(4, "hidden units of the MLP over the width", low=1)
+
+
+FAMILIES: dict[str, type[ImageFields]] = {
+    "crate": CrateFields,
+    "crate_alpha": AlphaFields,
+    "vit": VitFields,
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,9 +100,25 @@ class Variant:
     fields: Mapping[str, Any]
 
 
-def _crate(patch_size: int, width: int, depth: int, num_heads: int) -> Variant:
-    fields = dict(patch_size=patch_size, width=width, depth=depth, num_heads=num_heads)
-    return Variant("crate", fields)
+# width, depth, number of heads
+_ALPHA = {
+    "tiny": (192, 12, 3),
+    "small": (576, 12, 12),
+    "base": (768, 12, 12),
+    "large": (1024, 24, 16),
+    "huge": (1280, 32, 16),
+}
+_VIT = {"tiny": (192, 12, 3), "small": (384, 12, 6), "base": (768, 12, 12)}
+
+
+def _variant(
+    family: str, patch_size: int, width: int, depth: int, num_heads: int, **fields: Any
+) -> Variant:
+    sizes = dict(patch_size=patch_size, width=width, depth=depth, num_heads=num_heads)
+    return Variant(family, sizes | fields)
+
+
+_crate = functools.partial(_variant, "crate")
 
 
 # Sizes from arXiv 2306.01129, and the 8-pixel models of arXiv 2308.16271.
@@ -84,6 +130,20 @@ VARIANTS: dict[str, Variant] = {
     "crate_small_384_patch8_224": _crate(8, width=384, depth=12, num_heads=6),
     "crate_base_patch8_224": _crate(8, width=768, depth=12, num_heads=12),
 }
+# The other three models of arXiv 2308.16271, section 4.3: {MSSA, MHSA} x {ISTA, MLP}.
+for _name, _operators in {
+    "crate_mhsa": dict(attention="mhsa"),
+    "crate_mlp": dict(nonlinearity="mlp"),
+    "crate_mhsa_mlp": dict(attention="mhsa", nonlinearity="mlp"),
+}.items():
+    VARIANTS[f"{_name}_small_384_patch8_224"] = _crate(8, 384, 12, 6, **_operators)
+# arXiv 2405.20299: of each size all patches that its configurations know.
+VARIANTS |= {
+    f"crate_alpha_{size}_patch{patch}_224": _variant("crate_alpha", patch, *shape)
+    for size, shape in _ALPHA.items()
+    for patch in (32, 16, 14, 8)
+}
+VARIANTS |= {f"vit_{size}_patch16_224": _variant("vit", 16, *shape) for size, shape in _VIT.items()}
 
 
 def find(name: str) -> Variant:

@@ -10,12 +10,14 @@ import jax.numpy as jnp
 from crate_jax.config import ModelConfig, overrides
 from crate_jax.models.classifier import ImageClassifier, pair
 from crate_jax.models.crate import Crate
+from crate_jax.models.crate_alpha import CrateAlpha
 from crate_jax.models.variants import VARIANTS, Size, fields_of, find
+from crate_jax.models.vit import ViT
 from crate_jax.options import check, did_you_mean, option_of, unknown
 
 Model = ImageClassifier
 
-CLASSES: dict[str, type[Model]] = {"crate": Crate}
+CLASSES: dict[str, type[Model]] = {"crate": Crate, "crate_alpha": CrateAlpha, "vit": ViT}
 
 
 def list_models(pattern: str = "*") -> list[str]:

@@ -14,8 +14,8 @@ import optax
 from jax.sharding import Mesh
 
 from crate_jax.config import OptimConfig, TrainConfig
-from crate_jax.models.cost import activation_bytes, num_tokens, step_flops
 from crate_jax.models.classifier import pair
+from crate_jax.models.cost import activation_bytes, num_tokens, step_flops
 from crate_jax.models.crate import Crate
 from crate_jax.models.zoo import build_model
 from crate_jax.parallel import batch_sharding, check_batch_size, make_mesh, parse_mesh

@@ -18,8 +18,8 @@ from crate_jax.config import TrainConfig, validate
 from crate_jax.data.images.rows import make_prepare
 from crate_jax.data.loader import Batches, check_bad_share, eval_batches
 from crate_jax.data.stores.sources import Source, open_source
-from crate_jax.models.cost import abstract_parameters
 from crate_jax.models.classifier import pair
+from crate_jax.models.cost import abstract_parameters
 from crate_jax.models.crate import Crate
 from crate_jax.models.zoo import build_model
 from crate_jax.parallel import batch_sharding, check_batch_size, make_mesh, place, replicated
