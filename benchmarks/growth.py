@@ -41,8 +41,8 @@ from publish import publish
 from timing import race
 
 from crate_jax import Crate, create_model
-from crate_jax.models.cost import activation_bytes, num_tokens, step_flops
 from crate_jax.models.classifier import pair
+from crate_jax.models.cost import activation_bytes, num_tokens, step_flops
 from crate_jax.training.state import init_state
 
 LOAD = os.getloadavg()[0]  # over the last minute, before this program adds to it

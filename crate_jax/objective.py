@@ -1,9 +1,10 @@
 """The sparse rate reduction: what a CRATE layer descends, as pure functions of arrays.
 
 The paper keeps tokens as the columns of Z (d x N); here they are the rows of ``Z`` (..., N, d), so
-the paper's ``U_kᵀ Z`` is ``Z @ U[:, k]``. Every function takes any number of leading batch axes,
-runs under `jax.jit`, is differentiable, and computes in float32 at full matrix precision. Rates are
-in nats. The determinant is that of the smaller of the two Gram matrices (Sylvester's identity).
+the paper's ``U_kᵀ Z`` is ``Z @ U[:, k]``. An x in a name stands for the axes in front. Every
+function takes any number of leading batch axes, runs under `jax.jit`, is differentiable, and
+computes in float32 at full matrix precision. Rates are in nats. The determinant is that of the
+smaller of the two Gram matrices (Sylvester's identity).
 """
 
 import jax.numpy as jnp
@@ -15,6 +16,11 @@ def coding_rate(Z: Array, *, eps: float) -> Array:
     """Lossy coding rate of the tokens: R(Z) = ½ logdet(I + d/(N ε²) Z Zᵀ).
 
     Source: arXiv 2306.01129, equation 7 (section 2.3).
+
+    Two tokens of width 2, so that d/N = 1, and ε = 1: I + Z Zᵀ = diag(10, 2) and R = ½ ln 20.
+
+    >>> round(float(coding_rate(jnp.array([[3.0, 0.0], [0.0, 1.0]]), eps=1.0)), 4)
+    1.4979
 
     Args:
         Z: tokens (..., N, d), any float dtype.
@@ -56,31 +62,31 @@ def subspace_coding_rate(Z: Array, U: Array, *, eps: float) -> Array:
             f"U must be (d, K, p) with d = {Z.shape[-1]} as in Z; got {U.shape}. "
             "Take one layer of blocks/mssa/U."
         )
-    W_xNxKxp = jnp.einsum(
+    V_xNxKxp = jnp.einsum(
         "...nd,dkp->...nkp", Z.astype(jnp.float32), U.astype(jnp.float32), precision="highest"
     )
-    return projected_coding_rate(W_xNxKxp, eps=eps)
+    return projected_coding_rate(V_xNxKxp, eps=eps)
 
 
-def projected_coding_rate(W: Array, *, eps: float) -> Array:
-    """R^c of tokens that are projected already: Σ_k ½ logdet(I + p/(N ε²) W_k W_kᵀ), W_k = U_kᵀZ.
+def projected_coding_rate(V: Array, *, eps: float) -> Array:
+    """R^c of tokens that are projected already: Σ_k ½ logdet(I + p/(N ε²) V_k V_kᵀ), V_k = U_kᵀZ.
 
     Args:
-        W: subspace tokens (..., N, K, p), any float dtype.
+        V: subspace tokens (..., N, K, p), any float dtype.
         eps: quantisation precision ε, > 0, in the unit of the tokens.
 
     Returns:
         Rate in nats (...), float32.
 
     Raises:
-        ValueError: ``W`` has fewer than three axes, or ``eps`` is not positive.
+        ValueError: ``V`` has fewer than three axes, or ``eps`` is not positive.
     """
-    if W.ndim < 3:
-        raise ValueError(f"W must be (..., N, K, p); got shape {W.shape}. Project Z by U first.")
-    W_xKxNxp = jnp.swapaxes(W, -3, -2).astype(jnp.float32)
-    _check_tokens(W_xKxNxp, eps)
-    N, p = W_xKxNxp.shape[-2:]
-    return _half_logdet(W_xKxNxp, p / (N * eps**2)).sum(-1)
+    if V.ndim < 3:
+        raise ValueError(f"V must be (..., N, K, p); got shape {V.shape}. Project Z by U first.")
+    V_xKxNxp = jnp.swapaxes(V, -3, -2).astype(jnp.float32)
+    _check_tokens(V_xKxNxp, eps)
+    N, p = V_xKxNxp.shape[-2:]
+    return _half_logdet(V_xKxNxp, p / (N * eps**2)).sum(-1)
 
 
 def rate_reduction(Z: Array, U: Array, *, eps: float) -> Array:
@@ -144,17 +150,17 @@ def sparsity(Z: Array) -> Array:
     return jnp.mean(jnp.equal(Z, 0), axis=(-2, -1), dtype=jnp.float32)
 
 
-def _half_logdet(X: Array, scale: float) -> Array:
-    """½ logdet(I + scale · Gram(X)), as log|det R| of the QR factors of [√scale X; I].
+def _half_logdet(X_xNxd: Array, scale: float) -> Array:
+    """½ logdet(I + scale · Gram(X)), as log|det R| of the QR factors of [√scale X; I]; (...).
 
     The Gram matrix is never formed: that squares the condition number, and the Cholesky factor of a
     float32 Gram matrix is NaN for tokens that are compressed to nearly one direction.
     """
-    n = min(X.shape[-2:])
-    tall = X if X.shape[-1] == n else jnp.swapaxes(X, -2, -1)
-    identity = jnp.broadcast_to(jnp.eye(n, dtype=X.dtype), (*X.shape[:-2], n, n))
-    R = jnp.linalg.qr(jnp.concatenate([scale**0.5 * tall, identity], axis=-2), mode="r")
-    return jnp.log(jnp.abs(jnp.diagonal(R, axis1=-2, axis2=-1))).sum(-1)
+    n = min(X_xNxd.shape[-2:])
+    X_xmxn = X_xNxd if X_xNxd.shape[-1] == n else jnp.swapaxes(X_xNxd, -2, -1)
+    I_xnxn = jnp.broadcast_to(jnp.eye(n, dtype=X_xmxn.dtype), (*X_xmxn.shape[:-2], n, n))
+    R_xnxn = jnp.linalg.qr(jnp.concatenate([scale**0.5 * X_xmxn, I_xnxn], axis=-2), mode="r")
+    return jnp.log(jnp.abs(jnp.diagonal(R_xnxn, axis1=-2, axis2=-1))).sum(-1)
 
 
 def _check_tokens(Z: Array, eps: float) -> None:

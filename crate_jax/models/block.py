@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 from jax import Array
 from jax.ad_checkpoint import checkpoint_name as keep
 from jax.ad_checkpoint import checkpoint_policies as policies
@@ -153,7 +154,7 @@ class Block(nn.Module):
         kept_Bx1x1 = jax.random.bernoulli(
             self.make_rng("dropout"), stays, (update_BxNxd.shape[0], 1, 1)
         )
-        return update_BxNxd * (kept_Bx1x1 / stays).astype(self.dtype)
+        return update_BxNxd * (kept_Bx1x1.astype(jnp.float32) / stays).astype(self.dtype)
 
 
 def tap_names(attention: Part, nonlinearity: Part | None) -> tuple[str, ...]:

@@ -5,7 +5,6 @@ import numpy as np
 import pytest
 
 from crate_jax.analysis import taps
-from crate_jax.models.crate import TAPS
 
 
 @pytest.fixture(scope="module")
@@ -14,8 +13,8 @@ def seen(tiny_model, tiny_params, tiny_images):
     return logits, {name: np.asarray(array) for name, array in seen.items()}
 
 
-def test_all_names_by_default(seen):
-    assert set(seen[1]) == set(TAPS)
+def test_all_names_by_default(seen, tiny_model):
+    assert tuple(seen[1]) == tiny_model.tap_names
 
 
 def test_logits_are_those_without_taps(seen, tiny_model, tiny_params, tiny_images):
@@ -42,8 +41,8 @@ def test_subspace_tokens_are_projected_normalised_tokens(seen, tiny_params):
 
 
 def test_attention_is_the_softmax_of_the_subspace_tokens_products(seen):
-    W_LxBxNxKxp = seen[1]["subspace_tokens"].astype(np.float64)
-    S = np.einsum("lbnkp,lbmkp->lbknm", W_LxBxNxKxp, W_LxBxNxKxp) / np.sqrt(8)
+    V_LxBxNxKxp = seen[1]["subspace_tokens"].astype(np.float64)
+    S = np.einsum("lbnkp,lbmkp->lbknm", V_LxBxNxKxp, V_LxBxNxKxp) / np.sqrt(8)
     E = np.exp(S - S.max(-1, keepdims=True))
     np.testing.assert_allclose(seen[1]["attention"], E / E.sum(-1, keepdims=True), rtol=1e-4)
 

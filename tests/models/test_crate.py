@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 
 from crate_jax import Crate
-from crate_jax.models.crate import TAPS
 
 BASE = dict(image_size=16, patch_size=4, num_classes=7, width=24, depth=3, num_heads=3)
 
@@ -32,9 +31,15 @@ def draw(model, images, seed=5):
     return jax.tree.map_with_path(fill, start["params"])
 
 
-def forward(model, params, images, **options):
-    apply = lambda params, images: model.apply({"params": params}, images, train=False, **options)  # noqa: E731
-    return jax.jit(apply)(params, images)
+def forward(model, params, images, taps=()):
+    """Logits; with taps also what they show."""
+
+    @jax.jit
+    def apply(params, images):
+        options = dict(taps=taps, method="forward") if taps else {}
+        return model.apply({"params": params}, images, train=False, **options)
+
+    return apply(params, images)
 
 
 def paper_forward(model, params, images):
@@ -192,7 +197,7 @@ def test_only_one_full_subspace_goes_without_output_projection(changes, projecte
 
 
 def test_taps_have_their_shapes_and_leave_the_logits_alone(tiny_model, tiny_params, tiny_images):
-    logits, seen = forward(tiny_model, tiny_params, tiny_images, taps=TAPS)
+    logits, seen = forward(tiny_model, tiny_params, tiny_images, tiny_model.tap_names)
     L, B, N, K, p, d = 3, 2, 17, 3, 8, 24
     assert {name: array.shape for name, array in seen.items()} == {
         "subspace_tokens": (L, B, N, K, p),
@@ -200,6 +205,7 @@ def test_taps_have_their_shapes_and_leave_the_logits_alone(tiny_model, tiny_para
         "mssa": (L, B, N, d),
         "z_half": (L, B, N, d),
         "ista": (L, B, N, d),
+        "out": (L, B, N, d),
     }
     alone = forward(tiny_model, tiny_params, tiny_images)
     np.testing.assert_allclose(logits, alone, atol=2e-6)
@@ -209,7 +215,7 @@ def test_taps_have_their_shapes_and_leave_the_logits_alone(tiny_model, tiny_para
 
 
 def test_layers_follow_the_recursion(tiny_model, tiny_params, tiny_images):
-    _, seen = forward(tiny_model, tiny_params, tiny_images, taps=TAPS)
+    _, seen = forward(tiny_model, tiny_params, tiny_images, tiny_model.tap_names)
     seen = {name: np.asarray(array) for name, array in seen.items()}
     blocks = jax.tree.map(np.asarray, tiny_params["blocks"])
     for at in range(1, 3):
@@ -240,7 +246,8 @@ def test_layers_follow_the_recursion(tiny_model, tiny_params, tiny_images):
         np.testing.assert_allclose(seen["ista"][at], A, atol=1e-5)
 
 
-def drop(model, params, images, seed, **options):
+def drop(model, params, images, seed, taps=()):
+    options = dict(taps=taps, method="forward") if taps else {}
     apply = jax.jit(
         lambda params, key: model.apply(
             {"params": params}, images, train=True, rngs={"dropout": key}, **options
@@ -294,11 +301,11 @@ def test_bfloat16_is_near_float32_and_keeps_parameters_and_logits_exact(tiny_ima
     # Flax's LayerNorm promotes bfloat16 to float32 without saying so.
     with jax.numpy_dtype_promotion("standard"):
         params = draw(model, tiny_images)
-        logits, seen = forward(model, params, tiny_images, taps=TAPS)
+        logits, seen = forward(model, params, tiny_images, taps=model.tap_names)
     assert {leaf.dtype for leaf in jax.tree.leaves(params)} == {jnp.dtype(jnp.float32)}
-    expected, exactly = forward(exact, params, tiny_images, taps=TAPS)
+    expected, exactly = forward(exact, params, tiny_images, taps=model.tap_names)
     assert logits.dtype == expected.dtype == jnp.float32
-    for name in TAPS:
+    for name in model.tap_names:
         assert (seen[name].dtype, exactly[name].dtype) == (jnp.bfloat16, jnp.float32), name
         scale = np.abs(exactly[name]).max()
         got = np.asarray(seen[name].astype(jnp.float32))
@@ -417,5 +424,6 @@ def test_errors_name_the_rule(changes, shape, taps, error, message):
     images = jnp.zeros(shape)
     with pytest.raises(error, match=message):
         jax.eval_shape(
-            lambda key: model.init(key, images, train=False, taps=taps), jax.random.key(0)
+            lambda key: model.init(key, images, train=False, taps=taps, method="forward"),
+            jax.random.key(0),
         )

@@ -44,8 +44,9 @@ def pulled_back(function, inputs, gradients):
 @pytest.mark.parametrize("scale", [1, 4])  # of the tokens: 4 makes the attention peaked
 def test_attention_equals_automatic_differentiation_in_float32(shape, scale, dtype):
     """Half precision is held against the float32 of the same, rounded, numbers."""
-    (G, N, _), W = shape, scale * normal(0, *shape, dtype=dtype)
-    gradients = (normal(1, *shape, dtype=dtype), normal(2, G, N, N, dtype=dtype))
+    shape = (1, *shape)
+    (_, G, N, _), W = shape, scale * normal(0, *shape, dtype=dtype)
+    gradients = (normal(1, *shape, dtype=dtype), normal(2, 1, G, N, N, dtype=dtype))
     got = pulled_back(ATTEND["derived"], [W], gradients)
     wide = jax.tree.map(lambda x: x.astype(jnp.float32), gradients)
     assert_near(got, pulled_back(ATTEND["autodiff"], [W.astype(jnp.float32)], wide), dtype)
@@ -56,8 +57,8 @@ def test_attention_equals_automatic_differentiation_in_float32(shape, scale, dty
 @pytest.mark.parametrize("shape", TOKENS)
 def test_layer_norm_equals_automatic_differentiation_in_float32(shape, dtype):
     X, scale, bias = normal(0, *shape, dtype=dtype), normal(1, shape[-1]), normal(2, shape[-1])
-    narrow = lambda X, scale, bias: NORMALISE["derived"](X, scale, bias, dtype)  # noqa: E731
-    wide = lambda X, scale, bias: NORMALISE["autodiff"](X, scale, bias, jnp.float32)  # noqa: E731
+    narrow = lambda X, scale, bias: NORMALISE["derived"](X, scale, bias, dtype, 1e-5)  # noqa: E731
+    wide = lambda X, scale, bias: NORMALISE["autodiff"](X, scale, bias, jnp.float32, 1e-5)  # noqa: E731
     gradient = normal(3, *shape, dtype=dtype)
     got = pulled_back(narrow, [X, scale, bias], gradient)
     inputs = [X.astype(jnp.float32), scale, bias]
@@ -67,9 +68,9 @@ def test_layer_norm_equals_automatic_differentiation_in_float32(shape, dtype):
 
 @pytest.mark.parametrize("backward", BACKWARD)
 def test_both_ways_agree_with_finite_differences(backward):
-    normalise = lambda X, scale, bias: NORMALISE[backward](X, scale, bias, jnp.float32)  # noqa: E731
+    normalise = lambda X, scale, bias: NORMALISE[backward](X, scale, bias, jnp.float32, 1e-5)  # noqa: E731
     tokens = (normal(1, 2, 5, 6), normal(2, 6), normal(3, 6))
-    for function, inputs in ((ATTEND[backward], (normal(0, 3, 7, 4),)), (normalise, tokens)):
+    for function, inputs in ((ATTEND[backward], (normal(0, 1, 3, 7, 4),)), (normalise, tokens)):
         check_grads(function, inputs, order=1, modes=["rev"], atol=2e-2, rtol=2e-2)
 
 
@@ -94,7 +95,9 @@ def loss_of(crate, images):
     taps = ("subspace_tokens", "attention", "z_half")
 
     def loss(params):
-        logits, seen = crate.apply({"params": params}, images, train=False, taps=taps)
+        logits, seen = crate.apply(
+            {"params": params}, images, train=False, taps=taps, method="forward"
+        )
         return sum(jnp.sum(jnp.sin(x.astype(jnp.float32))) for x in (logits, *seen.values()))
 
     return loss
@@ -110,7 +113,10 @@ def test_gradients_of_the_model_are_the_same_either_way(images, heads, remat):
 
 
 def test_the_setting_picks_the_backward_pass(images, params, equations):
-    """By the products (N, N) by (N, p): two forward; four backward, or three with (dS + dSᵀ) W."""
+    """By the products (N, N) by (N, p): two forward; four backward, or three with (dS + dSᵀ) V.
+
+    Automatic differentiation computes the scores once more, since only the attention is kept.
+    """
     N = 7
 
     def products(backward):
@@ -124,7 +130,7 @@ def test_the_setting_picks_the_backward_pass(images, params, equations):
                 found += times
         return found
 
-    assert (products("derived"), products("autodiff")) == (3 * 5, 3 * 6)
+    assert (products("derived"), products("autodiff")) == (3 * 5, 3 * 7)
 
 
 def test_forward_mode_needs_automatic_differentiation(images, params):

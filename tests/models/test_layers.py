@@ -1,20 +1,16 @@
 """The two steps of a layer against the paper's equations, written out token by token as columns."""
 
+import doctest
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from crate_jax import Crate
-from crate_jax.models.crate import CrateBlock
-from crate_jax.models.layers import (
-    dictionary_init,
-    ista_step,
-    linear_bias_init,
-    mssa,
-    subspace_self_attention,
-    subspace_tokens,
-)
+from crate_jax import Crate, objective
+from crate_jax.models import layers
+from crate_jax.models.derivatives import attend
+from crate_jax.models.layers import dictionary_init, ista_step, linear_bias_init, mssa
 
 B, N, d, K, p = 2, 5, 6, 3, 4
 ETA, LMBDA = 0.2, 0.3
@@ -52,9 +48,17 @@ def paper_ista(Y_dxN, D_dxd, eta, lmbda):
     return np.stack(tokens, axis=1)
 
 
+def test_the_examples_of_the_docstrings():
+    for module, functions in ((layers, 2), (objective, 1)):
+        tests = [test for test in doctest.DocTestFinder().find(module) if test.examples]
+        assert len(tests) == functions
+        for test in tests:
+            assert doctest.DocTestRunner().run(test).failed == 0
+
+
 def test_subspace_tokens_are_the_coordinates_in_each_subspace():
-    Z, U = normal(0, B, N, d), normal(1, d, K, p)
-    got = subspace_tokens(jnp.asarray(Z), jnp.asarray(U))
+    Z, U, W_out = normal(0, B, N, d), normal(1, d, K, p), normal(2, K, p, d)
+    got = jax.jit(mssa)(Z, U, W_out).seen["subspace_tokens"]
     assert got.shape == (B, N, K, p)
     for b, n, k in np.ndindex(B, N, K):
         np.testing.assert_allclose(got[b, n, k], U[:, k].T @ Z[b, n], rtol=1e-5, atol=1e-5)
@@ -62,31 +66,31 @@ def test_subspace_tokens_are_the_coordinates_in_each_subspace():
 
 def test_mssa_is_the_papers():
     Z, U, W_out, b_out = normal(0, B, N, d), normal(1, d, K, p), normal(2, K, p, d), normal(3, d)
-    got = jax.jit(mssa)(Z, U, W_out, b_out)
+    got = jax.jit(mssa)(Z, U, W_out, b_out).update
     for b in range(B):
         np.testing.assert_allclose(got[b].T, paper_mssa(Z[b].T, U, W_out, b_out), atol=2e-5)
 
 
 def test_mssa_of_one_full_subspace_needs_no_output_projection():
     Z, U = normal(0, B, N, d), normal(1, d, 1, d)
-    got = jax.jit(mssa)(Z, U)
+    got = jax.jit(mssa)(Z, U).update
     for b in range(B):
         np.testing.assert_allclose(got[b].T, paper_mssa(Z[b].T, U), atol=2e-5)
 
 
 def test_attention_is_the_papers_and_its_rows_sum_to_one():
-    W = normal(4, B, N, K, p)
-    attended, attention = jax.jit(subspace_self_attention)(W)
+    V = normal(4, B, K, N, p)
+    attended, attention = jax.jit(attend)(V)
     np.testing.assert_allclose(attention.sum(axis=-1), 1.0, rtol=1e-6)
     for b, k in np.ndindex(B, K):
-        O_pxN, A_NxN = paper_ssa(W[b, :, k].T)
+        O_pxN, A_NxN = paper_ssa(V[b, k].T)
         np.testing.assert_allclose(attention[b, k], A_NxN.T, rtol=1e-5)  # rows here, columns there
-        np.testing.assert_allclose(attended[b, :, k], O_pxN.T, atol=1e-5)
+        np.testing.assert_allclose(attended[b, k], O_pxN.T, atol=1e-5)
 
 
 def test_scores_are_symmetric_before_the_softmax():
     """A = diag(c) exp(S) with S = Sᵀ just when A_ij A_jk A_ki = A_ik A_kj A_ji for all i, j, k."""
-    _, attention = jax.jit(subspace_self_attention)(normal(5, B, N, K, p))
+    _, attention = jax.jit(attend)(normal(5, B, K, N, p))
     L = np.log(np.asarray(attention, np.float64))
     round_trip = L[..., :, :, None] + L[..., None, :, :] + np.swapaxes(L, -1, -2)[..., :, None, :]
     np.testing.assert_allclose(round_trip, np.swapaxes(round_trip, -3, -1), atol=1e-5)
@@ -94,10 +98,10 @@ def test_scores_are_symmetric_before_the_softmax():
 
 
 def test_half_precision_attention_has_a_float32_softmax():
-    W = jnp.asarray(4 * normal(6, 1, 16, 1, 8)).astype(jnp.bfloat16)
-    _, attention = jax.jit(subspace_self_attention)(W)
+    V = jnp.asarray(4 * normal(6, 1, 1, 16, 8)).astype(jnp.bfloat16)
+    _, attention = jax.jit(attend)(V)
     assert attention.dtype == jnp.bfloat16
-    _, A_NxN = paper_ssa(np.asarray(W[0, :, 0].astype(jnp.float32), np.float64).T)
+    _, A_NxN = paper_ssa(np.asarray(V[0, 0].astype(jnp.float32), np.float64).T)
     # Only the result is rounded: half a unit in the last of 8 bits, and no more.
     got = np.asarray(attention[0, 0].astype(jnp.float32))
     np.testing.assert_allclose(got, A_NxN.T, rtol=2**-8, atol=1e-30)
@@ -108,7 +112,8 @@ def test_steps_keep_the_dtype_of_the_tokens(dtype):
     Z, U, D = (
         jnp.asarray(a, dtype) for a in (normal(0, B, N, d), normal(1, d, 1, d), normal(2, d, d))
     )
-    assert mssa(Z, U).dtype == dtype
+    update, seen = mssa(Z, U)
+    assert {update.dtype, *(array.dtype for array in seen.values())} == {jnp.dtype(dtype)}
     assert ista_step(Z, D, eta=ETA, lmbda=LMBDA).dtype == dtype
 
 
@@ -149,21 +154,32 @@ def test_lasso_falls_when_the_step_is_short_enough(seed):
 def test_steps_take_tokens_in_any_order():
     Z, order = normal(0, B, N, d), np.random.default_rng(9).permutation(N)
     U, W_out, b_out = normal(1, d, K, p), normal(2, K, p, d), normal(3, d)
-    step = jax.jit(mssa)
+    step = jax.jit(lambda *args: mssa(*args).update)
     straight = np.asarray(step(Z, U, W_out, b_out))
     np.testing.assert_allclose(step(Z[:, order], U, W_out, b_out), straight[:, order], atol=2e-5)
     assert np.abs(straight[:, order] - straight).max() > 0.1
 
 
-def test_block_takes_tokens_in_any_order_and_is_not_negative():
-    block = CrateBlock(K, p, ETA, LMBDA, 0.0, jnp.float32, "derived", ())
-    Z, order = 3 * normal(7, B, N, d), np.random.default_rng(9).permutation(N)
-    variables = jax.jit(lambda key: block.init(key, Z, False))(jax.random.key(0))
-    apply = jax.jit(lambda Z: block.apply(variables, Z, False)[0])
-    straight, permuted = apply(Z), apply(Z[:, order])
-    np.testing.assert_allclose(permuted, straight[:, order], atol=2e-5)
-    assert np.abs(permuted - straight).max() > 0.1
-    assert straight.min() == 0
+@pytest.mark.parametrize("backward", ["derived", "autodiff"])
+def test_a_mask_leaves_the_seen_tokens_to_themselves(backward):
+    """Two groups that do not see each other attend as if each were alone, backward too."""
+    V = jnp.asarray(normal(8, 1, K, N, p))
+    first = np.arange(N) < 2
+    mask = jnp.asarray(first[:, None] == first)[None, None]
+    function = layers.ATTEND[backward]
+
+    def loss(V, mask):
+        attended, attention = function(V, mask)
+        return jnp.sum(jnp.sin(attended)) + jnp.sum(attention**2)
+
+    def apart(V):
+        return loss(V[:, :, :2], None) + loss(V[:, :, 2:], None)
+
+    _, attention = function(V, mask)
+    np.testing.assert_array_equal(attention[:, :, :2, 2:], 0)
+    np.testing.assert_allclose(attention.sum(axis=-1), 1, rtol=1e-6)
+    together, alone = jax.grad(loss)(V, mask), jax.grad(apart)(V)
+    np.testing.assert_allclose(together, alone, rtol=1e-4, atol=1e-5)
 
 
 def assert_uniform(values, bound):
@@ -207,9 +223,9 @@ def test_parameters_start_as_the_official_ones_in_distribution():
         assert_uniform(stacked["W_out"][layer], (heads * dim) ** -0.5)
         assert_uniform(stacked["b_out"][layer], (heads * dim) ** -0.5)
         assert_uniform(stacked["D"][layer], (6 / width) ** 0.5)
-    for name, layers in stacked.items():
+    for name, each in stacked.items():
         assert (
-            layers[0].shape
+            each[0].shape
             == {
                 "U": (width, heads, dim),
                 "W_out": (heads, dim, width),
@@ -218,8 +234,8 @@ def test_parameters_start_as_the_official_ones_in_distribution():
             }[name]
         )
         # Each layer draws its own values.
-        assert abs(np.corrcoef(layers[0].ravel(), layers[1].ravel())[0, 1]) < 0.4
-        assert abs(np.corrcoef(layers[1].ravel(), layers[2].ravel())[0, 1]) < 0.4
+        assert abs(np.corrcoef(each[0].ravel(), each[1].ravel())[0, 1]) < 0.4
+        assert abs(np.corrcoef(each[1].ravel(), each[2].ravel())[0, 1]) < 0.4
     embedding = params["embedding"]
     assert_uniform(embedding["projection"]["kernel"], patch**-0.5)
     assert_uniform(embedding["projection"]["bias"], patch**-0.5)

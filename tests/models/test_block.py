@@ -1,0 +1,215 @@
+"""The block and the stack, against the equation written out with a part at a time."""
+
+import functools
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from crate_jax.models.block import REMAT, Block, Context, Part, stack, tap_names
+from crate_jax.models.layers import ISTA, MSSA, ista_step, mssa
+
+B, N, d, K, p, L = 2, 5, 6, 3, 4, 3
+ETA, LMBDA = 0.2, 0.3
+ATTENTION = Part("mssa", functools.partial(MSSA, K, p), MSSA.TAPS)
+NONLINEARITY = Part("ista", functools.partial(ISTA, ETA, LMBDA))
+PARTS = dict(attention=ATTENTION, nonlinearity=NONLINEARITY, dtype=jnp.float32, backward="derived")
+
+
+@pytest.fixture(scope="module")
+def tokens():
+    return jax.random.normal(jax.random.key(0), (B, N, d))
+
+
+def start(module, *args, key=1):
+    """Parameters away from their initial values, so that no scale or bias is trivial."""
+    params = jax.jit(lambda key: module.init(key, *args))(jax.random.key(key))["params"]
+    noise = [
+        0.3 * jax.random.normal(jax.random.key(i), x.shape)
+        for i, x in enumerate(jax.tree.leaves(params))
+    ]
+    return jax.tree.map(jnp.add, params, jax.tree.unflatten(jax.tree.structure(params), noise))
+
+
+def norm(params, Z):
+    Z = np.asarray(Z, np.float64)
+    mean, var = Z.mean(axis=-1, keepdims=True), Z.var(axis=-1, keepdims=True)
+    return jnp.asarray((Z - mean) / np.sqrt(var + 1e-5) * params["scale"] + params["bias"])
+
+
+def attend(params, Z):
+    Y = norm(params["mssa_norm"], Z).astype(jnp.float32)
+    return mssa(Y, params["mssa"]["U"], params["mssa"]["W_out"], params["mssa"]["b_out"]).update
+
+
+def sparsify(params, Z):
+    Y = norm(params["ista_norm"], Z).astype(jnp.float32)
+    return ista_step(Y, params["ista"]["D"], eta=ETA, lmbda=LMBDA)
+
+
+def crate(params, Z):
+    return sparsify(params, Z + attend(params, Z))
+
+
+def minus(params, Z):
+    return sparsify(params, Z - attend(params, Z))
+
+
+def residual(params, Z):
+    half = Z + attend(params, Z)
+    return half + sparsify(params, half)
+
+
+def swapped(params, Z):
+    half = sparsify(params, Z)
+    return half - attend(params, half)
+
+
+def attention_only(params, Z):
+    return Z + attend(params, Z)
+
+
+def scaled(params, Z):
+    half = Z + params["mssa_scale"] * attend(params, Z)
+    return half + params["ista_scale"] * sparsify(params, half)
+
+
+@pytest.mark.parametrize(
+    ("expected", "fields"),
+    [
+        (crate, {}),
+        (minus, {"sign": -1}),
+        (residual, {"residual": True}),
+        (swapped, {"sign": -1, "attention_first": False}),
+        (attention_only, {"nonlinearity": None}),
+        (scaled, {"residual": True, "layer_scale": 0.5}),
+    ],
+)
+def test_a_block_is_its_equation(tokens, expected, fields):
+    block = Block(**PARTS | fields)
+    params = start(block, tokens, None, Context())
+    with jax.numpy_rank_promotion("allow"):
+        wanted = expected(params, tokens)
+    got, seen = block.apply({"params": params}, tokens, None, Context())
+    assert seen == {}
+    np.testing.assert_allclose(got, wanted, atol=2e-5)
+
+
+def test_a_block_shows_what_it_is_asked_for(tokens):
+    names = tap_names(ATTENTION, NONLINEARITY)
+    assert names == ("subspace_tokens", "attention", "mssa", "z_half", "ista", "out")
+    block = Block(**PARTS, taps=names)
+    params = start(block, tokens, None, Context())
+    got, seen = block.apply({"params": params}, tokens, None, Context())
+    np.testing.assert_array_equal(seen["out"], got)
+    np.testing.assert_array_equal(seen["ista"], got)
+    np.testing.assert_allclose(seen["z_half"], tokens + seen["mssa"], rtol=1e-6)
+    assert seen["attention"].shape == (B, K, N, N)
+    assert seen["subspace_tokens"].shape == (B, N, K, p)
+    assert tap_names(ATTENTION, None) == ("subspace_tokens", "attention", "mssa", "out")
+
+
+def test_a_block_takes_tokens_in_any_order_and_is_not_negative(tokens):
+    block, order = Block(**PARTS), np.random.default_rng(9).permutation(N)
+    params = start(block, tokens, None, Context())
+    straight = block.apply({"params": params}, tokens, None, Context())[0]
+    permuted = block.apply({"params": params}, tokens[:, order], None, Context())[0]
+    np.testing.assert_allclose(permuted, straight[:, order], atol=2e-5)
+    assert np.abs(permuted - straight).max() > 0.1
+    assert straight.min() == 0
+
+
+@pytest.mark.parametrize("remat", sorted(REMAT))
+@pytest.mark.parametrize("unroll", [1, 2])
+def test_a_stack_is_its_blocks_one_after_the_other(tokens, remat, unroll):
+    layers = stack(Block, L, remat=remat, unroll=unroll, **PARTS, taps=("out",))
+    params = start(layers, tokens, None, Context())
+
+    def stacked(params, Z):
+        Z, seen = layers.apply({"params": params}, Z, None, Context())
+        return jnp.sum(jnp.sin(Z)), seen["out"]
+
+    def one_by_one(params, Z):
+        outputs = []
+        for layer in range(L):
+            own = jax.tree.map(lambda x, layer=layer: x[layer], params)
+            Z, _ = Block(**PARTS).apply({"params": own}, Z, None, Context())
+            outputs.append(Z)
+        return jnp.sum(jnp.sin(Z)), jnp.stack(outputs)
+
+    (got, gradients), (wanted, expected) = (
+        jax.jit(jax.grad(f, argnums=(0, 1), has_aux=True))(params, tokens)[::-1]
+        for f in (stacked, one_by_one)
+    )
+    np.testing.assert_allclose(got, wanted, atol=1e-5)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-4, atol=2e-5), gradients, expected
+    )
+
+
+def test_shared_weights_are_one_set(tokens):
+    layers = stack(Block, L, remat="none", shared=True, **PARTS)
+    params = start(layers, tokens, None, Context())
+    assert params["ista"]["D"].shape == (d, d)
+    got, _ = layers.apply({"params": params}, tokens, None, Context())
+    Z = tokens
+    for _ in range(L):
+        Z, _ = Block(**PARTS).apply({"params": params}, Z, None, Context())
+    np.testing.assert_allclose(got, Z, atol=1e-5)
+
+
+class Counter(nn.Module):
+    """Adds what its layer and the context hold, and hands on what it saw: a cache in small."""
+
+    @nn.compact
+    def __call__(self, Z, layer, context):
+        return Z + layer["step"] + context.mask, {"cache": layer["cache"] + Z}
+
+
+def test_a_stack_hands_on_what_differs_by_depth_and_what_does_not():
+    layers = stack(Counter, 2, remat="none")
+    per_layer = {"step": jnp.array([1.0, 10.0]), "cache": jnp.array([[100.0], [200.0]])}
+    Z, seen = layers.apply({}, jnp.zeros((1,)), per_layer, Context(mask=jnp.ones(1) * 0.5))
+    np.testing.assert_array_equal(Z, [12.0])
+    np.testing.assert_array_equal(seen["cache"], [[100.0], [201.5]])
+
+
+def test_stochastic_depth_skips_halves_of_whole_examples_at_its_rate():
+    rate, many = 0.4, 2000
+    Z = jnp.tile(jax.random.normal(jax.random.key(2), (1, N, d)), (many, 1, 1))
+    fields = PARTS | {"nonlinearity": None}
+    still, moving = Block(**fields), Block(**fields, train=True)
+    params = start(still, Z[:1], None, Context())
+    update = still.apply({"params": params}, Z[:1], None, Context())[0] - Z[:1]
+    got, _ = moving.apply(
+        {"params": params}, Z, jnp.asarray(rate), Context(), rngs={"dropout": jax.random.key(3)}
+    )
+    factor = np.asarray((got - Z) / update)
+    kept = np.abs(factor - 1 / (1 - rate)) < 1e-2
+    assert (kept | (np.abs(factor) < 1e-6)).all()
+    assert (kept.all(axis=(1, 2)) == kept.any(axis=(1, 2))).all()
+    assert abs(kept[:, 0, 0].mean() - (1 - rate)) < 0.04
+    evaluated, _ = still.apply({"params": params}, Z[:1], jnp.asarray(rate), Context())
+    np.testing.assert_allclose(evaluated, Z[:1] + update, rtol=1e-5)
+
+
+def test_the_backward_pass_keeps_no_copy_of_the_weights(tokens):
+    """Cast to half precision, or gathered, they are made again in each layer."""
+    fields = PARTS | dict(
+        dtype=jnp.bfloat16,
+        attention=Part("mssa", functools.partial(MSSA, K, p, jnp.bfloat16)),
+        nonlinearity=Part("ista", functools.partial(ISTA, ETA, LMBDA, jnp.bfloat16)),
+    )
+    layers, Z = stack(Block, L, remat="none", **fields), tokens.astype(jnp.bfloat16)
+    params = start(layers, Z, None, Context())
+    pull = jax.eval_shape(
+        lambda params: jax.vjp(
+            lambda params: layers.apply({"params": params}, Z, None, Context())[0], params
+        )[1],
+        params,
+    )
+    kept = [(x.shape, x.dtype) for x in jax.tree.leaves(pull)]
+    for shape in ((L, d, K, p), (L, K, p, d), (L, d, d)):
+        assert (shape, jnp.dtype(jnp.bfloat16)) not in kept
