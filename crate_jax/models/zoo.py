@@ -41,7 +41,7 @@ def create_model(name: str, **overrides: Any) -> Model:
     known = fields_of(variant.family)
     for field in overrides:
         if field not in known:
-            raise unknown(f"model.{field}", known, name)
+            raise unknown(f"model.{field}", field, known, name)
     values = {"image_size": 224, "num_classes": 1000} | dict(variant.fields) | overrides
     return _build(variant.family, values)
 
