@@ -48,7 +48,7 @@ class ModelConfig:
 
 def _section(family: str) -> type[ModelConfig]:
     """The fields of a family, unset, and of the types that flags and JSON can state."""
-    stated = {Size: tuple[int, ...], DType: str}
+    stated: dict[Any, Any] = {Size: tuple[int, ...], DType: str}
     optional = []
     for name, field in fields_of(family).items():
         told = dataclasses.replace(option_of(field), identity=True)
