@@ -36,7 +36,7 @@ class ModelConfig:
         known = fields_of(family := find(name).family)
         for field in values:
             if field not in known:
-                raise unknown(f"model.{field}", known, name)
+                raise unknown(f"model.{field}", field, known, name)
         return object.__new__(_SECTIONS[family])
 
     if TYPE_CHECKING:
@@ -48,7 +48,7 @@ class ModelConfig:
 
 def _section(family: str) -> type[ModelConfig]:
     """The fields of a family, unset, and of the types that flags and JSON can state."""
-    stated = {Size: tuple[int, ...], DType: str}
+    stated: dict[Any, Any] = {Size: tuple[int, ...], DType: str}
     optional = []
     for name, field in fields_of(family).items():
         told = dataclasses.replace(option_of(field), identity=True)
@@ -233,7 +233,7 @@ def get_field(config: Any, path: str) -> Any:
         known = [field.name for field in dataclasses.fields(config)]
         if part not in known:
             owner = config.name if isinstance(config, ModelConfig) else ""
-            raise unknown(".".join(parts[: i + 1]), known, owner)
+            raise unknown(path, part, known, owner)
         config = getattr(config, part)
     return config
 
@@ -297,7 +297,7 @@ def from_dict(values: dict[str, Any]) -> TrainConfig:
         kwargs = {}
         for key, value in values.items():
             if key not in known and section is not ModelConfig:  # which knows its own
-                raise unknown(prefix + key, known)
+                raise unknown(prefix + key, key, known)
             if isinstance(value, dict):
                 value = build(known[key], value, f"{prefix}{key}.")
             kwargs[key] = tuple(value) if isinstance(value, list) else value

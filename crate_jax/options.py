@@ -131,15 +131,14 @@ def is_of(value: Any, kind: Any) -> bool:
 def did_you_mean(name: str, known: Iterable[str]) -> str:
     """A remedy for a misspelt name: the nearest known one, or all of them."""
     known = sorted(known)
-    near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    near = difflib.get_close_matches(name, known, n=1, cutoff=0.55)
     return f"Did you mean {near[0]}?" if near else f"Known: {', '.join(known)}."
 
 
-def unknown(path: str, known: Iterable[str], owner: str = "") -> KeyError:
-    """The error of a dotted path whose last part names no field of its section."""
+def unknown(path: str, part: str, known: Iterable[str], owner: str = "") -> KeyError:
+    """The error of a dotted path with a part that names no field where it stands."""
     whose = f" of {owner}" if owner else ""
-    remedy = did_you_mean(path.rpartition(".")[2], known)
-    return KeyError(f"{path} must name a field{whose}. {remedy}")
+    return KeyError(f"{path} must name a field{whose}. {did_you_mean(part, known)}")
 
 
 def _members(kind: Any) -> tuple[Any, ...]:

@@ -1,5 +1,6 @@
 """What every test runs under: eight CPU devices, strict array rules, nothing written at home."""
 
+import dataclasses
 import os
 import shutil
 import tempfile
@@ -11,7 +12,9 @@ import tracemalloc  # noqa: F401, pytest's hook for what a collected object rais
 import jax
 import pytest
 
-from crate_jax import Crate
+from crate_jax import Crate, config
+from crate_jax.models import variants
+from crate_jax.options import option
 
 SCRATCH = tempfile.mkdtemp(prefix="crate_jax_tests_")
 # TFDS reads its variable when it is first imported, so both are set here and not in a fixture.
@@ -73,3 +76,17 @@ def equations():
                     yield from walk(inner, inside)
 
     return walk
+
+
+@pytest.fixture
+def other_family(monkeypatch):
+    """A second family of models, with a ratio and without eta, and one model: other_tiny."""
+
+    @dataclasses.dataclass(eq=False, repr=False)
+    class OtherFields(variants.ImageFields):
+        ratio: int = option(4, "the width of something", low=1)
+
+    fields = dict(patch_size=16, width=8, depth=1, num_heads=2)
+    monkeypatch.setitem(variants.FAMILIES, "other", OtherFields)
+    monkeypatch.setitem(variants.VARIANTS, "other_tiny", variants.Variant("other", fields))
+    monkeypatch.setitem(config._SECTIONS, "other", config._section("other"))

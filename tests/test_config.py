@@ -1,14 +1,14 @@
 """Every rule of the schema, at and beyond its bounds, and configs there and back through JSON."""
 
+import copy
 import dataclasses
 import json
 import math
 
+import numpy as np
 import pytest
 
-from crate_jax import config as schema
 from crate_jax.config import (
-    IDENTITY,
     DataConfig,
     ModelConfig,
     OptimConfig,
@@ -19,9 +19,13 @@ from crate_jax.config import (
     differences,
     from_dict,
     get_field,
+    options,
+    overrides,
+    renamed,
     to_dict,
     validate,
 )
+from crate_jax.options import option_of, rule
 
 # field: (values to accept, values to refuse)
 AT_LEAST_ONE = ([1, 10**9], [0, -1])
@@ -75,9 +79,11 @@ BOUNDS = {
 # field: (every legal value, an illegal one, the legal one nearest to it)
 CHOICES = {
     "model.pool": ([None, "cls", "mean"], "means", "mean"),
-    "model.dtype": (["float32", "bfloat16"], "float16", "bfloat16"),
+    "model.dtype": ([None, "float32", "bfloat16"], "float16", "bfloat16"),
     "model.backward": ([None, "derived", "autodiff"], "derivd", "derived"),
     "model.remat": ([None, "none", "dots", "full"], "dot", "dots"),
+    "model.attention": ([None, "mssa", "mhsa"], "msa", "mssa"),
+    "model.nonlinearity": ([None, "ista", "mlp"], "mpl", "mlp"),
     "optim.optimizer": (["adamw", "lion"], "adam", "adamw"),
     "optim.schedule": (["cosine", "official_readme"], "cosin", "cosine"),
     "data.on_bad_example": (["raise", "skip"], "skipp", "skip"),
@@ -87,6 +93,7 @@ CHOICES = {
 # Free text, paths, switches and layouts: read, and checked, where they are used.
 UNRULED = {
     "name",
+    "task",
     "init_weights",
     "init_fit",
     "model.name",
@@ -106,10 +113,29 @@ UNRULED = {
 }
 SIZES = {"model.image_size", "model.patch_size"}
 SECTIONS = {
-    "model": ModelConfig,
+    "model": type(ModelConfig()),
     "data": DataConfig,
     "optim": OptimConfig,
     "parallel": ParallelConfig,
+}
+# What a started run may not change, besides all of the model.
+IDENTITY = {
+    "name",
+    "task",
+    "seed",
+    "batch_size",
+    "data.dataset",
+    "data.train_split",
+    "data.train_transforms",
+    "data.mixup_alpha",
+    "data.cutmix_alpha",
+    "data.mix_switch",
+    "optim.optimizer",
+    "optim.schedule",
+    "optim.ema_decay",
+    "optim.clip_norm",
+    "optim.no_decay",
+    "optim.mu_dtype",
 }
 
 
@@ -130,8 +156,19 @@ def test_every_field_has_its_rule_or_needs_none():
     groups = [set(BOUNDS), set(CHOICES), SIZES, UNRULED, {"data.std"}]
     assert set().union(*groups) == all_fields()
     assert sum(map(len, groups)) == len(all_fields())
-    assert set(CHOICES) == set(schema._CHOICES)
-    assert set(BOUNDS) == set(schema._RANGES) | set(schema._POSITIVE) | set(schema._SHARES)
+    told = {path: option_of(field) for path, _, field in options(TrainConfig())}
+    assert {path for path in told if told[path].choices} == set(CHOICES)
+    assert {path for path in told if told[path].bounds} == set(BOUNDS) | SIZES | {"data.std"}
+
+
+def test_every_field_has_a_comment():
+    lines = {path: (option_of(f).help, rule(f)) for path, _, f in options(TrainConfig())}
+    assert set(lines) == all_fields() and all(len(help) > 3 for help, _ in lines.values())
+    assert lines["optim.b1"] == ("AdamW's and Lion's first β", "a number >= 0 and < 1")
+    assert lines["model.image_size"][1] == "1 or 2 whole numbers >= 1"
+    assert lines["model.pool"][1] == "one of cls, mean"
+    assert lines["data.download"][1] == "True or False" and lines["name"][1] == "text"
+    assert lines["data.mean"][1] == "numbers" and lines["init_fit"][1] == "names"
 
 
 def test_the_default_is_legal_and_comes_back():
@@ -151,7 +188,7 @@ def test_bounds(path):
         with pytest.raises(ValueError) as caught:
             validate(changed(path, value))
         message = str(caught.value)
-        assert message.startswith((f"{path} must be >", f"{path} must be in [0, 1]")), message
+        assert message.startswith(f"{path} must be >"), message
         assert f"; got {value}. Set --config.{path}." in message
         assert "\n" not in message
 
@@ -199,13 +236,42 @@ def test_choice_that_resembles_none_lists_them():
 def test_sizes(path):
     for value in (None, (1,), (224,), (32, 64)):
         validate(changed(path, value))
-    for value in ((), (0,), (32, -1), (8, 8, 3)):
+    for value in ((), (0,), (32, -1), (8, 8, 3), "32"):
         with pytest.raises(ValueError) as caught:
             validate(changed(path, value))
+        wrong = value in ((0,), (32, -1))
         assert str(caught.value) == (
-            f"{path} must be one or two positive sizes in pixels; got {value}. "
-            f"Set --config.{path}=HEIGHT,WIDTH."
+            f"{path} must be {'>= 1' if wrong else '1 or 2 whole numbers >= 1'}; got {value!r}. "
+            f"Set --config.{path}."
         )
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "rule"),
+    [
+        ("batch_size", "128", "a whole number >= 1; got '128'"),
+        ("batch_size", 12.5, "a whole number >= 1; got 12.5"),
+        ("batch_size", None, "a whole number >= 1; got None"),
+        ("keep_best", True, "a whole number >= 0; got True"),
+        ("optim.b1", "x", "a number >= 0 and < 1; got 'x'"),
+        ("optim.optimizer", None, "one of adamw, lion; got None"),
+        ("data.download", "no", "True or False; got 'no'"),
+        ("data.data_dir", 3, "text; got 3"),
+        ("data.mean", (0.5, "x"), "numbers; got (0.5, 'x')"),
+        ("optim.no_decay", "bias", "names; got 'bias'"),
+    ],
+)
+def test_a_value_of_another_type(path, value, rule):
+    with pytest.raises(ValueError) as caught:
+        validate(changed(path, value))
+    assert str(caught.value).startswith(f"{path} must be {rule}. ")
+
+
+def test_numbers_of_numpy_are_numbers_and_lists_are_tuples():
+    config = TrainConfig(batch_size=np.int64(8))
+    config.optim.lr = np.float32(0.5)
+    config.model = ModelConfig(image_size=[32, 32])
+    assert validate(config) is config
 
 
 def test_std():
@@ -236,6 +302,7 @@ def unusual():
     """No field has its default."""
     config = TrainConfig(
         name="x",
+        task="y",
         seed=5,
         batch_size=64,
         eval_batch_size=8,
@@ -269,6 +336,8 @@ def unusual():
         backward="autodiff",
         remat="dots",
         scan_unroll=2,
+        attention="mhsa",
+        nonlinearity="mlp",
     )
     config.data = DataConfig(
         dataset="folder",
@@ -322,7 +391,7 @@ def test_round_trip_through_json(config):
     text = json.dumps(to_dict(config), allow_nan=False)
     back = from_dict(json.loads(text))
     assert back == config
-    assert type(back.model) is ModelConfig and type(back.optim) is OptimConfig
+    assert type(back.model) is SECTIONS["model"] and type(back.optim) is OptimConfig
     assert all(isinstance(v, tuple) for v in (back.data.mean, back.data.std, back.optim.no_decay))
 
 
@@ -371,8 +440,78 @@ def test_differences_name_every_changed_field():
     assert differences(unusual(), TrainConfig())["optim.lr"] == (0.1, 1e-3)
 
 
-def test_identity_names_fields_or_sections():
-    assert set(IDENTITY) <= all_fields() | set(SECTIONS)
+def test_what_a_started_run_may_not_change():
+    model = {path for path in all_fields() if path.startswith("model.")}
+    found = differences(TrainConfig(), unusual(), identity=True)
+    assert set(found) == IDENTITY | model
+    assert found["optim.clip_norm"] == (0.0, 0.8)
+
+
+def test_a_config_of_an_older_run_is_the_same_run():
+    """Before the families of models: no task, no operators, every field of the model a null."""
+    values = to_dict(unusual()) | {"name": "digits", "seed": 0, "batch_size": 128}
+    del values["task"]
+    for section in ("data", "optim", "parallel"):
+        values[section] = {}
+    names = "num_classes image_size patch_size width depth num_heads head_dim pool in_channels eta"
+    names += " lmbda dropout backward remat scan_unroll"
+    values["model"] = {"name": "crate_tiny_patch16_224", "dtype": "float32"}
+    values["model"] |= dict.fromkeys(names.split()) | {"image_size": [32, 32]}
+    old = validate(from_dict(json.loads(json.dumps(values))))
+    assert old.task == "classify" and overrides(old.model) == {
+        "dtype": "float32",
+        "image_size": (32, 32),
+    }
+    new = TrainConfig(model=ModelConfig(name="crate_tiny_patch16_224", image_size=(32, 32)))
+    assert differences(old, new, identity=True) == {}
+    stated = ModelConfig(name=new.model.name, image_size=(32, 32), depth=12, attention="mssa")
+    assert differences(old, TrainConfig(model=stated), identity=True) == {}  # as unset
+    stated.depth = 11
+    changed = differences(old, TrainConfig(model=stated), identity=True)
+    assert changed == {"model.depth": (12, 11)}
+
+
+# --- the section of the model ---------------------------------------------------------------------
+
+
+def test_a_section_has_the_fields_of_its_family(other_family):
+    crate, other = ModelConfig(name="crate_tiny_patch16_224"), ModelConfig(name="other_tiny")
+    assert isinstance(crate, ModelConfig) and isinstance(other, ModelConfig)
+    assert hasattr(crate, "eta") and not hasattr(crate, "ratio")
+    assert hasattr(other, "ratio") and not hasattr(other, "eta")
+    assert dataclasses.replace(other, ratio=2) == ModelConfig(name="other_tiny", ratio=2)
+    assert copy.deepcopy(other) == copy.copy(other) == other
+    config = TrainConfig(model=ModelConfig(name="other_tiny", ratio=2))
+    assert from_dict(to_dict(validate(config))) == config
+    found = differences(TrainConfig(), config)
+    assert next(iter(found)) == "model.name"
+    assert found["model.ratio"] == (None, 2) and found["model.eta"] == (0.1, None)
+    config.model.ratio = 0
+    with pytest.raises(ValueError, match=r"^model\.ratio must be >= 1; got 0\. Set --config"):
+        validate(config)
+
+
+def test_a_renamed_section_keeps_what_fits(other_family):
+    model = ModelConfig(name="crate_tiny_patch16_224", depth=2, eta=0.5, pool="mean")
+    assert renamed(model, "other_tiny") == ModelConfig(name="other_tiny", depth=2, pool="mean")
+    small = renamed(model, "crate_small_patch16_224")
+    assert overrides(small) == {"depth": 2, "eta": 0.5, "pool": "mean"}
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"name": "crate_tyni_patch16_224"}, "got crate_tyni_patch16_224. Did you mean crate_tin"),
+        ({"widht": 3}, "model.widht must name a field of crate_small_patch16_224. Did you mean w"),
+        ({"ratio": 3}, "model.ratio must name a field of crate_small_patch16_224. "),
+        ({"name": "other_tiny", "eta": 3}, "model.eta must name a field of other_tiny. Known: ba"),
+    ],
+)
+def test_a_section_that_cannot_be(values, message, other_family):
+    for make in (lambda: ModelConfig(**values), lambda: from_dict({"model": values})):
+        with pytest.raises(KeyError) as caught:
+            make()
+        assert message in caught.value.args[0]
 
 
 # --- names ----------------------------------------------------------------------------------------
@@ -393,6 +532,10 @@ def test_get_field():
         ("optm.lr", "optm.lr must name a field. Did you mean optim?"),
         ("seed.low", "seed.low must name a field; seed has none below it."),
         ("model.width.half", "model.width.half must name a field; model.width has none below it."),
+        (
+            "model.widht",
+            "model.widht must name a field of crate_small_patch16_224. Did you mean width?",
+        ),
         ("parallel.mash", "parallel.mash must name a field. Did you mean mesh?"),
     ],
 )
@@ -423,6 +566,6 @@ def test_did_you_mean():
 def test_names_that_a_flag_gave_as_one_string_become_several():
     config = TrainConfig(init_fit=("head, image_size", "eta"))
     config.optim.no_decay = ("bias,scale",)
-    validate(config)
+    validate(validate(config))
     assert config.init_fit == ("head", "image_size", "eta")
     assert config.optim.no_decay == ("bias", "scale")

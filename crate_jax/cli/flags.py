@@ -69,7 +69,7 @@ def config_flag(default: str, argv: list[str], values: absl.flags.FlagValues) ->
 
     argv = absl.flags.FLAGS.read_flags_from_files(argv, force_gnu=False)
     given = {}
-    for flag, following in zip(argv[1:], [*argv[2:], ""], strict=True):
+    for flag, following in zip(argv[1:], [*argv[2:], ""], strict=False):
         name, separator, value = flag.lstrip("-").removeprefix("no").partition("=")
         if flag.startswith("-") and (name == "config" or name.startswith("config.")):
             given[name] = value if separator else following

@@ -86,7 +86,7 @@ def enable_compilation_cache() -> None:
     if not jax.config.values["jax_compilation_cache_dir"]:
         base = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
         cpuinfo = Path("/proc/cpuinfo")
-        lines = cpuinfo.readtext().splitlines() if cpuinfo.exists() else [platform.processor()]
+        lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else [platform.processor()]
         features = sorted({x for x in lines if x.startswith(("flags", "Features", "model name"))})
         kind = f"{platform.machine()}-{zlib.crc32(repr(features).encode()):08x}"
         jax.config.update("jax_compilation_cache_dir", str(Path(base) / "crate_jax" / kind))

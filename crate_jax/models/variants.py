@@ -172,4 +172,4 @@ def values_of(name: str) -> dict[str, Any]:
         for field in fields_of(variant.family).values()
         if field.default is not dataclasses.MISSING
     }
-    return defaults | variant.fields
+    return {**defaults, **variant.fields}

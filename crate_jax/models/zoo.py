@@ -44,8 +44,8 @@ def create_model(name: str, **overrides: Any) -> Model:
     known = fields_of(variant.family)
     for field in overrides:
         if field not in known:
-            raise unknown(f"model.{field}", known, name)
-    values = {"image_size": 224, "num_classes": 1000} | dict(variant.fields) | overrides
+            raise unknown(f"model.{field}", field, known, name)
+    values = {"image_size": 224, "num_classes": 1000, **variant.fields, **overrides}
     return _build(variant.family, values)
 
 
@@ -60,7 +60,7 @@ def architecture(model: Model) -> dict[str, Any]:
     What says only how to compute it (dropout, dtype, backward, remat, scan_unroll) is left out.
     """
     (family,) = (family for family, cls in CLASSES.items() if type(model) is cls)
-    fields = {"family": family}
+    fields: dict[str, Any] = {"family": family}
     for name, field in fields_of(family).items():
         if not option_of(field).how:
             value = getattr(model, name)
@@ -98,7 +98,7 @@ def _build(family: str, values: Mapping[str, Any]) -> Model:
     for name, value in values.items():
         check(f"model.{name}", fields_of(family)[name], value, "Change it.")
     # A model with a list in it could not be hashed, which jax.jit's static arguments need.
-    fields = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
+    fields: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
     if "dtype" in fields:
         fields["dtype"] = jnp.dtype(fields["dtype"]).type
     return CLASSES[family](**fields)

@@ -232,9 +232,15 @@ def refuse_target(tmp_path, refuse):
         ("{", "must be a whole safetensors file"),
         ("[1, 2]", "must be stated by image_size, "),
         ('{"width": 6, "future": 1}', "must be stated by image_size, "),
-        (json.dumps(architecture(MODEL) | {"width": "6"}), "model.width must be a positive whole"),
-        (json.dumps(architecture(MODEL) | {"eta": None}), "model.eta must be a number; got None"),
-        (json.dumps(architecture(MODEL) | {"image_size": [8, 0]}), "model.image_size must be one"),
+        (json.dumps(architecture(MODEL) | {"width": "6"}), "model.width must be a whole number"),
+        (
+            json.dumps(architecture(MODEL) | {"eta": None}),
+            "model.eta must be a number > 0; got None",
+        ),
+        (
+            json.dumps(architecture(MODEL) | {"image_size": [8, 0]}),
+            "model.image_size must be >= 1; got",
+        ),
     ],
 )
 def test_a_model_stated_wrongly(tmp_path, refuse, stated, message):
@@ -249,10 +255,10 @@ def test_a_model_stated_wrongly(tmp_path, refuse, stated, message):
 @pytest.mark.parametrize(
     ("kwarg", "message"),
     [
-        ("width=abc", "model.width must be a positive whole number; got 'abc'"),
-        ("depth=1.5", "model.depth must be a positive whole number; got 1.5"),
-        ("image_size=1,2,3", "model.image_size must be one or two positive sizes"),
-        ("eta=big", "model.eta must be a number; got 'big'"),
+        ("width=abc", "model.width must be a whole number >= 1; got 'abc'"),
+        ("depth=1.5", "model.depth must be a whole number >= 1; got 1.5"),
+        ("image_size=1,2,3", "model.image_size must be 1 or 2 whole numbers >= 1; got (1, 2, 3)"),
+        ("eta=big", "model.eta must be a number > 0; got 'big'"),
         ("widht=6", "Did you mean width?"),
         ("pool=max", "model.pool must be one of cls, mean; got max"),
     ],

@@ -1,12 +1,22 @@
 """The named models: exact parameter counts, and names that are not known."""
 
+import ast
+import dataclasses
+import json
+import sys
+from pathlib import Path
+
+import jax
 import jax.numpy as jnp
 import pytest
 
 from crate_jax import create_model, list_models
 from crate_jax.config import ModelConfig
+from crate_jax.models import variants
 from crate_jax.models.cost import count_parameters
-from crate_jax.models.zoo import build_model
+from crate_jax.models.variants import FAMILIES, VARIANTS, fields_of
+from crate_jax.models.zoo import CLASSES, architecture, build_model, from_architecture
+from crate_jax.options import option_of
 
 # Parameters at 224 pixels with 1000 classes. Those of 16-pixel patches are the official code's own.
 PARAMETERS = {
@@ -100,5 +110,119 @@ def test_unknown_name_suggests_the_nearest():
 def test_unknown_override_suggests_the_nearest():
     with pytest.raises(KeyError, match=r"^'model\.num_class must .*Did you mean num_classes\?"):
         create_model("crate_tiny_patch16_224", num_class=10)
-    with pytest.raises(KeyError, match=r"^'model\.parent must name a field"):
+    with pytest.raises(KeyError, match=r"^'model\.parent must name a field of crate_tiny"):
         create_model("crate_tiny_patch16_224", parent=None)
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "rule"),
+    [
+        ("width", "6", "a whole number >= 1; got '6'"),
+        ("depth", 1.5, "a whole number >= 1; got 1.5"),
+        ("num_heads", True, "a whole number >= 1; got True"),
+        ("num_heads", 0, ">= 1; got 0"),
+        ("eta", "big", "a number > 0; got 'big'"),
+        ("image_size", (1, 2, 3), "1 or 2 whole numbers >= 1; got (1, 2, 3)"),
+        ("image_size", (8, 0), ">= 1; got (8, 0)"),
+    ],
+)
+def test_a_wrong_value_is_one_line(field, value, rule):
+    with pytest.raises(ValueError) as caught:
+        create_model("crate_tiny_patch16_224", **{field: value})
+    assert str(caught.value) == f"model.{field} must be {rule}. Change it."
+
+
+@pytest.mark.parametrize(("field", "value"), [("pool", "max"), ("dtype", "float16"), ("dtype", 3)])
+def test_a_wrong_word_is_one_line(field, value):
+    with pytest.raises(ValueError, match=rf"^model\.{field} must be one of .*; got {value}\. \w+"):
+        create_model("crate_tiny_patch16_224", **{field: value})
+
+
+def test_a_type_may_be_stated_as_a_word():
+    models = [create_model("crate_tiny_patch16_224", dtype=d) for d in ("bfloat16", jnp.bfloat16)]
+    assert models[0] == models[1] and hash(models[0]) == hash(models[1])
+    plain = create_model("crate_tiny_patch16_224")
+    assert hash(plain) == hash(plain.clone(dtype=jnp.float32))
+
+
+# --- families -------------------------------------------------------------------------------------
+
+
+def test_every_family_has_a_class_with_its_fields():
+    assert set(CLASSES) == set(FAMILIES) >= {variant.family for variant in VARIANTS.values()}
+    for family, fields in FAMILIES.items():
+        assert issubclass(CLASSES[family], fields)
+        own = {f.name for f in dataclasses.fields(CLASSES[family])} - {"parent", "name"}
+        assert own == set(fields_of(family))
+
+
+def test_the_fields_are_declared_without_jax():
+    tree = ast.parse(Path(variants.__file__).read_text("utf-8"))
+    names = {
+        name
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Import | ast.ImportFrom)
+        for name in [getattr(node, "module", None), *(alias.name for alias in node.names)]
+    }
+    assert names and not any(str(name).split(".")[0] in ("jax", "flax") for name in names)
+
+
+@pytest.mark.xfail(strict=True, reason="attention and nonlinearity come with the block")
+@pytest.mark.parametrize("family", CLASSES)
+def test_every_field_is_read_by_the_model(family, monkeypatch):
+    name = next(name for name, variant in VARIANTS.items() if variant.family == family)
+    model = create_model(name, image_size=8, patch_size=4, width=8, depth=1, num_heads=2)
+    cls, read = type(model), set()
+
+    def spy(self, name):
+        caller = sys._getframe(1).f_code.co_filename
+        if "/crate_jax/models/" in caller:
+            read.add(name)
+        return object.__getattribute__(self, name)
+
+    images = jax.ShapeDtypeStruct((1, 8, 8, 3), jnp.float32)
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    monkeypatch.setattr(cls, "__getattribute__", spy, raising=False)
+    jax.eval_shape(lambda key, x: model.init(key, x, train=False), key, images)
+    assert read >= set(fields_of(family))
+
+
+def test_a_model_comes_back_from_its_architecture():
+    model = create_model("crate_tiny_patch16_224", image_size=(32, 64), eta=0.5, pool="mean")
+    stated = architecture(model)
+    assert stated["family"] == "crate" and stated["image_size"] == [32, 64]
+    assert stated["patch_size"] == [16, 16] and stated["head_dim"] == 64
+    told = {name for name, field in fields_of("crate").items() if not option_of(field).how}
+    assert set(stated) == told | {"family"} and "dtype" not in stated
+    back = from_architecture(json.loads(json.dumps(stated)))
+    assert architecture(back) == stated and hash(back)
+
+
+def test_an_older_file_states_a_crate():
+    model = create_model("crate_tiny_patch16_224")
+    stated = architecture(model)
+    for later in ("family", "attention", "nonlinearity"):
+        del stated[later]
+    assert architecture(from_architecture(stated)) == architecture(model)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"family": "crte"}, "must be of a known family; got crte. Did you mean crate?"),
+        ({"future": 1}, "must be stated by image_size, "),
+        ({"dtype": "float32"}, "must be stated by image_size, "),
+        ({"width": None}, "model.width must be a whole number >= 1; got None"),
+    ],
+)
+def test_a_file_that_states_no_model(changes, message):
+    stated = architecture(create_model("crate_tiny_patch16_224")) | changes
+    with pytest.raises(ValueError) as caught:
+        from_architecture(stated)
+    assert message in str(caught.value)
+
+
+@pytest.mark.parametrize("stated", [None, [1, 2], {}, {"width": 3}])
+def test_values_that_state_no_model(stated):
+    with pytest.raises(ValueError, match="must be stated by image_size, "):
+        from_architecture(stated)

@@ -17,9 +17,8 @@ import crate_jax.config as config_module
 import crate_jax.training.loop as loop
 from crate_jax.checkpoint.manager import Checkpointer
 from crate_jax.checkpoint.reading import restore_params
-from crate_jax.config import DataConfig, ModelConfig, OptimConfig, ParallelConfig, TrainConfig
+from crate_jax.config import DataConfig, OptimConfig, ParallelConfig, TrainConfig
 from crate_jax.data.stores.sources import open_source
-from crate_jax.models.crate import Crate
 from crate_jax.parallel import start_processes
 from crate_jax.training.loop import train
 
@@ -276,7 +275,7 @@ def test_every_field_of_the_config_is_read(four_steps, tiny_config, tmp_path, ph
     prepared = write_array_record(tmp_path / "folder", tmp_path / "array_record", "photos")
     convert(prepared, tmp_path / "tfrecord", "tfrecord")
     read = set()
-    classes = (TrainConfig, DataConfig, OptimConfig, ParallelConfig, ModelConfig)
+    classes = (TrainConfig, DataConfig, OptimConfig, ParallelConfig)
 
     def spy(cls):
         names = {field.name for field in dataclasses.fields(cls)}
@@ -307,17 +306,11 @@ def test_every_field_of_the_config_is_read(four_steps, tiny_config, tmp_path, ph
             start_processes(ParallelConfig(coordinator="a:1", num_processes=1, process_id=1))
         records = DataConfig(dataset="photos", data_dir=str(tmp_path / "tfrecord"))
         assert len(open_source(records, "train", image_shape=(8, 8, 3), num_classes=1)) == 1
-    # The model section is unpacked whole: its fields are the model's.
-    taken = {field.name for field in dataclasses.fields(Crate)}
-    assert {field.name for field in dataclasses.fields(ModelConfig)} <= taken
-    unread = {
-        (cls.__name__, field.name)
-        for cls in classes
-        if cls is not ModelConfig
-        for field in dataclasses.fields(cls)
-    } - read
-    # total_steps stands in for total_epochs here; name is read by train.py, see test_cli.
-    assert unread == {("TrainConfig", "total_epochs"), ("TrainConfig", "name")}
+    # The section of the model is unpacked whole, and tests/models/test_zoo.py sees who reads it.
+    unread = {(cls.__name__, field.name) for cls in classes for field in dataclasses.fields(cls)}
+    # total_steps stands in for total_epochs here; name is read by train.py, see test_cli; the
+    # section of the model by build_model.
+    assert unread - read == {("TrainConfig", name) for name in ("total_epochs", "name", "task")}
 
 
 def test_a_bucket_is_no_workdir(tiny_config):
