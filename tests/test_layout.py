@@ -36,7 +36,7 @@ FLOORS = [
 # long as there is no circle. The folder's own __init__ is on top of it.
 ROOMS = {
     "models": ["derivatives", "layers", "embedding", "crate", "cost", "zoo"],
-    "data": ["stores", "images", "loader"],
+    "data": ["rows", "stores", "images", "loader"],
     "checkpoint": ["digest", "record", "manager", "reading"],
     "analysis": ["taps", "layerwise", "report"],
     "interop": ["safetensors", "npz", "fit", "pth", "load"],

@@ -180,9 +180,10 @@ def _images_to_compare(
     """Normalised images (B, H, W, c), labels (B,), and what they are in words."""
     import jax.numpy as jnp
 
-    from crate_jax.data.images.rows import make_prepare
+    from crate_jax.data.images.pipeline import make_pipeline as make_prepare
     from crate_jax.data.loader import eval_batches
-    from crate_jax.data.stores.sources import FolderImages, Source, folder_images, open_source
+    from crate_jax.data.stores.folders import FolderImages, folder_images
+    from crate_jax.data.stores.sources import Source, open_source
     from crate_jax.interop import find_run
     from crate_jax.tasks.pixels import normalize
 

@@ -1,9 +1,10 @@
-"""The Grain graph: shuffle, augment, shard, batch, read ahead, and on to the devices.
+"""The Grain graph: shuffle, load, shard, batch, read ahead, and on to the devices.
 
 What a batch holds depends on the seed and on the number of examples seen before it, and on nothing
 else: not on workers or threads, and not on how many processes share the work.
 """
 
+import dataclasses
 import functools
 import logging
 import math
@@ -13,22 +14,15 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Sequence
 from typing import Any
 
-import cv2
 import grain
 import jax
 import numpy as np
 from jax.sharding import Sharding
 
 from crate_jax.config import DataConfig
-from crate_jax.data.images.decode import BadExampleError
-from crate_jax.data.images.rows import LoadForEvaluation, LoadForTraining, Prepare, load_example
-from crate_jax.data.stores.sources import Source
-
-# The loader runs examples in parallel; OpenCV's own threads would only get in each other's way.
-cv2.setNumThreads(0)
+from crate_jax.data.rows import BadExampleError, Row, Rows, good_row
 
 # Most batches made ahead, however small they are, and how many more are on the devices.
 MAX_AHEAD, ON_DEVICE = 32, 2
@@ -40,36 +34,164 @@ _log = logging.getLogger("crate_jax")
 _log.setLevel(logging.WARNING)
 
 
+def train_batches(
+    rows: Rows,
+    data: DataConfig,
+    *,
+    batch_size: int,
+    seed: int,
+    examples_seen: int = 0,
+    process_index: int = 0,
+    process_count: int = 1,
+    sharding: Sharding | None = None,
+) -> "Batches":
+    """Endless training batches, each row once per epoch, every epoch in a new order.
+
+    The stream is cut into batches across the ends of epochs, so every batch is full. Starting after
+    `examples_seen` costs no more than starting at zero.
+
+    Args:
+        rows: what to load.
+        data: reads num_workers, num_threads, prefetch_mib, on_bad_example and max_bad_share.
+        batch_size: rows per batch over all processes.
+        seed: of the order, and of the random numbers that `rows` gets.
+        examples_seen: rows of the stream to leave out at its start.
+        process_index: which process this is.
+        process_count: how many share a batch; divides batch_size.
+        sharding: of global arrays on the devices, to which batches are then transferred two ahead;
+            None leaves them on the host.
+
+    Returns:
+        Iterator over {name: (b, …)} of `rows.shapes`. On the host, b = batch_size / process_count:
+        every process_count-th row of the global batch.
+
+    Raises:
+        BadExampleError: by the iterator, if data.on_bad_example is "raise".
+        ValueError: by the iterator, if more rows are bad than data.max_bad_share allows.
+    """
+    load = _LoadForTraining(rows, skip=data.on_bad_example == "skip")
+    stream = grain.MapDataset.range(len(rows)).seed(seed % 2**32).shuffle().repeat()
+    # Random numbers are drawn by the position in the stream, hence before it is shared out.
+    stream = stream.random_map(load)[examples_seen:][process_index::process_count]
+    return Batches(stream, rows, data, batch_size // process_count, sharding)
+
+
+def eval_batches(
+    rows: Rows,
+    data: DataConfig,
+    *,
+    batch_size: int,
+    process_index: int = 0,
+    process_count: int = 1,
+    sharding: Sharding | None = None,
+) -> "Batches":
+    """Every row once, in order, in equally many full batches on every process.
+
+    What is missing in the last batch is filled with zeros and masked out; so is a bad row that is
+    skipped.
+
+    Args:
+        rows: what to load, without randomness that matters.
+        data: as for `train_batches`.
+        batch_size: rows per batch over all processes.
+        process_index: which process this is.
+        process_count: how many share a batch; divides batch_size.
+        sharding: as for `train_batches`.
+
+    Returns:
+        As `train_batches`, and "mask" (b,) float32: 1 for a row, 0 for filling.
+
+    Raises:
+        As `train_batches`.
+    """
+    load = _LoadForEvaluation(rows, skip=data.on_bad_example == "skip")
+    padded = -(-len(rows) // batch_size) * batch_size
+    indices = grain.MapDataset.range(padded)[process_index::process_count]
+    return Batches(indices.map(load), rows, data, batch_size // process_count, sharding)
+
+
+def check_bad_share(rows: Rows, data: DataConfig, bad: int) -> None:
+    """Refuse a data set of which too much is bad.
+
+    Args:
+        rows: the data set.
+        data: reads max_bad_share.
+        bad: how many of its rows are known to be bad.
+
+    Raises:
+        ValueError: they are more than the share that is allowed.
+    """
+    if bad > data.max_bad_share * len(rows):
+        raise ValueError(
+            f"{rows.name} must have at most a share of {data.max_bad_share} of bad examples; "
+            f"{bad} of {len(rows)} are. Restore its files, or raise data.max_bad_share."
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class _LoadForTraining(grain.transforms.RandomMap):
+    """Index to row; ``bad`` is the index if another row had to take its place, else −1."""
+
+    rows: Rows
+    skip: bool
+
+    def random_map(self, element: int, rng: np.random.Generator) -> Row:
+        row, is_own = good_row(self.rows, element, rng, skip=self.skip)
+        return row | {"bad": np.array(-1 if is_own else element)}
+
+
+@dataclasses.dataclass(frozen=True)
+class _LoadForEvaluation(grain.transforms.Map):
+    """Index to row with its mask: 1, or 0 for filling and, if `skip`, for a bad row."""
+
+    rows: Rows
+    skip: bool
+
+    def map(self, element: int) -> Row:
+        bad = -1
+        if element < len(self.rows):
+            try:
+                row = self.rows.row(element, np.random.default_rng(element))
+                return row | {"mask": np.ones((), np.float32), "bad": np.array(-1)}
+            except BadExampleError:
+                if not self.skip:
+                    raise
+                bad = element
+        blank = {name: np.zeros(leaf.shape, leaf.dtype) for name, leaf in self.rows.shapes.items()}
+        return blank | {"mask": np.zeros((), np.float32), "bad": np.array(bad)}
+
+
 class Batches:
     """An iterator over batches, made ahead in the background; close it when done.
 
     Attributes:
         waited_s: seconds that callers of ``next`` have waited, altogether.
-        skipped: bad examples that were replaced or, in evaluation, left out.
+        skipped: bad rows that were replaced or, in evaluation, left out.
     """
 
     def __init__(
         self,
-        examples: grain.MapDataset,
+        stream: grain.MapDataset,
+        rows: Rows,
         data: DataConfig,
-        load: LoadForTraining | LoadForEvaluation,
-        rows: int,
+        batch_size: int,
         sharding: Sharding | None,
     ):
         self.waited_s, self.skipped = 0.0, 0
-        self._load, self._data = load, data
+        self._rows, self._data = rows, data
         self._bad: set[int] = set()
-        piece, ahead = read_ahead(data, rows, math.prod(load.prepare.image_shape))
+        row_bytes = sum(math.prod(s.shape) * s.dtype.itemsize for s in rows.shapes.values())
+        piece, ahead = read_ahead(data, batch_size, row_bytes)
         threads = min(data.num_threads, ahead)
-        made = examples.batch(piece).to_iter_dataset(grain.ReadOptions(threads, ahead))
+        made = stream.batch(piece).to_iter_dataset(grain.ReadOptions(threads, ahead))
         if data.num_workers:
-            _prepare_for_workers()
+            _make_ready_for_workers()
             made = made.mp_prefetch(
                 grain.MultiprocessingOptions(data.num_workers, per_worker_buffer_size=1),
                 worker_init_fn=_end_with_parent,
             )
-        if piece < rows:
-            made = made.batch(rows // piece, batch_fn=_join)
+        if piece < batch_size:
+            made = grain.experimental.RebatchIterDataset(made, batch_size)
         made = made.map(self._without_bad)
         if sharding is not None:
             # A thread of its own transfers: the next batch is on the devices when a step ends.
@@ -94,8 +216,8 @@ class Batches:
         if hasattr(self._iterator, "close"):
             self._iterator.close()
 
-    def _without_bad(self, batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-        """Take the account of bad examples out of a batch: count, log the first, stop at many."""
+    def _without_bad(self, batch: Row) -> Row:
+        """Take the account of bad rows out of a batch: count, log the first, stop at many."""
         bad = batch.pop("bad")
         for index in bad[bad >= 0].tolist():
             self.skipped += 1
@@ -103,149 +225,45 @@ class Batches:
                 _log.warning("skipped: %s", self._why(index))
             self._bad.add(index)
         # Each counts once: how many epochs and processes there are makes no difference.
-        check_bad_share(self._load.source, self._data, len(self._bad))
+        check_bad_share(self._rows, self._data, len(self._bad))
         return batch
 
     def _why(self, index: int) -> str:
-        """What is wrong with an example, found out again: a worker said only which it was."""
+        """What is wrong with a row, found out again: a worker said only which it was."""
         try:
-            load_example(self._load.source, index, self._load.prepare, np.random.default_rng(0))
+            self._rows.row(index, np.random.default_rng(0))
         except BadExampleError as error:
             return str(error)
-        return f"{self._load.source.name}[{index}] could not be read, and now can"
+        return f"{self._rows.name}[{index}] could not be read, and now can"
 
 
-def check_bad_share(source: Source, data: DataConfig, bad: int) -> None:
-    """Refuse a data set of which too much is bad.
-
-    Args:
-        source: the data set.
-        data: reads max_bad_share.
-        bad: how many of its examples are known to be bad.
-
-    Raises:
-        ValueError: they are more than the share that is allowed.
-    """
-    if bad > data.max_bad_share * len(source):
-        raise ValueError(
-            f"{source.name} must have at most a share of {data.max_bad_share} of bad examples; "
-            f"{bad} of {len(source)} are. Restore its files, or raise data.max_bad_share."
-        )
-
-
-def train_batches(
-    source: Source,
-    data: DataConfig,
-    prepare: Prepare,
-    *,
-    batch_size: int,
-    seed: int,
-    examples_seen: int = 0,
-    process_index: int = 0,
-    process_count: int = 1,
-    sharding: Sharding | None = None,
-) -> Batches:
-    """Endless training batches, each example once per epoch, every epoch in a new order.
-
-    The stream is cut into batches across the ends of epochs, so every batch is full. Starting after
-    `examples_seen` costs no more than starting at zero.
-
-    Args:
-        source: of `open_source`.
-        data: reads num_workers, num_threads, prefetch_mib, on_bad_example and max_bad_share.
-        prepare: of `make_prepare`.
-        batch_size: examples per batch over all processes.
-        seed: of order and augmentation.
-        examples_seen: examples of the stream to leave out at its start.
-        process_index: which process this is.
-        process_count: how many share a batch; divides batch_size.
-        sharding: of global arrays on the devices, to which batches are then transferred two ahead;
-            None leaves them on the host.
-
-    Returns:
-        Iterator over {"image": (b, H, W, c) uint8, "label": (b,) int32}. On the host,
-        b = batch_size / process_count: every process_count-th example of the global batch.
-
-    Raises:
-        BadExampleError: by the iterator, if data.on_bad_example is "raise".
-        ValueError: by the iterator, if more examples are bad than data.max_bad_share allows.
-    """
-    load = LoadForTraining(source, prepare, skip=data.on_bad_example == "skip")
-    stream = grain.MapDataset.range(len(source)).seed(seed % 2**32).shuffle().repeat()
-    # Random numbers are drawn by the position in the stream, hence before it is shared out.
-    stream = stream.random_map(load)[examples_seen:][process_index::process_count]
-    return Batches(stream, data, load, batch_size // process_count, sharding)
-
-
-def eval_batches(
-    source: Source,
-    data: DataConfig,
-    prepare: Prepare,
-    *,
-    batch_size: int,
-    process_index: int = 0,
-    process_count: int = 1,
-    sharding: Sharding | None = None,
-) -> Batches:
-    """Every example once, in order, in equally many full batches on every process.
-
-    What is missing in the last batch is filled with black images and masked out.
-
-    Args:
-        source: of `open_source`.
-        data: as for `train_batches`; a bad example that is skipped is masked out.
-        prepare: of `make_prepare`, without randomness that matters.
-        batch_size: examples per batch over all processes.
-        process_index: which process this is.
-        process_count: how many share a batch; divides batch_size.
-        sharding: as for `train_batches`.
-
-    Returns:
-        Iterator over {"image": (b, H, W, c) uint8, "label": (b,) int32, "mask": (b,) float32, 1
-        for an example and 0 for filling}.
-
-    Raises:
-        As `train_batches`.
-    """
-    load = LoadForEvaluation(source, prepare, skip=data.on_bad_example == "skip")
-    padded = -(-len(source) // batch_size) * batch_size
-    indices = grain.MapDataset.range(padded)[process_index::process_count]
-    return Batches(indices.map(load), data, load, batch_size // process_count, sharding)
-
-
-def read_ahead(data: DataConfig, rows: int, row_bytes: int) -> tuple[int, int]:
+def read_ahead(data: DataConfig, batch_size: int, row_bytes: int) -> tuple[int, int]:
     """How the loader works ahead within ``data.prefetch_mib``: in what pieces, and how many.
 
-    Every thread of every worker makes a piece at a time. Pieces are whole batches where there is
-    memory for so many of them, else parts of a batch, which are joined when they are handed out.
+    Each thread of each worker makes a whole element at a time. Elements that are batches, of 1,024
+    rows of 150 kB, would fill 10 GB in sixteen workers of four threads. Hence elements are pieces
+    of a batch where memory is short, and batches are cut of them. Grain's own
+    `pick_performance_config` takes the elements as they are. It bounds one buffer and the number
+    of workers, but not what threads and workers hold together.
 
     Args:
         data: reads num_workers, num_threads and prefetch_mib.
-        rows: examples of a batch on this process.
-        row_bytes: of an example.
+        batch_size: rows of a batch on this process.
+        row_bytes: of a row.
 
     Returns:
-        Rows of a piece, a divisor of `rows`, and pieces that each worker (or this process, without
-        any) makes ahead. More memory than allowed is taken only where no divisor fits.
+        Rows of a piece, and pieces that each worker (or this process, without any) makes ahead.
+        Both are at least 1, whatever memory is allowed.
     """
     workers = max(1, data.num_workers)
     transit = IN_TRANSIT if data.num_workers else 1
-    budget = data.prefetch_mib * 2**20 / workers
-    wanted = budget / ((data.num_threads + transit) * row_bytes)
-    divisors = [n for n in range(1, rows + 1) if rows % n == 0]
-    piece = max(n for n in divisors if n <= max(1, wanted))
-    if piece < wanted / 4:  # of a prime number, say: handing over many tiny pieces takes long
-        piece = min((n for n in divisors if n > wanted), default=rows)
-    most = -(-MAX_AHEAD * rows // (piece * workers))
-    return piece, max(1, min(most, int(budget / (piece * row_bytes)) - transit))
+    affordable = data.prefetch_mib * 2**20 / (workers * row_bytes)  # rows of a worker
+    piece = max(1, min(batch_size, int(affordable / (data.num_threads + transit))))
+    most = -(-MAX_AHEAD * batch_size // (piece * workers))
+    return piece, max(1, min(most, int(affordable / piece) - transit))
 
 
-def _join(pieces: Sequence[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
-    """The pieces of a batch as one."""
-    return {name: np.concatenate([piece[name] for piece in pieces]) for name in pieces[0]}
-
-
-def to_device(batch: dict[str, np.ndarray], sharding: Sharding) -> dict[str, jax.Array]:
+def to_device(batch: Row, sharding: Sharding) -> dict[str, jax.Array]:
     """This process's rows of a batch to its devices, as one global array a leaf."""
     return {k: jax.make_array_from_process_local_data(sharding, v) for k, v in batch.items()}
 
@@ -268,8 +286,8 @@ def _end_with_parent(worker_index: int, worker_count: int) -> None:
     threading.Thread(target=wait, daemon=True).start()
 
 
-def _prepare_for_workers() -> None:
-    """What Grain needs of a program that starts workers.
+def _make_ready_for_workers() -> None:
+    """Do what Grain needs of a program that starts workers.
 
     It reads an absl flag, also where a program uses none. And it leaves batches that workers have
     ready when they end to Python's resource tracker, which frees them, but says so.

@@ -15,7 +15,7 @@ from jax.experimental import multihost_utils
 
 from crate_jax.analysis import layerwise
 from crate_jax.config import TrainConfig, validate
-from crate_jax.data.images.rows import make_prepare
+from crate_jax.data.images.pipeline import make_pipeline as make_prepare
 from crate_jax.data.loader import Batches, check_bad_share, eval_batches
 from crate_jax.data.stores.sources import Source, open_source
 from crate_jax.models.classifier import pair

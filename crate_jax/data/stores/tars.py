@@ -1,16 +1,24 @@
 """Images in tar files, by random access: ImageNet's own, or any of ``class/…/image`` members."""
 
-import contextlib
 import dataclasses
+import functools
 import posixpath
 import re
 import tarfile
 from pathlib import PurePosixPath
-from typing import Any, BinaryIO
+from typing import IO
 
 import numpy as np
 
+from crate_jax.config import DataConfig, did_you_mean
 from crate_jax.data.stores import storage
+from crate_jax.data.stores.examples import (
+    IMAGE_SUFFIXES,
+    Example,
+    Source,
+    pack_names,
+    unpack_name,
+)
 
 _SHORTEST_END, _LONGEST_END = 1024, 2**20  # bytes of zeros
 _COMPRESSED = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")
@@ -25,7 +33,7 @@ class TarImages:
 
     Attributes:
         path: of the tar file.
-        names: (n,) of the members, as bytes; what is in a tar of the tar is below its name.
+        names: (n,) of the members, of `pack_names`; what is in a tar of the tar is below its name.
         offset: (n,) int64, where a member's bytes begin.
         length: (n,) int64.
         labels: (n,) int32.
@@ -40,10 +48,10 @@ class TarImages:
     def __len__(self) -> int:
         return len(self.labels)
 
-    def __getitem__(self, index: int) -> dict[str, Any]:
+    def __getitem__(self, index: int) -> Example:
         length = int(self.length[index])
         data = storage.read_bytes(self.path, int(self.offset[index]), length)
-        name = self.names[index].decode(errors="surrogateescape")
+        name = unpack_name(self.names[index])
         if len(data) < length:
             raise ValueError(f"{self.path} ends in the middle of {name}")
         return {"image": data, "label": int(self.labels[index]), "name": name}
@@ -69,10 +77,8 @@ def tar_splits(folder: str) -> dict[str, str]:
     return splits
 
 
-def open_tar(
-    path: str, suffixes: tuple[str, ...], *, folder: str, index_dir: str | None
-) -> tuple[TarImages, list[str], bool]:
-    """Index the images of a tar file and number their classes.
+def open_tar(data: DataConfig, split: str, **_: object) -> Source:
+    """The images of ``data_dir/SPLIT.tar``, or of one of ImageNet's own tar files.
 
     Classes are the first folders (or tar files) within, in the order of their sorted names, empty
     ones too; a single folder around them all does not count. In ImageNet's own files they are the
@@ -80,55 +86,62 @@ def open_tar(
     the labels that TFDS lists. Links are followed within the file; of a name that is there twice,
     the last counts, as when it is unpacked; hidden files and folders (``.name``) do not.
 
-    Args:
-        path: of the tar file.
-        suffixes: of the names of images, lower-case.
-        folder: where the index is kept if it can.
-        index_dir: where it is kept instead.
-
-    Returns:
-        The images, the names of the classes, and whether the file is whole.
-
     Raises:
-        ValueError: it is no tar file, an image lies in no folder, a link leads nowhere.
+        FileNotFoundError: there is no such file.
+        ValueError: it is no tar file or is cut off, an image lies in no folder, a link leads
+            nowhere.
     """
-
-    def build() -> dict[str, np.ndarray]:
-        contents = _Contents()
-        with storage.open_binary(path) as file:
-            try:
-                contents.read(file, 0, "")
-            except tarfile.ReadError as error:
-                if not contents.files:
-                    raise ValueError(
-                        f"{path} must be an uncompressed tar file; {error}. Unpack or restore it."
-                    ) from error
-                contents.whole = False  # what comes before the damage is there still
-        for name, target in contents.follow_links().items():
-            if contents.whole and not _is_hidden(name):  # it may have been a whole class
-                raise ValueError(
-                    f"{path} must hold the files that its links lead to; {name} leads to {target}. "
-                    "Pack it with --dereference."
-                )
-        visible = {n: p for n, p in contents.files.items()
-                   if n.lower().endswith(suffixes) and not _is_hidden(n)}  # fmt: skip
-        names = sorted(visible, key=lambda name: name.split("/"))
-        return {
-            "names": _encoded(names),
-            "places": np.array([visible[n] for n in names], np.int64).reshape(-1, 2),
-            "folders": _encoded(sorted(n for n in contents.folders if not _is_hidden(n))),
-            "whole": np.array(contents.whole),
-        }
-
-    arrays = storage.cached_index([path], folder, index_dir, build)
-    names, folders = _decoded(arrays["names"]), _decoded(arrays["folders"])
+    folder = storage.data_folder(data)
+    paths = tar_splits(folder)
+    if split not in paths:
+        raise FileNotFoundError(
+            f"split must be a tar file in {folder}; got {split}. " + did_you_mean(split, paths)
+        )
+    path = paths[split]
+    # Random access needs to know where each member begins, which only the headers before it tell.
+    arrays = storage.cached_index([path], folder, data.index_dir, functools.partial(_index, path))
+    if not arrays["whole"] and data.on_bad_example == "raise":
+        raise ValueError(
+            f"{path} must be whole; it ends after {len(arrays['names'])} images. Restore it, or "
+            "set data.on_bad_example=skip to go on with these."
+        )
+    names, folders = (list(map(unpack_name, arrays[k].tolist())) for k in ("names", "folders"))
     if PurePosixPath(path).stem in IMAGENET_SPLITS:
         labels, classes = _imagenet_labels(path, names)
     else:
         labels, classes = _folder_labels(path, names, folders)
     offset, length = arrays["places"].T
     images = TarImages(path, arrays["names"], offset, length, np.array(labels, np.int32))
-    return images, classes, bool(arrays["whole"])
+    return Source(path, images, len(classes), tuple(classes))
+
+
+def _index(path: str) -> dict[str, np.ndarray]:
+    """Names and places of the images in a tar file, its folders, and whether it is whole."""
+    contents = _Contents()
+    with storage.open_binary(path) as file:
+        try:
+            contents.read(file, 0, "")
+        except tarfile.ReadError as error:
+            if not contents.files:
+                raise ValueError(
+                    f"{path} must be an uncompressed tar file; {error}. Unpack or restore it."
+                ) from error
+            contents.whole = False  # what comes before the damage is there still
+    for name, target in contents.follow_links().items():
+        if contents.whole and not _is_hidden(name):  # it may have been a whole class
+            raise ValueError(
+                f"{path} must hold the files that its links lead to; {name} leads to {target}. "
+                "Pack it with --dereference."
+            )
+    images = [n for n in contents.files if n.lower().endswith(IMAGE_SUFFIXES)]
+    names = sorted((n for n in images if not _is_hidden(n)), key=lambda name: name.split("/"))
+    places = np.array([contents.files[n] for n in names], np.int64)
+    return {
+        "names": pack_names(names),
+        "places": places.reshape(-1, 2),
+        "folders": pack_names(sorted(n for n in contents.folders if not _is_hidden(n))),
+        "whole": np.array(contents.whole),
+    }
 
 
 class _Contents:
@@ -149,46 +162,49 @@ class _Contents:
         self.inner: set[str] = set()
         self.whole = True
 
-    def read(self, file: BinaryIO, start: int, folder: str) -> None:
-        """Take in the members of a tar that begins at a byte, below a folder."""
+    def read(self, file: IO[bytes], start: int, folder: str) -> None:
+        """Take in the members of a tar that begins at a byte of the outermost, below a folder."""
         with tarfile.open(fileobj=file, mode="r:") as tar:
             for member in tar:
-                name = _clean(folder + member.name.lstrip("/"))
-                place = start + member.offset_data
+                name = posixpath.normpath(folder + member.name.lstrip("/"))
                 if name.startswith("../"):
                     raise ValueError(f"{member.name} must lie within the tar file. Pack it again.")
                 if member.isdir():
                     self.folders.add(name)
-                elif member.islnk():
-                    self.links[name] = _clean(folder + member.linkname.lstrip("/"))
-                elif member.issym():
-                    self.links[name] = _clean(
-                        posixpath.join(posixpath.dirname(name), member.linkname)
-                    )
-                elif member.issparse():
-                    raise ValueError(
-                        f"{name} must be stored as it is; it is sparse. Pack without --sparse."
-                    )
-                elif member.isfile() and name.endswith(_COMPRESSED):
-                    raise ValueError(f"{name} must be an uncompressed tar file. Unpack it first.")
-                elif member.isfile() and name.endswith(".tar"):
-                    below = name[:-4] + "/"
-                    if below in self.inner:  # packed again: only its last state counts
-                        self.files = {
-                            n: p for n, p in self.files.items() if not n.startswith(below)
-                        }
-                    self.inner.add(below)
-                    self.folders.add(name[:-4])
-                    with contextlib.closing(tar.extractfile(member)) as file_within:  # type: ignore[type-var]
-                        self.read(file_within, place, below)  # type: ignore[arg-type]
+                elif member.islnk():  # a hard link names its file from the top, a symbolic one …
+                    target = folder + member.linkname.lstrip("/")
+                    self.links[name] = posixpath.normpath(target)
+                elif member.issym():  # … from where it lies
+                    target = posixpath.join(posixpath.dirname(name), member.linkname)
+                    self.links[name] = posixpath.normpath(target)
                 elif member.isfile():
-                    self.links.pop(name, None)
-                    self.files[name] = (place, member.size)
+                    self._add(tar, member, name, start + member.offset_data)
             # A damaged or missing header ends the loop as the end does, but nothing but zeros, two
             # blocks at least and at most a record, comes after the end.
             file.seek(tar.offset)
             rest = file.read(_LONGEST_END + 1)
             self.whole &= _SHORTEST_END <= len(rest) <= _LONGEST_END and not any(rest)
+
+    def _add(self, tar: tarfile.TarFile, member: tarfile.TarInfo, name: str, place: int) -> None:
+        """Take in a file whose bytes begin at a place, and what is in it if it is a tar."""
+        if member.issparse():
+            raise ValueError(
+                f"{name} must be stored as it is; it is sparse. Pack without --sparse."
+            )
+        if name.endswith(_COMPRESSED):
+            raise ValueError(f"{name} must be an uncompressed tar file. Unpack it first.")
+        if not name.endswith(".tar"):
+            self.links.pop(name, None)
+            self.files[name] = (place, member.size)
+            return
+        below = name[:-4] + "/"
+        if below in self.inner:  # packed again: only its last state counts
+            self.files = {n: p for n, p in self.files.items() if not n.startswith(below)}
+        self.inner.add(below)
+        self.folders.add(name[:-4])
+        if within := tar.extractfile(member):
+            with within:
+                self.read(within, place, below)
 
     def follow_links(self) -> dict[str, str]:
         """Let names that are links be the files they lead to; the links that lead to none."""
@@ -205,23 +221,8 @@ class _Contents:
         return lost
 
 
-def _clean(name: str) -> str:
-    """A name without ``./`` and ``//``."""
-    return posixpath.normpath(name)
-
-
 def _is_hidden(name: str) -> bool:
     return any(part.startswith(".") for part in name.split("/"))
-
-
-def _encoded(names: list[str]) -> np.ndarray:
-    """Names as an array of bytes: a million strings are slow to hand to workers."""
-    encoded = [name.encode(errors="surrogateescape") for name in names]
-    return np.array(encoded) if encoded else np.zeros(0, "S1")
-
-
-def _decoded(names: np.ndarray) -> list[str]:
-    return [name.decode(errors="surrogateescape") for name in names.tolist()]
 
 
 def _folder_labels(path: str, names: list[str], folders: list[str]) -> tuple[list[int], list[str]]:

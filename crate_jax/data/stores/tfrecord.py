@@ -7,7 +7,7 @@ read.
 
 import dataclasses
 import struct
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -27,8 +27,7 @@ class TFRecordExamples:
         shard: (n,) int32, which shard an example is in.
         offset: (n,) int64, where its bytes begin; −1: the shard ends before.
         length: (n,) int64, of its bytes.
-        features: the data set's `tfds.features.FeaturesDict`.
-        decoders: as TFDS takes them.
+        parse: from the bytes of a record to its example.
         check_crc: whether the checksum of an example is verified when it is read.
     """
 
@@ -36,8 +35,7 @@ class TFRecordExamples:
     shard: np.ndarray
     offset: np.ndarray
     length: np.ndarray
-    features: Any
-    decoders: Any
+    parse: Callable[[bytes], dict[str, Any]]
     check_crc: bool
 
     def __len__(self) -> int:
@@ -48,7 +46,7 @@ class TFRecordExamples:
         if offset < 0:
             raise ValueError(f"{path} ends before this example")
         record = read_record(path, offset, int(self.length[index]), check_crc=self.check_crc)
-        return self.features.deserialize_example_np(record, decoders=self.decoders)
+        return self.parse(record)
 
     @property
     def missing(self) -> list[str]:
@@ -58,8 +56,7 @@ class TFRecordExamples:
 
 def open_tfrecords(
     instructions: Sequence[Any],
-    features: Any,
-    decoders: Any,
+    parse: Callable[[bytes], dict[str, Any]],
     *,
     folder: str,
     index_dir: str | None,
@@ -70,39 +67,31 @@ def open_tfrecords(
     Args:
         instructions: of ``split_info.file_instructions``: each a file, how many records of it are
             left out and how many taken.
-        features: of the data set.
-        decoders: as TFDS takes them.
+        parse: from the bytes of a record to its example.
         folder: of the data set; the index is kept there if it can.
         index_dir: where it is kept instead.
         check_crc: verify each example's checksum when it is read.
     """
     paths = tuple(str(i.filename) for i in instructions)
+    files = sorted(set(paths))  # one index serves every order of the same files
 
     def build() -> dict[str, np.ndarray]:
         with ThreadPoolExecutor(16) as pool:
-            found = list(pool.map(index_records, paths))
+            found = list(pool.map(index_records, files))
         counts = np.array([len(f) for f in found], np.int64)
         return {"records": np.concatenate(found), "counts": counts}
 
-    arrays = storage.cached_index(paths, folder, index_dir, build)
-    first = np.concatenate([[0], np.cumsum(arrays["counts"])])
-    parts = []
-    for i, instruction in enumerate(instructions):
-        records = arrays["records"][first[i] : first[i + 1]]
-        wanted = np.full((instruction.take, 2), -1, np.int64)
-        there = records[instruction.skip : instruction.skip + instruction.take]
-        wanted[: len(there)] = there
-        parts.append(wanted)
-    taken = np.concatenate(parts)
-    return TFRecordExamples(
-        paths=paths,
-        shard=np.repeat(np.arange(len(paths), dtype=np.int32), [len(p) for p in parts]),
-        offset=taken[:, 0],
-        length=taken[:, 1],
-        features=features,
-        decoders=decoders,
-        check_crc=check_crc,
-    )
+    arrays = storage.cached_index(files, folder, index_dir, build)
+    parts = np.split(arrays["records"], np.cumsum(arrays["counts"])[:-1])
+    records = dict(zip(files, parts, strict=True))
+    taken = []
+    for path, instruction in zip(paths, instructions, strict=True):
+        there = records[path][instruction.skip :][: instruction.take]
+        missing = ((0, instruction.take - len(there)), (0, 0))
+        taken.append(np.pad(there, missing, constant_values=-1))
+    offset, length = np.concatenate(taken).T
+    shard = np.repeat(np.arange(len(paths), dtype=np.int32), [len(t) for t in taken])
+    return TFRecordExamples(paths, shard, offset, length, parse, check_crc)
 
 
 def index_records(path: str) -> np.ndarray:

@@ -13,8 +13,9 @@ import simplejpeg
 from command import ROOT
 from PIL import Image
 
-from crate_jax.data.images.decode import BadExampleError, EncodedImage, decode_image
+from crate_jax.data.images.decode import EncodedImage, decode_image
 from crate_jax.data.images.resize import resize_pixels
+from crate_jax.data.rows import BadExampleError
 
 HEIGHT, WIDTH = 5, 7
 

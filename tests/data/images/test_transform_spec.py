@@ -5,7 +5,7 @@ import pytest
 
 from crate_jax.config import DataConfig
 from crate_jax.data.images.augment import center_crop, random_affine, random_flip
-from crate_jax.data.images.rows import make_prepare
+from crate_jax.data.images.pipeline import make_pipeline
 from crate_jax.data.images.transform_spec import RULES, TRANSFORMS, parse_transforms
 
 
@@ -164,7 +164,7 @@ def test_levels_are_as_many_as_channels():
     with pytest.raises(ValueError, match=message):
         parse_transforms(spec, "x", channels=1)
     with pytest.raises(ValueError, match=r"value must have a level for each of 1 channels"):
-        make_prepare(DataConfig(train_transforms=spec), (8, 8, 1), train=True)
+        make_pipeline(DataConfig(train_transforms=spec), (8, 8, 1), train=True)
 
 
 def test_narrow_fallback_crop_has_pixels():

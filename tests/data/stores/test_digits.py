@@ -3,10 +3,10 @@
 import json
 import subprocess
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
+from command import ROOT
 
 from crate_jax.config import DataConfig
 from crate_jax.data.images.decode import decode_image
@@ -105,7 +105,7 @@ def test_prepared_elsewhere_without_tensorflow_and_in_the_same_order(tmp_path):
         text=True,
         check=True,
         timeout=120,
-        cwd=Path(__file__).parents[2],
+        cwd=ROOT,
     )
     seen = json.loads(done.stdout.splitlines()[-1])
     assert (seen["tensorflow"], seen["examples"]) == (False, 297)

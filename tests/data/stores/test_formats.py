@@ -20,7 +20,8 @@ from stored import (
 )
 
 from crate_jax.config import DataConfig
-from crate_jax.data.images.rows import load_example, make_prepare
+from crate_jax.data.images.labelled import LabelledImages
+from crate_jax.data.images.pipeline import make_pipeline
 from crate_jax.data.stores import storage, tfds, tfrecord
 from crate_jax.data.stores.prepare import FINGERPRINT, prepare
 from crate_jax.data.stores.sources import open_source
@@ -61,10 +62,11 @@ def stored(files, tmp_path_factory):
 
 def everything(source):
     """{file name: (pixels, label)} of a source, through the pipeline of an evaluation."""
-    prepare = make_prepare(DataConfig(eval_transforms="resize((40, 50))"), (40, 50, 3), train=False)
+    data = DataConfig(eval_transforms="resize((40, 50))")
+    rows = LabelledImages(source, make_pipeline(data, (40, 50, 3), train=False))
     found = {}
     for i in range(len(source)):
-        example = load_example(source, i, prepare, np.random.default_rng(0))
+        example = rows.row(i, np.random.default_rng(0))
         name = Path(source.examples[i]["name"]).name
         found[name] = (example["image"], int(example["label"]))
     assert len(found) == len(source)
@@ -152,6 +154,10 @@ def test_parts_of_a_tfrecord_split(stored):
         assert [source.examples[i]["name"] for i in range(len(source))] == part
     both = open_split(*stored["tfrecord"], "train[:2]+val")
     assert len(both) == 8
+    # The index of these files, made in that order, serves any order.
+    again = open_split(*stored["tfrecord"], "val+train[:2]")
+    found = [[source.examples[i]["name"] for i in range(8)] for source in (both, again)]
+    assert found[1] == found[0][2:] + found[0][:2]
 
 
 def test_tfrecord_index_is_kept_and_found_out_again_when_files_change(stored, tmp_path):

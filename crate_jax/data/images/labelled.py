@@ -1,0 +1,100 @@
+"""Rows of an image and its label."""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+
+import jax
+import numpy as np
+
+from crate_jax.config import DataConfig
+from crate_jax.data.images.pipeline import Pipeline, make_pipeline
+from crate_jax.data.rows import BadExampleError, Row, good_row
+from crate_jax.data.stores.sources import Source, open_source
+
+
+@dataclasses.dataclass(frozen=True)
+class LabelledImages:
+    """The images of a source, through a pipeline, with their labels; a `crate_jax.data.rows.Rows`.
+
+    Attributes:
+        source: where the images are stored.
+        pipeline: from a stored image to pixels.
+    """
+
+    source: Source
+    pipeline: Pipeline
+
+    @property
+    def name(self) -> str:
+        """What errors and logs call the rows."""
+        return self.source.name
+
+    @property
+    def shapes(self) -> Mapping[str, jax.ShapeDtypeStruct]:
+        """Of one row: "image" (H, W, c) uint8 and "label" () int32."""
+        return {
+            "image": jax.ShapeDtypeStruct(self.pipeline.image_shape, np.uint8),
+            "label": jax.ShapeDtypeStruct((), np.int32),
+        }
+
+    @property
+    def num_classes(self) -> int:
+        """Labels are in [0, num_classes)."""
+        return self.source.num_classes
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        """Of every class, where they are known."""
+        return self.source.class_names
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def row(self, index: int, rng: np.random.Generator) -> Row:
+        """Read, check, decode and transform one image.
+
+        Raises:
+            BadExampleError: it cannot be read, is no image, or its label is out of range; the
+                message names data set, split, index and, where there is one, file.
+        """
+        name = f"{self.name}[{index}]"
+        try:
+            example = self.source.examples[index]
+        except Exception as error:  # whatever a reader of files calls a damaged one
+            lines = str(error).strip().splitlines() or [""]
+            raise BadExampleError(
+                f"{name} must be readable; got {type(error).__name__}: {lines[0]} Restore its file."
+            ) from error
+        if "name" in example:
+            name += f" ({example['name']})"
+        label = int(example["label"])
+        if not 0 <= label < self.num_classes:
+            raise BadExampleError(
+                f"{name} must have a label of 0 … {self.num_classes - 1}; got {label}. Mend it."
+            )
+        pixels = self.pipeline(example["image"], rng, name=name)
+        return {"image": pixels, "label": np.array(label, np.int32)}
+
+
+def open_labelled_images(
+    data: DataConfig, split: str, *, train: bool, image_shape: Sequence[int], num_classes: int
+) -> LabelledImages:
+    """The images of a split; one row is made at once, so that what does not fit fails here.
+
+    Args:
+        data: says where the images are and what is done to them.
+        split: as `open_source` takes it.
+        train: whether data.train_transforms or data.eval_transforms are applied.
+        image_shape: (H, W, c) that the model takes.
+        num_classes: of synthetic images; stored ones have their own.
+
+    Raises:
+        BadExampleError: the first row is bad, and data.on_bad_example is "raise".
+        FileNotFoundError, KeyError, ValueError: as `open_source` and `make_pipeline`; or the
+            transforms do not lead to `image_shape`, or no row is good.
+    """
+    pipeline = make_pipeline(data, image_shape, train=train)
+    source = open_source(data, split, image_shape=image_shape, num_classes=num_classes)
+    rows = LabelledImages(source, pipeline)
+    good_row(rows, 0, np.random.default_rng(0), skip=data.on_bad_example == "skip")
+    return rows

@@ -1,0 +1,80 @@
+"""From one stored image to the pixels of a row: decode and transform."""
+
+import dataclasses
+from collections.abc import Sequence
+
+import numpy as np
+
+from crate_jax.config import DataConfig
+from crate_jax.data.images.augment import UnfitImageError, random_resized_crop
+from crate_jax.data.images.decode import EncodedImage
+from crate_jax.data.images.transform_spec import Transform, parse_transforms
+from crate_jax.data.rows import BadExampleError
+
+
+@dataclasses.dataclass(frozen=True)
+class Pipeline:
+    """From a stored image to the pixels that a row holds; see `make_pipeline`.
+
+    Attributes:
+        transforms: applied in order.
+        image_shape: (H, W, c) that must come out.
+        field: the config field that holds the transforms, for errors.
+        fast: decode with small differences, see `EncodedImage`.
+    """
+
+    transforms: tuple[Transform, ...]
+    image_shape: tuple[int, int, int]
+    field: str
+    fast: bool
+
+    def __call__(
+        self, image: bytes | np.ndarray, rng: np.random.Generator, *, name: str = "image"
+    ) -> np.ndarray:
+        """Decode and transform; the same image and generator state give the same pixels.
+
+        Args:
+            image: encoded bytes, or pixels (H, W, c), uint8.
+            rng: of the transforms.
+            name: what errors call the image.
+
+        Returns:
+            Pixels of `image_shape`, uint8, contiguous.
+
+        Raises:
+            BadExampleError: the bytes do not decode, or the image is too long or too small for a
+                transform.
+            ValueError: the transforms do not lead to `image_shape`.
+        """
+        if isinstance(image, bytes):
+            channels = self.image_shape[-1]
+            image = EncodedImage(image, channels=channels, name=name, fast=self.fast)
+        for transform in self.transforms:
+            if isinstance(image, EncodedImage) and transform.func is not random_resized_crop:
+                image = image.pixels()
+            try:
+                image = transform(image, rng)
+            except UnfitImageError as error:
+                raise BadExampleError(f"{name}: {error}") from error
+        if isinstance(image, EncodedImage):
+            image = image.pixels()
+        if image.shape != self.image_shape:
+            wanted, got = ("x".join(map(str, s)) for s in (self.image_shape, image.shape))
+            raise ValueError(
+                f"{self.field} must give the {wanted} images that the model takes; got {got}. "
+                f"End it with resize({self.image_shape[:2]})."
+            )
+        return np.ascontiguousarray(image)
+
+
+def make_pipeline(data: DataConfig, image_shape: Sequence[int], *, train: bool) -> Pipeline:
+    """The pipeline of training or of evaluation, to images of a shape (H, W, c).
+
+    Raises:
+        KeyError, ValueError: the transforms are misspelt, see `parse_transforms`.
+    """
+    field = "data.train_transforms" if train else "data.eval_transforms"
+    spec = data.train_transforms if train else data.eval_transforms
+    height, width, channels = image_shape
+    transforms = tuple(parse_transforms(spec, field, channels=channels))
+    return Pipeline(transforms, (height, width, channels), field, fast=train)

@@ -1,0 +1,75 @@
+"""Image files in folders, one folder a class."""
+
+import dataclasses
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+
+from crate_jax.config import DataConfig, did_you_mean
+from crate_jax.data.stores import storage
+from crate_jax.data.stores.examples import (
+    IMAGE_SUFFIXES,
+    Example,
+    Source,
+    pack_names,
+    unpack_name,
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class FolderImages:
+    """Image files with their labels.
+
+    Attributes:
+        root: a folder.
+        names: (n,) paths below it, as bytes, of `pack_names`.
+        labels: (n,) int32.
+    """
+
+    root: str
+    names: np.ndarray
+    labels: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def __getitem__(self, index: int) -> Example:
+        path = storage.join(self.root, unpack_name(self.names[index]))
+        return {"image": storage.read_bytes(path), "label": int(self.labels[index]), "name": path}
+
+    @property
+    def length(self) -> np.ndarray:
+        """(n,) int64, of each file, in bytes."""
+        with ThreadPoolExecutor(16) as pool:
+            paths = (storage.join(self.root, unpack_name(name)) for name in self.names)
+            return np.fromiter(pool.map(storage.file_size, paths), np.int64, len(self))
+
+
+def folder_images(root: str, labels: Callable[[str], int]) -> FolderImages:
+    """The image files anywhere below a folder, in the order of their paths.
+
+    Args:
+        root: the folder.
+        labels: from a path below it to its label.
+    """
+    found = [p for p in storage.find_files(root) if p.lower().endswith(IMAGE_SUFFIXES)]
+    return FolderImages(root, pack_names(found), np.array([labels(p) for p in found], np.int32))
+
+
+def open_folder(data: DataConfig, split: str, **_: object) -> Source:
+    """``data_dir/split/class/…/image``; classes are numbered in the order of their names."""
+    folder = storage.data_folder(data)
+    root = storage.join(folder, split)
+    # '', '.' and '..' are folders too, whose folders are no classes.
+    if not split.strip("./") or not storage.is_folder(root):
+        have = storage.list_subfolders(folder)
+        raise FileNotFoundError(
+            f"split must be a folder below {folder}; got {split}. " + did_you_mean(split, have)
+        )
+    classes = storage.list_subfolders(root)
+    number = {name: label for label, name in enumerate(classes)}
+    images = folder_images(root, lambda path: number.get(path.split("/")[0], -1))
+    inside = images.labels >= 0  # what lies in no class's folder is no example
+    examples = FolderImages(root, images.names[inside], images.labels[inside])
+    return Source(root, examples, len(classes), tuple(classes))
