@@ -8,8 +8,8 @@ from pathlib import Path
 
 from absl import app, flags
 
-from crate_jax.cli import main as cli
 from crate_jax.cli.flags import define_config_flag, parse_flags
+from crate_jax.cli.running import enable_compilation_cache, run_command
 
 DEFAULT_CONFIG = str(Path(__file__).parent / "configs" / "digits.py")
 
@@ -24,10 +24,10 @@ def main(argv: list[str]) -> None:
     def command():
         from crate_jax.training.loop import train  # after the flags: --help needs no libraries
 
-        cli.enable_compilation_cache()
+        enable_compilation_cache()
         return train(_CONFIG.value, _WORKDIR.value or f"runs/{_CONFIG.value.name}")
 
-    sys.exit(cli.run_command(command))
+    sys.exit(run_command(command))
 
 
 if __name__ == "__main__":

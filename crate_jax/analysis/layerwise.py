@@ -7,14 +7,14 @@ import jax.numpy as jnp
 from jax import Array
 
 from crate_jax.analysis.taps import taps
-from crate_jax.models.crate import Crate
+from crate_jax.models.classifier import ImageClassifier
 from crate_jax.objective import coding_rate, projected_coding_rate, sparsity, subspace_coding_rate
 
 DEFINITIONS = ("paper", "official_code")
 
 
 def layerwise(
-    model: Crate, params: Any, images: Array, *, definition: str = "paper", eps: float = 0.1
+    model: ImageClassifier, params: Any, images: Array, *, definition: str = "paper", eps: float = 0.1
 ) -> dict[str, Array]:
     """Coding rate R^c and sparsity of every layer.
 

@@ -6,6 +6,19 @@ from pathlib import Path
 import numpy as np
 
 
+def by_layer(scalars: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """The measures of the objective, an array (L,) each.
+
+    Args:
+        scalars: ``objective/<measure>/layer00`` … of `Task.inspect`; others are left out.
+    """
+    found: dict[str, list[float]] = {}
+    for name in sorted(scalars):
+        if name.startswith("objective/"):
+            found.setdefault(name.split("/")[1], []).append(float(scalars[name]))
+    return {name: np.array(values) for name, values in found.items()}
+
+
 def draw_layerwise(values: Mapping[str, np.ndarray], path: str | Path, *, title: str) -> None:
     """Draw R^c and sparsity over the layers, as figure 3 of arXiv 2306.01129 does.
 

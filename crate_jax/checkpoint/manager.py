@@ -7,23 +7,19 @@ with them and compared. This module knows pytrees and paths, and no model.
 """
 
 import contextlib
-import os
-import shutil
 from pathlib import Path
 from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
-from jax.experimental import multihost_utils
 from orbax.checkpoint.checkpoint_manager import METRIC_ITEM_NAME
-from orbax.checkpoint.checkpoint_managers import preservation_policy
 
+from crate_jax.checkpoint.best import UNSAID, Best
 from crate_jax.checkpoint.digest import changed, digest
-from crate_jax.checkpoint.record import DIGEST, Manager, is_whole, seal, unseal
+from crate_jax.checkpoint.engine import for_reading, for_writing
+from crate_jax.checkpoint.folder import FOLDER, no_checkpoint, set_aside, sweep
+from crate_jax.checkpoint.record import DIGEST, best_of, is_whole, seal, unseal
 from crate_jax.parallel import all_agree
-
-FOLDER = "checkpoints"  # below the run's workdir
-DAMAGED = "damaged-"  # what a step that was set aside is called
 
 # Seconds for which a process that has read a step waits for the others to have read it, and one
 # that could not waits to hear from them.
@@ -35,9 +31,10 @@ class Checkpointer:
 
     Args:
         workdir: the run's directory; checkpoints are in its folder ``checkpoints``.
-        best_metric: name of the metric of which higher is better.
+        best: by what the best are told; None: by what the records say, and for a new run by the
+            highest test/top1.
         keep_latest: how many of the newest are kept.
-        keep_best: how many with the highest metric are kept besides.
+        keep_best: how many of the best are kept besides.
         read_only: open without ever writing or deleting.
 
     Raises:
@@ -48,38 +45,26 @@ class Checkpointer:
         self,
         workdir: str | Path,
         *,
-        best_metric: str = "test/top1",
+        best: Best | None = None,
         keep_latest: int = 2,
         keep_best: int = 1,
         read_only: bool = False,
     ):
         self.directory = Path(workdir).absolute() / FOLDER
         self._saving: int | None = None
-        metric = lambda metrics: metrics[best_metric]  # noqa: E731
-        # Orbax's max_to_keep would keep the best and delete the latest, and a resumed run go back.
-        kept: list[Any] = [preservation_policy.LatestN(keep_latest)]
-        if keep_best:
-            kept.append(
-                preservation_policy.BestN(
-                    get_metric_fn=metric, n=keep_best, keep_checkpoints_without_metrics=False
-                )
+        there = self.directory.is_dir()
+        if read_only and not there:
+            raise no_checkpoint(self.directory)
+        self.best = best or (best_of(self.directory) if there else UNSAID)
+        if read_only:
+            self._manager = for_reading(self.directory, self.best)
+        else:
+            sweep(self.directory, "*")
+            self._manager = for_writing(
+                self.directory, self.best, keep_latest=keep_latest, keep_best=keep_best
             )
-        if read_only and not self.directory.is_dir():
-            raise _no_checkpoint(self.directory)
-        if not read_only:
-            self._sweep("*")
-        self._manager = Manager(
-            self.directory,
-            best_metric,
-            ocp.CheckpointManagerOptions(read_only=True, best_fn=metric)
-            if read_only
-            else ocp.CheckpointManagerOptions(
-                best_fn=metric,
-                preservation_policy=preservation_policy.AnyPreservationPolicy(kept),
-            ),
-        )
         if read_only and not self.steps:
-            raise _no_checkpoint(self.directory)
+            raise no_checkpoint(self.directory)
 
     @property
     def steps(self) -> list[int]:
@@ -93,7 +78,7 @@ class Checkpointer:
 
     @property
     def best_step(self) -> int | None:
-        """The step with the highest metric, or None."""
+        """The best step, or None."""
         return self._manager.best_step()
 
     def resolve(self, step: str | int) -> int:
@@ -134,7 +119,7 @@ class Checkpointer:
             failure = error
         items = ocp.args.Composite(
             state=ocp.args.StandardSave(state),
-            record=ocp.args.JsonSave(seal(record, digest(state), metrics)),
+            record=ocp.args.JsonSave(seal(record, digest(state), metrics, self.best)),
         )
         try:
             # force: the loop decides when; Orbax has no interval of its own to keep.
@@ -192,7 +177,9 @@ class Checkpointer:
                 problems[step] = str(error)
             wait_s = AGREEMENT_S if found is None else READING_S
             if all_agree(found is not None, wait_s=wait_s) and found is not None:
-                self._set_aside(list(problems))
+                if problems:
+                    set_aside(self.directory, list(problems))
+                    self._manager.reload()
                 return *found, list(problems.values())
             problems.setdefault(step, self._damage(step, "another process cannot read it"))
         raise ValueError(next(iter(problems.values()), f"{self.directory} holds no checkpoint."))
@@ -257,7 +244,7 @@ class Checkpointer:
         try:
             self._manager.wait_until_finished()
         except Exception as error:  # tensorstore's ValueErrors as well as OSErrors
-            self._sweep(step)
+            sweep(self.directory, step)
             self._manager.reload()  # or it would keep the failed step in mind, and drop a good one
             raise self._unwritable(error) from error
 
@@ -275,16 +262,6 @@ class Checkpointer:
         """
         return self._manager.reached_preemption(step)
 
-    def _sweep(self, step: int | str | None) -> None:
-        """Remove what unfinished saves have left, as far as that can be done.
-
-        Orbax's own sweep fails the next save where it cannot, and a failed save's writers may go on
-        for a while. What is left under its temporary name harms nobody; the next run sweeps again.
-        """
-        if jax.process_index() == 0:
-            for path in self.directory.glob(f"{step}.*tmp*"):
-                shutil.rmtree(path, ignore_errors=True)
-
     def _read(self, step: int, items: ocp.args.Composite) -> Any:
         try:
             return self._manager.restore(step, args=items)
@@ -297,29 +274,15 @@ class Checkpointer:
 
     def _checked(self, step: int, tree: Any, record: dict[str, Any]) -> dict[str, Any]:
         """The record as it was saved, once it and the tree have been compared with that."""
-        record = dict(record)
-        # Runs of the first days have neither.
+        # Runs of the first days have neither checksum nor digest.
         if not is_whole(record):
             raise ValueError(self._damage(step, "its record is not what was saved"))
         if DIGEST in record and tree and (paths := changed(tree, record[DIGEST])):
             raise ValueError(self._damage(step, f"{paths[0]} is not what was saved"))
         return unseal(record)
 
-    def _set_aside(self, steps: list[int]) -> None:
-        if not steps:
-            return
-        if jax.process_index() == 0:
-            for step in steps:
-                names = [f"{DAMAGED}{step}", *(f"{DAMAGED}{step}.{i}" for i in range(1, 1000))]
-                free = next(n for n in names if not (self.directory / n).exists())
-                os.rename(self.directory / str(step), self.directory / free)
-        # Nobody looks before the names are changed.
-        multihost_utils.sync_global_devices("crate_jax: damaged checkpoints are set aside")
-        self._manager.reload()
-
     def _unreadable(self, step: int, error: Exception) -> ValueError:
-        lines = str(error).strip().split("\n")
-        return ValueError(self._damage(step, lines[0][:200]))
+        return ValueError(self._damage(step, str(error).strip().split("\n")[0][:200]))
 
     def _damage(self, step: int, reason: str) -> str:
         others = [other for other in self.steps if other != step]
@@ -336,10 +299,3 @@ class Checkpointer:
             f"{self.directory} must take checkpoints; it did not ({reason}). {kept}. Free or mount "
             "the disk, and run again."
         )
-
-
-def _no_checkpoint(directory: Path) -> FileNotFoundError:
-    return FileNotFoundError(
-        f"workdir must hold a checkpoint; {directory.parent} has none. "
-        f"Train first: python train.py --workdir={directory.parent}"
-    )

@@ -13,16 +13,26 @@ from crate_jax.checkpoint.manager import Checkpointer
 def restore_params(
     workdir: str | Path, abstract_params: Any, step: str | int = "latest"
 ) -> tuple[Any, int]:
-    """The parameters of a run, without its optimizer state; its averaged ones if it keeps them.
+    """`restore_trained` for a run that has nothing but parameters."""
+    params, _, number = restore_trained(workdir, abstract_params, (), step)
+    return params, number
+
+
+def restore_trained(
+    workdir: str | Path, abstract_params: Any, abstract_extra: Any, step: str | int = "latest"
+) -> tuple[Any, Any, int]:
+    """What a run has learnt, without its optimizer state: averaged parameters if it keeps them.
 
     Args:
         workdir: the run's directory.
         abstract_params: tree of `jax.ShapeDtypeStruct`, with shardings to restore onto those,
             without to restore to the default device.
+        abstract_extra: likewise, of what the state holds besides, such as running statistics; ()
+            for nothing.
         step: "latest", "best" or a number.
 
     Returns:
-        The parameters and the number of their step.
+        The parameters, the extra and the number of their step.
 
     Raises:
         FileNotFoundError: there is no checkpoint.
@@ -31,19 +41,21 @@ def restore_params(
     reader = Checkpointer(workdir, read_only=True)
     try:
         number = reader.resolve(step)
-        ema = reader.restore_record(number).get("ema", False)
-        single = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-        wanted = {
-            "ema_params" if ema else "params": jax.tree.map(
-                lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding or single),
-                abstract_params,
-            )
-        }
+        params = "ema_params" if reader.restore_record(number).get("ema", False) else "params"
+        wanted = {params: jax.tree.map(_on_a_device, abstract_params)}
+        if jax.tree.leaves(abstract_extra):
+            wanted["extra"] = jax.tree.map(_on_a_device, abstract_extra)
         arguments = ocp.checkpoint_utils.construct_restore_args(wanted)
         found, _ = reader.restore_part(number, wanted, arguments)
-        return next(iter(found.values())), number
+        return found[params], found.get("extra", abstract_extra), number
     finally:
         reader.close()
+
+
+def _on_a_device(x: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+    """The leaf with its sharding, or else on the first local device."""
+    single = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding or single)
 
 
 def read_params(workdir: str | Path, step: str | int) -> tuple[Any, dict[str, Any]]:

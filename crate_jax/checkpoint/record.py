@@ -2,24 +2,28 @@
 
 Orbax restores a byte that changed on disk without a word, and reads the metrics of the steps, which
 decide what is kept, from files of their own. The digest of the state and the metrics are therefore
-in the record as well, and the record has a checksum.
+in the record as well, and the record has a checksum. It also says which metric is the best by, so
+that a reader needs nothing but the run's directory.
 """
 
+import contextlib
+import dataclasses
 import json
 import zlib
 from pathlib import Path
 from typing import Any
 
-import orbax.checkpoint as ocp
+from crate_jax.checkpoint.best import UNSAID, Best
 
-DIGEST, METRICS, CHECKSUM = "digest", "metrics", "checksum"
+DIGEST, METRICS, BEST, CHECKSUM = "digest", "metrics", "best", "checksum"
 
 
 def seal(
-    record: dict[str, Any], digest: dict[str, Any], metrics: dict[str, float] | None
+    record: dict[str, Any], digest: dict[str, int], metrics: dict[str, float] | None, best: Best
 ) -> dict[str, Any]:
     """The record with the digest of the state, the metrics of the step and a checksum."""
-    return _with_checksum(record | {DIGEST: digest, METRICS: metrics or {}})
+    added = {DIGEST: digest, METRICS: metrics or {}, BEST: dataclasses.asdict(best)}
+    return _with_checksum(record | added)
 
 
 def is_whole(record: dict[str, Any]) -> bool:
@@ -29,7 +33,29 @@ def is_whole(record: dict[str, Any]) -> bool:
 
 def unseal(record: dict[str, Any]) -> dict[str, Any]:
     """The record as it was before."""
-    return {k: v for k, v in record.items() if k not in (DIGEST, METRICS, CHECKSUM)}
+    return {k: v for k, v in record.items() if k not in (DIGEST, METRICS, BEST, CHECKSUM)}
+
+
+def read_from_disk(directory: Path, step: int | str) -> dict[str, Any]:
+    """The sealed record of a step; empty if it has none.
+
+    Raises:
+        ValueError, OSError: it cannot be read.
+    """
+    path = directory / str(step) / "record" / "metadata"
+    record = json.loads(path.read_text()) if path.exists() else {}
+    return record if isinstance(record, dict) else {}
+
+
+def best_of(directory: Path) -> Best:
+    """What a run's newest record says its best is by; a damaged one does not count."""
+    steps = sorted((int(p.name) for p in directory.iterdir() if p.name.isdigit()), reverse=True)
+    for step in steps:
+        with contextlib.suppress(ValueError, OSError):
+            record = read_from_disk(directory, step)
+            if BEST in record and is_whole(record):
+                return Best(**record[BEST])
+    return UNSAID
 
 
 def _with_checksum(record: dict[str, Any]) -> dict[str, Any]:
@@ -37,33 +63,3 @@ def _with_checksum(record: dict[str, Any]) -> dict[str, Any]:
     others = {key: value for key, value in record.items() if key != CHECKSUM}
     text = json.dumps(others, sort_keys=True)
     return others | {CHECKSUM: zlib.crc32(text.encode())}
-
-
-class Manager(ocp.CheckpointManager):
-    """Orbax's, but damaged metrics neither count nor keep it from opening a directory.
-
-    Args:
-        directory: of the steps.
-        best_metric: what a step's metrics must hold.
-        options: Orbax's.
-    """
-
-    def __init__(self, directory: Path, best_metric: str, options: ocp.CheckpointManagerOptions):
-        self._best_metric = best_metric  # first: Orbax reads all metrics when it is made
-        super().__init__(directory, options=options)
-
-    def metrics(self, step: int) -> dict[str, float] | None:
-        """None as well for metrics that cannot be read, or are not those in the record.
-
-        Such a step is not among the best.
-        """
-        try:
-            found = super().metrics(step)
-            path = Path(self.directory) / str(step) / "record" / "metadata"
-            record = json.loads(path.read_text()) if found and path.exists() else {}
-        except (ValueError, OSError):  # of JSON and of Unicode too
-            return None
-        if isinstance(record, dict) and record.get(METRICS, found) != found:
-            return None
-        known = isinstance(found, dict) and isinstance(found.get(self._best_metric), int | float)
-        return found if known else None

@@ -5,24 +5,22 @@ of a step must come to. And the step itself is compiled for as many virtual CPU 
 has (thousands take seconds: every device runs the same program), and asked.
 """
 
+import dataclasses
 import math
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import optax
 from jax.sharding import Mesh
 
-from crate_jax.config import OptimConfig, TrainConfig
-from crate_jax.models.classifier import pair
-from crate_jax.models.cost import activation_bytes, num_tokens, step_flops
-from crate_jax.models.crate import Crate
-from crate_jax.models.zoo import build_model
-from crate_jax.parallel import batch_sharding, check_batch_size, make_mesh, parse_mesh
+from crate_jax.config import OptimConfig, ParallelConfig, TrainConfig
+from crate_jax.models.classifier import ImageClassifier
+from crate_jax.models.cost import activation_bytes, step_flops
+from crate_jax.parallel import batch_sharding, parse_mesh
 from crate_jax.planning.chips import CHIPS, Joined, least_seconds
 from crate_jax.planning.collectives import KINDS, collectives
-from crate_jax.training.optimizer import make_optimizer
-from crate_jax.training.run import jit_train_step
+from crate_jax.tasks.task import Batch
+from crate_jax.training.run import Run, jit_train_step, set_up
 from crate_jax.training.state import TrainState, abstract_state
 
 # What a backward pass holds for a moment, beside the activations of the layer under way: so many
@@ -48,54 +46,77 @@ def plan(config: TrainConfig, spec: str) -> dict[str, Any]:
         formulas give for it. It is compiled in float32, ``dtype``: a CPU computes nothing else.
 
     Raises:
-        ValueError: config and mesh do not fit together, or the recipe does not say the number of
-            classes.
+        ValueError, KeyError: the config breaks a rule, or it and the mesh do not fit together.
     """
-    mesh = make_mesh(spec, jax.devices()[: mesh_size(spec)])
-    devices, micro_batches = mesh.devices.size, config.optim.accumulate_steps
-    check_batch_size("batch_size", config.batch_size, devices * micro_batches)
-    model = build_model(config.model)
-    schedule = optax.constant_schedule(1.0)  # which one it is costs nothing
-    tx = make_optimizer(config.optim, schedule)
-    key = jax.random.key(0)
-    state, shardings = abstract_state(model, tx, key, mesh, ema=config.optim.ema_decay > 0)
-    rows = batch_sharding(mesh)
-    shape = (config.batch_size, *pair(model.image_size), model.in_channels)
-    batch = {
-        "image": jax.ShapeDtypeStruct(shape, jnp.uint8, sharding=rows),
-        "label": jax.ShapeDtypeStruct(shape[:1], jnp.int32, sharding=rows),
-    }
+    config = dataclasses.replace(config, parallel=ParallelConfig(mesh=spec))
+    run = set_up(config, devices=jax.devices()[: mesh_size(spec)])
+    model: Any = run.task.model
     twin = model.clone(dtype=jnp.dtype("float32"))
-    program = jit_train_step(config, twin, tx, schedule, mesh, shardings)
-    compiled = program.lower(state, batch, jax.eval_shape(lambda: key)).compile()
-    memory = memory_bytes(model, state, batch, config.optim)
-    sums = gradient_sums(model, state, mesh, micro_batches)
-    gradient_bytes = sum(part.size for part in sums)
-    gathered = gathered_bytes(model, state, micro_batches)
-    joined = [*sums, Joined("all-gather", gathered, mesh.shape["fsdp"])]
+    state, batch, compiled = _compile(run, twin)
+    need, need_of_twin = (_by_formula(run, of, state, batch) for of in (model, twin))
+    memory, devices = need.memory, run.mesh.devices.size
     flops = step_flops(model) * config.batch_size
     return {
         "model": config.model.name,
-        "mesh": dict(mesh.shape),
+        "mesh": dict(run.mesh.shape),
         "batch_size": config.batch_size,
-        "dtype": jnp.dtype(model.dtype).name,
+        "dtype": config.model.dtype,
         "parameters": _values(state.params),
         "memory": memory | {"total": sum(memory.values())},
         "flops": flops,
-        "gradient_bytes": gradient_bytes,
-        "gathered_bytes": gathered,
+        "gradient_bytes": need.gradient_bytes,
+        "gathered_bytes": need.gathered_bytes,
         "chips": {
-            name: least_seconds(chip, flops / devices, memory, joined)
+            name: least_seconds(chip, flops / devices, memory, need.joined)
             for name, chip in CHIPS.items()
         },
         "compiled": {
             "dtype": "float32",
-            "memory_by_formula": sum(memory_bytes(twin, state, batch, config.optim).values()),
-            "gradient_bytes_by_formula": gradient_bytes,
-            "gathered_bytes_by_formula": gathered_bytes(twin, state, micro_batches),
+            "memory_by_formula": sum(need_of_twin.memory.values()),
+            "gradient_bytes_by_formula": need_of_twin.gradient_bytes,
+            "gathered_bytes_by_formula": need_of_twin.gathered_bytes,
         }
         | _found(compiled, devices),
     }
+
+
+@dataclasses.dataclass(frozen=True)
+class _Need:
+    """What the formulas give: bytes, and what is sent."""
+
+    memory: dict[str, int]
+    gradient_bytes: int
+    gathered_bytes: int
+    joined: list[Joined]
+
+
+def _by_formula(run: Run, model: Any, state: TrainState, batch: Batch) -> _Need:
+    """What a model needs in place of the run's."""
+    optim = run.config.optim
+    sums = gradient_sums(model, state, run.mesh, optim.accumulate_steps)
+    gathered = gathered_bytes(model, state, optim.accumulate_steps)
+    return _Need(
+        memory=memory_bytes(model, state, batch, optim),
+        gradient_bytes=sum(part.size for part in sums),
+        gathered_bytes=gathered,
+        joined=[*sums, Joined("all-gather", gathered, run.mesh.shape["fsdp"])],
+    )
+
+
+def _compile(run: Run, twin: Any) -> tuple[TrainState, Batch, Any]:
+    """The training step of a model in place of the run's: state and batch by shape, and program."""
+    state, shardings = abstract_state(run.task, run.tx, run.key, run.mesh, ema=run.ema)
+    rows = batch_sharding(run.mesh)
+    batch: Any = {
+        name: jax.ShapeDtypeStruct(
+            (run.config.batch_size, *row.shape[1:]), row.dtype, sharding=rows
+        )
+        for name, row in run.task.blank().items()
+    }
+    task: Any = dataclasses.replace(run.task, model=twin)  # type: ignore[type-var]
+    program: Any = jit_train_step(dataclasses.replace(run, task=task), shardings)
+    key = jax.eval_shape(lambda: run.key)
+    return state, batch, program.lower(state, batch, key).compile()
 
 
 def _found(compiled: Any, devices: int) -> dict[str, Any]:
@@ -156,7 +177,7 @@ def mesh_size(spec: str) -> int:
 
 
 def memory_bytes(
-    model: Crate, state: TrainState, batch: dict[str, Any], optim: OptimConfig
+    model: ImageClassifier, state: TrainState, batch: Batch, optim: OptimConfig
 ) -> dict[str, int]:
     """Bytes that one device holds at the height of a training step, by kind.
 
@@ -173,12 +194,12 @@ def memory_bytes(
         still read) and ``batch``. ``working`` and ``copies`` are fitted to programs for CPUs.
     """
     micro_batches = optim.accumulate_steps
-    own = sum(batch["image"].sharding.shard_shape(batch["image"].shape)[:1])
-    rows = own // micro_batches
+    any_of_batch = jax.tree.leaves(batch)[0]
+    rows = any_of_batch.sharding.shard_shape(any_of_batch.shape)[0] // micro_batches
     params = _bytes(state.params, per_device=True)
     layers = model.scan_unroll * activation_bytes(model.clone(remat="none")) // model.depth
-    values = _WORKING_TOKENS * num_tokens(model) * model.width
-    values += _WORKING_PATCHES * math.prod(pair(model.image_size)) * model.in_channels
+    values = _WORKING_TOKENS * model.num_tokens * model.width
+    values += _WORKING_PATCHES * math.prod(model.input_shape)
     working = rows * (layers + 4 * values)
     # Lion's moment makes both the update and the next moment; with more micro-batches the second
     # set of gradients is free by then.
@@ -198,7 +219,7 @@ def memory_bytes(
     }
 
 
-def gradient_sums(model: Crate, state: TrainState, mesh: Mesh, micro_batches: int) -> list[Joined]:
+def gradient_sums(model: ImageClassifier, state: TrainState, mesh: Mesh, micro_batches: int) -> list[Joined]:
     """The gradients that devices add up in a step, float32.
 
     Those of all parameters over all devices; those of D twice, because Y Dᵀ and R D each give a
@@ -216,18 +237,21 @@ def gradient_sums(model: Crate, state: TrainState, mesh: Mesh, micro_batches: in
     return sums
 
 
-def gathered_bytes(model: Crate, state: TrainState, micro_batches: int) -> int:
+def gathered_bytes(model: ImageClassifier, state: TrainState, micro_batches: int) -> int:
     """Bytes of the weights that ``fsdp`` gathers in a step.
 
     For every micro-batch those of every layer twice, for the forward and for the backward pass, in
     the dtype of the computation; once in a step patch projection, positions and head.
     """
-    split = lambda leaf: leaf.sharding.shard_shape(leaf.shape) != leaf.shape  # noqa: E731
-    whole = [leaf for leaf in jax.tree.leaves(state.params) if split(leaf)]
-    blocks = [leaf for leaf in jax.tree.leaves(state.params["blocks"]) if split(leaf)]
-    layers, outside = sum(x.size for x in blocks), sum(x.size for x in whole)
-    values = 2 * micro_batches * layers + outside - layers
+    layers, all_split = _split_values(state.params["blocks"]), _split_values(state.params)
+    values = 2 * micro_batches * layers + all_split - layers
     return jnp.dtype(model.dtype).itemsize * values
+
+
+def _split_values(tree: Any) -> int:
+    """How many values the leaves have that no device holds whole."""
+    leaves = jax.tree.leaves(tree)
+    return sum(x.size for x in leaves if x.sharding.shard_shape(x.shape) != x.shape)
 
 
 def _values(tree: Any) -> int:

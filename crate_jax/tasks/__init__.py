@@ -1,1 +1,7 @@
 """What a model is trained for: batch, model and loss."""
+
+from crate_jax.tasks.classify import Classify
+from crate_jax.tasks.task import Task
+
+# By the name that ``--config.task`` takes.
+TASKS: dict[str, type[Task]] = {"classify": Classify}

@@ -1,53 +1,154 @@
-"""Exact classification metrics over a whole split."""
+"""Classification of images."""
 
-import contextlib
-import functools
-import time
-from collections.abc import Callable, Iterable
-from typing import Any
+import dataclasses
+from typing import Any, ClassVar, Self
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 from jax import Array
-from jax.experimental import multihost_utils
 
 from crate_jax.analysis import layerwise
-from crate_jax.config import TrainConfig, validate
-from crate_jax.data.images.pipeline import make_pipeline as make_prepare
-from crate_jax.data.loader import Batches, check_bad_share, eval_batches
-from crate_jax.data.stores.sources import Source, open_source
-from crate_jax.models.classifier import pair
+from crate_jax.config import TrainConfig
+from crate_jax.data.rows import Rows
 from crate_jax.models.cost import abstract_parameters
-from crate_jax.models.crate import Crate
 from crate_jax.models.zoo import build_model
-from crate_jax.parallel import batch_sharding, check_batch_size, make_mesh, place, replicated
+from crate_jax.tasks.losses import cross_entropy
+from crate_jax.tasks.mixing import make_mix
 from crate_jax.tasks.pixels import normalize
+from crate_jax.tasks.task import Batch, Extra, Images, Params, Scalars, Task
 
-Batch = dict[str, Array]
+# What the objective is measured on, layer by layer.
+_MEASURED_TAPS = {"z_half", "ista"}
 
 
-def make_eval_step(
-    model: Crate, *, preprocess: Callable[[Array], Array] | None = None
-) -> Callable[[Any, Batch], dict[str, Array]]:
-    """Build ``eval_step(params, batch) -> sums`` over the examples whose mask is 1.
+@dataclasses.dataclass(frozen=True)
+class Classify(Task):
+    """A class for each image, by cross-entropy.
 
-    The batch is {"image": (B, H, W, C), "label": (B,) integers, "mask": (B,) of 0 and 1}. Wrap it
-    in `jax.jit`.
+    A batch is {"image": (B, H, W, c), "label": (B,) int32}. Images of uint8 are stored pixels,
+    which are normalised here; images of floats are normalised already. Running statistics of the
+    model, whatever collections hold them, are the task's extra.
 
-    Args:
-        model: of `crate_jax.create_model`.
-        preprocess: applied to the images on the device; None: they are normalised already.
-
-    Returns:
-        The step. Its sums are float32 scalars: ``loss`` (cross-entropy in nats, no smoothing),
-        ``top1``, ``top5`` (of fewer than five classes, all), ``examples``.
+    Attributes:
+        model: a Flax module with ``input_shape`` and ``num_classes``, from normalised images to
+            logits.
+        mean: subtracted from pixels in [0, 1]: one value, or one a channel.
+        std: then divided by; likewise.
+        label_smoothing: of the training loss, in [0, 1).
+        mixup_alpha: of `crate_jax.tasks.mixing.make_mix`.
+        cutmix_alpha: likewise.
+        mix_switch: likewise.
     """
 
-    def eval_step(params: Any, batch: Batch) -> dict[str, Array]:
-        images = batch["image"] if preprocess is None else preprocess(batch["image"])
-        logits_BxY: Any = model.apply({"params": params}, images, train=False)
+    model: Any
+    mean: tuple[float, ...] = (0.5,)
+    std: tuple[float, ...] = (0.5,)
+    label_smoothing: float = 0.0
+    mixup_alpha: float = 0.0
+    cutmix_alpha: float = 0.0
+    mix_switch: float = 0.5
+
+    headline: ClassVar[str] = "top1"
+    higher_is_better: ClassVar[bool] = True
+    by_row: ClassVar[bool] = True
+
+    @classmethod
+    def from_config(cls, config: TrainConfig, num_classes: int | None = None) -> Self:
+        """The task of a config; `num_classes` of its data, where they are known."""
+        model = build_model(config.model)
+        return cls(
+            model=model if num_classes is None else model.clone(num_classes=num_classes),
+            mean=tuple(config.data.mean),
+            std=tuple(config.data.std),
+            label_smoothing=config.optim.label_smoothing,
+            mixup_alpha=config.data.mixup_alpha,
+            cutmix_alpha=config.data.cutmix_alpha,
+            mix_switch=config.data.mix_switch,
+        )
+
+    @classmethod
+    def open(cls, config: TrainConfig, *splits: tuple[str, bool]) -> tuple[Self, tuple[Rows, ...]]:
+        """Labelled images, and a model with as many classes as they have.
+
+        Raises:
+            ValueError: the model's sizes do not fit together, model.num_classes is set and
+                disagrees with the data, or the classes of two splits differ.
+            KeyError, FileNotFoundError: the config names what does not exist.
+        """
+        # Here, because a machine that only trains on arrays has none of the libraries.
+        from crate_jax.data.images.labelled import open_labelled_images
+        from crate_jax.data.stores.sources import check_same_classes
+
+        model = build_model(config.model)
+        abstract_parameters(model)  # sizes that do not fit fail here, before any data is read
+        shape, classes = model.input_shape, model.num_classes
+        opened = []
+        for split, train in splits:
+            rows = open_labelled_images(
+                config.data, split, train=train, image_shape=shape, num_classes=classes
+            )
+            if config.model.num_classes not in (None, rows.num_classes):
+                raise ValueError(
+                    f"model.num_classes must equal the {rows.num_classes} classes of {rows.name}; "
+                    f"got {config.model.num_classes}. Leave model.num_classes unset."
+                )
+            opened.append(rows)
+            check_same_classes(opened[0].source, rows.source)
+        return cls.from_config(config, opened[0].num_classes), tuple(opened)
+
+    def blank(self) -> Batch:
+        """A black image of class 0."""
+        image = np.zeros((1, *self.model.input_shape), np.uint8)
+        return {"image": image, "label": np.zeros(1, np.int32)}  # type: ignore[dict-item]
+
+    def init(self, key: Array) -> tuple[Params, Extra]:
+        """The model's parameters; its other collections, or () if it has none."""
+        images = jnp.zeros((1, *self.model.input_shape))
+        variables = dict(self.model.init(key, images, train=False))
+        params = variables.pop("params")
+        return params, variables or ()
+
+    def on_device(self, batch: Batch, key: Array) -> Batch:
+        """Normalised and mixed images with soft targets (B, Y); the batch as it is without mixing.
+
+        Images that are not mixed stay uint8, so that `loss` normalises a micro-batch at a time.
+        """
+        mix = make_mix(
+            num_classes=self.model.num_classes,
+            mixup_alpha=self.mixup_alpha,
+            cutmix_alpha=self.cutmix_alpha,
+            switch=self.mix_switch,
+        )
+        if mix is None:
+            return batch
+        images, targets = mix(key, self.normalized(batch["image"]), batch["label"])
+        return {"image": images, "label": targets}
+
+    def loss(
+        self, params: Params, extra: Extra, batch: Batch, key: Array
+    ) -> tuple[Array, tuple[Extra, Scalars]]:
+        """Mean cross-entropy in nats; ``top1``, of mixed images against the heavier class."""
+        images, targets = self.normalized(batch["image"]), batch["label"]
+        labels_B = targets.argmax(axis=1) if targets.ndim == 2 else targets
+        logits_BxY, updated = self.model.apply(
+            {"params": params, **dict(extra)},
+            images,
+            train=True,
+            rngs={"dropout": key},
+            mutable=list(extra),
+        )
+        loss = cross_entropy(logits_BxY, targets, label_smoothing=self.label_smoothing).mean()
+        top1 = (logits_BxY.argmax(axis=1) == labels_B).mean(dtype=jnp.float32)
+        return loss, (updated or (), {"top1": top1})
+
+    def sums(self, params: Params, extra: Extra, batch: Batch) -> Scalars:
+        """``loss`` (nats, no smoothing), ``top1``, ``top5`` (of fewer classes, all), ``examples``.
+
+        What rows of mask 0 hold makes no difference, and no logits leave their device.
+        """
+        variables = {"params": params, **dict(extra)}
+        logits_BxY = self.model.apply(variables, self.normalized(batch["image"]), train=False)
         labels_B, mask_B = batch["label"], batch["mask"]
         rank_B = rank_of_label(logits_BxY, labels_B)
         loss_B = optax.softmax_cross_entropy_with_integer_labels(logits_BxY, labels_B)
@@ -58,7 +159,31 @@ def make_eval_step(
             "examples": jnp.sum(mask_B),
         }
 
-    return eval_step
+    def metrics(self, totals: dict[str, float]) -> dict[str, float]:
+        """Means: ``loss`` in nats, ``top1`` and ``top5`` in [0, 1]."""
+        return {name: totals[name] / totals["examples"] for name in ("loss", "top1", "top5")}
+
+    def inspect(self, params: Params, extra: Extra, batch: Batch) -> tuple[Scalars, Images]:
+        """The objective by layer, ``objective/<measure>/layer00`` …, where the model has one."""
+        if not set(getattr(self.model, "TAPS", ())) >= _MEASURED_TAPS:
+            return {}, {}
+        measures = self.layers(params, batch)
+        scalars = {
+            f"objective/{name}/layer{i:02d}": values_L[i]
+            for name, values_L in measures.items()
+            for i in range(len(values_L))
+        }
+        return scalars, {}
+
+    def layers(self, params: Params, batch: Batch) -> dict[str, Array]:
+        """`crate_jax.analysis.layerwise` of a batch: arrays (L,), float32, by measure."""
+        return layerwise(self.model, params, self.normalized(batch["image"]))
+
+    def normalized(self, images: Array) -> Array:
+        """What the model takes: stored pixels normalised, floats as they are."""
+        if images.dtype != jnp.uint8:
+            return images
+        return normalize(images, mean=self.mean, std=self.std)
 
 
 def rank_of_label(logits_BxY: Array, labels_B: Array) -> Array:
@@ -73,132 +198,3 @@ def rank_of_label(logits_BxY: Array, labels_B: Array) -> Array:
     ahead_BxY = ~(logits_BxY <= own_Bx1) | ((logits_BxY == own_Bx1) & lower_BxY)
     rank_B = jnp.sum(ahead_BxY, axis=1, dtype=jnp.int32)
     return jnp.where(jnp.isnan(own_Bx1[:, 0]), jnp.iinfo(jnp.int32).max, rank_B)
-
-
-def evaluate(
-    eval_step: Callable[[Any, Batch], dict[str, Array]], params: Any, batches: Iterable[Batch]
-) -> dict[str, float]:
-    """Means over all examples: ``loss`` in nats, ``top1`` and ``top5`` in [0, 1]; and their number.
-
-    Exact: the sums of a batch are added up in double precision on the host, one batch behind the
-    device, and filling is masked out.
-
-    Args:
-        eval_step: of `make_eval_step`, jitted.
-        params: the model's parameters.
-        batches: of `eval_batches`, on the devices.
-
-    Returns:
-        ``loss``, ``top1``, ``top5`` and ``examples``.
-
-    Raises:
-        ValueError: there is no example.
-    """
-    totals = {"loss": 0.0, "top1": 0.0, "top5": 0.0, "examples": 0.0}
-
-    def add(sums: dict[str, Array] | None) -> None:
-        for name, value in jax.device_get(sums or {}).items():
-            totals[name] += float(value)
-
-    previous = None
-    for batch in batches:
-        sums = eval_step(params, batch)
-        add(previous)
-        previous = sums
-    add(previous)
-    examples = totals.pop("examples")
-    if not examples:
-        raise ValueError("batches must hold at least one example; got none. Choose another split.")
-    return {name: total / examples for name, total in totals.items()} | {"examples": int(examples)}
-
-
-def open_model_and_source(config: TrainConfig, split: str) -> tuple[Crate, Source]:
-    """The model a config names, with as many classes as the data set has, and one split of that.
-
-    Raises:
-        ValueError: the model's sizes do not fit together, or model.num_classes is set and
-            disagrees with the data set.
-    """
-    model = build_model(config.model)
-    abstract_parameters(model)  # sizes that do not fit together fail here, before any data is read
-    shape = (*pair(model.image_size), model.in_channels)
-    source = open_source(config.data, split, image_shape=shape, num_classes=model.num_classes)
-    if config.model.num_classes not in (None, source.num_classes):
-        raise ValueError(
-            f"model.num_classes must equal the {source.num_classes} classes of {source.name}; got "
-            f"{config.model.num_classes}. Leave model.num_classes unset."
-        )
-    return model.clone(num_classes=source.num_classes), source
-
-
-def evaluate_split(
-    config: TrainConfig, split: str, load_params: Callable[[Crate], Any]
-) -> dict[str, Any]:
-    """Exact metrics over a split, on all devices.
-
-    Args:
-        config: says model, data and eval_batch_size.
-        split: of the config's data set.
-        load_params: from the model to its parameters.
-
-    Returns:
-        As `evaluate`, and ``images_per_s`` without the compilation.
-
-    Raises:
-        ValueError, KeyError, FileNotFoundError: config, data or weights break a rule.
-    """
-    model, source, params, batches = _open_split(config, split, load_params)
-    preprocess = functools.partial(normalize, mean=config.data.mean, std=config.data.std)
-    eval_step = jax.jit(make_eval_step(model, preprocess=preprocess))
-    with contextlib.closing(batches()) as first:  # compiles; not in the throughput
-        jax.block_until_ready(eval_step(params, next(first)))
-    start = time.perf_counter()
-    with contextlib.closing(batches()) as stream:
-        metrics = evaluate(eval_step, params, stream)
-    check_bad_share(source, config.data, len(source) - int(metrics["examples"]))
-    rate = metrics["examples"] / (time.perf_counter() - start)
-    return metrics | {"images_per_s": round(rate, 1)}
-
-
-def layerwise_split(
-    config: TrainConfig, split: str, load_params: Callable[[Crate], Any]
-) -> dict[str, np.ndarray]:
-    """`layerwise` on the first batch of a split: arrays with one value a layer, on the host.
-
-    One device measures it: the QR factorisations of several CPU devices can wait for each other for
-    ever (jaxlib 0.10: each blocks a thread of the pool that all of them need).
-
-    Raises:
-        ValueError, KeyError, FileNotFoundError: config, data or weights break a rule.
-    """
-    model, _, params, batches = _open_split(config, split, load_params)
-    with contextlib.closing(batches()) as stream:
-        batch = multihost_utils.process_allgather(next(stream), tiled=True)
-    images = batch["image"][batch["mask"] > 0]
-    images = normalize(jnp.asarray(images), mean=config.data.mean, std=config.data.std)
-    measure = jax.jit(functools.partial(layerwise, model))
-    return jax.device_get(measure(jax.device_get(params), images))
-
-
-def _open_split(config: TrainConfig, split: str, load_params: Callable[[Crate], Any]):
-    """Model, split, parameters on every device, and a function that starts the split's batches."""
-    validate(config)
-    mesh = make_mesh(config.parallel.mesh)
-    check_batch_size("eval_batch_size", config.eval_batch_size, mesh.devices.size)
-    model, source = open_model_and_source(config, split)
-    params = jax.tree.map(lambda x: place(x, replicated(mesh)), load_params(model))
-    shape = (*pair(model.image_size), model.in_channels)
-    prepare = make_prepare(config.data, shape, train=False)
-
-    def batches() -> Batches:
-        return eval_batches(
-            source,
-            config.data,
-            prepare,
-            batch_size=config.eval_batch_size,
-            process_index=jax.process_index(),
-            process_count=jax.process_count(),
-            sharding=batch_sharding(mesh),
-        )
-
-    return model, source, params, batches

@@ -1,5 +1,6 @@
 """Schedules, decay masks and the optax chain."""
 
+import functools
 import math
 from typing import Any
 
@@ -79,7 +80,7 @@ def make_optimizer(optim: OptimConfig, schedule: optax.Schedule) -> optax.Gradie
     By default every parameter decays, norms and biases included, as in the official code. The first
     moment is kept in optim.mu_dtype, everything else in float32.
     """
-    mask = (lambda params: decay_mask(params, optim.no_decay)) if optim.no_decay else None
+    mask = functools.partial(decay_mask, no_decay=optim.no_decay) if optim.no_decay else None
     common: dict[str, Any] = dict(
         b1=optim.b1,
         b2=optim.b2,
@@ -87,10 +88,10 @@ def make_optimizer(optim: OptimConfig, schedule: optax.Schedule) -> optax.Gradie
         mask=mask,
         mu_dtype=jnp.dtype(optim.mu_dtype),
     )
-    tx = {
-        "adamw": lambda: optax.adamw(schedule, eps=optim.eps, **common),
-        "lion": lambda: optax.lion(schedule, **common),
-    }[optim.optimizer]()
+    if optim.optimizer == "adamw":
+        tx = optax.adamw(schedule, eps=optim.eps, **common)
+    else:
+        tx = optax.lion(schedule, **common)
     if optim.clip_norm:
         tx = optax.chain(optax.clip_by_global_norm(optim.clip_norm), tx)
     return tx

@@ -1,16 +1,16 @@
-"""Where metrics go: a progress line, JSON lines, TensorBoard."""
+"""What a run says of itself: a line for whoever watches, and its metrics files."""
 
 import contextlib
-import json
-import os
 import sys
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any
 
+import numpy as np
+
 from crate_jax.config import TrainConfig
-from crate_jax.training.tensorboard import EventWriter
+from crate_jax.training.writer import MetricsWriter
 
 
 class Reporter:
@@ -22,6 +22,7 @@ class Reporter:
         total_steps: where the run ends.
         record: of the checkpoint that the run continues from: its ``step`` and ``summary``; and
             ``notes``, lines to say at the start.
+        headline: the task's metric that the lines show beside the loss.
         enabled: False on all processes but one; then nothing is written.
 
     Attributes:
@@ -35,12 +36,14 @@ class Reporter:
         total_steps: int,
         record: Mapping[str, Any],
         *,
+        headline: str,
         enabled: bool = True,
     ):
         first = record["step"]
         self.summary: dict[str, float] = dict(record["summary"])
         self._batch_size, self._total = config.batch_size, total_steps
         self._counted, self._waited_s, self._watch = first, 0.0, Stopwatch()
+        self._shown = dict.fromkeys(("loss", headline))  # in this order, each once
         self._progress = Progress(total_steps, sys.stderr if enabled else None)
         self._writer = None
         if first >= total_steps:
@@ -76,7 +79,7 @@ class Reporter:
 
         Args:
             step: which.
-            metrics: `loss`, `top1` and whatever else the step measured.
+            metrics: ``loss`` and whatever else the step measured.
             log: whether it is written.
             waited_s: seconds for which the steps of this program have waited for data, in all.
             skipped: bad examples that were replaced, in all.
@@ -86,32 +89,33 @@ class Reporter:
             seconds = self._watch.lap()
             rate = (step - self._counted) / seconds
             values = {f"train/{name}": value for name, value in metrics.items()}
-            values["images_per_s"] = round(rate * self._batch_size, 1)
+            values["examples_per_s"] = round(rate * self._batch_size, 1)
             values["data_wait_share"] = round(min(1, (waited_s - self._waited_s) / seconds), 4)
             if skipped:
                 values["data_skipped"] = skipped
             self._counted, self._waited_s = step, waited_s
             self._write(step, values)
-            self._progress.update(step, values, rate)
+            shown = {name: metrics[name] for name in self._shown if name in metrics}
+            self._progress.update(step, shown, rate, rate * self._batch_size)
 
-    def measured(self, step: int, layers: Mapping[str, Iterable[float]]) -> None:
-        """The objective was measured: {name: one value a layer}."""
-        flat = {
-            f"objective/{name}/layer{i:02d}": float(value)
-            for name, values in layers.items()
-            for i, value in enumerate(values)
-        }
-        self._write(step, flat)
+    def inspected(
+        self, step: int, scalars: Mapping[str, float], images: Mapping[str, np.ndarray]
+    ) -> None:
+        """The task has looked inside: scalars and pictures (n, H, W, c) by full name."""
+        if scalars:
+            self._write(step, {name: float(value) for name, value in scalars.items()})
+        if images and self._writer is not None:
+            self._writer.write_images(step, images)
 
     def tested(self, step: int, metrics: Mapping[str, float]) -> dict[str, float]:
         """The evaluation split was measured; returns its metrics under their full names."""
         values = {f"test/{name}": value for name, value in metrics.items()}
         self.summary |= values
         self._write(step, values)
-        self._progress.say(
-            f"step {step}/{self._total}  test loss {metrics['loss']:.4f}  "
-            f"test top1 {metrics['top1']:.4f}"
+        shown = "  ".join(
+            f"test {name} {metrics[name]:.4f}" for name in self._shown if name in metrics
         )
+        self._progress.say(f"step {step}/{self._total}  {shown}")
         return values
 
     @contextlib.contextmanager
@@ -150,54 +154,6 @@ class Stopwatch:
         return max(seconds, 1e-9)
 
 
-class MetricsWriter:
-    """Writes scalars into a workdir: ``metrics.jsonl`` and TensorBoard's event files.
-
-    A resumed run goes back to its checkpoint: lines of later steps, which an interrupted run may
-    have left, are taken out, so that the file reads as if nothing had happened.
-
-    Args:
-        workdir: existing directory.
-        start_step: the step the run continues from.
-    """
-
-    def __init__(self, workdir: str | Path, *, start_step: int = 0):
-        path = Path(workdir) / "metrics.jsonl"
-        _drop_after(path, start_step)
-        self._file = path.open("a", buffering=1)
-        self._events = EventWriter(workdir, purge_step=start_step + 1 if start_step else None)
-
-    def write(self, step: int, values: Mapping[str, float]) -> None:
-        """Write the values of one step.
-
-        Raises:
-            OSError: the disk does not take them.
-        """
-        self._file.write(json.dumps({"step": step, **values}) + "\n")
-        self._events.write(step, values)
-
-    def close(self) -> None:
-        """Flush and close the files."""
-        self._events.close()
-        self._file.close()
-
-
-def _drop_after(path: Path, step: int) -> None:
-    """Keep the lines up to a step; a line cut off by a crash goes too."""
-    if not path.exists():
-        return
-    kept = []
-    for line in path.read_text().splitlines():
-        try:
-            if json.loads(line)["step"] <= step:
-                kept.append(line + "\n")
-        except (json.JSONDecodeError, KeyError, TypeError):
-            continue
-    aside = path.with_suffix(".tmp")
-    aside.write_text("".join(kept))
-    os.replace(aside, path)
-
-
 class Progress:
     """What a person watches: one live line on a terminal, plain lines when piped.
 
@@ -211,12 +167,17 @@ class Progress:
         self._live = bool(stream and stream.isatty())
         self._width = 0
 
-    def update(self, step: int, values: Mapping[str, float], steps_per_s: float) -> None:
-        """Show where the run is: step, loss, top-1, images per second, time to go."""
+    def update(
+        self, step: int, shown: Mapping[str, float], steps_per_s: float, examples_per_s: float
+    ) -> None:
+        """Show where the run is: step, what it is judged by, examples per second, time to go."""
         eta = (self._total - step) / max(steps_per_s, 1e-9)
+        values = "  ".join(
+            f"{name} {value:.4f}" if name == "loss" else f"{name} {value:.3f}"
+            for name, value in shown.items()
+        )
         text = (
-            f"step {step}/{self._total}  loss {values['train/loss']:.4f}  "
-            f"top1 {values['train/top1']:.3f}  {values['images_per_s']:.0f} images/s  "
+            f"step {step}/{self._total}  {values}  {examples_per_s:.0f} examples/s  "
             f"ETA {_clock(eta)}"
         )
         if self._live and self._stream:

@@ -1,6 +1,7 @@
 """The state of a run: everything that a step reads and writes, and how it starts."""
 
 import dataclasses
+import functools
 from typing import Any
 
 import flax.struct
@@ -10,9 +11,8 @@ import optax
 from jax import Array
 from jax.sharding import Mesh
 
-from crate_jax.models.cost import sample_images
-from crate_jax.models.crate import Crate
 from crate_jax.parallel import check_shares, place, state_shardings
+from crate_jax.tasks.task import Extra, Params, Task
 
 
 @flax.struct.dataclass
@@ -24,32 +24,35 @@ class TrainState:
         params: the model's parameters, float32.
         opt_state: of the optax chain.
         ema_params: exponential moving average of params, or None when none is kept.
+        extra: what the task carries along that no gradient reaches: running statistics, a teacher;
+            () when there is none.
     """
 
     step: Array
-    params: Any
-    opt_state: Any
-    ema_params: Any = None
+    params: Params
+    opt_state: optax.OptState
+    ema_params: Params = None
+    extra: Extra = ()
 
 
 def init_state(
-    model: Crate, tx: optax.GradientTransformation, key: Array, *, ema: bool = False
+    task: Task, tx: optax.GradientTransformation, key: Array, *, ema: bool = False
 ) -> TrainState:
     """A fresh state; pure, so it runs under `jit` and `jax.eval_shape`.
 
     Args:
-        model: of `crate_jax.create_model`.
+        task: knows the parameters.
         tx: the optimizer.
         key: typed key; the parameters are a function of it alone.
         ema: whether averaged parameters are kept.
     """
-    params = model.init(key, sample_images(model), train=False)["params"]
+    params, extra = task.init(key)
     ema_params = jax.tree.map(jnp.copy, params) if ema else None  # a donated buffer can't be shared
-    return TrainState(jnp.zeros((), jnp.int32), params, tx.init(params), ema_params)
+    return TrainState(jnp.zeros((), jnp.int32), params, tx.init(params), ema_params, extra)
 
 
 def abstract_state(
-    model: Crate, tx: optax.GradientTransformation, key: Array, mesh: Mesh, *, ema: bool = False
+    task: Task, tx: optax.GradientTransformation, key: Array, mesh: Mesh, *, ema: bool = False
 ) -> tuple[TrainState, Any]:
     """Shapes, dtypes and shardings of a state on a mesh, without computing it.
 
@@ -59,36 +62,58 @@ def abstract_state(
     Raises:
         ValueError: the mesh has an ``fsdp`` that splits little of the state.
     """
-    shapes = jax.eval_shape(lambda key: init_state(model, tx, key, ema=ema), key)
+    shapes = jax.eval_shape(functools.partial(init_state, task, tx, ema=ema), key)
     shardings = state_shardings(shapes, mesh)
     check_shares(shapes, shardings, mesh)
-    leaf = lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)  # noqa: E731
-    return jax.tree.map(leaf, shapes, shardings), shardings
+    return jax.tree.map(_with_sharding, shapes, shardings), shardings
+
+
+def _with_sharding(leaf: jax.ShapeDtypeStruct, sharding: Any) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
 
 
 def init_sharded(
-    model: Crate, tx: optax.GradientTransformation, key: Array, mesh: Mesh, *, ema: bool = False
+    task: Task, tx: optax.GradientTransformation, key: Array, mesh: Mesh, *, ema: bool = False
 ) -> tuple[TrainState, Any]:
     """`init_state` laid out on a mesh; no device ever holds more than its share.
 
     Returns:
         The state, equal on every mesh, and its tree of shardings.
     """
-    _, shardings = abstract_state(model, tx, key, mesh, ema=ema)
-    init = lambda key: init_state(model, tx, key, ema=ema)  # noqa: E731
+    _, shardings = abstract_state(task, tx, key, mesh, ema=ema)
+    init = functools.partial(init_state, task, tx, ema=ema)
     return jax.jit(init, out_shardings=shardings)(key), shardings
 
 
-def replace_params(state: TrainState, params: Any) -> TrainState:
+def replace_params(state: TrainState, params: Params) -> TrainState:
     """The state with other parameters (and average) of the same shapes, on the same devices.
 
     Args:
         state: a fresh state; its optimizer state is kept.
         params: tree of arrays, on the host or not.
     """
-    put = lambda new, old: place(new, old.sharding)  # noqa: E731
     ema_params = None
     if state.ema_params is not None:
-        ema_params = jax.tree.map(put, params, state.ema_params)
-    params = jax.tree.map(put, params, state.params)
+        ema_params = jax.tree.map(_in_place_of, params, state.ema_params)
+    params = jax.tree.map(_in_place_of, params, state.params)
     return dataclasses.replace(state, params=params, ema_params=ema_params)
+
+
+def _in_place_of(new: Any, old: Array) -> Array:
+    return place(new, old.sharding)
+
+
+def to_stored(state: TrainState) -> dict[str, Any]:
+    """The state, or its shapes, as a checkpoint holds it.
+
+    An extra without arrays is left out, as in checkpoints of the days when states had none.
+    """
+    branches = {f.name: getattr(state, f.name) for f in dataclasses.fields(state)}
+    if not jax.tree.leaves(state.extra):
+        del branches["extra"]
+    return branches
+
+
+def from_stored(branches: dict[str, Any]) -> TrainState:
+    """The inverse of `to_stored`."""
+    return TrainState(**branches)

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from crate_jax.config import TrainConfig, differences, from_dict, to_dict
+from crate_jax.files import written_aside
 
 
 def check_workdir(config: TrainConfig, workdir: Path) -> None:
@@ -50,9 +51,8 @@ def write_config(config: TrainConfig, workdir: Path, *, enabled: bool = True) ->
     if not enabled:
         return
     workdir.mkdir(parents=True, exist_ok=True)
-    aside = workdir / "config.tmp"
-    aside.write_text(json.dumps(to_dict(config), indent=2) + "\n")
-    os.replace(aside, workdir / "config.json")
+    with written_aside(workdir / "config.json") as aside:
+        aside.write_text(json.dumps(to_dict(config), indent=2) + "\n")
 
 
 class Stopped(KeyboardInterrupt):
@@ -73,10 +73,10 @@ class StopSignal:
     def __init__(
         self,
         distributed: bool = False,
-        reached_preemption: Callable[[int], bool] = lambda step: False,
+        reached_preemption: Callable[[int], bool] | None = None,
     ):
         self._name: str | None = None
-        self._reached = reached_preemption if distributed else lambda step: False
+        self._reached = reached_preemption if distributed else None
         self._signals = (signal.SIGINT,) if distributed else (signal.SIGINT, signal.SIGTERM)
         self._pass_on = distributed
         self._previous: dict[int, Any] = {}
@@ -93,7 +93,7 @@ class StopSignal:
 
     def at(self, step: int) -> str | None:
         """Why to stop after this step, or None. Every process asks after every step."""
-        return "SIGTERM" if self._reached(step) else self._name
+        return "SIGTERM" if self._reached and self._reached(step) else self._name
 
     def _request(self, number: int, frame: Any) -> None:
         for each in self._previous:

@@ -1,0 +1,25 @@
+"""Which metric says what the best checkpoint is."""
+
+import dataclasses
+from collections.abc import Mapping
+
+
+@dataclasses.dataclass(frozen=True)
+class Best:
+    """By what checkpoints are compared.
+
+    Attributes:
+        metric: its full name, such as ``test/top1``.
+        higher: whether a higher one is better.
+    """
+
+    metric: str
+    higher: bool
+
+    def score(self, metrics: Mapping[str, float]) -> float:
+        """A number that is higher for a better checkpoint."""
+        return metrics[self.metric] if self.higher else -metrics[self.metric]
+
+
+# Of runs whose records do not say: they are older than the question.
+UNSAID = Best("test/top1", higher=True)

@@ -1,0 +1,58 @@
+"""Orbax's manager as this project uses it: which steps it keeps, and what it believes."""
+
+from pathlib import Path
+
+import orbax.checkpoint as ocp
+from orbax.checkpoint.checkpoint_managers import preservation_policy
+
+from crate_jax.checkpoint.best import Best
+from crate_jax.checkpoint.record import METRICS, read_from_disk
+
+
+class Manager(ocp.CheckpointManager):
+    """Orbax's, but damaged metrics neither count nor keep it from opening a directory.
+
+    Args:
+        directory: of the steps.
+        best: which metric a step's metrics must hold.
+        options: Orbax's.
+    """
+
+    def __init__(self, directory: Path, best: Best, options: ocp.CheckpointManagerOptions):
+        self._best = best  # first: Orbax reads all metrics when it is made
+        super().__init__(directory, options=options)
+
+    def metrics(self, step: int) -> dict[str, float] | None:
+        """None as well for metrics that cannot be read, or are not those in the record.
+
+        Such a step is not among the best.
+        """
+        try:
+            found = super().metrics(step)
+            record = read_from_disk(Path(self.directory), step)
+        except (ValueError, OSError):  # of JSON and of Unicode too
+            return None
+        if not isinstance(found, dict) or record.get(METRICS, found) != found:
+            return None
+        return found if isinstance(found.get(self._best.metric), int | float) else None
+
+
+def for_reading(directory: Path, best: Best) -> Manager:
+    """A manager that neither writes nor deletes."""
+    options = ocp.CheckpointManagerOptions(read_only=True, best_fn=best.score)
+    return Manager(directory, best, options)
+
+
+def for_writing(directory: Path, best: Best, *, keep_latest: int, keep_best: int) -> Manager:
+    """A manager that keeps the newest steps, and the best besides."""
+    # Orbax's max_to_keep would keep the best and delete the latest, and a resumed run go back.
+    kept: list[preservation_policy.PreservationPolicy] = [preservation_policy.LatestN(keep_latest)]
+    if keep_best:
+        kept.append(
+            preservation_policy.BestN(
+                get_metric_fn=best.score, n=keep_best, keep_checkpoints_without_metrics=False
+            )
+        )
+    policy = preservation_policy.AnyPreservationPolicy(kept)
+    options = ocp.CheckpointManagerOptions(best_fn=best.score, preservation_policy=policy)
+    return Manager(directory, best, options)

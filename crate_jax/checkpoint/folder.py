@@ -1,0 +1,41 @@
+"""The folder of a run's checkpoints: what is swept up there, and what is set aside."""
+
+import os
+import shutil
+from pathlib import Path
+
+import jax
+from jax.experimental import multihost_utils
+
+FOLDER = "checkpoints"  # below the run's workdir
+DAMAGED = "damaged-"  # what a step that was set aside is called
+
+
+def sweep(directory: Path, step: int | str | None) -> None:
+    """Remove what unfinished saves have left, as far as that can be done.
+
+    Orbax's own sweep fails the next save where it cannot, and a failed save's writers may go on
+    for a while. What is left under its temporary name harms nobody; the next run sweeps again.
+    """
+    if jax.process_index() == 0:
+        for path in directory.glob(f"{step}.*tmp*"):
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def set_aside(directory: Path, steps: list[int]) -> None:
+    """Rename damaged steps; every process of the run calls this."""
+    if jax.process_index() == 0:
+        for step in steps:
+            names = [f"{DAMAGED}{step}", *(f"{DAMAGED}{step}.{i}" for i in range(1, 1000))]
+            free = next(name for name in names if not (directory / name).exists())
+            os.rename(directory / str(step), directory / free)
+    # Nobody looks before the names are changed.
+    multihost_utils.sync_global_devices("crate_jax: damaged checkpoints are set aside")
+
+
+def no_checkpoint(directory: Path) -> FileNotFoundError:
+    """The error of a reader who finds none."""
+    return FileNotFoundError(
+        f"workdir must hold a checkpoint; {directory.parent} has none. "
+        f"Train first: python train.py --workdir={directory.parent}"
+    )

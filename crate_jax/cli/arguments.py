@@ -1,0 +1,120 @@
+"""What several commands ask for: which run, which model, which examples."""
+
+import argparse
+import ast
+from pathlib import Path
+from typing import Any
+
+from crate_jax.config import (
+    IMAGENET_EVAL,
+    IMAGENET_MEAN,
+    IMAGENET_STD,
+    DataConfig,
+    ParallelConfig,
+    TrainConfig,
+    from_dict,
+)
+
+
+def add_model(parser: argparse.ArgumentParser) -> None:
+    """Which model, and how the weights are made to fit it."""
+    parser.add_argument("--model", help="one of crate_jax.list_models()")
+    parser.add_argument(
+        "--model-kwargs",
+        "--model_kwargs",
+        nargs="+",
+        default=[],
+        metavar="FIELD=VALUE",
+        help="fields that differ from --model, such as num_classes=10 image_size=32,32",
+    )
+    parser.add_argument(
+        "--fit",
+        nargs="+",
+        default=[],
+        metavar="WHAT",
+        help="what may differ between weights and model: head, image_size, patch_size, in_channels",
+    )
+
+
+def add_data(parser: argparse.ArgumentParser) -> None:
+    """Which examples, and what happens to them."""
+    parser.add_argument("--dataset", help="digits, folder, tar, synthetic or a TFDS name")
+    parser.add_argument("--data_dir", help="where the data set is prepared, or a folder's root")
+    parser.add_argument("--split", help="default: the run's, or test")
+    parser.add_argument("--batch_size", type=int, help="examples per step over all devices")
+    parser.add_argument(
+        "--transforms", help="as data.eval_transforms; default: the run's, or " + IMAGENET_EVAL
+    )
+
+
+def named_model(args: argparse.Namespace) -> Any:
+    """The model of --model and --model-kwargs, or None for what the weights state.
+
+    Raises:
+        KeyError, ValueError: there is no such model, or its fields are malformed.
+    """
+    from crate_jax.models.zoo import create_model
+
+    if not args.model:
+        if args.model_kwargs:
+            raise ValueError("--model-kwargs must go with --model. See --help.")
+        return None
+    return create_model(args.model, **model_kwargs(args))
+
+
+def model_kwargs(args: argparse.Namespace) -> dict[str, Any]:
+    """--model-kwargs as a dict.
+
+    Raises:
+        ValueError: one is not FIELD=VALUE.
+    """
+    kwargs = {}
+    for text in args.model_kwargs:
+        name, separator, value = text.partition("=")
+        if not separator:
+            raise ValueError(f"--model-kwargs must be FIELD=VALUE …; got {text}. See --help.")
+        try:
+            kwargs[name] = ast.literal_eval(value)
+        except (ValueError, SyntaxError):
+            kwargs[name] = value  # a word, such as pool=mean
+    return kwargs
+
+
+def default_data(model: Any) -> DataConfig:
+    """How images are prepared for weights that do not say: as on ImageNet, or just resized."""
+    *size, channels = model.input_shape
+    return DataConfig(
+        eval_transforms=IMAGENET_EVAL if size == [224, 224] else f"resize({tuple(size)})",
+        mean=IMAGENET_MEAN if channels == 3 else (0.5,),
+        std=IMAGENET_STD if channels == 3 else (0.5,),
+    )
+
+
+def override_data(data: DataConfig, args: argparse.Namespace) -> None:
+    """Write what the flags say of the data set and its preparation into a config section."""
+    for field, value in (
+        ("dataset", args.dataset),
+        ("data_dir", args.data_dir),
+        ("eval_transforms", args.transforms),
+        ("eval_split", args.split),
+    ):
+        if value is not None:
+            setattr(data, field, value)
+
+
+def saved_config(workdir: str | Path, step: str) -> tuple[TrainConfig, int]:
+    """The config in a run's checkpoint, and the number of that checkpoint.
+
+    Raises:
+        FileNotFoundError, ValueError, KeyError: there is none, or it cannot be read.
+    """
+    from crate_jax.checkpoint.manager import Checkpointer
+
+    reader = Checkpointer(workdir, read_only=True)
+    try:
+        number = reader.resolve(step)
+        config = from_dict(reader.restore_record(number)["config"])
+        config.parallel = ParallelConfig()  # of the machine it was trained on
+        return config, number
+    finally:
+        reader.close()

@@ -1,0 +1,232 @@
+"""`compare`: ours against PyTorch on the same weights and images."""
+
+import argparse
+import contextlib
+import functools
+import sys
+from importlib.metadata import version
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from crate_jax.cli.arguments import (
+    add_data,
+    add_model,
+    default_data,
+    named_model,
+    override_data,
+    saved_config,
+)
+from crate_jax.config import DataConfig, OptimConfig
+
+
+def add_compare(subparsers: Any) -> None:
+    """The flags of `compare`."""
+    parser = subparsers.add_parser("compare", help="ours against PyTorch, layer by layer")
+    parser.add_argument(
+        "--weights", required=True, help="a weights file, a run or one of its steps"
+    )
+    parser.add_argument("--reference", help="PyTorch's weights; default: the same")
+    add_model(parser)
+    parser.add_argument("--images", help="a folder of images; default: the run's, or seeded noise")
+    add_data(parser)
+    parser.add_argument(
+        "--dtype", choices=("float32", "bfloat16"), default="float32", help="of our computation"
+    )
+    parser.add_argument(
+        "--train-steps", "--train_steps", type=int, default=10, help="of each optimizer; 0: none"
+    )
+    parser.add_argument(
+        "--rate-scale",
+        "--rate_scale",
+        type=float,
+        default=0.05,
+        help="learning rates as a share of the official peak; default 1/20, as in the first epoch "
+        "of the official schedule",
+    )
+    parser.add_argument(
+        "--float64",
+        action="store_true",
+        help="also train PyTorch in float64: how far rounding alone carries a training",
+    )
+    parser.add_argument("--html", help="also write the comparison as a page to this file")
+    parser.set_defaults(function=compare)
+
+
+def compare(args: argparse.Namespace) -> dict[str, Any]:
+    """Ours against PyTorch on the same weights and images: a table, perhaps a page, a verdict."""
+    from crate_jax.files import written_aside
+
+    _check_compare(args)
+    try:
+        from crate_jax.parity.compare import TOLERANCES
+        from crate_jax.parity.comparison import page, table
+    except ImportError:
+        raise ValueError("compare needs PyTorch. pip install 'crate-jax[torch]'") from None
+    with written_aside(args.html) if args.html else contextlib.nullcontext() as aside:
+        found, conditions = _compare(args)
+        sys.stdout.write(table(found))
+        if aside is not None:
+            aside.write_text(page(found, conditions), encoding="utf-8")
+    tolerances = TOLERANCES if args.dtype == "float32" else None
+    return conditions | _result(found) | {"tolerances": tolerances}
+
+
+def _check_compare(args: argparse.Namespace) -> None:
+    """Refuse numbers out of range, and a page that cannot be drawn."""
+    if args.train_steps < 0 or args.rate_scale <= 0:
+        raise ValueError("--train-steps must be >= 0 and --rate-scale > 0. See --help.")
+    if args.batch_size is not None and args.batch_size < 1:
+        raise ValueError(f"--batch_size must be >= 1; got {args.batch_size}. The default is 8.")
+    if args.html and find_spec("matplotlib") is None:
+        raise ValueError("--html must have matplotlib. Install it: pip install 'crate-jax[plot]'")
+
+
+def _compare(args: argparse.Namespace) -> tuple[Any, dict[str, Any]]:
+    """What was found, and under which conditions."""
+    import jax
+    import jax.numpy as jnp
+
+    from crate_jax.interop import load_fitted
+    from crate_jax.parity.compare import SMOOTHING
+    from crate_jax.parity.compare import compare as compare_both
+    from crate_jax.tasks.losses import cross_entropy
+
+    params, model, fitted = load_fitted(args.weights, named_model(args), fit=args.fit)
+    reference = params
+    if args.reference:
+        reference = load_fitted(args.reference, model, fit=args.fit).params
+    images, labels, inputs = _inputs(args, model)
+    model = model.clone(dtype=jnp.dtype(args.dtype))
+    found = compare_both(
+        model,
+        params,
+        images,
+        labels,
+        loss=functools.partial(cross_entropy, label_smoothing=SMOOTHING),
+        train=functools.partial(train_steps, model),
+        train_steps=args.train_steps,
+        rate_scale=args.rate_scale,
+        float64=args.float64,
+        reference_params=reference,
+    )
+    conditions = {
+        "weights": args.weights,
+        "reference": args.reference or args.weights,
+        "model": args.model or "as the weights state",
+        "fitted": fitted,
+        "inputs": inputs,
+        "dtype": args.dtype,
+        "device": f"{jax.devices()[0].device_kind} (PyTorch: cpu)",
+        "rate_scale": args.rate_scale,
+    } | {name: version(name) for name in ("jax", "flax", "optax", "torch")}
+    return found, conditions
+
+
+def _result(found: Any) -> dict[str, Any]:
+    """What was found, as JSON values."""
+    return {
+        "images": found.images,
+        "relative": {row.name: float(f"{row.relative:.3g}") for row in found.rows},
+        "losses": found.losses,
+        "gradient_images": found.gradient_images,
+        "training": found.training,
+        "top1_agreement": found.top1_agreement,
+        "images_per_s": {k: round(v, 1) for k, v in found.images_per_s.items()},
+        "first_difference": found.first_difference,
+        "within_tolerance": found.first_difference is None,
+    }
+
+
+def train_steps(
+    model: Any, params: Any, images: Any, labels: Any, optim: OptimConfig, steps: int
+) -> tuple[list[float], Any]:
+    """Full-batch steps of our training step at a constant rate: losses, and the parameters."""
+    import jax
+    import optax
+
+    from crate_jax.tasks.classify import Classify
+    from crate_jax.training.optimizer import make_optimizer
+    from crate_jax.training.state import TrainState
+    from crate_jax.training.step import make_train_step
+
+    tx = make_optimizer(optim, optax.constant_schedule(optim.lr))
+    task = Classify(model, label_smoothing=optim.label_smoothing)
+    step = jax.jit(make_train_step(task, tx))
+    state = TrainState(jax.numpy.zeros((), "int32"), params, tx.init(params))
+    losses = []
+    for _ in range(steps):
+        state, metrics = step(state, {"image": images, "label": labels}, jax.random.key(0))
+        losses.append(float(metrics["loss"]))
+    return losses, state.params
+
+
+def _inputs(args: argparse.Namespace, model: Any) -> tuple[np.ndarray, np.ndarray, str]:
+    """Normalised images (B, H, W, c), labels (B,), and what they are in words."""
+    from crate_jax.interop import find_run
+
+    if args.images and args.dataset:
+        raise ValueError("compare must get one of --images and --dataset. Leave one out.")
+    data, is_run = default_data(model), Path(args.weights).is_dir()
+    if is_run:
+        data = saved_config(*find_run(args.weights))[0].data
+    override_data(data, args)
+    if args.images or args.dataset or is_run:
+        return _stored_images(args, model, data)
+    rng, batch_size = np.random.default_rng(0), args.batch_size or 8
+    images = rng.normal(size=(batch_size, *model.input_shape)).astype(np.float32)
+    return images, rng.integers(0, model.num_classes, batch_size), "seeded normal noise"
+
+
+def _stored_images(
+    args: argparse.Namespace, model: Any, data: DataConfig
+) -> tuple[np.ndarray, np.ndarray, str]:
+    """The same for --images, or for the first of a split."""
+    import jax.numpy as jnp
+
+    from crate_jax.data.images.labelled import open_labelled_images
+    from crate_jax.data.loader import eval_batches
+    from crate_jax.tasks.classify import Classify
+
+    if args.images:
+        rows = _folder_rows(args.images, model, data)
+    else:
+        rows = open_labelled_images(
+            data,
+            data.eval_split,
+            train=False,
+            image_shape=model.input_shape,
+            num_classes=model.num_classes,
+        )
+    if rows.num_classes != model.num_classes:
+        raise ValueError(
+            f"model.num_classes must equal the {rows.num_classes} classes of {rows.name}; got "
+            f"{model.num_classes}. Choose another --dataset."
+        )
+    batch_size = min(args.batch_size or 8, len(rows))
+    batch = next(eval_batches(rows, data, batch_size=batch_size))
+    task = Classify(model, mean=tuple(data.mean), std=tuple(data.std))
+    images = task.normalized(jnp.asarray(batch["image"]))
+    return np.asarray(images), np.asarray(batch["label"], np.int64), rows.name
+
+
+def _folder_rows(folder: str, model: Any, data: DataConfig) -> Any:
+    """The images anywhere below a folder, with labels that only have to be the same for both."""
+    from crate_jax.data.images.labelled import LabelledImages
+    from crate_jax.data.images.pipeline import make_pipeline
+    from crate_jax.data.stores.folders import FolderImages, folder_images
+    from crate_jax.data.stores.sources import Source
+
+    found = folder_images(folder, _no_label)
+    if not len(found):
+        raise ValueError(f"--images must be a folder with images; got {folder}. Choose another.")
+    labels = np.random.default_rng(0).integers(0, model.num_classes, len(found)).astype(np.int32)
+    source = Source(folder, FolderImages(folder, found.names, labels), model.num_classes)
+    return LabelledImages(source, make_pipeline(data, model.input_shape, train=False))
+
+
+def _no_label(path: str) -> int:
+    del path
+    return 0

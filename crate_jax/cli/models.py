@@ -1,0 +1,86 @@
+"""Commands about a model alone: `convert`, `summary`, `plan`."""
+
+import argparse
+import sys
+from typing import Any
+
+from crate_jax.cli.arguments import add_model, named_model
+from crate_jax.cli.flags import parse_config
+
+
+def add_convert(subparsers: Any) -> None:
+    """The flags of `convert`."""
+    parser = subparsers.add_parser("convert", help="weights from one kind of file to another")
+    parser.add_argument(
+        "--from", dest="source", required=True, help="a weights file, a run or one of its steps"
+    )
+    parser.add_argument(
+        "--to", dest="target", required=True, help="FILE.safetensors, .npz, .pth or .pt"
+    )
+    add_model(parser)
+    parser.set_defaults(function=convert)
+
+
+def convert(args: argparse.Namespace) -> dict[str, Any]:
+    """Weights from one kind of file to another, through a model that they fit."""
+    from crate_jax.interop import load_fitted, save_weights
+    from crate_jax.models.cost import count_parameters
+
+    params, model, fitted = load_fitted(args.source, named_model(args), fit=args.fit)
+    save_weights(args.target, params, model)
+    return {
+        "from": args.source,
+        "to": args.target,
+        "parameters": count_parameters(model),
+        "fitted": fitted,
+    }
+
+
+def add_summary(subparsers: Any) -> None:
+    """The flags of `summary`."""
+    parser = subparsers.add_parser("summary", help="parameters, multiply-adds, tokens, memory")
+    parser.add_argument("model", help="one of crate_jax.list_models()")
+    parser.add_argument("--image_size", type=int, nargs="+", help="pixels: a side, or two")
+    parser.add_argument("--num_classes", type=int)
+    parser.set_defaults(function=summary)
+
+
+def summary(args: argparse.Namespace) -> dict[str, Any]:
+    """What a model costs, by formula."""
+    from crate_jax.models import cost
+    from crate_jax.models.zoo import create_model
+
+    overrides = {k: getattr(args, k) for k in ("image_size", "num_classes") if getattr(args, k)}
+    model: Any = create_model(args.model, **overrides)
+    return {
+        "model": args.model,
+        "image_size": list(model.input_shape[:2]),
+        "tokens": model.num_tokens,
+        "parameters": cost.count_parameters(model),
+        "gmacs": round(cost.multiply_adds(model) / 1e9, 3),
+        "activation_mib_per_image": round(cost.activation_bytes(model) / 2**20, 1),
+    }
+
+
+def add_plan(subparsers: Any) -> None:
+    """The flags of `plan`; those of the recipe's fields are left to `parse_config`."""
+    parser = subparsers.add_parser(
+        "plan", help="memory, communication and time of a training step on a mesh that is not here"
+    )
+    parser.add_argument("--config", required=True, help="a recipe, with --config.FIELD=VALUE")
+    parser.add_argument("--mesh", required=True, help="such as data:256,fsdp:8")
+    parser.set_defaults(function=plan)
+
+
+def plan(args: argparse.Namespace) -> dict[str, Any]:
+    """What a training step needs on a mesh of machines that are not here."""
+    import jax
+
+    from crate_jax.planning.plan import mesh_size, plan, table
+
+    config = parse_config(args.config, args.config_flags)
+    jax.config.update("jax_platforms", "cpu")
+    jax.config.update("jax_num_cpu_devices", mesh_size(args.mesh))
+    found = plan(config, args.mesh)
+    sys.stdout.write(table(found))
+    return found

@@ -1,0 +1,33 @@
+"""`prepare`: a data set in the format that is read fastest."""
+
+import argparse
+import sys
+from typing import Any
+
+
+def add_prepare(subparsers: Any) -> None:
+    """The flags of `prepare`."""
+    parser = subparsers.add_parser(
+        "prepare", help="a folder or ImageNet's tar files as a TFDS data set of array_record files"
+    )
+    parser.add_argument(
+        "--from", dest="source", required=True, help="holds a folder or a tar file for each split"
+    )
+    parser.add_argument(
+        "--to", dest="target", required=True, help="what data.data_dir will be; may be half done"
+    )
+    parser.add_argument(
+        "--name", help="what data.dataset will be, NAME or NAME:VERSION; ImageNet's own has one"
+    )
+    parser.set_defaults(function=prepare)
+
+
+def prepare(args: argparse.Namespace) -> dict[str, Any]:
+    """A folder or tar files as a TFDS data set of array_record files."""
+    from crate_jax.data.stores.prepare import prepare
+
+    return prepare(args.source, args.target, name=args.name, say=_say)
+
+
+def _say(line: str) -> None:
+    sys.stderr.write(line + "\n")

@@ -1,0 +1,90 @@
+"""What every command has in common: how it ends, and where compiled programs are kept."""
+
+import json
+import os
+import platform
+import sys
+import traceback
+import zlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NoReturn
+
+import absl.flags
+import absl.logging
+import jax
+
+from crate_jax.cli.mistakes import complain, raised_here, text
+from crate_jax.parallel import LostProcess
+
+TRY_AGAIN = 75  # EX_TEMPFAIL of sysexits.h; schedulers restart on any status but 0
+
+
+def run_command(command: Callable[[], dict[str, Any]]) -> int:
+    """Run a command: its result is the last line of stdout, a user's mistake one line of stderr.
+
+    A mistake is an error that this project raises itself, or one of the operating system about a
+    file; any other is a bug and keeps its trace.
+
+    Returns:
+        Exit status: 0; 1 if the result says that something is not ``within_tolerance`` or not
+        ``intact``; 2 for a mistake; `TRY_AGAIN` for a run that was told to stop and is saved, 130
+        for a command that was interrupted otherwise.
+    """
+    quiet_libraries()
+    try:
+        result = command()
+    except KeyboardInterrupt as error:
+        complain(str(error) or "interrupted; what was saved before is intact")
+        return TRY_AGAIN if error.args else 130
+    except LostProcess as error:
+        complain(str(error))
+        _leave(TRY_AGAIN)
+    except Exception as error:
+        mistake = isinstance(error, (ValueError, KeyError, OSError, FloatingPointError))
+        if mistake and (isinstance(error, OSError) or raised_here(error)):
+            status = complain(text(error))
+        elif jax.distributed.is_initialized():
+            traceback.print_exc()
+            status = 1
+        else:
+            raise
+        if jax.distributed.is_initialized():
+            _leave(status)
+        return status
+    sys.stdout.write(json.dumps(result) + "\n")
+    return 0 if result.get("within_tolerance", True) and result.get("intact", True) else 1
+
+
+def _leave(status: int) -> NoReturn:
+    """End a process of several at once, which ends the others.
+
+    On the way out JAX would wait for them, minutes, and they for this one.
+    """
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
+
+
+def quiet_libraries() -> None:
+    """Only errors of Orbax, Grain and TFDS reach the terminal, unless --verbosity asks for more."""
+    if absl.flags.FLAGS.is_parsed() and absl.flags.FLAGS["verbosity"].present:
+        return
+    absl.logging.set_verbosity(absl.logging.ERROR)
+
+
+def enable_compilation_cache() -> None:
+    """Keep compiled programs between runs, unless JAX_COMPILATION_CACHE_DIR says where.
+
+    One folder for each kind of processor: code compiled for one may not run on another that
+    shares the home directory.
+    """
+    if not jax.config.values["jax_compilation_cache_dir"]:
+        base = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+        cpuinfo = Path("/proc/cpuinfo")
+        lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else [platform.processor()]
+        features = sorted({x for x in lines if x.startswith(("flags", "Features", "model name"))})
+        kind = f"{platform.machine()}-{zlib.crc32(repr(features).encode()):08x}"
+        jax.config.update("jax_compilation_cache_dir", str(Path(base) / "crate_jax" / kind))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+    jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)

@@ -1,0 +1,156 @@
+"""Commands that read a run or a weights file: `evaluate`, `report`, `checkpoints`."""
+
+import argparse
+import sys
+from pathlib import Path
+from typing import Any
+
+from crate_jax.cli.arguments import (
+    add_data,
+    add_model,
+    default_data,
+    model_kwargs,
+    named_model,
+    override_data,
+    saved_config,
+)
+from crate_jax.config import ModelConfig, TrainConfig
+
+
+def add_evaluate(subparsers: Any) -> None:
+    """The flags of `evaluate`."""
+    parser = subparsers.add_parser("evaluate", help="exact metrics over a split, such as top-1")
+    parser.add_argument("--workdir", help="a run; its newest checkpoint unless --step says else")
+    parser.add_argument("--step", help="latest, best or a number (with --workdir)")
+    parser.add_argument("--weights", help="a weights file or run (with --model and --dataset)")
+    add_model(parser)
+    add_data(parser)
+    parser.set_defaults(function=evaluate)
+
+
+def evaluate(args: argparse.Namespace) -> dict[str, Any]:
+    """Exact metrics of a run or of a weights file."""
+    from crate_jax.training.run import evaluate_split, set_up
+
+    _check_evaluate(args)
+    step: int | None = None
+    if args.workdir:
+        config, step = saved_config(args.workdir, args.step or "latest")
+    else:
+        config = _config_of_model(args)
+    override_data(config.data, args)
+    config.eval_batch_size = args.batch_size or config.eval_batch_size
+    run = set_up(config, "eval")
+    if step is None:
+        params, extra, fitted = _load_weights(args, run)
+    else:
+        params, extra, fitted = *_restore(args.workdir, run, step), []
+    inputs = {"dataset": config.data.dataset, "split": config.data.eval_split}
+    return inputs | {"step": step, "fitted": fitted} | evaluate_split(run, params, extra)
+
+
+def _check_evaluate(args: argparse.Namespace) -> None:
+    """Refuse flags that do not go together."""
+    if bool(args.workdir) == bool(args.weights):
+        raise ValueError("evaluate must get one of --workdir and --weights. See --help.")
+    if args.weights and not (args.model and args.dataset):
+        raise ValueError("evaluate --weights must get --model and --dataset too. See --help.")
+    if args.workdir and (args.model or args.fit):
+        raise ValueError("--model and --fit must go with --weights; a run knows its own model.")
+    if args.weights and args.step:
+        raise ValueError("--step must go with --workdir. Leave it out.")
+
+
+def _config_of_model(args: argparse.Namespace) -> TrainConfig:
+    """The config that --model stands for."""
+    model, kwargs = named_model(args), model_kwargs(args)
+    for name in {"image_size", "patch_size"} & set(kwargs):
+        sides = kwargs[name]
+        kwargs[name] = (sides, sides) if isinstance(sides, int) else tuple(sides)
+    return TrainConfig(model=ModelConfig(name=args.model, **kwargs), data=default_data(model))
+
+
+def _load_weights(args: argparse.Namespace, run: Any) -> tuple[Any, Any, list[str]]:
+    """Parameters and extra of --weights, and what was made to fit."""
+    from crate_jax.interop import load_fitted
+
+    loaded = load_fitted(args.weights, run.task.model, fit=args.fit)
+    extra = _abstract(run)[1]
+    if extra:
+        raise ValueError(
+            f"--weights must hold all that {args.model} evaluates with; its {', '.join(extra)} are "
+            "in no weights file. Give a run: --workdir=DIR."
+        )
+    return loaded.params, extra, loaded.report
+
+
+def _restore(workdir: str, run: Any, step: int) -> tuple[Any, Any]:
+    """Parameters and extra of a run's checkpoint."""
+    from crate_jax.checkpoint.reading import restore_trained
+
+    return restore_trained(workdir, *_abstract(run), step)[:2]
+
+
+def _abstract(run: Any) -> tuple[Any, Any]:
+    """Shapes of the task's parameters and extra."""
+    import jax
+
+    return jax.eval_shape(run.task.init, run.key)
+
+
+def add_report(subparsers: Any) -> None:
+    """The flags of `report`."""
+    parser = subparsers.add_parser("report", help="draw a run's layer-wise objective")
+    parser.add_argument("--workdir", required=True, help="a run")
+    parser.add_argument("--step", default="latest", help="latest, best or a number")
+    parser.add_argument("--output", help="a picture file; default WORKDIR/layerwise.png")
+    parser.set_defaults(function=report)
+
+
+def report(args: argparse.Namespace) -> dict[str, Any]:
+    """The layer-wise objective of a run on its evaluation split, as numbers and as a picture."""
+    from crate_jax.analysis.report import by_layer, draw_layerwise
+    from crate_jax.training.run import inspect_split, set_up
+
+    config, step = saved_config(args.workdir, args.step)
+    run = set_up(config, "eval")
+    scalars, _ = inspect_split(run, *_restore(args.workdir, run, step))
+    values = by_layer(scalars)
+    if not values:
+        raise ValueError(
+            f"report must get a run that measures the objective; {args.workdir} does not. "
+            "Choose another --workdir."
+        )
+    output = args.output or str(Path(args.workdir) / "layerwise.png")
+    split = f"{config.data.dataset}/{config.data.eval_split}"
+    draw_layerwise(values, output, title=f"{config.name}, step {step}, on {split}")
+    rounded = {name: [round(float(v), 4) for v in array] for name, array in values.items()}
+    return rounded | {"step": step, "output": output}
+
+
+def add_checkpoints(subparsers: Any) -> None:
+    """The flags of `checkpoints`."""
+    parser = subparsers.add_parser(
+        "checkpoints", help="a run's checkpoints: steps, sizes, metrics, and whether each is intact"
+    )
+    parser.add_argument("run", help="a run's directory")
+    parser.set_defaults(function=checkpoints)
+
+
+def checkpoints(args: argparse.Namespace) -> dict[str, Any]:
+    """Every checkpoint of a run, read and compared with its digest; those set aside by name."""
+    from crate_jax.checkpoint.folder import DAMAGED, FOLDER
+    from crate_jax.checkpoint.reading import inspect
+
+    found = inspect(args.run)
+    words = {True: "intact", False: "DAMAGED", None: "readable, saved without a digest"}
+    for row in found:
+        metrics = "  ".join(f"{k} {v:.4f}" for k, v in sorted(row["metrics"].items()))
+        best = "  best" if row["best"] else ""
+        start = f"step {row['step']:>8}  {row['mib']:9.2f} MiB  {words[row['intact']]}{best}"
+        sys.stdout.write(f"{start}  {metrics}\n")
+        if "problem" in row:
+            sys.stdout.write(f"  {row['problem']}\n")
+    aside = sorted(p.name for p in (Path(args.run) / FOLDER).glob(f"{DAMAGED}*"))
+    intact = all(row["intact"] is not False for row in found)
+    return {"workdir": args.run, "intact": intact, "checkpoints": found, "set_aside": aside}

@@ -1,0 +1,28 @@
+"""Losses of several tasks."""
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+
+def cross_entropy(logits_BxY: Array, labels_B: Array, *, label_smoothing: float = 0.0) -> Array:
+    """Cross-entropy against (1 − α) p + α/Y, per example, without making that array.
+
+    logsumexp(z) − (1 − α) Σ_y p_y z_y − α mean(z); PyTorch's
+    ``CrossEntropyLoss(label_smoothing=α)``.
+
+    Args:
+        logits_BxY: any float dtype; the loss is computed in float32.
+        labels_B: integer classes in [0, Y), for p one-hot; or p itself (B, Y), rows of sum 1.
+        label_smoothing: α in [0, 1).
+
+    Returns:
+        Loss in nats (B,), float32.
+    """
+    z_BxY = logits_BxY.astype(jnp.float32)
+    if labels_B.ndim == 2:
+        target_B = jnp.sum(labels_B * z_BxY, axis=1)
+    else:
+        target_B = jnp.take_along_axis(z_BxY, labels_B[:, None], axis=1)[:, 0]
+    loss_B = jax.nn.logsumexp(z_BxY, axis=1) - (1 - label_smoothing) * target_B
+    return loss_B - label_smoothing * z_BxY.mean(axis=1)

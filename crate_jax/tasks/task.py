@@ -1,0 +1,146 @@
+"""What a task is: the one room that knows batch, model and loss.
+
+Loop, evaluation, checkpoints, progress line and plan speak to this protocol. A new objective is one
+class that follows it, and one row in `crate_jax.tasks.TASKS`.
+"""
+
+from typing import Any, ClassVar, Protocol, Self
+
+from flax import linen as nn
+from jax import Array
+
+from crate_jax.config import TrainConfig
+from crate_jax.data.rows import Rows
+
+Batch = dict[str, Array]  # rows on axis 0 of every array
+Params = Any  # a tree of float32 arrays
+Extra = Any  # a tree of arrays that no gradient reaches: (), running statistics, a teacher
+Scalars = dict[str, Array]  # by the name under which they are logged
+Images = dict[str, Array]  # likewise; (n, H, W, c), uint8, or floats in [0, 1]
+
+
+class Task(Protocol):
+    """A frozen dataclass of static fields; all methods but `open` are pure and run inside jit.
+
+    A class that derives from this one inherits what a simple objective has no use for: `on_device`,
+    `after` and `inspect`.
+
+    Attributes:
+        headline: the metric of evaluation by which checkpoints are compared, such as ``top1``.
+        higher_is_better: whether a higher one is.
+        by_row: whether the loss is a mean over rows, so that gradients of micro-batches may be
+            averaged.
+        inspected_rows: how many rows of a batch `inspect` gets; it runs on one device.
+        model: what is trained. Nobody but the task calls it.
+    """
+
+    model: nn.Module
+    headline: ClassVar[str]
+    higher_is_better: ClassVar[bool]
+    by_row: ClassVar[bool]
+    inspected_rows: ClassVar[int] = 64
+
+    @classmethod
+    def from_config(cls, config: TrainConfig) -> Self:
+        """The task of a config, without any data.
+
+        Raises:
+            ValueError, KeyError: the config breaks a rule.
+        """
+        ...
+
+    @classmethod
+    def open(cls, config: TrainConfig, *splits: tuple[str, bool]) -> tuple[Self, tuple[Rows, ...]]:
+        """The task of a config, fitted to its data, and the rows of some splits.
+
+        What can fail on the way to a batch fails here, and not in a worker.
+
+        Args:
+            config: of the run.
+            *splits: the name of each, and whether its rows are for training.
+
+        Raises:
+            ValueError, KeyError, FileNotFoundError: config or data break a rule.
+        """
+        ...
+
+    def blank(self) -> Batch:
+        """A batch of one row of zeros, as the loader hands it out: shapes and dtypes."""
+        ...
+
+    def init(self, key: Array) -> tuple[Params, Extra]:
+        """Parameters and extra at step 0, a function of the key alone."""
+        ...
+
+    def on_device(self, batch: Batch, key: Array) -> Batch:
+        """What happens to a whole batch before it is cut into micro-batches: mixing, masks.
+
+        Args:
+            batch: as the loader hands it out.
+            key: of this step.
+        """
+        del key
+        return batch
+
+    def loss(
+        self, params: Params, extra: Extra, batch: Batch, key: Array
+    ) -> tuple[Array, tuple[Extra, Scalars]]:
+        """The loss in training mode.
+
+        Args:
+            params: they are differentiated by.
+            extra: of the state.
+            batch: of `on_device`, or some rows of it.
+            key: for dropout and the like, another at each step and in each micro-batch.
+
+        Returns:
+            The loss, a float32 scalar; the extra after this pass, with the same structure, which is
+            averaged over micro-batches; and scalars to log beside the loss.
+        """
+        ...
+
+    def after(self, params: Params, extra: Extra, step: Array) -> Extra:
+        """The extra once the parameters are updated; a teacher follows its student here.
+
+        Args:
+            params: updated.
+            extra: of `loss`.
+            step: optimizer steps done, this one included, int32.
+        """
+        del params, step
+        return extra
+
+    def sums(self, params: Params, extra: Extra, batch: Batch) -> Scalars:
+        """Sums over the rows whose mask is 1, in evaluation mode.
+
+        Args:
+            params: the averaged ones, if the state keeps any.
+            extra: of the state.
+            batch: with ``mask`` (B,), float32 of 0 and 1.
+
+        Returns:
+            Float32 scalars, among them ``examples``, the number of rows that count.
+        """
+        ...
+
+    def metrics(self, totals: dict[str, float]) -> dict[str, float]:
+        """The metrics of a split, `headline` among them.
+
+        Args:
+            totals: of `sums`, added up over the batches in double precision; ``examples`` > 0.
+        """
+        ...
+
+    def inspect(self, params: Params, extra: Extra, batch: Batch) -> tuple[Scalars, Images]:
+        """What one looks at while it trains: measures of the layers, pictures, collapse.
+
+        Args:
+            params: of the state, not averaged.
+            extra: of the state.
+            batch: the first `inspected_rows` of the training batch, as the loader hands it out.
+
+        Returns:
+            Scalars and images by the full name under which they are written.
+        """
+        del params, extra, batch
+        return {}, {}
