@@ -34,7 +34,7 @@ import jax
 from hardware import describe_cpu
 
 from crate_jax.checkpoint.reading import read_params
-from crate_jax.cli.main import quiet_libraries
+from crate_jax.cli.running import quiet_libraries
 
 STEPS, SAVE_EVERY = 180, 15
 RUN = [
@@ -56,7 +56,7 @@ LAST_MOMENT = STEPS - 4 * SAVE_EVERY  # early enough to strike before the end
 SAVE_S = 0.15  # about as long as a save takes
 AGAIN = 0.5  # the share of restarts that are struck while they start
 DISK_MIB = 8  # some twenty checkpoints
-CLOCK = ("images_per_s", "data_wait_share")  # in metrics.jsonl, and never the same twice
+CLOCK = ("examples_per_s", "data_wait_share")  # in metrics.jsonl, and never the same twice
 
 # With the first step at which each may strike: damage must leave a checkpoint to go back to.
 FAULTS: dict[str, tuple[Callable[[random.Random, faults.Training], str], int]] = {

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from crate_jax.checkpoint.manager import FOLDER
-from crate_jax.cli.main import TRY_AGAIN
+from crate_jax.cli.running import TRY_AGAIN
 
 ROOT = Path(__file__).resolve().parent.parent
 PATIENCE_S = 120  # for whatever a process is waited for

@@ -23,7 +23,7 @@ pytestmark = pytest.mark.slow
 LIMIT_S = 120
 STEPS = 60
 ARGUMENTS = [*TINY, f"--config.total_steps={STEPS}", f"--config.eval_every_steps={STEPS}"]
-CLOCK = ("images_per_s", "data_wait_share")
+CLOCK = ("examples_per_s", "data_wait_share")
 
 
 def start_all(workdir, count, *arguments, own=((), ()), program=("train.py",)):

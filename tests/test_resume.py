@@ -23,7 +23,7 @@ def arrays(workdir):
     return {jax.tree_util.keystr(k): np.asarray(v) for k, v in jax.tree.leaves_with_path(tree)}
 
 
-CLOCK = ("images_per_s", "data_wait_share")
+CLOCK = ("examples_per_s", "data_wait_share")
 
 
 def lines(workdir):

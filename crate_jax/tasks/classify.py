@@ -3,6 +3,7 @@
 import dataclasses
 from typing import Any, ClassVar, Self
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
@@ -11,7 +12,6 @@ from jax import Array
 from crate_jax.analysis import layerwise
 from crate_jax.config import TrainConfig
 from crate_jax.data.rows import Rows
-from crate_jax.models.cost import abstract_parameters
 from crate_jax.models.zoo import build_model
 from crate_jax.tasks.losses import cross_entropy
 from crate_jax.tasks.mixing import make_mix
@@ -80,9 +80,10 @@ class Classify(Task):
         from crate_jax.data.images.labelled import open_labelled_images
         from crate_jax.data.stores.sources import check_same_classes
 
-        model = build_model(config.model)
-        abstract_parameters(model)  # sizes that do not fit fail here, before any data is read
-        shape, classes = model.input_shape, model.num_classes
+        task = cls.from_config(config)
+        # Sizes that do not fit together fail here, before any data is read.
+        jax.eval_shape(task.init, jax.random.key(0))
+        shape, classes = task.model.input_shape, task.model.num_classes
         opened = []
         for split, train in splits:
             rows = open_labelled_images(

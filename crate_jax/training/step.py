@@ -43,7 +43,8 @@ def make_train_step(
         tx: the optimizer; it sees the gradient of the mean loss over the batch.
         schedule: reported as ``lr`` when given.
         accumulate_steps: micro-batches, run one after the other, whose gradients are averaged. With
-            more than one, what dropout drops depends on the size of the mesh's ``data``.
+            more than one, what dropout drops depends on the size of the mesh's ``data``; and
+            statistics of a batch are those of a micro-batch on one row of the mesh.
         ema_decay: of the averaged parameters in the state, when it keeps any.
         axis_name: the `jax.pmap` axis to average over.
 

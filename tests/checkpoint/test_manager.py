@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
+from crate_jax.checkpoint.best import Best
 from crate_jax.checkpoint.manager import FOLDER, Checkpointer
 from crate_jax.checkpoint.reading import inspect, read_params, restore_params
 from crate_jax.parallel import make_mesh, replicated, state_shardings
@@ -164,13 +165,48 @@ def test_latest_and_best_are_kept(tmp_path, tops, options, steps, best):
     again.close()
 
 
-def test_best_metric_has_a_name(tmp_path):
-    checkpointer = write(tmp_path, [0.9, 0.8, 0.7], best_metric="test/loss", keep_latest=3)
-    assert checkpointer.resolve("best") == 1  # the highest of 1/2, 1/3, 1/4
+@pytest.mark.parametrize(("higher", "best"), [(True, 1), (False, 4)])
+def test_the_best_is_told_by_a_metric_and_its_direction(tmp_path, higher, best):
+    """Of losses 1/2, 1/3, 1/4, 1/5; the record says by which, so a reader need not know."""
+    by = Best("test/loss", higher)
+    write(tmp_path, [0.6, 0.9, 0.8, 0.7], best=by, keep_latest=4).close()
+    reader = Checkpointer(tmp_path, read_only=True)
+    assert (reader.best, reader.resolve("best")) == (by, best)
+    reader.close()
+    other = Checkpointer(tmp_path, best=Best("test/top1", higher=True), read_only=True)
+    assert other.resolve("best") == 2
+    other.close()
+
+
+@pytest.mark.parametrize(("higher", "kept"), [(True, [1, 4]), (False, [2, 4])])
+def test_what_is_kept_goes_by_the_direction(tmp_path, higher, kept):
+    checkpointer = write(
+        tmp_path, [0.9, 0.1, 0.5, 0.4], best=Best("test/top1", higher), keep_latest=1
+    )
+    assert checkpointer.steps == kept
     checkpointer.close()
-    again = Checkpointer(tmp_path, best_metric="test/top1", read_only=True)
-    assert again.resolve("best") == 1
-    again.close()
+
+
+def test_a_run_whose_records_do_not_say_is_judged_by_the_highest_top1(tmp_path):
+    write(tmp_path, [0.9, 0.1], best=Best("test/loss", higher=False)).close()
+    for record in tmp_path.glob(f"{FOLDER}/*/record/metadata"):
+        values = json.loads(record.read_text())
+        del values["best"], values["checksum"]
+        record.write_text(json.dumps(values))
+    reader = Checkpointer(tmp_path, read_only=True)
+    assert (reader.best, reader.resolve("best")) == (Best("test/top1", higher=True), 1)
+    reader.close()
+
+
+def test_a_damaged_record_does_not_say_what_is_best(tmp_path):
+    by = Best("test/loss", higher=False)
+    write(tmp_path, [0.9, 0.1, 0.2], best=by, keep_latest=3).close()
+    (tmp_path / FOLDER / "3/record/metadata").write_text("{")
+    record = tmp_path / FOLDER / "2/record/metadata"
+    record.write_text(record.read_text().replace("test/loss", "test/lass"))
+    reader = Checkpointer(tmp_path, read_only=True)
+    assert reader.best == by
+    reader.close()
 
 
 def test_existing_step_is_left_as_it_is(tmp_path):

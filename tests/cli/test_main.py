@@ -47,7 +47,7 @@ def test_evaluate_gives_what_training_measured(trained):
     workdir, summary = trained
     for step in ("latest", "best"):
         found = result("-m", "crate_jax", "evaluate", f"--workdir={workdir}", f"--step={step}")
-        assert found["examples"] == 297 and found["step"] in (4, 8) and found["images_per_s"] > 0
+        assert found["examples"] == 297 and found["step"] in (4, 8) and found["examples_per_s"] > 0
         if found["step"] == 8:
             assert found["top1"] == summary["test/top1"]
             assert found["loss"] == pytest.approx(summary["test/loss"], rel=1e-6)

@@ -10,11 +10,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from command import ROOT
+from crate_jax.cli.commands import _train_steps
 
 from crate_jax import Crate, load_weights, save_weights
 from crate_jax.cli import commands
 from crate_jax.cli import main as cli
-from crate_jax.cli.commands import _train_steps
 from crate_jax.training.step import cross_entropy
 
 pytest.importorskip("torch")

@@ -9,21 +9,15 @@ import numpy as np
 import pytest
 
 from crate_jax.analysis import layerwise
+from crate_jax.analysis.report import by_layer
 from crate_jax.config import DataConfig, ModelConfig, TrainConfig
-from crate_jax.data.images.rows import load_example, make_prepare
+from crate_jax.data.images.labelled import open_labelled_images
 from crate_jax.data.loader import eval_batches
-from crate_jax.data.stores.sources import Source, SyntheticImages, open_source
+from crate_jax.evaluation.sums import add_up
 from crate_jax.parallel import batch_sharding, make_mesh, replicated
 from crate_jax.planning.collectives import collectives
-from crate_jax.tasks.classify import (
-    evaluate,
-    evaluate_split,
-    layerwise_split,
-    make_eval_step,
-    open_model_and_source,
-    rank_of_label,
-)
-from crate_jax.tasks.pixels import normalize
+from crate_jax.tasks.classify import Classify, rank_of_label
+from crate_jax.training.run import evaluate_split, inspect_split, set_up
 
 EXAMPLES = 297
 
@@ -72,9 +66,15 @@ def batches_of(logits, labels, mask=None, size=50):
         }
 
 
+def evaluate(task, params, batches):
+    """Metrics over batches, as a run computes them, and the number of examples."""
+    totals = add_up(functools.partial(jax.jit(task.sums), params, ()), batches)
+    return task.metrics(totals) | {"examples": int(totals["examples"])}
+
+
 @pytest.fixture(scope="module")
 def readout_step():
-    return jax.jit(make_eval_step(Readout()))
+    return Classify(Readout())
 
 
 def draw(classes, count=200, seed=0):
@@ -148,21 +148,21 @@ def test_a_logit_that_is_not_a_number_is_never_a_hit(label):
 
 def test_evaluation_sends_no_logits():
     """Sums alone travel between the devices."""
-    step = jax.jit(make_eval_step(Readout()))
+    step = jax.jit(Classify(Readout()).sums)
     rows = batch_sharding(make_mesh("data:8"))
     batch = jax.device_put(next(batches_of(*draw(10, count=16), size=16)), rows)
     scale = jax.device_put(SCALE, replicated(make_mesh("data:8")))
-    found = collectives(step.lower(scale, batch).compile().as_text(), devices=8)
+    found = collectives(step.lower(scale, (), batch).compile().as_text(), devices=8)
     assert {c.kind for c in found} == {"all-reduce"}
     assert sum(n * c.bytes for c, n in found.items()) == 4 * 4
 
 
-def test_preprocess_comes_before_the_model():
-    logits, labels = draw(10)
-    step = jax.jit(make_eval_step(Readout(), preprocess=lambda images: -images))
-    expected = expected_metrics(-logits, labels)
-    assert expected["top1"] != expected_metrics(logits, labels)["top1"]
-    assert_metrics(evaluate(step, SCALE, batches_of(logits, labels)), expected)
+def test_stored_pixels_are_normalised_before_the_model():
+    pixels = np.random.default_rng(0).integers(0, 256, (200, 10), np.uint8)
+    _, labels = draw(10)
+    task = Classify(Readout(), mean=(0.9,), std=(0.01,))
+    expected = expected_metrics((pixels / 255 - 0.9) / 0.01, labels)
+    assert_metrics(evaluate(task, SCALE, batches_of(pixels, labels)), expected, rtol=1e-5)
 
 
 @pytest.mark.parametrize("masked", [False, True])
@@ -175,18 +175,31 @@ def test_no_example(readout_step, masked):
 
 # --- batches and devices --------------------------------------------------------------------------
 
-PREPROCESS = functools.partial(normalize, mean=(0.5,), std=(0.25,))
+SYNTHETIC = DataConfig(dataset="synthetic")
+
+
+class Few:
+    """The first rows of others."""
+
+    def __init__(self, rows):
+        self.name, self.shapes, self.row = rows.name, rows.shapes, rows.row
+
+    def __len__(self):
+        return EXAMPLES
 
 
 @pytest.fixture(scope="module")
 def synthetic():
-    return Source("synthetic/test", SyntheticImages((16, 16, 3), 7, length=EXAMPLES), 7)
+    rows = open_labelled_images(
+        SYNTHETIC, "test", train=False, image_shape=(16, 16, 3), num_classes=7
+    )
+    return Few(rows)
 
 
 @pytest.fixture(scope="module")
 def reference(tiny_model, tiny_params, synthetic):
     """Of the model's own logits, all examples at once on one device."""
-    examples = [synthetic.examples[i] for i in range(EXAMPLES)]
+    examples = [synthetic.row(i, None) for i in range(EXAMPLES)]
     images = (np.stack([e["image"] for e in examples]) / np.float32(255) - 0.5) / 0.25
     apply = jax.jit(lambda params, x: tiny_model.apply({"params": params}, x, train=False))
     logits = apply(tiny_params, images.astype(np.float32))
@@ -200,16 +213,14 @@ def test_same_metrics_on_any_devices_in_any_batches(
     tiny_model, tiny_params, synthetic, reference, devices, batch_size
 ):
     mesh = make_mesh("data:-1", jax.devices()[:devices])
-    data = DataConfig(dataset="synthetic")
-    prepare = make_prepare(data, (16, 16, 3), train=False)
     sharding = batch_sharding(mesh)
-    stream = eval_batches(synthetic, data, prepare, batch_size=batch_size, sharding=sharding)
+    stream = eval_batches(synthetic, SYNTHETIC, batch_size=batch_size, sharding=sharding)
     with closing(stream):
         batches = list(stream)
     assert len(batches) == -(-EXAMPLES // batch_size)
     assert {len(batch["image"].sharding.device_set) for batch in batches} == {devices}
-    step = jax.jit(make_eval_step(tiny_model, preprocess=PREPROCESS))
-    found = evaluate(step, jax.device_put(tiny_params, replicated(mesh)), batches)
+    task = Classify(tiny_model, mean=(0.5,), std=(0.25,))
+    found = evaluate(task, jax.device_put(tiny_params, replicated(mesh)), batches)
     assert_metrics(found, reference, rtol=1e-5)
     assert 0 < found["top1"] < found["top5"] < 1
 
@@ -242,54 +253,51 @@ def init(model):
 @pytest.fixture(scope="module")
 def digits():
     """Normalised images and labels of the test split, in its order."""
-    config = digits_config()
-    source = open_source(config.data, "test", image_shape=(8, 8, 1), num_classes=10)
-    prepare = make_prepare(config.data, (8, 8, 1), train=False)
-    rng = np.random.default_rng(0)
-    rows = [load_example(source, i, prepare, rng) for i in range(len(source))]
-    images = np.stack([r["image"] for r in rows]).astype(np.float32) / 255
-    return (images - np.float32(0.3)) / np.float32(0.4), np.array([r["label"] for r in rows])
+    rows = open_labelled_images(
+        digits_config().data, "test", train=False, image_shape=(8, 8, 1), num_classes=10
+    )
+    found = [rows.row(i, np.random.default_rng(0)) for i in range(len(rows))]
+    images = np.stack([r["image"] for r in found]).astype(np.float32) / 255
+    return (images - np.float32(0.3)) / np.float32(0.4), np.array([r["label"] for r in found])
 
 
-def test_evaluate_split_reads_the_config(digits):
+def test_a_split_is_evaluated_as_the_config_says(digits):
     images, labels = digits
-    config, given = digits_config(), []
-
-    def load(model):
-        given.append(model)
-        return init(model)
-
-    found = evaluate_split(config, "test", load)
-    (model,) = given
+    run = set_up(digits_config(), "eval")
+    model = run.task.model
     assert (model.num_classes, model.width, model.image_size) == (10, 24, (8, 8))
-    assert found.pop("images_per_s") > 0
+    assert list(run.rows) == ["eval"] and run.total_steps == 0
+    found = evaluate_split(run, init(model), ())
+    assert found.pop("examples_per_s") > 0
     logits = jax.jit(functools.partial(model.apply, train=False))({"params": init(model)}, images)
     assert_metrics(found, expected_metrics(logits, labels), rtol=1e-5)
 
 
-def test_layerwise_split_is_of_the_first_batch_without_filling(digits):
+def test_a_split_is_inspected_by_its_first_batch_without_filling(digits):
     images, _ = digits
     config = digits_config()
     config.eval_batch_size = 304  # 297 examples and 7 of filling
-    found = layerwise_split(config, "test", init)
-    model, _ = open_model_and_source(config, "test")
-    expected = jax.jit(functools.partial(layerwise, model))(init(model), images)
-    assert set(found) == set(expected)
+    run = set_up(config, "eval")
+    scalars, pictures = inspect_split(run, init(run.task.model), ())
+    found = by_layer(scalars)
+    expected = jax.jit(functools.partial(layerwise, run.task.model))(init(run.task.model), images)
+    assert set(found) == set(expected) and pictures == {}
     for name, values in expected.items():
         assert len(found[name]) == 2
         np.testing.assert_allclose(found[name], values, rtol=2e-4, err_msg=name)
 
 
 def test_model_takes_the_classes_of_the_data():
-    model, source = open_model_and_source(digits_config(), "train[:10]")
-    assert (model.num_classes, source.num_classes, len(source)) == (10, 10, 10)
-    model, _ = open_model_and_source(digits_config(num_classes=10), "test")
-    assert model.num_classes == 10
+    task, (rows,) = Classify.open(digits_config(), ("train[:10]", True))
+    assert (task.model.num_classes, rows.num_classes, len(rows)) == (10, 10, 10)
+    task, _ = Classify.open(digits_config(num_classes=10), ("test", False))
+    assert task.model.num_classes == 10
+    assert Classify.from_config(digits_config()).model.num_classes == 1000  # no data was asked
 
 
 def test_other_number_of_classes_is_refused():
     with pytest.raises(ValueError) as caught:
-        open_model_and_source(digits_config(num_classes=7), "test")
+        Classify.open(digits_config(num_classes=7), ("test", False))
     assert str(caught.value) == (
         "model.num_classes must equal the 10 classes of digits/test; got 7. "
         "Leave model.num_classes unset."
@@ -303,13 +311,9 @@ def test_other_number_of_classes_is_refused():
         ("seed", -1, r"seed must be >= 0"),
     ],
 )
-@pytest.mark.parametrize("function", [evaluate_split, layerwise_split])
-def test_config_is_checked_before_weights_are_loaded(function, field, value, message):
+def test_config_is_checked_before_data_is_opened(field, value, message):
     config = digits_config()
+    config.data.dataset = "no such data set"
     setattr(config, field, value)
-
-    def load(model):
-        raise AssertionError("loaded")
-
     with pytest.raises(ValueError, match=message):
-        function(config, "test", load)
+        set_up(config, "eval")

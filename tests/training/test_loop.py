@@ -14,19 +14,20 @@ import pytest
 from stored import convert, encode_crops, write_array_record, write_folder
 
 import crate_jax.config as config_module
-import crate_jax.training.loop as loop
+import crate_jax.training.run as run_module
 from crate_jax.checkpoint.manager import Checkpointer
 from crate_jax.checkpoint.reading import restore_params
 from crate_jax.config import DataConfig, OptimConfig, ParallelConfig, TrainConfig
 from crate_jax.data.stores.sources import open_source
 from crate_jax.parallel import start_processes
-from crate_jax.training.loop import train
+from crate_jax.training.loop import open_checkpoints, restore_or_init, train
+from crate_jax.training.run import evaluate_split, set_up
 
 
 def metrics_of(workdir):
     """The metrics file without what depends on the clock."""
     lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
-    clock = ("images_per_s", "data_wait_share")
+    clock = ("examples_per_s", "data_wait_share")
     return [{k: v for k, v in line.items() if k not in clock} for line in lines]
 
 
@@ -114,26 +115,17 @@ def test_metrics_are_complete(four_steps):
 
 
 def test_test_metrics_are_those_of_the_averaged_parameters(four_steps, tiny_config):
-    from crate_jax.tasks.classify import evaluate_split
-
     workdir, summary = four_steps
-    config = tiny_config()
-    state = state_of(workdir, 4)
+    run = set_up(tiny_config(), "eval")
+    state, shapes = state_of(workdir, 4), jax.eval_shape(run.task.init, run.key)[0]
 
     def load(which):
-        def from_state(model):
-            from crate_jax.models.cost import abstract_parameters
+        return jax.tree.map_with_path(
+            lambda path, _: state[f"['{which}']" + jax.tree_util.keystr(path)], shapes
+        )
 
-            names = jax.tree.map_with_path(
-                lambda path, _: f"['{which}']" + jax.tree_util.keystr(path),
-                abstract_parameters(model),
-            )
-            return jax.tree.map(lambda name: state[name], names)
-
-        return from_state
-
-    averaged = evaluate_split(config, "test", load("ema_params"))
-    latest = evaluate_split(config, "test", load("params"))
+    averaged = evaluate_split(run, load("ema_params"), ())
+    latest = evaluate_split(run, load("params"), ())
     np.testing.assert_allclose(averaged["loss"], summary["test/loss"], rtol=1e-5)
     assert abs(latest["loss"] - averaged["loss"]) > 1e-3
 
@@ -253,11 +245,9 @@ def abstract(tiny_config):
 
 def test_fine_tuning_starts_from_the_weights_with_a_new_head(four_steps, tiny_config, tmp_path):
     workdir, _ = four_steps
-    import crate_jax.training.loop as loop
-
     config = tiny_config(init_weights=str(workdir), init_fit=("head",), seed=7)
-    run = loop.set_up(config)
-    state, _, record = loop._restore_or_init(run, Checkpointer(tmp_path))
+    run = set_up(config, "train", "eval")
+    state, _, record = restore_or_init(run, open_checkpoints(run, tmp_path))
     stored, _ = restore_params(workdir, abstract(tiny_config))
     assert record["step"] == 0
     np.testing.assert_array_equal(
@@ -325,7 +315,7 @@ def test_too_little_memory_is_a_mistake_with_a_remedy(tiny_config, tmp_path, mon
     def full(*args):
         raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes.")
 
-    monkeypatch.setattr(loop, "jit_train_step", lambda *args: full)
+    monkeypatch.setattr(run_module, "make_train_step", lambda *args, **options: full)
     message = (
         r"a step must fit into the memory of a device; .* Raise optim\.accumulate_steps, set mo"
     )

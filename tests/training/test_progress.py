@@ -11,7 +11,8 @@ from tensorboardX.proto.event_pb2 import Event, SessionLog
 from tensorboardX.record_writer import masked_crc32c
 
 from crate_jax.training import progress
-from crate_jax.training.progress import MetricsWriter, Progress, Reporter, Stopwatch
+from crate_jax.training.progress import Progress, Reporter, Stopwatch
+from crate_jax.training.writer import MetricsWriter
 
 
 class Terminal(io.StringIO):
@@ -19,7 +20,8 @@ class Terminal(io.StringIO):
         return True
 
 
-VALUES = {"train/loss": 1.25, "train/top1": 0.5, "images_per_s": 640.0}
+VALUES = {"train/loss": 1.25, "train/top1": 0.5, "examples_per_s": 640.0}
+SHOWN = {"loss": 1.25, "top1": 0.5}
 
 
 def records(path):
@@ -108,12 +110,12 @@ def test_a_terminal_sees_one_live_line_and_a_pipe_plain_lines():
     terminal, pipe = Terminal(), io.StringIO()
     for stream in (terminal, pipe):
         progress = Progress(100, stream)
-        progress.update(10, VALUES, steps_per_s=0.5)
-        progress.update(20, VALUES, steps_per_s=0.5)
+        progress.update(10, SHOWN, steps_per_s=0.5, examples_per_s=640.0)
+        progress.update(20, SHOWN, steps_per_s=0.5, examples_per_s=640.0)
         progress.say("done")
     assert pipe.getvalue().splitlines() == [
-        "step 10/100  loss 1.2500  top1 0.500  640 images/s  ETA 3:00",
-        "step 20/100  loss 1.2500  top1 0.500  640 images/s  ETA 2:40",
+        "step 10/100  loss 1.2500  top1 0.500  640 examples/s  ETA 3:00",
+        "step 20/100  loss 1.2500  top1 0.500  640 examples/s  ETA 2:40",
         "done",
     ]
     assert terminal.getvalue().count("\r") == 2
@@ -122,7 +124,7 @@ def test_a_terminal_sees_one_live_line_and_a_pipe_plain_lines():
 
 def test_long_waits_are_told_in_hours():
     stream = io.StringIO()
-    Progress(10_000, stream).update(0, VALUES, steps_per_s=1.0)
+    Progress(10_000, stream).update(0, SHOWN, steps_per_s=1.0, examples_per_s=1.0)
     assert stream.getvalue().endswith("ETA 2:46:40\n")
 
 
@@ -139,17 +141,19 @@ def test_the_stopwatch_leaves_pauses_out(monkeypatch):
 def test_throughput_counts_the_steps_since_the_last_line(tmp_path, tiny_config, monkeypatch):
     monkeypatch.setattr(progress.Stopwatch, "lap", lambda self: 2.0)
     record = {"step": 10, "summary": {"test/top1": 0.5}}
-    with Reporter(tmp_path, tiny_config(), 100, record) as reporter:
+    with Reporter(tmp_path, tiny_config(), 100, record, headline="top1") as reporter:
         reporter.trained(11, {"loss": 3.0, "top1": 0.0}, log=False)
         reporter.trained(14, {"loss": 2.0, "top1": 0.0}, log=True)
         assert reporter.summary == {"test/top1": 0.5, "train/loss": 2.0}
     line = json.loads((tmp_path / "metrics.jsonl").read_text())
-    assert line["step"] == 14 and line["images_per_s"] == 4 * 48 / 2
+    assert line["step"] == 14 and line["examples_per_s"] == 4 * 48 / 2
 
 
 def test_only_the_lead_process_writes(tmp_path, tiny_config, capsys):
-    with Reporter(tmp_path, tiny_config(), 9, {"step": 0, "summary": {}}, enabled=False) as other:
+    record = {"step": 0, "summary": {}}
+    with Reporter(tmp_path, tiny_config(), 9, record, headline="top1", enabled=False) as other:
         other.trained(1, {"loss": 1.0, "top1": 0.0}, log=True)
+        other.inspected(1, {"a": 1.0}, {"b": np.zeros((1, 2, 2, 3))})
         other.tested(1, {"loss": 1.0, "top1": 0.0})
         assert other.summary["test/loss"] == 1.0
     assert list(tmp_path.iterdir()) == [] and capsys.readouterr().err == ""

@@ -6,19 +6,21 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-import crate_jax.training.loop as loop
 from crate_jax import create_model
 from crate_jax.config import OptimConfig
 from crate_jax.parallel import make_mesh
+from crate_jax.tasks import Classify
+from crate_jax.training.loop import compile_programs, open_checkpoints, restore_or_init
 from crate_jax.training.optimizer import make_optimizer, make_schedule
+from crate_jax.training.run import set_up
 from crate_jax.training.state import abstract_state
 
 
 def state_on(spec, **optim):
     config = OptimConfig(**optim)
     tx = make_optimizer(config, make_schedule(config, total_steps=10, steps_per_epoch=5))
-    model = create_model("crate_tiny_patch16_224")
-    return abstract_state(model, tx, jax.random.key(0), make_mesh(spec), ema=True)[0]
+    task = Classify(create_model("crate_tiny_patch16_224"))
+    return abstract_state(task, tx, jax.random.key(0), make_mesh(spec), ema=True)[0]
 
 
 def bytes_of(tree, per_device):
@@ -53,9 +55,9 @@ def test_half_the_first_moment():
 
 
 def test_the_step_gives_up_the_state_it_was_given(tiny_config, tmp_path):
-    run = loop.set_up(tiny_config(parallel__mesh="data:4,fsdp:2"))
-    state, shardings, _ = loop._restore_or_init(run, loop.Checkpointer(tmp_path))
-    program = loop._compile(run, shardings).train_step
+    run = set_up(tiny_config(parallel__mesh="data:4,fsdp:2"), "train", "eval")
+    state, shardings, _ = restore_or_init(run, open_checkpoints(run, tmp_path))
+    program = compile_programs(run, shardings).train_step
     batch = {"image": jnp.zeros((48, 16, 16, 1), jnp.uint8), "label": jnp.zeros(48, jnp.int32)}
     new_state, _ = program(state, batch, jax.random.key(0))
     old, new = jax.tree.leaves(state), jax.tree.leaves(new_state)

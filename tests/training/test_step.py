@@ -13,9 +13,10 @@ import pytest
 from crate_jax import Crate
 from crate_jax.interop.pth import from_state_dict, to_state_dict
 from crate_jax.parallel import batch_sharding, make_mesh, on_mesh, replicated
-from crate_jax.tasks.mixing import make_mix
+from crate_jax.tasks import Classify
+from crate_jax.tasks.losses import cross_entropy
 from crate_jax.training.state import TrainState, init_sharded, init_state, replace_params
-from crate_jax.training.step import cross_entropy, make_train_step, stream
+from crate_jax.training.step import make_train_step, stream
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 STEPS = 4
@@ -25,7 +26,7 @@ MODEL = Crate(image_size=16, patch_size=4, num_classes=7, width=24, depth=2, num
 
 
 def start(model, tx):
-    return jax.jit(lambda key: init_state(model, tx, key))(jax.random.key(1))
+    return jax.jit(lambda key: init_state(Classify(model), tx, key))(jax.random.key(1))
 
 
 def make_batch():
@@ -44,15 +45,10 @@ def run(spec, *, accumulate_steps=1, ema_decay=0.0, mix=False, processes=1):
     """Losses, head kernels (one before the first step) and last state of sharded, donated steps."""
     devices = jax.devices()[:1] if spec == "data:1" else jax.devices()
     mesh, tx = make_mesh(spec, devices), optax.adamw(1e-3)
-    state, shardings = init_sharded(MODEL, tx, jax.random.key(1), mesh, ema=ema_decay > 0)
-    step = make_train_step(
-        MODEL,
-        tx,
-        mix=make_mix(num_classes=7, mixup_alpha=0.8, cutmix_alpha=1.0) if mix else None,
-        label_smoothing=0.1,
-        accumulate_steps=accumulate_steps,
-        ema_decay=ema_decay,
-    )
+    mixing = dict(mixup_alpha=0.8, cutmix_alpha=1.0) if mix else {}
+    task = Classify(MODEL, label_smoothing=0.1, **mixing)
+    state, shardings = init_sharded(task, tx, jax.random.key(1), mesh, ema=ema_decay > 0)
+    step = make_train_step(task, tx, accumulate_steps=accumulate_steps, ema_decay=ema_decay)
     step = jax.jit(
         on_mesh(mesh, step),
         in_shardings=(shardings, batch_sharding(mesh), replicated(mesh)),
@@ -113,9 +109,8 @@ def test_pmap_trains_as_one_device(batch):
     copies = jax.tree.map(lambda x: jnp.stack([x] * 8), state)
     shards = jax.tree.map(lambda x: x.reshape(8, 2, *x.shape[1:]), batch)
     keys = jnp.stack([jax.random.key(3)] * 8)
-    step = jax.pmap(
-        make_train_step(model, tx, label_smoothing=0.1, axis_name="batch"), axis_name="batch"
-    )
+    task = Classify(model, label_smoothing=0.1)
+    step = jax.pmap(make_train_step(task, tx, axis_name="batch"), axis_name="batch")
     losses = []
     for _ in range(STEPS):
         copies, metrics = step(copies, shards, keys)
@@ -158,7 +153,7 @@ def test_dropout_draws_anew_each_step_and_repeats_from_the_same_key(batch):
         image_size=16, patch_size=4, num_classes=7, width=24, depth=2, num_heads=3, dropout=0.5
     )
     tx = optax.sgd(0.0)  # the parameters stay: only dropout can change the loss
-    step = jax.jit(make_train_step(model, tx))
+    step = jax.jit(make_train_step(Classify(model), tx))
 
     first = start(model, tx)
 
@@ -178,7 +173,7 @@ def test_metrics_by_value(batch):
     model = MODEL
     tx = optax.sgd(0.1)
     state = start(model, tx)
-    step = jax.jit(make_train_step(model, tx, schedule=lambda count: 0.1 * (count + 1)))
+    step = jax.jit(make_train_step(Classify(model), tx, schedule=lambda count: 0.1 * (count + 1)))
 
     def loss_fn(params):
         logits = model.apply({"params": params}, batch["image"], train=True)
@@ -196,23 +191,32 @@ def test_metrics_by_value(batch):
     assert int(after.step) == 1
 
 
-def test_preprocess_runs_inside_the_step(batch):
-    model = MODEL
+@pytest.mark.parametrize("micro_batches", [1, 2])
+def test_stored_pixels_are_normalised_inside_the_step(batch, micro_batches):
     tx = optax.sgd(0.1)
-    state = start(model, tx)
-    pixels = {"image": np.full((16, 16, 16, 3), 7, np.uint8), "label": batch["label"]}
-    scaled = {"image": np.full((16, 16, 16, 3), 3.5, np.float32), "label": batch["label"]}
-    halve = lambda images: images.astype(jnp.float32) / 2  # noqa: E731
-    _, ours = jax.jit(make_train_step(model, tx, preprocess=halve))(
-        state, pixels, jax.random.key(0)
-    )
-    _, expected = jax.jit(make_train_step(model, tx))(state, scaled, jax.random.key(0))
-    np.testing.assert_allclose(ours["loss"], expected["loss"], rtol=1e-6)
+    state, key = start(MODEL, tx), jax.random.key(0)
+    pixels = np.random.default_rng(3).integers(0, 256, (16, 16, 16, 3), np.uint8)
+    scaled = ((pixels / 255 - 0.3) / 0.4).astype(np.float32)
+    task = Classify(MODEL, mean=(0.3,), std=(0.4,))
+    step = jax.jit(make_train_step(task, tx, accumulate_steps=micro_batches))
+    _, ours = step(state, batch | {"image": pixels}, key)
+    _, expected = step(state, batch | {"image": scaled}, key)
+    np.testing.assert_allclose(ours["loss"], expected["loss"], rtol=1e-5)
+
+
+def test_pixels_stay_bytes_until_their_micro_batch_is_due():
+    """Normalised at once, the images of all micro-batches would be held as floats."""
+    task, key = Classify(MODEL), jax.random.key(0)
+    batch = task.blank()
+    assert (batch["image"].dtype, batch["image"].shape) == (np.uint8, (1, 16, 16, 3))
+    assert task.on_device(batch, key) is batch
+    mixed = Classify(MODEL, mixup_alpha=0.8).on_device(batch, key)
+    assert mixed["image"].dtype == jnp.float32 and mixed["label"].shape == (1, 7)
 
 
 def test_replaced_parameters_reach_the_average():
     mesh = make_mesh("data:8")
-    state, _ = init_sharded(MODEL, optax.adamw(1e-3), jax.random.key(1), mesh, ema=True)
+    state, _ = init_sharded(Classify(MODEL), optax.adamw(1e-3), jax.random.key(1), mesh, ema=True)
     ones = jax.tree.map(lambda x: np.ones(x.shape, np.float32), state.params)
     replaced = replace_params(state, ones)
     for tree in (replaced.params, replaced.ema_params):
@@ -245,7 +249,8 @@ def test_ten_steps_follow_the_official_trajectory(case, optimizer):
     params = from_state_dict(dict(np.load(GOLDEN / f"{case}_weights.npz")), model)
     params = jax.tree.map(jnp.asarray, params)
     state = TrainState(jnp.zeros((), jnp.int32), params, tx.init(params))
-    step = jax.jit(make_train_step(model, tx, label_smoothing=case_config["label_smoothing"]))
+    task = Classify(model, label_smoothing=case_config["label_smoothing"])
+    step = jax.jit(make_train_step(task, tx))
     batch = {
         "image": golden["images_nchw"].transpose(0, 2, 3, 1),
         "label": golden["labels"].astype(np.int32),

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from crate_jax.config import OptimConfig
+from crate_jax.tasks.losses import cross_entropy
 from crate_jax.training.optimizer import make_optimizer, make_schedule
-from crate_jax.training.step import cross_entropy
 
 torch = pytest.importorskip("torch")
 from crate_jax.parity.torch_reference import Lion  # noqa: E402 (needs PyTorch)
