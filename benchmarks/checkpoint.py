@@ -29,6 +29,7 @@ import crate_jax
 from crate_jax.checkpoint.digest import digest
 from crate_jax.checkpoint.manager import Checkpointer
 from crate_jax.parallel import make_mesh
+from crate_jax.tasks import Classify
 from crate_jax.training.state import abstract_state, init_sharded
 
 
@@ -59,10 +60,10 @@ def main() -> None:
     parser.add_argument("--folder", help="where to write; default: the folder of temporary files")
     parser.add_argument("--output", type=Path, help="write the JSON there too")
     args = parser.parse_args()
-    model: Any = crate_jax.create_model(args.model)
+    task = Classify(crate_jax.create_model(args.model))
     mesh, tx, key = make_mesh(), optax.adamw(1e-3), jax.random.key(0)
-    state, _ = init_sharded(model, tx, key, mesh)
-    abstract, _ = abstract_state(model, tx, key, mesh)
+    state, _ = init_sharded(task, tx, key, mesh)
+    abstract, _ = abstract_state(task, tx, key, mesh)
     with tempfile.TemporaryDirectory(dir=args.folder) as folder:
         checkpointer = Checkpointer(folder)
         rounds = [measure(checkpointer, step, state, abstract) for step in range(args.rounds + 1)]

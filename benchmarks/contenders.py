@@ -14,6 +14,7 @@ from crate_jax import Crate
 from crate_jax.interop.pth import to_state_dict
 from crate_jax.models.classifier import pair
 from crate_jax.parity.torch_reference import TorchCrate, from_flax_model
+from crate_jax.tasks import Classify
 from crate_jax.training.state import TrainState, init_state
 from crate_jax.training.step import make_train_step
 
@@ -57,7 +58,7 @@ class Program:
 
 def make_contenders(model: Crate, batch_size: int, device: str) -> dict[str, dict[str, Contender]]:
     """Mode (forward, train) to name (ours, eager, compile) to contender; same weights and batch."""
-    state = jax.jit(lambda key: init_state(model, TX, key))(jax.random.key(0))
+    state = jax.jit(lambda key: init_state(Classify(model), TX, key))(jax.random.key(0))
     weights = {k: torch.from_numpy(v) for k, v in to_state_dict(state.params, model).items()}
 
     def make_model() -> TorchCrate:
@@ -85,7 +86,9 @@ def make_contenders(model: Crate, batch_size: int, device: str) -> dict[str, dic
 def jax_contenders(model: Crate, state: TrainState, batch: dict) -> dict[str, Contender]:
     """Ours: mode to contender."""
     apply = Program(lambda params, images: model.apply({"params": params}, images, train=False))
-    step = Program(make_train_step(model, TX, label_smoothing=SMOOTHING), donate_argnums=0)
+    step = Program(
+        make_train_step(Classify(model, label_smoothing=SMOOTHING), TX), donate_argnums=0
+    )
     key, params = jax.random.key(1), state.params
     held = jax.tree.map(jnp.copy, state)  # donated at each step; params stay for the forward pass
 

@@ -42,7 +42,8 @@ from timing import race
 
 from crate_jax import Crate, create_model
 from crate_jax.models.classifier import pair
-from crate_jax.models.cost import activation_bytes, num_tokens, step_flops
+from crate_jax.models.cost import activation_bytes, step_flops
+from crate_jax.tasks import Classify
 from crate_jax.training.state import init_state
 
 LOAD = os.getloadavg()[0]  # over the last minute, before this program adds to it
@@ -62,7 +63,7 @@ def make_step(model: Crate, batch_size: int) -> Contender:
     images = rng.normal(size=(batch_size, H, W, model.in_channels)).astype(np.float32)
     labels = rng.integers(0, model.num_classes, batch_size)
     batch = {"image": jnp.asarray(images), "label": jnp.asarray(labels, jnp.int32)}
-    state = jax.jit(lambda key: init_state(model, TX, key))(jax.random.key(0))
+    state = jax.jit(lambda key: init_state(Classify(model), TX, key))(jax.random.key(0))
     return jax_contenders(model, state, batch)["train"]
 
 
@@ -78,7 +79,7 @@ def measure(sweep: str, rounds: int) -> dict[str, Any]:
         runs[str(value)] = step.run
         flops.append(case["batch_size"] * step_flops(model))
         kept = case["batch_size"] * activation_bytes(model)
-        case |= {"tokens": num_tokens(model), "memory_bytes": step.memory()}
+        case |= {"tokens": model.num_tokens, "memory_bytes": step.memory()}
         rows.append(case | {"activation_bytes_by_formula": kept})
     times = list(race(runs, rounds, finish).values())
     for row, of_case, grown in zip(rows, times, growth(times, flops), strict=True):

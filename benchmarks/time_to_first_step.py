@@ -26,20 +26,22 @@ def measure(model_name: str, batch_size: int) -> dict[str, float]:
     import optax
 
     from crate_jax import create_model
+    from crate_jax.tasks import Classify
     from crate_jax.training.state import init_state
     from crate_jax.training.step import make_train_step
 
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
     model, tx = create_model(model_name), optax.adamw(1e-3)
+    task = Classify(model, label_smoothing=0.1)
     key = jax.random.key(0)
     start = time.perf_counter()
-    state = jax.eval_shape(lambda key: init_state(model, tx, key), key)
+    state = jax.eval_shape(lambda key: init_state(task, tx, key), key)
     side = model.image_size
     batch = {
         "image": jax.ShapeDtypeStruct((batch_size, side, side, 3), jnp.float32),
         "label": jax.ShapeDtypeStruct((batch_size,), jnp.int32),
     }
-    step = jax.jit(make_train_step(model, tx, label_smoothing=0.1), donate_argnums=0)
+    step = jax.jit(make_train_step(task, tx), donate_argnums=0)
     lowered = step.lower(state, batch, key)
     traced = time.perf_counter()
     lowered.compile()

@@ -1,20 +1,21 @@
 """Every recipe builds its model, optimizer and step, without its data."""
 
+import dataclasses
 import importlib.util
 from pathlib import Path
 
 import jax
 import jax.export
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from crate_jax.config import DataConfig, TrainConfig, from_dict, to_dict, validate
 from crate_jax.data.images.transform_spec import parse_transforms
-from crate_jax.models.classifier import pair
-from crate_jax.models.zoo import build_model
-from crate_jax.parallel import batch_sharding, make_mesh
+from crate_jax.parallel import batch_sharding
+from crate_jax.tasks import Classify
 from crate_jax.training.optimizer import make_optimizer, make_schedule
-from crate_jax.training.run import jit_eval_step, jit_train_step
+from crate_jax.training.run import jit_sums, jit_train_step, set_up
 from crate_jax.training.state import abstract_state
 
 CONFIGS = Path(__file__).parents[1] / "configs"
@@ -33,24 +34,26 @@ RECIPES = [(name, arg) for name, module in MODULES.items() for arg in module.REC
 
 def programs(config, num_classes=10):
     """The training and the evaluation step on a mesh, and the shapes of what they take."""
-    model = build_model(config.model).clone(num_classes=config.model.num_classes or num_classes)
+    config.batch_size -= config.batch_size % 8
+    config.parallel.mesh = "data:-1,fsdp:2"
     schedule = make_schedule(config.optim, total_steps=1000, steps_per_epoch=5)
-    tx = make_optimizer(config.optim, schedule)
-    mesh = make_mesh("data:-1,fsdp:2")
-    key = jax.eval_shape(lambda: jax.random.key(0))
-    ema = config.optim.ema_decay > 0
-    state, shardings = abstract_state(model, tx, jax.random.key(0), mesh, ema=ema)
-    size = config.batch_size // mesh.size * mesh.size
-    shape = (size, *pair(model.image_size), model.in_channels)
-    rows = batch_sharding(mesh)
+    run = dataclasses.replace(
+        set_up(config),
+        task=Classify.from_config(config, config.model.num_classes or num_classes),
+        schedule=schedule,
+        tx=make_optimizer(config.optim, schedule),
+    )
+    state, shardings = abstract_state(run.task, run.tx, run.key, run.mesh, ema=run.ema)
+    rows = batch_sharding(run.mesh)
+    blank = run.task.blank() | {"mask": np.ones(1, np.float32)}
     batch = {
-        "image": jax.ShapeDtypeStruct(shape, jnp.uint8, sharding=rows),
-        "label": jax.ShapeDtypeStruct((size,), jnp.int32, sharding=rows),
+        name: jax.ShapeDtypeStruct((config.batch_size, *row.shape[1:]), row.dtype, sharding=rows)
+        for name, row in blank.items()
     }
-    mask = {"mask": jax.ShapeDtypeStruct((size,), jnp.float32, sharding=rows)}
-    train_step = jit_train_step(config, model, tx, schedule, mesh, shardings)
-    eval_step = jit_eval_step(config, model, mesh)
-    return (train_step, (state, batch, key)), (eval_step, (state.params, batch | mask))
+    mask = {"mask": batch.pop("mask")}
+    key = jax.eval_shape(lambda: run.key)
+    train_step, eval_step = jit_train_step(run, shardings), jit_sums(run)
+    return (train_step, (state, batch, key)), (eval_step, (state.params, (), batch | mask))
 
 
 @pytest.mark.parametrize(("name", "arg"), RECIPES)

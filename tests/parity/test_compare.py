@@ -10,12 +10,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from command import ROOT
-from crate_jax.cli.commands import _train_steps
 
 from crate_jax import Crate, load_weights, save_weights
-from crate_jax.cli import commands
+from crate_jax.cli import compare as command
 from crate_jax.cli import main as cli
-from crate_jax.training.step import cross_entropy
+from crate_jax.cli.compare import train_steps
+from crate_jax.tasks.losses import cross_entropy
 
 pytest.importorskip("torch")
 from crate_jax.parity import compare as comparing
@@ -39,7 +39,7 @@ def inputs():
 
 
 def compare(model, params, images, labels, **options):
-    options = {"train": functools.partial(_train_steps, model), "rounds": 1} | options
+    options = {"train": functools.partial(train_steps, model), "rounds": 1} | options
     loss = functools.partial(cross_entropy, label_smoothing=comparing.SMOOTHING)
     return comparing.compare(model, params, images, labels, loss=loss, **options)
 
@@ -101,7 +101,7 @@ def test_one_weight_moved_is_found_where_it_is(inputs, path, first):
 def test_a_training_step_that_differs_is_found(inputs):
     def twice_the_rate(params, images, labels, optim, steps):
         optim = dataclasses.replace(optim, lr=2 * optim.lr)
-        return _train_steps(MODEL, params, images, labels, optim, steps)
+        return train_steps(MODEL, params, images, labels, optim, steps)
 
     found = compare(MODEL, *inputs, train=twice_the_rate, train_steps=2)
     assert found.first_difference == "adamw loss of step 2"
@@ -266,7 +266,7 @@ def test_what_the_command_refuses(tmp_path, capsys, inputs, monkeypatch):
         assert err.count("\n") == 1 and err.startswith("error: ")
     assert page.read_text() == "before"
     assert not list(tmp_path.glob(".page.html*"))
-    monkeypatch.setattr(commands, "find_spec", lambda name: None)
+    monkeypatch.setattr(command, "find_spec", lambda name: None)
     status, _, err = main(capsys, f"--weights={weights}", f"--html={page}")
     assert status == 2 and "--html must have matplotlib. Install it: pip install" in err
     monkeypatch.delitem(sys.modules, "crate_jax.parity.compare")
