@@ -14,7 +14,12 @@ DEFINITIONS = ("paper", "official_code")
 
 
 def layerwise(
-    model: ImageClassifier, params: Any, images: Array, *, definition: str = "paper", eps: float = 0.1
+    model: ImageClassifier,
+    params: Any,
+    images: Array,
+    *,
+    definition: str = "paper",
+    eps: float = 0.1,
 ) -> dict[str, Array]:
     """Coding rate R^c and sparsity of every layer.
 

@@ -219,7 +219,9 @@ def memory_bytes(
     }
 
 
-def gradient_sums(model: ImageClassifier, state: TrainState, mesh: Mesh, micro_batches: int) -> list[Joined]:
+def gradient_sums(
+    model: ImageClassifier, state: TrainState, mesh: Mesh, micro_batches: int
+) -> list[Joined]:
     """The gradients that devices add up in a step, float32.
 
     Those of all parameters over all devices; those of D twice, because Y Dᵀ and R D each give a
