@@ -15,7 +15,7 @@ import optax
 import pytest
 
 from crate_jax import Crate, analysis
-from crate_jax.interop.pth import from_state_dict, to_state_dict
+from crate_jax.interop import from_state_dict, to_state_dict
 from crate_jax.models.crate import pair
 from crate_jax.models.embedding import PatchEmbedding
 from crate_jax.models.layers import subspace_self_attention

@@ -11,7 +11,7 @@ import optax
 import pytest
 
 from crate_jax import Crate
-from crate_jax.interop.pth import from_state_dict, to_state_dict
+from crate_jax.interop import from_state_dict, to_state_dict
 from crate_jax.parallel import batch_sharding, make_mesh, on_mesh, replicated
 from crate_jax.tasks.mixing import make_mix
 from crate_jax.training.state import TrainState, init_sharded, init_state, replace_params
