@@ -36,10 +36,12 @@ def read_checkpoint(path: str | Path) -> dict[str, np.ndarray]:
         raise FileNotFoundError(f"{path} must be a file; got none there. Check the path.")
     try:
         # Training scripts save their flags beside the weights; a Namespace holds values, no code.
-        with torch.serialization.safe_globals([argparse.Namespace]):
+        with torch.serialization.safe_globals([argparse.Namespace]), open(path, "rb") as file:
             # Mapped, not read, where the format allows: every array is copied once, into its place.
-            mapped = zipfile.is_zipfile(path)
-            state = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
+            # PyTorch goes by the suffix of a name, so that this one must not be seen.
+            mapped = zipfile.is_zipfile(path) and Path(path).suffix != ".safetensors"
+            source = path if mapped else file
+            state = torch.load(source, map_location="cpu", weights_only=True, mmap=mapped)
     # A KeyError, EOFError, struct.error, RuntimeError or UnpicklingError, by where the damage is.
     except Exception as error:
         raise ValueError(_refusal(path, error)) from None

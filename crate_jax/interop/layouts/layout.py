@@ -121,7 +121,7 @@ class Layout:
         return entries
 
     def to_ours(
-        self, arrays: Mapping[str, np.ndarray], tree: Tree, skip: Collection[str]
+        self, arrays: Mapping[str, np.ndarray], tree: Tree, skip: Collection[str] = ()
     ) -> Arrays:
         """The flat parameter tree of a model, from arrays that `entries` fits.
 
@@ -172,7 +172,7 @@ class OwnPaths(Layout):
     """Our own tree: each array under its path."""
 
     def to_ours(
-        self, arrays: Mapping[str, np.ndarray], tree: Tree, skip: Collection[str]
+        self, arrays: Mapping[str, np.ndarray], tree: Tree, skip: Collection[str] = ()
     ) -> Arrays:
         """The arrays as they are, not copied."""
         return dict(arrays)
