@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 
 from crate_jax import Crate
-from crate_jax.interop.pth import to_state_dict
+from crate_jax.interop import to_state_dict
 from crate_jax.models.classifier import pair
 from crate_jax.parity.torch_reference import TorchCrate, from_flax_model
 from crate_jax.tasks import Classify

@@ -4,7 +4,7 @@ import jax
 import numpy as np
 
 from crate_jax import Crate
-from crate_jax.interop.pth import to_state_dict
+from crate_jax.interop import to_state_dict
 from crate_jax.models.cost import abstract_parameters
 
 MODELS = {

@@ -1,5 +1,15 @@
 """Weights in and out of files, ours and other programs'."""
 
-from crate_jax.interop.load import find_run, load_fitted, load_weights, save_weights
+from crate_jax.interop.contents import find_run
+from crate_jax.interop.convert import from_state_dict, to_state_dict
+from crate_jax.interop.load import load_fitted, load_weights
+from crate_jax.interop.save import save_weights
 
-__all__ = ["find_run", "load_fitted", "load_weights", "save_weights"]
+__all__ = [
+    "find_run",
+    "from_state_dict",
+    "load_fitted",
+    "load_weights",
+    "save_weights",
+    "to_state_dict",
+]

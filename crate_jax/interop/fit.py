@@ -1,11 +1,9 @@
-"""Weights of one model for another: what may differ, how it is fitted, and what to say otherwise.
+"""Weights of one model for another: what may differ, and how it is fitted.
 
 All of it is a function of parameter trees and models; files are elsewhere.
 """
 
-import functools
 import math
-import re
 from collections.abc import Collection, Mapping
 from fractions import Fraction
 from typing import Any
@@ -14,134 +12,30 @@ import jax
 import numpy as np
 from flax import traverse_util
 
-from crate_jax.models.classifier import pair
-from crate_jax.models.cost import abstract_parameters, sample_images
-from crate_jax.models.crate import Crate
-from crate_jax.models.embedding import resize_patch_kernel, resize_positions
-from crate_jax.models.zoo import VARIANTS, architecture, create_model
+from crate_jax.interop.faults import faults, mismatch
+from crate_jax.interop.layouts.layout import Arrays
+from crate_jax.interop.resize import METHODS, Size, resized_kernel, resized_positions
+from crate_jax.interop.tree import flatten, tree_of
+from crate_jax.models.classifier import ImageClassifier, pair
+from crate_jax.models.cost import sample_images
+from crate_jax.models.zoo import architecture
 
 # What may be fitted on request. The last three are constants that a file may declare: the model's
 # are used.
 FITS = ("head", "image_size", "patch_size", "in_channels", "pool", "eta", "lmbda")
+CONSTANTS = FITS[4:]
 
-# What the shapes of a parameter tree tell: the leaf, and the axes whose product it is.
-_SIZES = {
-    "width": ("blocks/ista/D", slice(2, 3)),
-    "depth": ("blocks/ista/D", slice(0, 1)),
-    "num_heads x head_dim": ("blocks/mssa/U", slice(2, None)),
-    "pixels of a patch": ("embedding/patch_norm/scale", slice(0, 1)),
-    "positions": ("embedding/pos_embedding", slice(0, 1)),
-    "num_classes": ("head/bias", slice(0, 1)),
-}
-Shapes = Mapping[str, tuple[int, ...]]
-
-
-def shapes_of(model: Crate) -> dict[str, tuple[int, ...]]:
-    """The flat parameter tree of a model: {path: shape}."""
-    flat: Any = traverse_util.flatten_dict(abstract_parameters(model), sep="/")
-    return {path: leaf.shape for path, leaf in flat.items()}
-
-
-def faults(got: Shapes, expected: Shapes) -> dict[str, str]:
-    """What is missing, unknown or of another shape, every entry named; {} if nothing is."""
-    wrong = {
-        k: f"{got[k]} instead of {expected[k]}"
-        for k in expected
-        if k in got and got[k] != expected[k]
-    }
-    found = {
-        "missing": _join({k: "" for k in expected if k not in got}),
-        "unknown": _join({k: "" for k in got if k not in expected}),
-        "of another shape": _join(wrong),
-    }
-    return {fault: names for fault, names in found.items() if names}
-
-
-def in_words(found: Mapping[str, str]) -> str:
-    """`faults` as a part of a sentence."""
-    return "; ".join(f"{fault}: {names}" for fault, names in found.items())
-
-
-def _join(entries: Mapping[str, str]) -> str:
-    """Names and remarks in a row; those that differ by layer alone as one: layers.{3-5,7}.x."""
-    layers: dict[tuple[str, str], list[int]] = {}
-    for name, remark in entries.items():
-        parts = re.fullmatch(r"(transformer\.layers\.)(\d+)(\..*)", name)
-        pattern = f"{parts[1]}{{}}{parts[3]}" if parts else name
-        layers.setdefault((pattern, remark), []).extend([int(parts[2])] if parts else [])
-    return ", ".join(
-        " ".join(filter(None, (pattern.replace("{}", _ranges(numbers)), remark)))
-        for (pattern, remark), numbers in layers.items()
-    )
-
-
-def _ranges(numbers: list[int]) -> str:
-    """3, or {3-5,7}."""
-    runs: list[list[int]] = []
-    for number in sorted(numbers):
-        if runs and number == runs[-1][-1] + 1:
-            runs[-1][1:] = [number]
-        else:
-            runs.append([number])
-    text = ",".join("-".join(map(str, run)) for run in runs)
-    return text if len(numbers) == 1 else "{" + text + "}"
-
-
-def sizes(shapes: Shapes) -> dict[str, int]:
-    """Sizes of the model that a flat tree of these shapes belongs to, as far as its leaves tell."""
-    return {
-        name: math.prod(shapes[path][axes])
-        for name, (path, axes) in _SIZES.items()
-        if len(shapes.get(path, ())) >= (axes.stop or 3)
-    }
-
-
-def describe_difference(found: Mapping[str, int], model: Crate) -> str:
-    """In words: whose weights these are, how the model differs, and what to do; "" if sizes agree.
-
-    Args:
-        found: `sizes` of the weights.
-        model: what they were to be loaded into.
-    """
-    wanted = sizes(shapes_of(model))
-    wrong = {name: size for name, size in found.items() if size != wanted[name]}
-    if not found:
-        return "it holds no weights of a CRATE"
-    if not wrong:
-        return ""
-    variants = _variant_sizes()
-    layers = {"width", "depth", "num_heads x head_dim"} & set(found)
-    same = [n for n, v in variants.items() if all(v[size] == found[size] for size in layers)]
-    patch = "pixels of a patch"
-    names = [n for n in same if variants[n][patch] == found.get(patch)] or same
-    who = f"these weights are {' or '.join(names)}'s" if names else "these weights differ"
-    return f"{who}: " + ", ".join(
-        f"{name} {size} where the model has {wanted[name]}" for name, size in wrong.items()
-    )
-
-
-@functools.cache
-def _variant_sizes() -> dict[str, dict[str, int]]:
-    """The sizes of every named model."""
-    return {name: sizes(shapes_of(create_model(name))) for name in VARIANTS}
-
-
-def remedy(found: Mapping[str, int], model: Crate) -> str:
-    """What to do about weights of other sizes: fit them, or take the right model."""
-    wanted = sizes(shapes_of(model))
-    wrong = {name for name, size in found.items() if size != wanted[name]}
-    fits = {"num_classes": "head", "positions": "image_size", "pixels of a patch": "patch_size"}
-    if wrong and wrong <= set(fits):
-        names = [fit for size, fit in fits.items() if size in wrong]
-        if "patch_size" in names:
-            names.append("in_channels")
-        return f"Build the model with these sizes, or ask to fit: {', '.join(names)}."
-    return "Build the model with the sizes of these weights."
+_KERNEL, _BIAS = "embedding/projection/kernel", "embedding/projection/bias"
+_SCALE, _OFFSET = "embedding/patch_norm/scale", "embedding/patch_norm/bias"
+_POSITIONS = "embedding/pos_embedding"
 
 
 def source_model(
-    found: Mapping[str, int], declared: Mapping[str, Any], model: Crate, fit: Collection[str]
-) -> Crate:
+    found: Mapping[str, int],
+    declared: Mapping[str, Any],
+    model: ImageClassifier,
+    fit: Collection[str],
+) -> ImageClassifier:
     """The model that weights are for: `model`, except in what is to be fitted.
 
     A size that the file does not declare is told from the shapes: patches keep the model's
@@ -150,7 +44,7 @@ def source_model(
 
     Args:
         found: `sizes` of the weights.
-        declared: `architecture` fields that the file states itself; {} for a PyTorch file.
+        declared: `architecture` fields that the file states itself, or the shape of a convolution.
         model: what they are to be loaded into.
         fit: names out of `FITS`.
 
@@ -159,26 +53,25 @@ def source_model(
     """
     for name in fit:
         if name not in FITS:
-            raise ValueError(f"fit must be among {', '.join(FITS)}; got {name}.")
+            raise ValueError(f"fit must be among {', '.join(FITS)}; got {name}. Leave it out.")
     stated = {name: declared[name] for name in FITS[1:] if name in declared and name in fit}
     if "patch_size" in fit and "image_size" in declared:
         stated["image_size"] = declared["image_size"]  # the grid changes with the patches
-    (h, w), c = pair(model.patch_size), model.in_channels
-    if not declared and {"patch_size", "in_channels"} & set(fit):
-        h, w, c = _guess_patch(found.get("pixels of a patch", h * w * c), (h, w), c, fit)
-    H, W = pair(model.image_size)
-    if not declared and {"patch_size", "image_size"} & set(fit):
+    patch = pair(stated.get("patch_size", model.patch_size))
+    channels = stated.get("in_channels", model.in_channels)
+    if "patch_size" not in declared and {"patch_size", "in_channels"} & set(fit):
+        pixels = found.get("pixels of a patch", math.prod(patch) * channels)
+        *patch, channels = _guess_patch(pixels, patch, channels, fit)
+    size = pair(stated.get("image_size", model.image_size))
+    if "image_size" not in declared and {"patch_size", "image_size"} & set(fit):
         cells = found.get("positions", 1 + math.prod(_grid(model))) - 1
         rows, columns = _guess_grid(cells, _grid(model))
-        H, W = rows * h, columns * w
-    fields: dict[str, Any] = {"image_size": (H, W), "patch_size": (h, w), "in_channels": c}
-    fields |= {name: tuple(v) if isinstance(v, list) else v for name, v in stated.items()}
-    return model.clone(**fields)
+        size = (rows * patch[0], columns * patch[1])
+    constants = {name: stated[name] for name in CONSTANTS if name in stated}
+    return model.clone(image_size=size, patch_size=tuple(patch), in_channels=channels, **constants)
 
 
-def _guess_patch(
-    pixels: int, patch: tuple[int, int], c: int, fit: Collection[str]
-) -> tuple[int, int, int]:
+def _guess_patch(pixels: int, patch: Size, c: int, fit: Collection[str]) -> tuple[int, int, int]:
     """(height, width, channels) of a patch of so many values; the model's where none fits."""
     h, w = patch
     if "patch_size" not in fit:
@@ -190,14 +83,14 @@ def _guess_patch(
     return h, w, c
 
 
-def _guess_grid(cells: int, grid: tuple[int, int]) -> tuple[int, int]:
+def _guess_grid(cells: int, grid: Size) -> Size:
     """(rows, columns) of so many patches; the model's where none fits."""
     if cells == math.prod(grid):
         return grid
     return _scale(Fraction(cells), (1, 1)) or _scale(Fraction(cells), grid) or grid
 
 
-def _scale(area: Fraction, sides: tuple[int, int]) -> tuple[int, int] | None:
+def _scale(area: Fraction, sides: Size) -> Size | None:
     """A rectangle of that area and of these proportions, if its sides are whole."""
     square = area / math.prod(sides)
     ratio = Fraction(math.isqrt(square.numerator), math.isqrt(square.denominator))
@@ -207,79 +100,106 @@ def _scale(area: Fraction, sides: tuple[int, int]) -> tuple[int, int] | None:
 
 
 def fit_params(
-    params: Mapping[str, Any], source: Crate, model: Crate, *, key: jax.Array | None = None
+    params: Mapping[str, Any],
+    source: ImageClassifier,
+    model: ImageClassifier,
+    *,
+    method: str = "right",
+    key: jax.Array | None = None,
 ) -> tuple[dict[str, Any], list[str]]:
     """The parameters of one model for another one of the same layers; a pure function.
 
-    Positions are resized bicubically, the class token's apart. For other patches or channels the
-    scale and bias of the patches' LayerNorm first go into the projection behind it, which computes
-    the same; then its kernel is resized (`resize_patch_kernel`), or summed over the channels for a
-    grey image and repeated in turn, times old / new, for any other number, so that a grey image
-    keeps its tokens. A head that is missing starts anew.
+    For another grid the positions are resized, the class token's apart. For other patches or
+    channels the scale and bias of the patches' LayerNorm, where the model has one, first go into
+    the projection behind it, which computes the same; then its kernel is resized, or summed over
+    the channels for a grey image and repeated in turn, times old / new, for any other number, so
+    that a grey image keeps its tokens. A head that is missing starts anew.
 
     Args:
         params: parameter tree of ``source``, with or without ``head``.
         source: the model that they are for.
         model: the model wanted: another image size, patch size, number of channels or of classes.
+        method: of resizing; "right": the kernel by the pseudo-inverse of a bicubic resizing
+            (`resize_patch_kernel`), positions bicubically; "crate_alpha": both bilinearly, as
+            CRATE-α's official fine-tuning.
         key: of the new head; None: ``jax.random.key(0)``.
 
     Returns:
         The parameter tree of ``model``, float32 NumPy arrays, and one line for each change.
 
     Raises:
-        ValueError: the layers differ: width, depth, subspaces.
+        ValueError: the layers differ (width, depth, subspaces), or an unknown method.
     """
-    flat = {k: np.asarray(v) for k, v in traverse_util.flatten_dict(dict(params), sep="/").items()}
-    report = []
-    old_patch, new_patch = pair(source.patch_size), pair(model.patch_size)
-    if (old_patch, source.in_channels) != (new_patch, model.in_channels):
-        kernel_hxwxcxd, bias = _fold_patch_norm(flat, old_patch, source.in_channels)
-        kernel_hxwxcxd = _other_channels(kernel_hxwxcxd, model.in_channels)
-        if old_patch != new_patch:
-            kernel_hxwxcxd = resize_patch_kernel(kernel_hxwxcxd, old_patch, new_patch)
-        kernel = kernel_hxwxcxd.reshape(-1, kernel_hxwxcxd.shape[-1]).astype(np.float32)
-        flat["embedding/projection/kernel"] = kernel
-        flat["embedding/projection/bias"] = bias.astype(np.float32)
-        flat["embedding/patch_norm/scale"] = np.ones(len(kernel), np.float32)
-        flat["embedding/patch_norm/bias"] = np.zeros(len(kernel), np.float32)
-        report.append(
-            f"embedding/projection: {_size(old_patch)} pixels of {source.in_channels} channels to "
-            f"{_size(new_patch)} of {model.in_channels}, patch_norm folded in"
-        )
-    old_grid, new_grid = _grid(source), _grid(model)
-    if old_grid != new_grid:
-        resized = resize_positions(flat["embedding/pos_embedding"], old_grid, new_grid)
-        flat["embedding/pos_embedding"] = np.asarray(resized)
-        report.append(
-            f"embedding/pos_embedding: {_size(old_grid)} to {_size(new_grid)} patches, bicubic"
-        )
+    if method not in METHODS:
+        raise ValueError(f"method must be one of {', '.join(METHODS)}; got {method}. Choose one.")
+    flat = {path: np.asarray(leaf) for path, leaf in flatten(params).items()}
+    report = _fit_patches(flat, source, model, method) + _fit_grid(flat, source, model, method)
     if "head/kernel" not in flat:
-        init = lambda key: model.init(key, sample_images(model), train=False)["params"]["head"]  # noqa: E731
-        head = jax.jit(init)(jax.random.key(0) if key is None else key)
-        flat |= {f"head/{name}": np.asarray(leaf) for name, leaf in head.items()}
+        flat |= _new_head(model, jax.random.key(0) if key is None else key)
         report.append(f"head: new, for {model.num_classes} classes")
     theirs, ours = architecture(source), architecture(model)
-    for name in ("pool", "eta", "lmbda"):
-        if theirs[name] != ours[name]:
+    for name in CONSTANTS:
+        if name in ours and theirs[name] != ours[name]:
             report.append(f"{name}: {ours[name]}, where the weights had {theirs[name]}")
     got = {path: tuple(leaf.shape) for path, leaf in flat.items()}
-    wrong = faults(got, shapes_of(model))
+    wrong = faults(got, tree_of(model).shapes)
     if wrong:
         raise ValueError(
-            f"params must be those of a model of the same layers; got {in_words(wrong)}. "
-            + remedy(sizes(got), model)
+            f"params must be those of a model of the same layers; got {wrong}. "
+            + mismatch(got, model)[1]
         )
     return traverse_util.unflatten_dict(flat, sep="/"), report
 
 
-def _fold_patch_norm(
-    flat: Mapping[str, np.ndarray], patch: tuple[int, int], channels: int
-) -> tuple[np.ndarray, np.ndarray]:
-    """Projection (h, w, c, d) and its bias (d,) with the LayerNorm's scale and bias moved in."""
-    scale, offset = flat["embedding/patch_norm/scale"], flat["embedding/patch_norm/bias"]
-    kernel = flat["embedding/projection/kernel"].astype(np.float64)
-    bias = flat["embedding/projection/bias"] + offset @ kernel
-    return (scale[:, None] * kernel).reshape(*patch, channels, -1), bias
+def _fit_patches(
+    flat: Arrays, source: ImageClassifier, model: ImageClassifier, method: str
+) -> list[str]:
+    """The projection for other patches or channels, put into ``flat``; what was done."""
+    old, new = pair(source.patch_size), pair(model.patch_size)
+    if (old, source.in_channels) == (new, model.in_channels):
+        return []
+    kernel, folded = flat[_KERNEL].astype(np.float64), ""
+    if _SCALE in flat:
+        flat[_BIAS] = (flat[_BIAS] + flat[_OFFSET] @ kernel).astype(np.float32)
+        kernel, folded = flat[_SCALE][:, None] * kernel, ", patch_norm folded in"
+    kernel_hxwxcxd = kernel.reshape(*old, source.in_channels, -1)
+    kernel_hxwxcxd = _other_channels(kernel_hxwxcxd, model.in_channels)
+    if old != new:
+        kernel_hxwxcxd = resized_kernel(kernel_hxwxcxd, new, method)
+    kernel = kernel_hxwxcxd.reshape(-1, kernel_hxwxcxd.shape[-1]).astype(np.float32)
+    flat[_KERNEL] = kernel
+    if folded:
+        flat[_SCALE] = np.ones(len(kernel), np.float32)
+        flat[_OFFSET] = np.zeros(len(kernel), np.float32)
+    return [
+        f"embedding/projection: {_size(old)} pixels of {source.in_channels} channels to "
+        f"{_size(new)} of {model.in_channels}{folded}" + _by(method, old != new, "bilinear")
+    ]
+
+
+def _fit_grid(
+    flat: Arrays, source: ImageClassifier, model: ImageClassifier, method: str
+) -> list[str]:
+    """The positions for another grid, put into ``flat``; what was done."""
+    old, new = _grid(source), _grid(model)
+    if old == new:
+        return []
+    flat[_POSITIONS] = resized_positions(flat[_POSITIONS], old, new, method)
+    how = "bicubic" if method == "right" else "linear"
+    return [f"{_POSITIONS}: {_size(old)} to {_size(new)} patches, {how}"]
+
+
+def _by(method: str, resized: bool, name: str) -> str:
+    return f", {name}" if resized and method != "right" else ""
+
+
+def _new_head(model: ImageClassifier, key: jax.Array) -> Arrays:
+    """The head of a model as it starts, by path."""
+
+    def init(key: jax.Array) -> Any:
+        return model.init(key, sample_images(model), train=False)["params"]["head"]
+
+    return {f"head/{name}": np.asarray(leaf) for name, leaf in jax.jit(init)(key).items()}
 
 
 def _other_channels(kernel_hxwxcxd: np.ndarray, channels: int) -> np.ndarray:
@@ -292,11 +212,11 @@ def _other_channels(kernel_hxwxcxd: np.ndarray, channels: int) -> np.ndarray:
     return kernel_hxwxcxd[:, :, np.arange(channels) % old] * (old / channels)
 
 
-def _grid(model: Crate) -> tuple[int, int]:
+def _grid(model: ImageClassifier) -> Size:
     """Patches (down, across)."""
     (H, W), (h, w) = pair(model.image_size), pair(model.patch_size)
     return H // h, W // w
 
 
-def _size(sides: tuple[int, int]) -> str:
+def _size(sides: Size) -> str:
     return f"{sides[0]}x{sides[1]}"

@@ -1,5 +1,6 @@
 """NumPy's archive of named arrays: one entry a parameter, by its path in the tree."""
 
+import re
 import zipfile
 import zlib
 from collections.abc import Mapping
@@ -8,8 +9,15 @@ from pathlib import Path
 import numpy as np
 
 
-def read(path: str | Path) -> dict[str, np.ndarray]:
+def read(path: str | Path, leave: str = "") -> tuple[dict[str, np.ndarray], list[str]]:
     """All arrays by name.
+
+    Args:
+        path: the archive.
+        leave: pattern of names that are not read.
+
+    Returns:
+        The arrays, and the names of those that were left.
 
     Raises:
         ValueError: the file is no such archive, is damaged, or holds a pickle, which is refused.
@@ -20,7 +28,8 @@ def read(path: str | Path) -> dict[str, np.ndarray]:
             archive = np.load(file, allow_pickle=False)
             if not isinstance(archive, np.lib.npyio.NpzFile):
                 raise ValueError("it is one array")
-            return {name: archive[name] for name in archive.files}
+            left = [name for name in archive.files if leave and re.fullmatch(leave, name)]
+            return {name: archive[name] for name in archive.files if name not in left}, left
     except ValueError as error:
         pickled = "pickle" in str(error) or "Object arrays" in str(error)
         reason = "it holds a pickle, which could run code" if pickled else str(error)

@@ -17,7 +17,7 @@ import torch
 from jax import Array
 
 from crate_jax.config import OptimConfig
-from crate_jax.interop.pth import to_state_dict
+from crate_jax.interop import to_state_dict
 from crate_jax.models.crate import Crate
 from crate_jax.parity import runs
 from crate_jax.parity.runs import SMOOTHING, Arrays, Loss

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from jax import Array
 
 from crate_jax.config import OptimConfig
-from crate_jax.interop.pth import to_state_dict
+from crate_jax.interop import to_state_dict
 from crate_jax.models.crate import TAPS, Crate, pair
 from crate_jax.models.embedding import PatchEmbedding
 from crate_jax.parity.torch_reference import Lion, TorchCrate

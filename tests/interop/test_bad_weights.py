@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 from weights import MODEL, random_params, random_state
 
-from crate_jax import Crate, cli, create_model, load_weights, save_weights
+from crate_jax import Crate, create_model, load_weights, save_weights
+from crate_jax.cli import main as cli
 from crate_jax.models.zoo import architecture
 
 KWARGS = ["--model=crate_tiny_patch16_224", "--model-kwargs"]
@@ -67,10 +68,9 @@ def test_a_pytorch_file_that_would_run_code(tmp_path, refuse, name):
 
 def test_a_bare_pickle_that_would_run_code(tmp_path, refuse):
     pytest.importorskip("torch")
-    (tmp_path / "w.pth").write_bytes(pickle.dumps(Payload(tmp_path / "ran")))
-    refuse(tmp_path / "w.pth")
-    (tmp_path / "w.npz").write_bytes(pickle.dumps(Payload(tmp_path / "ran")))
-    assert "it holds a pickle, which could run code" in refuse(tmp_path / "w.npz")
+    for name in ("w.pth", "w.npz"):
+        (tmp_path / name).write_bytes(pickle.dumps(Payload(tmp_path / "ran")))
+        assert f"{name} must be a whole PyTorch file" in refuse(tmp_path / name)
     assert not (tmp_path / "ran").exists()
 
 
@@ -166,9 +166,9 @@ MISMATCHES = {
     ),
     "another architecture": (
         {"conv1.weight": np.ones((3, 3), "f4"), "fc.bias": np.ones(4, "f4")},
-        "it holds no weights of a CRATE; missing: ",
+        "it holds no weights of a Crate; missing: ",
     ),
-    "nothing": ({}, "it holds no weights of a CRATE; missing: "),
+    "nothing": ({}, "it holds no weights of a Crate; missing: "),
 }
 
 
@@ -191,12 +191,12 @@ def test_our_own_names_of_another_model(tmp_path, refuse):
 
 def test_the_nearest_model_is_suggested(tmp_path):
     """As if of CRATE-S, without its megabytes: shapes alone are compared."""
-    from crate_jax.interop.pth import official_shapes
+    from crate_jax.interop.layouts.crate import OFFICIAL
+    from crate_jax.interop.tree import tree_of
 
-    shapes = official_shapes(create_model("crate_small_patch16_224"))
-    np.savez(
-        tmp_path / "w.npz", **{k: np.broadcast_to(np.float16(0), v) for k, v in shapes.items()}
-    )
+    entries = OFFICIAL.entries(tree_of(create_model("crate_small_patch16_224")))
+    zeros = {k: np.broadcast_to(np.float16(0), e.official) for k, e in entries.items()}
+    np.savez(tmp_path / "w.npz", **zeros)
     with pytest.raises(
         ValueError,
         match=r"these weights are crate_small_patch16_224's: width 576 where the model has 384, "
@@ -207,9 +207,7 @@ def test_the_nearest_model_is_suggested(tmp_path):
 
 def test_what_is_no_weights_file(tmp_path, refuse):
     (tmp_path / "w.bin").touch()
-    assert "weights must be a file of .pth, .pth.tar, .pt, .t7, .safetensors, .npz" in refuse(
-        tmp_path / "w.bin"
-    )
+    assert "w.bin must be a whole PyTorch, safetensors or .npz file" in refuse(tmp_path / "w.bin")
     (tmp_path / "folder").mkdir()
     assert "is a folder without checkpoints/ in it" in refuse(tmp_path / "folder")
     (tmp_path / "folder" / "checkpoints").mkdir()

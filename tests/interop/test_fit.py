@@ -24,7 +24,7 @@ def params():
 @pytest.fixture
 def official(tmp_path, params):
     """A file of official names, which states nothing of its model."""
-    from crate_jax.interop.pth import to_state_dict
+    from crate_jax.interop import to_state_dict
 
     np.savez(tmp_path / "official.npz", **to_state_dict(params, MODEL))
     return tmp_path / "official.npz"
@@ -115,7 +115,7 @@ def test_the_grid_of_oblong_images(tmp_path, params):
     save_weights(tmp_path / "w.safetensors", weights, oblong)
     loaded = load_fitted(tmp_path / "w.safetensors", MODEL, fit=("image_size",))
     assert loaded.report == ["embedding/pos_embedding: 2x8 to 4x4 patches, bicubic"]
-    from crate_jax.interop.pth import to_state_dict
+    from crate_jax.interop import to_state_dict
 
     six = MODEL.clone(image_size=(8, 12))
     np.savez(tmp_path / "w.npz", **to_state_dict(fit_params(params, MODEL, six)[0], six))
@@ -177,7 +177,7 @@ def test_where_nothing_differs_nothing_changes(file, params, request):
 
 def test_as_many_patches_as_the_model_has_are_its_own_grid(tmp_path, params):
     """16 patches could be 4 x 4, but the model's 2 x 8 fits as it is."""
-    from crate_jax.interop.pth import to_state_dict
+    from crate_jax.interop import to_state_dict
 
     oblong = MODEL.clone(image_size=(8, 32))
     np.savez(tmp_path / "w.npz", **to_state_dict(params, oblong))

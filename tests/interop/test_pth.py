@@ -10,7 +10,8 @@ from weights import MODEL, MODELS, assert_equal_trees, random_params, random_sta
 
 from crate_jax import load_weights
 from crate_jax.checkpoint.manager import Checkpointer
-from crate_jax.interop.pth import from_state_dict, read_checkpoint, to_state_dict
+from crate_jax.interop import from_state_dict, to_state_dict
+from crate_jax.interop.pth import read_checkpoint
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -173,14 +174,14 @@ def test_a_file_that_is_not_there(torch, tmp_path):
 
 
 def test_a_file_of_an_unknown_kind(tmp_path):
-    (tmp_path / "weights.bin").touch()
-    with pytest.raises(ValueError, match=r"\.pth, \.pth\.tar, \.pt, \.t7.* got .*weights\.bin"):
-        load_weights(tmp_path / "weights.bin", MODEL)
+    (tmp_path / "weights.pth").write_text("These are no weights.")
+    with pytest.raises(ValueError, match=r"weights\.pth must be a whole PyTorch, safetensors or"):
+        load_weights(tmp_path / "weights.pth", MODEL)
 
 
 def test_without_pytorch(monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, "torch", None)
-    (tmp_path / "weights.pth").touch()
+    (tmp_path / "weights.pth").write_bytes(b"\x80\x02")  # as a pickle begins
     with pytest.raises(ValueError, match=r"needs PyTorch\. pip install 'crate-jax\[torch\]'"):
         load_weights(tmp_path / "weights.pth", MODEL)
 

@@ -9,7 +9,8 @@ import optax
 import pytest
 
 from crate_jax import Crate, analysis, create_model, list_models
-from crate_jax.interop.pth import from_state_dict, read_checkpoint, to_state_dict
+from crate_jax.interop import from_state_dict, to_state_dict
+from crate_jax.interop.pth import read_checkpoint
 from crate_jax.models.cost import count_parameters
 from crate_jax.models.crate import TAPS
 

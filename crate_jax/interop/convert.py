@@ -1,0 +1,111 @@
+"""A model's parameters under official names and back; which layout a set of names is in.
+
+PyTorch is not needed: state dicts are NumPy arrays by name.
+"""
+
+from collections.abc import Collection, Mapping
+from typing import Any
+
+import numpy as np
+from flax import traverse_util
+
+from crate_jax.interop.faults import faults
+from crate_jax.interop.layouts import LAYOUTS
+from crate_jax.interop.layouts.layout import Layout, own_paths
+from crate_jax.interop.tree import family_of, flatten, tree_of
+from crate_jax.models.classifier import ImageClassifier
+
+_REMEDY = "Build the model with the sizes of these weights."
+
+
+def find_layout(model: ImageClassifier, name: str | None = None, *, torch: bool = False) -> Layout:
+    """An official layout of a model's family: the one named, or else the first.
+
+    Args:
+        model: whose family counts.
+        name: of the layout.
+        torch: look among those that PyTorch files have.
+
+    Raises:
+        ValueError: the family has none, or none of that name.
+    """
+    known = [x for x in LAYOUTS.get(family_of(model), ()) if x.in_torch or not torch]
+    for layout in known:
+        if name in (None, layout.name):
+            return layout
+    of = f"{type(model).__name__}{' in PyTorch files' if torch else ''}"
+    if not known:
+        raise ValueError(f"{of} must have an official layout; it has none. Use .safetensors.")
+    names = ", ".join(layout.name for layout in known)
+    raise ValueError(f"layout must be one of {names} for {of}; got {name}. Choose one of these.")
+
+
+def recognise(names: Collection[str], model: ImageClassifier) -> Layout:
+    """The layout that most of the names belong to: our own paths, or one of the model's family.
+
+    Names that belong to none are taken for our own if they are paths, else for official ones.
+    """
+    own, official = own_paths(tree_of(model).shapes), LAYOUTS.get(family_of(model), ())
+    candidates = (own, *official) if any("/" in n for n in names) else (*official, own)
+    return max(candidates, key=lambda layout: layout.recognised(names))
+
+
+def foreign_family(names: Collection[str], model: ImageClassifier) -> str:
+    """Another family that more of the names belong to than to the model's; "" if none is."""
+    best, found = recognise(names, model).recognised(names), ""
+    for family, layouts in LAYOUTS.items():
+        count = max(layout.recognised(names) for layout in layouts)
+        best, found = (count, family) if count > max(best, len(names) / 2) else (best, found)
+    return found
+
+
+def from_state_dict(
+    state: Mapping[str, np.ndarray], model: ImageClassifier, *, skip: Collection[str] = ()
+) -> dict[str, Any]:
+    """The parameters of a model from an official state dict.
+
+    Args:
+        state: arrays of any float dtype by official name, without wrappers and prefixes, in any
+            layout of the model's family.
+        model: the model they are for.
+        skip: top-level groups of the parameter tree to leave out, such as ``head``.
+
+    Returns:
+        The parameter tree without what was skipped, float32 NumPy arrays.
+
+    Raises:
+        ValueError: entries are missing, unknown or of another shape; every one is named.
+    """
+    layout, tree = recognise(state, model), tree_of(model)
+    dropped = {*layout.in_groups(state, skip), *layout.set_aside(state)}
+    state = {name: array for name, array in state.items() if name not in dropped}
+    expected = {name: entry.official for name, entry in layout.entries(tree, skip).items()}
+    wrong = faults({name: tuple(np.shape(array)) for name, array in state.items()}, expected)
+    if wrong:
+        raise ValueError(f"state must hold the model's parameters alone; got {wrong}. {_REMEDY}")
+    return traverse_util.unflatten_dict(layout.to_ours(state, tree, skip), sep="/")
+
+
+def to_state_dict(
+    params: Mapping[str, Any], model: ImageClassifier, *, layout: str | None = None
+) -> dict[str, np.ndarray]:
+    """The official state dict of a model's parameters, or of anything shaped like them.
+
+    Args:
+        params: the parameter tree, a gradient, or an average; arrays of any kind.
+        model: the model they belong to.
+        layout: name of the layout; None: the first of the model's family.
+
+    Returns:
+        New contiguous NumPy arrays by official name, of the dtypes of ``params``.
+
+    Raises:
+        ValueError: leaves are missing, unknown or of another shape (every one is named); or the
+            layout is not known or has no place for one.
+    """
+    arrays = {path: np.asarray(leaf) for path, leaf in flatten(params).items()}
+    tree = tree_of(model)
+    wrong = faults({path: array.shape for path, array in arrays.items()}, tree.shapes)
+    if wrong:
+        raise ValueError(f"params must hold the model's parameters alone; got {wrong}. {_REMEDY}")
+    return find_layout(model, layout).to_official(arrays, tree)

@@ -1,0 +1,12 @@
+"""Official names and shapes: one file a family, one table a layout, used in both directions."""
+
+from crate_jax.interop.layouts import crate, crate_alpha, vit
+from crate_jax.interop.layouts.layout import Layout
+
+# By family, which is the name of the file of its class in models/. PyTorch files are written in the
+# first layout that PyTorch has.
+LAYOUTS: dict[str, tuple[Layout, ...]] = {
+    "crate": crate.LAYOUTS,
+    "crate_alpha": crate_alpha.LAYOUTS,
+    "vit": vit.LAYOUTS,
+}

@@ -1,0 +1,191 @@
+"""What a family's parameters are called in another program: one table, read in both directions.
+
+All layers are stacked on axis 0 here and apart there. How an array lies, a form says. No model and
+no file is known here.
+"""
+
+import dataclasses
+import re
+from collections.abc import Collection, Iterable, Mapping
+from typing import NamedTuple
+
+import numpy as np
+
+from crate_jax.interop.layouts.forms import Same, Shape
+
+Shapes = Mapping[str, Shape]
+Arrays = dict[str, np.ndarray]
+
+
+class Tree(NamedTuple):
+    """What a layout needs to know of a model.
+
+    Attributes:
+        shapes: of its parameters, by path.
+        patch: rows, columns and channels of a patch, which our projection holds on one axis.
+    """
+
+    shapes: Shapes
+    patch: tuple[int, int, int]
+
+
+Table = Mapping[str, tuple[str, Same]]
+
+
+class Entry(NamedTuple):
+    """One official entry, and where it goes."""
+
+    path: str
+    layer: int | None  # index on axis 0 of our array; None: the whole array
+    form: Same
+    ours: (
+        Shape  # of our array, or of its one layer, a patch's axes apart where the form has them so
+    )
+    official: Shape
+
+
+@dataclasses.dataclass(frozen=True)
+class Layout:
+    """The names and forms of one program.
+
+    Attributes:
+        name: of the layout, for messages and for `save_weights`.
+        table: our path to the official name, in which ``{i}`` is the layer, and the form.
+        in_torch: whether PyTorch files have it.
+        prefix: before every official name in a file; names are compared without it.
+        zeros: paths that have no entry there and are zero.
+        left_out: pattern of entries that belong to no parameter of ours and are left aside.
+        head: pattern of the head's entries besides those of the table, such as its further layers.
+    """
+
+    name: str
+    table: Table
+    in_torch: bool = True
+    prefix: str = ""
+    zeros: tuple[str, ...] = ()
+    left_out: str = ""
+    head: str = ""
+
+    def recognised(self, names: Iterable[str]) -> int:
+        """How many of the names are in the table."""
+        known = re.compile("|".join(_regex(pattern) for pattern, _ in self.table.values()))
+        return sum(known.fullmatch(name) is not None for name in names)
+
+    def set_aside(self, names: Iterable[str]) -> list[str]:
+        """Which of the names are left aside."""
+        return [name for name in names if self.left_out and re.fullmatch(self.left_out, name)]
+
+    def in_groups(self, names: Iterable[str], groups: Collection[str]) -> list[str]:
+        """Which of the names belong to these top-level groups of our tree."""
+        patterns = [
+            _regex(pattern)
+            for path, (pattern, _) in self.table.items()
+            if path.split("/")[0] in groups
+        ]
+        patterns += [self.head] if "head" in groups and self.head else []
+        return [name for name in names if any(re.fullmatch(p, name) for p in patterns)]
+
+    def tree_shapes(self, shapes: Shapes) -> dict[str, Shape]:
+        """Our shapes of official ones, for no model in particular: as far as they tell."""
+        found = {}
+        for path, (pattern, form) in self.table.items():
+            matching = [shape for name, shape in shapes.items() if _matches(pattern, name)]
+            if matching:
+                layers = (len(matching),) if "{i}" in pattern else ()
+                found[path] = (*layers, *form.tree_shape(matching[0]))
+        return found
+
+    def entries(self, tree: Tree, skip: Collection[str] = ()) -> dict[str, Entry]:
+        """Every official entry of a model, by name, without the groups that are skipped.
+
+        Raises:
+            ValueError: the layout has no name for one of the model's parameters.
+        """
+        entries = {}
+        for path, shape in tree.shapes.items():
+            if path.split("/")[0] in skip or path in self.zeros:
+                continue
+            if path not in self.table:
+                raise ValueError(
+                    f"{path} must have a name in the layout {self.name}; it has none. "
+                    "Keep these weights under their own paths, as .safetensors or .npz."
+                )
+            pattern, form = self.table[path]
+            stacked = "{i}" in pattern
+            ours = shape[1:] if stacked else shape
+            ours = (*tree.patch, *ours[1:]) if form.apart else ours
+            # An array of stride zero has a shape and no memory.
+            official = form.to_official(np.broadcast_to(np.float32(0), ours)).shape
+            for layer in range(shape[0]) if stacked else (None,):
+                entries[pattern.format(i=layer)] = Entry(path, layer, form, ours, official)
+        return entries
+
+    def to_ours(
+        self, arrays: Mapping[str, np.ndarray], tree: Tree, skip: Collection[str] = ()
+    ) -> Arrays:
+        """The flat parameter tree of a model, from arrays that `entries` fits.
+
+        Returns:
+            New float32 arrays by path, without the groups that are skipped.
+
+        Raises:
+            ValueError: an entry contradicts its form; see `Copies`.
+        """
+        entries = self.entries(tree, skip)
+        used = {entry.path for entry in entries.values()}
+        flat = {path: np.empty(s, np.float32) for path, s in tree.shapes.items() if path in used}
+        for name, entry in entries.items():
+            try:
+                value = entry.form.to_ours(np.asarray(arrays[name]), entry.ours)
+            except ValueError as error:
+                raise ValueError(f"{name} {error}") from None
+            place = flat[entry.path][... if entry.layer is None else entry.layer]
+            place[...] = value.reshape(place.shape)
+        zeros = {path for path in self.zeros if path.split("/")[0] not in skip} & set(tree.shapes)
+        return flat | {path: np.zeros(tree.shapes[path], np.float32) for path in zeros}
+
+    def to_official(self, flat: Mapping[str, np.ndarray], tree: Tree) -> Arrays:
+        """The official arrays by name, of a flat tree of the model's parameters.
+
+        Returns:
+            New contiguous arrays of the dtypes of ``flat``, by name, without the prefix.
+
+        Raises:
+            ValueError: the layout has no place for a parameter.
+        """
+        for path in self.zeros:
+            if path in flat and np.any(flat[path]):
+                raise ValueError(
+                    f"{path} must be zero in the layout {self.name}, which has no place for it; "
+                    "got other values. Choose another layout."
+                )
+        official = {}
+        for name, entry in self.entries(tree).items():
+            whole = flat[entry.path]
+            value = (whole if entry.layer is None else whole[entry.layer]).reshape(entry.ours)
+            official[name] = np.array(entry.form.to_official(value), order="C")
+        return official
+
+
+@dataclasses.dataclass(frozen=True)
+class OwnPaths(Layout):
+    """Our own tree: each array under its path."""
+
+    def to_ours(
+        self, arrays: Mapping[str, np.ndarray], tree: Tree, skip: Collection[str] = ()
+    ) -> Arrays:
+        """The arrays as they are, not copied."""
+        return dict(arrays)
+
+
+def own_paths(shapes: Shapes) -> OwnPaths:
+    """The layout of our own tree with these paths."""
+    return OwnPaths("own", {path: (path, Same()) for path in shapes}, head="head/.*")
+
+
+def _regex(pattern: str) -> str:
+    return re.escape(pattern).replace(re.escape("{i}"), r"\d+")
+
+
+def _matches(pattern: str, name: str) -> bool:
+    return re.fullmatch(_regex(pattern), name) is not None

@@ -1,0 +1,58 @@
+"""Parameter trees by shape: what a model's are, and what shapes alone tell of a model."""
+
+import math
+
+import jax
+from flax import traverse_util
+
+from crate_jax.interop.layouts.layout import Shapes, Tree
+from crate_jax.models.classifier import ImageClassifier, pair
+from crate_jax.models.cost import abstract_parameters
+
+# What the shapes of a parameter tree tell: the leaf, and the axes whose product it is. A model has
+# one of the leaves.
+_SIZES: dict[str, dict[str, slice]] = {
+    "width": {"head_norm/scale": slice(0, 1)},
+    "depth": {"blocks/mssa_norm/scale": slice(0, 1), "blocks/mhsa_norm/scale": slice(0, 1)},
+    "num_heads x head_dim": {
+        "blocks/mssa/U": slice(2, None),
+        "blocks/mhsa/W_out": slice(1, -1),
+    },
+    "atoms": {"blocks/odl/D": slice(2, None)},
+    "hidden": {"blocks/mlp/b_in": slice(1, None)},
+    "pixels of a patch": {"embedding/projection/kernel": slice(0, -1)},
+    "positions": {"embedding/pos_embedding": slice(0, 1)},
+    "num_classes": {"head/kernel": slice(-1, None)},
+}
+# Those that no fit can change.
+LAYER_SIZES = ("width", "depth", "num_heads x head_dim", "atoms", "hidden")
+
+
+def family_of(model: ImageClassifier) -> str:
+    """The family of a model: the name of its class's file in models/."""
+    return type(model).__module__.rpartition(".")[2]
+
+
+def tree_of(model: ImageClassifier) -> Tree:
+    """The shapes of a model's parameters by path, and its patch."""
+    leaves = jax.tree_util.tree_leaves_with_path(abstract_parameters(model))
+    shapes = {
+        jax.tree_util.keystr(path, simple=True, separator="/"): tuple(leaf.shape)
+        for path, leaf in leaves
+    }
+    return Tree(shapes, (*pair(model.patch_size), model.in_channels))
+
+
+def flatten(params: object) -> dict[str, jax.Array]:
+    """Leaves by path, a/b/c."""
+    return traverse_util.flatten_dict(params, sep="/")  # type: ignore[arg-type, return-value]
+
+
+def sizes(shapes: Shapes) -> dict[str, int]:
+    """Sizes of the model that a flat tree of these shapes belongs to, as far as its leaves tell."""
+    return {
+        name: math.prod(shapes[path][axes])
+        for name, leaves in _SIZES.items()
+        for path, axes in leaves.items()
+        if path in shapes
+    }
