@@ -66,7 +66,7 @@ ROOMS = {
         "step",
         "run",
         "loop",
-    ],  # fmt: skip
+    ],
     "planning": ["chips", "collectives", "plan"],
     "cli": ["mistakes", "flags", "running", "arguments", "main"],
 }

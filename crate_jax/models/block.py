@@ -114,24 +114,36 @@ class Block(nn.Module):
             context: of the stack.
         """
         seen: dict[str, Array] = {}
-        halves = [self._attend, self._sparsify] if self.nonlinearity else [self._attend]
-        for half in halves if self.attention_first else halves[::-1]:
+        parts = [self.attention, self.nonlinearity] if self.nonlinearity else [self.attention]
+        for part in parts if self.attention_first else parts[::-1]:
             if seen:
                 Z_BxNxd = seen["z_half"] = keep(Z_BxNxd, "half")
-            Z_BxNxd = half(Z_BxNxd, drop_path, context, seen)
+            if part is self.attention:
+                Z_BxNxd = self._attend(part, Z_BxNxd, drop_path, context.mask, seen)
+            else:
+                Z_BxNxd = self._replace_or_add(part, Z_BxNxd, drop_path, seen)
         seen["out"] = Z_BxNxd
         return Z_BxNxd, {name: seen[name] for name in self.taps}
 
-    def _attend(self, Z_BxNxd: Array, drop_path: Array | None, context: Context, seen: dict):
-        part = self.attention
-        update_BxNxd, made = part.make(name=part.name)(self._norm(part, Z_BxNxd), context.mask)
+    def _attend(
+        self,
+        part: Part,
+        Z_BxNxd: Array,
+        drop_path: Array | None,
+        mask: Array | None,
+        seen: dict[str, Array],
+    ) -> Array:
+        """The half of the attention; what it made is put into `seen`."""
+        update_BxNxd, made = part.make(name=part.name)(self._norm(part, Z_BxNxd), mask)
         seen |= made | {part.name: update_BxNxd}
         update_BxNxd = nn.Dropout(self.dropout, deterministic=not self.train)(update_BxNxd)
         update_BxNxd = self._gated(part, update_BxNxd, drop_path)
         return Z_BxNxd + update_BxNxd if self.sign > 0 else Z_BxNxd - update_BxNxd
 
-    def _sparsify(self, Z_BxNxd: Array, drop_path: Array | None, context: Context, seen: dict):
-        part = self.nonlinearity
+    def _replace_or_add(
+        self, part: Part, Z_BxNxd: Array, drop_path: Array | None, seen: dict[str, Array]
+    ) -> Array:
+        """The half of the nonlinearity; its output is put into `seen`."""
         update_BxNxd = part.make(name=part.name)(self._norm(part, Z_BxNxd))
         seen[part.name] = update_BxNxd
         if not self.residual:

@@ -60,7 +60,7 @@ def plan(config: TrainConfig, spec: str) -> dict[str, Any]:
         "model": config.model.name,
         "mesh": dict(run.mesh.shape),
         "batch_size": config.batch_size,
-        "dtype": config.model.dtype,
+        "dtype": jnp.dtype(model.dtype).name,
         "parameters": _values(state.params),
         "memory": memory | {"total": sum(memory.values())},
         "flops": flops,
