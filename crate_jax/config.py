@@ -110,6 +110,9 @@ class OptimConfig:
     optimizer: str = option("adamw", "the update rule", choices=("adamw", "lion"), identity=True)
     lr: float = option(1e-3, "peak learning rate", above=0)
     weight_decay: float = option(0.05, "decoupled", low=0)
+    decay_only: tuple[str, ...] = option(
+        (), "names of the only parameters that decay; none: no_decay decides", identity=True
+    )
     no_decay: tuple[str, ...] = option(
         (), "names of parameters without decay; none: decay on every one", identity=True
     )
@@ -129,6 +132,7 @@ class OptimConfig:
         identity=True,
     )
     warmup_epochs: float = option(0.0, "linear warm-up, epochs", low=0)
+    end_lr: float = option(0.0, "where the cosine ends", low=0)
     label_smoothing: float = option(0.0, "share of a label spread over all classes", low=0, below=1)
     clip_norm: float = option(
         0.0, "largest global gradient norm; 0: no clipping", low=0, identity=True

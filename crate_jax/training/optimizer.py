@@ -15,12 +15,12 @@ from crate_jax.config import OptimConfig, did_you_mean
 def make_schedule(optim: OptimConfig, *, total_steps: int, steps_per_epoch: int) -> optax.Schedule:
     """Learning rate as a function of the optimizer step.
 
-    ``cosine``: linear from 0 to lr over warmup_epochs, then half a cosine to 0 at total_steps.
+    ``cosine``: linear from 0 to lr over warmup_epochs, then half a cosine to end_lr at total_steps.
     ``official_readme``: constant within an epoch e, lr · min((e + 1)/w, ½(cos(π e/E) + 1)), with w
     the warmup_epochs and E the epochs of the run, as the official training script computes it.
 
     Args:
-        optim: reads lr, schedule and warmup_epochs.
+        optim: reads lr, end_lr, schedule and warmup_epochs.
         total_steps: optimizer steps of the run.
         steps_per_epoch: optimizer steps per pass over the training set.
 
@@ -36,8 +36,10 @@ def make_schedule(optim: OptimConfig, *, total_steps: int, steps_per_epoch: int)
             f"{total_steps}. Lower it, or raise total_epochs."
         )
     if warmup_steps == 0:
-        return optax.cosine_decay_schedule(optim.lr, total_steps)
-    return optax.warmup_cosine_decay_schedule(0.0, optim.lr, warmup_steps, total_steps)
+        return optax.cosine_decay_schedule(optim.lr, total_steps, optim.end_lr / optim.lr)
+    return optax.warmup_cosine_decay_schedule(
+        0.0, optim.lr, warmup_steps, total_steps, optim.end_lr
+    )
 
 
 def _official_readme(optim: OptimConfig, epochs: float, steps_per_epoch: int) -> optax.Schedule:
@@ -54,10 +56,13 @@ def _official_readme(optim: OptimConfig, epochs: float, steps_per_epoch: int) ->
     return schedule
 
 
-def decay_mask(params: Any, no_decay: tuple[str, ...]) -> Any:
-    """Which parameters decay: all but those with a part of their path in `no_decay`.
+def decay_mask(
+    params: Any, no_decay: tuple[str, ...] = (), decay_only: tuple[str, ...] = ()
+) -> Any:
+    """Which parameters decay: those with a part of their path in `decay_only`, or all if it is ().
 
-    Names, not ranks, decide: layers are stacked, so a norm's scale has two axes.
+    Those with a part of their path in `no_decay` do not. Names, not ranks, decide: layers are
+    stacked, so a norm's scale has two axes.
 
     Raises:
         KeyError: a name that is part of no parameter's path.
@@ -65,13 +70,16 @@ def decay_mask(params: Any, no_decay: tuple[str, ...]) -> Any:
     leaves, treedef = jax.tree.flatten_with_path(params)
     paths = [jax.tree_util.keystr(p, simple=True, separator="/").split("/") for p, _ in leaves]
     known = {part for path in paths for part in path}
-    for name in no_decay:
-        if name not in known:
-            raise KeyError(
-                f"optim.no_decay must name parts of parameter paths; got {name}. "
-                + did_you_mean(name, known)
-            )
-    return jax.tree.unflatten(treedef, [not set(path) & set(no_decay) for path in paths])
+    for field, names in (("no_decay", no_decay), ("decay_only", decay_only)):
+        for name in names:
+            if name not in known:
+                raise KeyError(
+                    f"optim.{field} must name parts of parameter paths; got {name}. "
+                    + did_you_mean(name, known)
+                )
+    listed = set(decay_only or known)
+    decays = [bool(set(path) & listed) and not set(path) & set(no_decay) for path in paths]
+    return jax.tree.unflatten(treedef, decays)
 
 
 def make_optimizer(optim: OptimConfig, schedule: optax.Schedule) -> optax.GradientTransformation:
@@ -80,7 +88,8 @@ def make_optimizer(optim: OptimConfig, schedule: optax.Schedule) -> optax.Gradie
     By default every parameter decays, norms and biases included, as in the official code. The first
     moment is kept in optim.mu_dtype, everything else in float32.
     """
-    mask = functools.partial(decay_mask, no_decay=optim.no_decay) if optim.no_decay else None
+    names = dict(no_decay=optim.no_decay, decay_only=optim.decay_only)
+    mask = functools.partial(decay_mask, **names) if any(names.values()) else None
     common: dict[str, Any] = dict(
         b1=optim.b1,
         b2=optim.b2,

@@ -34,6 +34,16 @@ def test_cosine_without_warm_up_starts_at_its_peak():
     np.testing.assert_allclose(rates(schedule, [0, 50, 100]), [0.5, 0.25, 0], atol=1e-7)
 
 
+@pytest.mark.parametrize("warmup_epochs", [0, 2])
+def test_cosine_ends_where_it_is_told_to(warmup_epochs):
+    optim = OptimConfig(lr=0.5, end_lr=0.1, warmup_epochs=warmup_epochs)
+    schedule = make_schedule(optim, total_steps=100, steps_per_epoch=10)
+    start = 10 * warmup_epochs
+    expected = [0.5, 0.3, 0.1]
+    got = rates(schedule, [start, (start + 100) // 2, 100])
+    np.testing.assert_allclose(got, expected, rtol=1e-5)
+
+
 def test_official_schedule_steps_once_an_epoch():
     optim = OptimConfig(lr=2e-4, schedule="official_readme", warmup_epochs=20)
     schedule = make_schedule(optim, total_steps=200 * 7, steps_per_epoch=7)
@@ -66,6 +76,15 @@ def test_mask_follows_names_and_not_ranks():
     mask = decay_mask(PARAMS, ("scale",))
     assert mask["blocks"]["ista_norm"]["scale"] is False
     assert mask["blocks"]["ista"]["D"] is True
+
+
+def test_a_list_of_those_that_decay_leaves_out_all_others():
+    mask = decay_mask(PARAMS, ("bias",), ("D", "ista_norm"))
+    assert mask["blocks"]["ista"]["D"] is True
+    assert mask["blocks"]["ista_norm"] == {"scale": True, "bias": False}
+    assert sum(jax.tree.leaves(mask)) == 2
+    with pytest.raises(KeyError, match=r"optim.decay_only must name .* got kernels"):
+        decay_mask(PARAMS, decay_only=("kernels",))
 
 
 def test_a_name_that_matches_nothing_is_refused():
