@@ -74,7 +74,7 @@ class DataConfig:
     eval_split: str = option("test", "likewise")
     download: bool = option(False, "whether TFDS may download and prepare a missing data set")
     train_transforms: str = option(
-        "", "name(arguments)|name(arguments), see data/augment.py", identity=True
+        "", "name(arguments)|name(arguments), see data/images/augment.py", identity=True
     )
     eval_transforms: str = option("", "likewise, without randomness")
     mean: tuple[float, ...] = option(
