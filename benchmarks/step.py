@@ -20,9 +20,10 @@ temporary arrays of the compiled program; PyTorch's on a GPU only, for on a CPU 
 them). And of ours the share of the peak: the operations of the matrix products, by formula, a
 second, by those of one large product of the same dtype, which takes its turn in the same rounds.
 
-The last line is a JSON object; --output writes it into a file, and the table beside it as Markdown.
-What PyTorch could not compile is left out, and listed with the reason under "omitted". Use an idle
-machine: the load on it before the start is in the JSON.
+The last line is a JSON object; --output writes it into a file, and the table beside it as Markdown,
+after each model anew: a run that is stopped keeps the models that are done. What PyTorch could not
+compile is left out, and listed with the reason under "omitted". Use an idle machine: the load on it
+before the start is in the JSON.
 """
 
 import argparse
@@ -57,7 +58,8 @@ from timing import race
 from crate_jax import create_model, list_models
 from crate_jax.models.cost import multiply_adds, step_flops
 
-TOLERANCE = {"float32": 1e-4, "bfloat16": 5e-2}  # share of the largest logit, and of the loss
+# Share of the largest logit, and of the loss. In bfloat16 the 24 layers of CRATE-L come to 5e-2.
+TOLERANCE = {"float32": 1e-4, "bfloat16": 1e-1}
 LOAD = os.getloadavg()[0]  # over the last minute, before this program adds to it
 
 
@@ -161,6 +163,16 @@ def describe(args: argparse.Namespace, batch_sizes: dict[str, int]) -> dict[str,
     }
 
 
+def summarise(numbers: dict[str, float], copied: float) -> dict[str, Any]:
+    """The numbers of the models so far, and the peaks, in five digits."""
+    peaks = [value for key, value in numbers.items() if key.endswith("/peak_flops_per_s")]
+    peak = {"peak_flops_per_s": statistics.median(peaks), "copy_bytes_per_s": copied}
+    return {
+        key: value if isinstance(value, int) else float(f"{value:.5g}")
+        for key, value in (numbers | peak).items()
+    }
+
+
 def parse_models(text: str, default: int) -> dict[str, int]:
     """Batch size by name, of ``name,name:batch_size,...``.
 
@@ -202,6 +214,7 @@ def main() -> None:
 
     numbers: dict[str, float] = {}
     omitted: dict[str, str] = {}
+    done: dict[str, int] = {}
     # An empty cache of torch.compile, so that each first call compiles.
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as cache:
         os.environ["TORCHINDUCTOR_CACHE_DIR"] = cache
@@ -210,18 +223,11 @@ def main() -> None:
         for name, batch_size in batch_sizes.items():
             torch.compiler.reset()
             numbers |= measure(name, batch_size, args, omitted)
-    peaks = [value for key, value in numbers.items() if key.endswith("/peak_flops_per_s")]
-    numbers["peak_flops_per_s"] = statistics.median(peaks)
-    numbers["copy_bytes_per_s"] = copied
-    result: dict[str, Any] = {
-        key: value if isinstance(value, int) else float(f"{value:.5g}")
-        for key, value in numbers.items()
-    }
-    result |= describe(args, batch_sizes)
-    if omitted:
-        result["omitted"] = omitted
-    markdown = report(result)
-    publish(result, markdown, args.output)
+            done[name] = batch_size
+            result = summarise(numbers, copied) | describe(args, done)
+            if omitted:
+                result["omitted"] = omitted
+            publish(result, report(result), args.output)
 
 
 if __name__ == "__main__":
