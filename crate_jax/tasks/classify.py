@@ -166,7 +166,7 @@ class Classify(Task):
 
     def inspect(self, params: Params, extra: Extra, batch: Batch) -> tuple[Scalars, Images]:
         """The objective by layer, ``objective/<measure>/layer00`` …, where the model has one."""
-        if not set(getattr(self.model, "TAPS", ())) >= _MEASURED_TAPS:
+        if not set(getattr(self.model, "tap_names", ())) >= _MEASURED_TAPS:
             return {}, {}
         measures = self.layers(params, batch)
         scalars = {
