@@ -4,9 +4,10 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
+from jax.typing import ArrayLike
 
 
-def by_layer(scalars: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+def by_layer(scalars: Mapping[str, ArrayLike]) -> dict[str, np.ndarray]:
     """The measures of the objective, an array (L,) each.
 
     Args:
@@ -15,7 +16,7 @@ def by_layer(scalars: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
     found: dict[str, list[float]] = {}
     for name in sorted(scalars):
         if name.startswith("objective/"):
-            found.setdefault(name.split("/")[1], []).append(float(scalars[name]))
+            found.setdefault(name.split("/")[1], []).append(np.asarray(scalars[name]).item())
     return {name: np.array(values) for name, values in found.items()}
 
 

@@ -128,9 +128,7 @@ def _run(run: Run, checkpointer: Checkpointer, workdir: Path) -> dict[str, Any]:
             return _steps(run, programs, batches, state, record, checkpointer, reporter, stop)
 
 
-def _explained(
-    error: jax.errors.JaxRuntimeError, run: Run, checkpointer: Checkpointer
-) -> Exception:
+def _explained(error: Exception, run: Run, checkpointer: Checkpointer) -> Exception:
     """What an error of XLA means to who started the run; the error itself where it is a bug."""
     reason = str(error).strip().splitlines()[0]
     if "RESOURCE_EXHAUSTED" in reason:
@@ -157,7 +155,8 @@ def restore_or_init(run: Run, checkpointer: Checkpointer) -> tuple[TrainState, A
     notes = []
     state, shardings = init_sharded(run.task, run.tx, run.key, run.mesh, ema=run.ema)
     if config.init_weights:
-        loaded = load_fitted(config.init_weights, run.task.model, fit=config.init_fit, key=run.key)
+        model: Any = run.task.model  # the loop does not know what it is; who loads weights does
+        loaded = load_fitted(config.init_weights, model, fit=config.init_fit, key=run.key)
         state = replace_params(state, loaded.params)
         notes = [f"{config.init_weights} fitted: {change}" for change in loaded.report]
     return state, shardings, {"step": 0, "summary": {}, "notes": notes}

@@ -1,5 +1,6 @@
 """The training step, as a pure function of (state, batch, key); no I/O, no config look-ups."""
 
+import functools
 import zlib
 from collections.abc import Callable
 from typing import Any
@@ -80,7 +81,7 @@ def make_train_step(
         )
         if axis_name is not None:
             grads, metrics = jax.lax.pmean((grads, metrics), axis_name)
-            extra = jax.tree.map(lambda x: _all_mean(x, axis_name), extra)
+            extra = jax.tree.map(functools.partial(_all_mean, axis_name=axis_name), extra)
         with jax.numpy_dtype_promotion("standard"):  # optax mixes integer counts and floats
             updates, opt_state = tx.update(grads, state.opt_state, state.params)
             lr = None if schedule is None else schedule(state.step)
