@@ -45,9 +45,10 @@ from hardware import describe_cpu
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from crate_jax.config import IMAGENET_MEAN, IMAGENET_STD, DataConfig
-from crate_jax.data.images.rows import make_prepare
+from crate_jax.data.images.labelled import LabelledImages, open_labelled_images
+from crate_jax.data.images.pipeline import make_pipeline
 from crate_jax.data.loader import train_batches
-from crate_jax.data.stores.sources import Source, SyntheticImages
+from crate_jax.data.stores.sources import Source
 
 BATCH, SIZE, EXAMPLES = 128, 224, 4096
 WARM_UP, TIMED = 8, 16  # batches
@@ -117,8 +118,8 @@ def ours(jpegs: list[bytes], threads: int, workers: int, antialias: bool = True)
         num_workers=workers,
     )
     source = Source("photographs", Repeated(jpegs), len(jpegs))
-    prepare = make_prepare(data, (SIZE, SIZE, 3), train=True)
-    return train_batches(source, data, prepare, batch_size=BATCH, seed=0)
+    rows = LabelledImages(source, make_pipeline(data, (SIZE, SIZE, 3), train=True))
+    return train_batches(rows, data, batch_size=BATCH, seed=0)
 
 
 def pillow(jpegs: list[bytes], threads: int, workers: int) -> Any:
@@ -184,12 +185,17 @@ def start_up_s(jpegs: list[bytes], workers: int) -> float:
 
 def soak(batches: int, workers: int) -> dict[str, Any]:
     """Draw synthetic batches; resident memory of this process and its workers over time."""
-    data = DataConfig(train_transforms="random_flip()", num_workers=workers, prefetch_mib=16)
-    source = Source("synthetic", SyntheticImages((32, 32, 3), 10), 10)
-    prepare = make_prepare(data, (32, 32, 3), train=True)
+    data = DataConfig(
+        dataset="synthetic",
+        train_transforms="random_flip()",
+        num_workers=workers,
+        prefetch_mib=16,
+    )
+    shape = (32, 32, 3)
+    rows = open_labelled_images(data, "train", train=True, image_shape=shape, num_classes=10)
     marks: list[float] = []
     every = max(1, batches // 20)
-    with contextlib.closing(train_batches(source, data, prepare, batch_size=32, seed=0)) as stream:
+    with contextlib.closing(train_batches(rows, data, batch_size=32, seed=0)) as stream:
         for i in range(1, batches + 1):
             next(stream)
             if i % every == 0:

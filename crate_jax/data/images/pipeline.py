@@ -46,25 +46,26 @@ class Pipeline:
                 transform.
             ValueError: the transforms do not lead to `image_shape`.
         """
-        if isinstance(image, bytes):
+        pixels = image
+        if isinstance(pixels, bytes):
             channels = self.image_shape[-1]
-            image = EncodedImage(image, channels=channels, name=name, fast=self.fast)
+            pixels = EncodedImage(pixels, channels=channels, name=name, fast=self.fast)
         for transform in self.transforms:
-            if isinstance(image, EncodedImage) and transform.func is not random_resized_crop:
-                image = image.pixels()
+            if isinstance(pixels, EncodedImage) and transform.func is not random_resized_crop:
+                pixels = pixels.pixels()
             try:
-                image = transform(image, rng)
+                pixels = transform(pixels, rng)
             except UnfitImageError as error:
                 raise BadExampleError(f"{name}: {error}") from error
-        if isinstance(image, EncodedImage):
-            image = image.pixels()
-        if image.shape != self.image_shape:
-            wanted, got = ("x".join(map(str, s)) for s in (self.image_shape, image.shape))
+        if isinstance(pixels, EncodedImage):
+            pixels = pixels.pixels()
+        if pixels.shape != self.image_shape:
+            wanted, got = ("x".join(map(str, s)) for s in (self.image_shape, pixels.shape))
             raise ValueError(
                 f"{self.field} must give the {wanted} images that the model takes; got {got}. "
                 f"End it with resize({self.image_shape[:2]})."
             )
-        return np.ascontiguousarray(image)
+        return np.ascontiguousarray(pixels)
 
 
 def make_pipeline(data: DataConfig, image_shape: Sequence[int], *, train: bool) -> Pipeline:

@@ -31,7 +31,7 @@ def prepare(
     *,
     name: str | None = None,
     shard_examples: int = SHARD_EXAMPLES,
-    say: Callable[[str], None] = lambda line: None,
+    say: Callable[[str], object] | None = None,
 ) -> dict[str, Any]:
     """Write every split of a folder or of tar files into ``target_dir/name/version``.
 
@@ -56,54 +56,74 @@ def prepare(
         ValueError, FileNotFoundError: there is nothing to prepare, splits differ in their classes,
             a name does not fit, the target holds something else, or the source has changed.
     """
-    import tensorflow_datasets as tfds
-
     if storage.is_remote(target_dir):
         raise ValueError(f"--to must be a local folder; got {target_dir}. Copy the result there.")
     sources = _open_splits(source_dir)
     first = next(iter(sources.values()))
     for source in sources.values():
         check_same_classes(first, source)
-    classes = first.class_names
-    name, version = _name_and_version(name, classes)
+    name, version = _name_and_version(name, first.class_names)
     folder = Path(target_dir) / name / version
-    plan = {split: -(-len(source) // shard_examples) for split, source in sources.items()}
-    _check_class_names(classes)
-    _check_target(folder, name, plan)
+    files = {
+        split: [folder / _file_name(name, split, i, count) for i in range(count)]
+        for split, source in sources.items()
+        if (count := -(-len(source) // shard_examples))
+    }
+    _check_class_names(first.class_names)
+    _check_target(folder, {path.name for paths in files.values() for path in paths})
     folder.mkdir(parents=True, exist_ok=True)
     _keep_fingerprint(folder, _fingerprint(sources, shard_examples))
-    features = tfds.features.FeaturesDict(
-        {
-            "image": tfds.features.Image(encoding_format="jpeg"),
-            "label": tfds.features.ClassLabel(names=list(classes)),
-            "file_name": tfds.features.Text(),
-        }
-    )
-    written, infos = 0, []
-    for split, source in sources.items():
-        order = np.random.default_rng(0).permutation(len(source))
-        paths = [folder / _file_name(name, split, i, plan[split]) for i in range(plan[split])]
-        for i, path in enumerate(paths):
-            if not path.exists():
-                _write_shard(path, source, order[i :: len(paths)], features)
-                written += 1
-            say(f"{split}: file {i + 1} of {len(paths)}, {path.name}")
-        infos.append(
-            tfds.core.SplitInfo(
-                name=split,
-                shard_lengths=[len(order[i :: len(paths)]) for i in range(len(paths))],
-                num_bytes=sum(path.stat().st_size for path in paths),
-            )
-        )
-    _write_description(folder, version, features, infos)
+    written = _write_splits(folder, version, sources, files, say)
     return {
         "dataset": name,
         "data_dir": str(target_dir),
         "path": str(folder),
         "splits": {split: len(source) for split, source in sources.items()},
-        "files": sum(plan.values()),
+        "files": sum(map(len, files.values())),
         "written": written,
     }
+
+
+def _write_splits(
+    folder: Path,
+    version: str,
+    sources: dict[str, Source],
+    files: dict[str, list[Path]],
+    say: Callable[[str], object] | None,
+) -> int:
+    """Write the files that are not there yet, then the description; how many were written."""
+    import tensorflow_datasets as tfds
+
+    (names,) = {source.class_names for source in sources.values()}
+    features = tfds.features.FeaturesDict(
+        {
+            "image": tfds.features.Image(encoding_format="jpeg"),
+            "label": tfds.features.ClassLabel(names=list(names)),
+            "file_name": tfds.features.Text(),
+        }
+    )
+    written, infos = 0, []
+    for split, paths in files.items():
+        order = np.random.default_rng(0).permutation(len(sources[split]))
+        shards = [order[i :: len(paths)] for i in range(len(paths))]
+        for i, (path, shard) in enumerate(zip(paths, shards, strict=True)):
+            if not path.exists():
+                _write_shard(path, sources[split], shard, features)
+                written += 1
+            if say:
+                say(f"{split}: file {i + 1} of {len(paths)}, {path.name}")
+        size = sum(path.stat().st_size for path in paths)
+        lengths = [len(shard) for shard in shards]
+        infos.append(tfds.core.SplitInfo(name=split, shard_lengths=lengths, num_bytes=size))
+    with contextlib.redirect_stdout(sys.stderr):  # stdout belongs to the command's result
+        tfds.folder_dataset.write_metadata(
+            data_dir=str(folder),
+            features=features,
+            split_infos=infos,
+            version=version,
+            check_data=False,
+        )
+    return written
 
 
 def _open_splits(source_dir: str) -> dict[str, Source]:
@@ -111,7 +131,7 @@ def _open_splits(source_dir: str) -> dict[str, Source]:
     if not storage.is_folder(source_dir):
         raise FileNotFoundError(f"--from must be an existing folder; got {source_dir}.")
     splits, kind = list(tars.tar_splits(source_dir)), "tar"
-    folders = [name for name, is_dir in storage.list_folder(source_dir).items() if is_dir]
+    folders = storage.list_subfolders(source_dir)
     if splits and folders:
         raise ValueError(
             f"--from must hold folders or tar files, not both; got {folders[0]} beside the tar "
@@ -155,9 +175,8 @@ def _name_and_version(name: str | None, classes: tuple[str, ...]) -> tuple[str, 
     return name, version or "1.0.0"
 
 
-def _check_target(folder: Path, name: str, plan: dict[str, int]) -> None:
-    """Whatever data files are there must be files of this plan."""
-    planned = {_file_name(name, split, i, n) for split, n in plan.items() for i in range(n)}
+def _check_target(folder: Path, planned: set[str]) -> None:
+    """Whatever data files are there must be among those that are planned."""
     found = {p.name for p in folder.glob("*array_record*")} if folder.is_dir() else set()
     if odd := sorted(found - planned):
         raise ValueError(
@@ -218,22 +237,8 @@ def _write_shard(path: Path, source: Source, indices: np.ndarray, features: Any)
                 record = {
                     "image": example["image"],  # the bytes as they are
                     "label": np.int64(example["label"]),
-                    "file_name": os.path.basename(example["name"]).encode(errors="replace"),
+                    "file_name": os.path.basename(example.get("name", "")).encode(errors="replace"),
                 }
                 writer.write(serializer.serialize_example(record))
         finally:
             writer.close()
-
-
-def _write_description(folder: Path, version: str, features: Any, infos: list[Any]) -> None:
-    """``dataset_info.json``, ``features.json`` and the names of the labels."""
-    import tensorflow_datasets as tfds
-
-    with contextlib.redirect_stdout(sys.stderr):  # stdout belongs to the command's result
-        tfds.folder_dataset.write_metadata(
-            data_dir=str(folder),
-            features=features,
-            split_infos=infos,
-            version=version,
-            check_data=False,
-        )
