@@ -37,8 +37,11 @@ ROOMS = {
     "data": ["stores", "images", "loader"],
     "checkpoint": ["digest", "record", "manager", "reading"],
     "analysis": ["taps", "layerwise", "report"],
-    "interop": ["safetensors", "npz", "fit", "pth", "load"],
-    "parity": ["torch_reference", "runs", "compare", "comparison"],
+    "interop": [
+        *["safetensors", "npz", "pth", "layouts", "tree", "faults", "resize", "fit"],
+        *["convert", "contents", "load", "save"],
+    ],
+    "parity": ["twin", "crate", "torch_reference", "runs", "difference", "compare", "comparison"],
     "training": ["progress", "optimizer", "state", "step", "run", "loop"],
     "cli": ["commands", "main"],
 }
