@@ -33,7 +33,7 @@ from publish import publish
 from timing import race
 
 from crate_jax import Crate, create_model, list_models
-from crate_jax.models.crate import pair
+from crate_jax.models.classifier import pair
 from crate_jax.training.state import init_state
 
 LOAD = os.getloadavg()[0]  # over the last minute, before this program adds to it

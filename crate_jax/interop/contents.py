@@ -74,6 +74,9 @@ def kind_of(path: Path) -> str:
     """
     with path.open("rb") as file:
         head = file.read(1024)
+    # Behind the length of a JSON header, which may begin like any other kind of file.
+    if head[8:9] == b"{" and int.from_bytes(head[:8], "little") < 2**32:
+        return "safetensors"
     if head.startswith(b"PK"):
         names = _zip_names(path, head)
         if not names or any(name.endswith(".npy") for name in names):
@@ -82,8 +85,6 @@ def kind_of(path: Path) -> str:
             return "torch"
     if head[:1] == b"\x80":  # a pickle, as PyTorch wrote its files before they were zip archives
         return "torch"
-    if head[8:9] == b"{":  # behind the length of a JSON header
-        return "safetensors"
     raise ValueError(
         f"{path} must be a whole PyTorch, safetensors or .npz file, or the folder of a run; its "
         "content is none of these. It may be truncated: copy it again."

@@ -6,9 +6,7 @@ training step are handed in, because they stand above this file.
 
 import dataclasses
 import functools
-import math
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -18,10 +16,20 @@ from jax import Array
 
 from crate_jax.config import OptimConfig
 from crate_jax.interop import to_state_dict
-from crate_jax.models.crate import Crate
+from crate_jax.models.classifier import ImageClassifier
 from crate_jax.parity import runs
-from crate_jax.parity.runs import SMOOTHING, Arrays, Loss
-from crate_jax.parity.torch_reference import TorchCrate, from_flax_model
+from crate_jax.parity.difference import (
+    TOLERANCES,
+    WEIGHTS_WITHIN,
+    Comparison,
+    Difference,
+    Training,
+    difference,
+)
+from crate_jax.parity.runs import SMOOTHING, Arrays, Loss, Params
+from crate_jax.parity.torch_reference import Twin, from_flax_model
+
+__all__ = ["OPTIMIZERS", "SMOOTHING", "TOLERANCES", "Train", "compare"]
 
 # The optimizers of the official code at their peak rates: argparse's AdamW and the README's Lion.
 OPTIMIZERS = {
@@ -31,132 +39,13 @@ OPTIMIZERS = {
     ),
 }
 
-# The largest relative difference allowed in float32.
-TOLERANCES = {"layers": 1e-5, "logits": 1e-4, "gradients": 1e-4, "losses": 1e-4}
-# This share of the weights must stay this close through the AdamW steps. Not all: a step on a
-# gradient that is zero up to rounding goes either way, so a few weights part while losses agree.
-WEIGHTS_WITHIN, WEIGHTS_SHARE = 1e-5, 0.999
-# In lower precision a layer or the logits may be so many times as far from the yardstick as
-# PyTorch's autocast, and a loss so far in all. Gradients, of which single entries jump with every
-# threshold that falls otherwise, are reported and not judged.
-LOW_PRECISION_FACTOR, LOW_PRECISION_LOSS = 10.0, 2e-2
-
 # (parameters, images, labels, optimizer, steps) to the losses and the parameters after them.
-Train = Callable[[Any, Array, Array, OptimConfig, int], tuple[list[float], Any]]
-
-
-@dataclasses.dataclass(frozen=True)
-class Difference:
-    """Two arrays compared.
-
-    Attributes:
-        name: what they are, such as ``layer 3 mssa``; layers count from 0.
-        kind: "layers", "logits" or "gradients".
-        max_abs: largest absolute difference.
-        relative: that, over the largest absolute entry of the yardstick.
-        cosine: of the two arrays as vectors.
-        tolerance: what ``relative`` may be.
-        torch_relative: of PyTorch in the same low precision, from the same yardstick; None in
-            float32.
-    """
-
-    name: str
-    kind: str
-    max_abs: float
-    relative: float
-    cosine: float
-    tolerance: float
-    torch_relative: float | None = None
-
-    @property
-    def within(self) -> bool:
-        """Whether it is in tolerance; a NaN is not."""
-        return self.relative <= self.tolerance
-
-
-@dataclasses.dataclass(frozen=True)
-class Comparison:
-    """All that `compare` found.
-
-    Attributes:
-        dtype: of our computation.
-        images: how many were compared.
-        rows: of every tensor, in the order of computation, the gradients last.
-        top1_agreement: share of the images that both put into the same class.
-        losses: of the batch whose gradients were compared: ``ours`` and ``torch``.
-        gradient_images: how many that were. Where a value of ISTA lies within rounding of its
-            threshold, it is a coin toss on which side it falls, and the gradient jumps; in float32
-            only images count in which all of them fell alike.
-        training: by optimizer: losses of each step (``ours``, ``torch``), their ``relative``
-            differences, and ``weights_within``, the share of weights within 1e-5 at the end; with
-            ``float64`` also ``relative_to_float64`` and ``torch_relative_to_float64``.
-        images_per_s: of a forward pass: ``ours`` and ``torch``.
-    """
-
-    dtype: str
-    images: int
-    rows: list[Difference]
-    top1_agreement: float
-    losses: dict[str, float]
-    gradient_images: int
-    training: dict[str, dict[str, Any]]
-    images_per_s: dict[str, float]
-
-    @property
-    def loss_tolerance(self) -> float:
-        """What the relative difference of a loss may be."""
-        return TOLERANCES["losses"] if self.dtype == "float32" else LOW_PRECISION_LOSS
-
-    @property
-    def first_difference(self) -> str | None:
-        """The first of all comparisons that is out of tolerance, or None."""
-        for row in self.rows:
-            if not row.within:
-                return row.name
-        for name, found in self.training.items():
-            for step, relative in enumerate(found["relative"], start=1):
-                if not relative <= self.loss_tolerance:
-                    return f"{name} loss of step {step}"
-            apart = not found["weights_within"] >= WEIGHTS_SHARE
-            if apart and name == "adamw" and self.dtype == "float32":
-                return f"{name} weights after the last step"
-        return None
-
-
-def difference(
-    name: str, ours: np.ndarray, yardstick: np.ndarray, low: np.ndarray | None = None
-) -> Difference:
-    """Compare two arrays of one shape, in double precision.
-
-    Args:
-        name: decides whose tolerance counts: a gradient's, the logits' or a layer's.
-        ours: from JAX.
-        yardstick: from PyTorch in float32.
-        low: from PyTorch in the precision of ours, where that is not float32.
-    """
-    kind = "gradients" if name.startswith("gradient ") else "layers"
-    kind = "logits" if name == "logits" else kind
-    a, b = (np.asarray(x, np.float64).ravel() for x in (ours, yardstick))
-    scale = float(np.abs(b).max()) or 1.0
-    max_abs, norms = float(np.abs(a - b).max()), float(np.linalg.norm(a) * np.linalg.norm(b))
-    tolerance, torch_relative = TOLERANCES[kind], None
-    if low is not None:
-        torch_relative = float(np.abs(np.asarray(low, np.float64).ravel() - b).max()) / scale
-        tolerance = math.inf if kind == "gradients" else LOW_PRECISION_FACTOR * torch_relative
-    return Difference(
-        name=name,
-        kind=kind,
-        max_abs=max_abs,
-        relative=max_abs / scale,
-        cosine=float(a @ b) / norms if norms else float(max_abs == 0),
-        tolerance=tolerance,
-        torch_relative=torch_relative,
-    )
+Train = Callable[[Params, Array, Array, OptimConfig, int], tuple[list[float], Params]]
 
 
 def compare(
-    model: Crate,
-    params: Any,
+    model: ImageClassifier,
+    params: Params,
     images: np.ndarray,
     labels: np.ndarray,
     *,
@@ -165,7 +54,7 @@ def compare(
     train_steps: int = 0,
     rate_scale: float = 1.0,
     float64: bool = False,
-    reference_params: Any = None,
+    reference_params: Params | None = None,
     rounds: int = 5,
 ) -> Comparison:
     """Run both frameworks on the same inputs and compare all that they compute.
@@ -232,12 +121,12 @@ def compare(
 class _Reference:
     """PyTorch's side: the weights by official name, images (B, c, H, W) and classes (B,)."""
 
-    model: Crate
+    model: ImageClassifier
     state: Arrays
     images: torch.Tensor
     targets: torch.Tensor
 
-    def module(self) -> TorchCrate:
+    def module(self) -> Twin:
         """A fresh model with the weights."""
         module = from_flax_model(self.model)
         module.load_state_dict({name: torch.tensor(array) for name, array in self.state.items()})
@@ -247,17 +136,18 @@ class _Reference:
         """The forward pass, by name."""
         return runs.torch_tensors(self.module(), self.images, dtype)
 
-    def gradients(self, kept: Any, dtype: torch.dtype) -> tuple[Arrays, np.ndarray]:
-        """Loss and gradients on some of the images, and where ISTA's output is positive."""
+    def gradients(self, kept: np.ndarray, dtype: torch.dtype) -> tuple[Arrays, np.ndarray]:
+        """Loss and gradients on some of the images, and where none was below its threshold."""
         return runs.torch_gradients(self.module(), self.images[kept], self.targets[kept], dtype)
 
 
 def _compare_tensors(
-    model: Crate, params: Any, x: Array, reference: _Reference
+    model: ImageClassifier, params: Params, x: Array, reference: _Reference
 ) -> tuple[list[Difference], float]:
     """Every tensor of the forward pass, and the share of images in the same class."""
     dtype = getattr(torch, jnp.dtype(model.dtype).name)
-    ours, yardstick = runs.our_tensors(model, params, x), reference.tensors(torch.float32)
+    yardstick = reference.tensors(torch.float32)
+    ours = runs.our_tensors(model, params, x, reference.module().TAPS)
     low = {} if dtype == torch.float32 else reference.tensors(dtype)
     same = ours["logits"].argmax(axis=1) == yardstick["logits"].argmax(axis=1)
     rows = [difference(k, ours[k], yardstick[k], low.get(k)) for k in yardstick]
@@ -265,17 +155,22 @@ def _compare_tensors(
 
 
 def _compare_gradients(
-    model: Crate, params: Any, x: Array, y: Array, loss: Loss, reference: _Reference
+    model: ImageClassifier, params: Params, x: Array, y: Array, loss: Loss, reference: _Reference
 ) -> tuple[list[Difference], dict[str, float], int]:
     """Every gradient, the losses, and the number of images whose gradients were compared."""
     dtype = getattr(torch, jnp.dtype(model.dtype).name)
+    thresholded = reference.module().THRESHOLDED
+
+    def ours_of(kept: np.ndarray) -> tuple[Arrays, np.ndarray]:
+        return runs.our_gradients(model, params, x[kept], y[kept], loss, thresholded)
+
     ours, yardstick, images = _gradients(
-        lambda kept: runs.our_gradients(model, params, x[kept], y[kept], loss),
-        lambda kept: reference.gradients(kept, torch.float32),
+        ours_of,
+        functools.partial(reference.gradients, dtype=torch.float32),
         images=len(x),
         exact=dtype == torch.float32,
     )
-    low = {} if dtype == torch.float32 else reference.gradients(slice(None), dtype)[0]
+    low = {} if dtype == torch.float32 else reference.gradients(np.arange(len(x)), dtype)[0]
     losses = {"ours": float(ours.pop("loss")), "torch": float(yardstick.pop("loss"))}
     rows = [difference(k, ours[k], yardstick[k], low.get(k)) for k in yardstick]
     return rows, losses, images
@@ -291,8 +186,8 @@ def _gradients(
     """Loss and gradients of both on the images whose thresholds fall alike, and their number.
 
     Args:
-        ours: from indices of images to loss and gradients, and where ISTA's output is positive,
-            (L, B, N, d).
+        ours: from indices of images to loss and gradients, and where the thresholded tap is
+            positive, (L, B, N, d).
         theirs: likewise.
         images: how many there are.
         exact: False leaves none out.
@@ -309,12 +204,12 @@ def _gradients(
 
 def _train_both(
     optim: OptimConfig,
-    train_ours: Callable[[OptimConfig, int], tuple[list[float], Any]],
+    train_ours: Callable[[OptimConfig, int], tuple[list[float], Params]],
     reference: _Reference,
     *,
     steps: int,
     float64: bool,
-) -> dict[str, Any]:
+) -> Training:
     """The losses of one optimizer side by side, and how many weights stayed together."""
     losses, after = train_ours(optim, steps)
     module, images, targets = reference.module(), reference.images, reference.targets
@@ -324,12 +219,12 @@ def _train_both(
         np.abs(ours[name] - parameter.detach().numpy()).ravel()
         for name, parameter in module.named_parameters()
     ]
-    found = {
-        "ours": losses,
-        "torch": their_losses,
-        "relative": _relative(losses, their_losses),
-        "weights_within": float((np.concatenate(apart) <= WEIGHTS_WITHIN).mean()),
-    }
+    found = Training(
+        ours=losses,
+        torch=their_losses,
+        relative=_relative(losses, their_losses),
+        weights_within=float((np.concatenate(apart) <= WEIGHTS_WITHIN).mean()),
+    )
     if float64:
         double = reference.module().double()
         exact = runs.train_torch(double, images.double(), targets, optim, steps)

@@ -5,8 +5,7 @@ import io
 from collections.abc import Mapping
 from typing import Any
 
-from crate_jax.models.crate import TAPS
-from crate_jax.parity.compare import (
+from crate_jax.parity.difference import (
     LOW_PRECISION_FACTOR,
     TOLERANCES,
     WEIGHTS_SHARE,
@@ -79,7 +78,7 @@ def verdict(found: Comparison) -> list[str]:
             f"{run['weights_within']:.4%} of the weights within {WEIGHTS_WITHIN:.0e}"
             + (f" (at least {WEIGHTS_SHARE:.1%})" if name == "adamw" and not low else "")
         )
-        if "relative_to_float64" in run:
+        if "relative_to_float64" in run and "torch_relative_to_float64" in run:
             lines.append(
                 f"{name}, from PyTorch in float64: ours {max(run['relative_to_float64']):.1e}, "
                 f"PyTorch in float32 {max(run['torch_relative_to_float64']):.1e}"
@@ -163,10 +162,12 @@ def plot(found: Comparison) -> str:
     FigureCanvasSVG(figure)
     panels = figure.subplots(1, 2 if found.training else 1, squeeze=False)[0]
     smallest = 1e-9  # a difference of zero has no place on a logarithmic axis
-    for tap in TAPS:
-        rows = [row for row in found.rows if row.kind == "layers" and row.name.endswith(" " + tap)]
-        values = [max(row.relative, smallest) for row in rows]
-        panels[0].semilogy(range(len(rows)), values, marker="o", ms=3, label=tap)
+    by_tap: dict[str, list[float]] = {}
+    for row in found.rows:
+        if row.name.startswith("layer "):  # layer 3 mssa
+            by_tap.setdefault(row.name.split(" ")[2], []).append(max(row.relative, smallest))
+    for tap, values in by_tap.items():
+        panels[0].semilogy(range(len(values)), values, marker="o", ms=3, label=tap)
     if found.dtype == "float32":
         panels[0].axhline(TOLERANCES["layers"], color="black", ls="--", lw=1, label="tolerance")
     panels[0].set(xlabel="layer", ylabel="relative difference", title="tensors")

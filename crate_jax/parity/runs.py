@@ -1,11 +1,11 @@
-"""One framework at a time: what a CRATE computes in JAX, and in PyTorch, under the same names.
+"""One framework at a time: what a model computes in JAX, and in PyTorch, under the same names.
 
 `crate_jax.parity.compare` puts them side by side.
 """
 
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -13,60 +13,76 @@ import jax.numpy as jnp
 import numpy as np
 import torch
 import torch.nn.functional as F
+from flax import linen as nn
 from jax import Array
 
+from crate_jax.analysis import taps as analysed
 from crate_jax.config import OptimConfig
 from crate_jax.interop import to_state_dict
-from crate_jax.models.crate import TAPS, Crate, pair
-from crate_jax.models.embedding import PatchEmbedding
-from crate_jax.parity.torch_reference import Lion, TorchCrate
+from crate_jax.models.classifier import ImageClassifier
+from crate_jax.parity.twin import Lion, Twin
 
 SMOOTHING = 0.1  # of the labels, in every loss
 
+Params = Mapping[str, Any]
 Loss = Callable[[Array, Array], Array]
 Arrays = dict[str, np.ndarray]
 
 
-def our_tensors(model: Crate, params: Any, x: Array) -> Arrays:
+def our_tensors(model: ImageClassifier, params: Params, x: Array, taps: Sequence[str]) -> Arrays:
     """Every tensor of our forward pass by name, in the order of computation."""
-    embedding = PatchEmbedding(pair(model.patch_size), model.width, model.dtype)
 
     @jax.jit
-    def forward(params: Any) -> Any:
-        tokens = embedding.apply({"params": params["embedding"]}, x)
-        return tokens, model.apply({"params": params}, x, train=False, taps=TAPS)
+    def forward(params: Params) -> tuple[Array, Array, dict[str, Array]]:
+        _, seen = model.apply(
+            {"params": params}, x, train=False, capture_intermediates=_is_embedding
+        )
+        tokens: Any = seen["intermediates"]["embedding"]["__call__"][0]  # type: ignore[index]
+        logits, named = analysed(model, params, x, taps)
+        return tokens, logits, named
 
-    tokens, (logits, seen) = forward(params)
-    return _named(tokens, seen, logits)
+    return _named(*forward(params))
 
 
-def torch_tensors(module: TorchCrate, images: torch.Tensor, dtype: torch.dtype) -> Arrays:
+def _is_embedding(module: nn.Module, method: str) -> bool:
+    return module.name == "embedding"
+
+
+def torch_tensors(module: Twin, images: torch.Tensor, dtype: torch.dtype) -> Arrays:
     """The same tensors of PyTorch's; in another dtype than float32 under autocast."""
     with torch.no_grad(), torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
-        tokens, (logits, seen) = module.embed(images), module(images, taps=TAPS)
-    return _named(*jax.tree.map(lambda x: x.float().numpy(), (tokens, seen, logits)))
+        tokens, (logits, seen) = module.embed(images), module.trace(images, module.TAPS)
+    arrays = {name: tensor.float().numpy() for name, tensor in seen.items()}
+    return _named(tokens.float().numpy(), logits.float().numpy(), arrays)
 
 
-def _named(tokens: Any, seen: Mapping[str, Any], logits: Any) -> Arrays:
+def _named(
+    tokens: Array | np.ndarray, logits: Array | np.ndarray, seen: Mapping[str, Array | np.ndarray]
+) -> Arrays:
     """One flat dict, in the order of computation."""
     named = {"embedding tokens": tokens}
-    for layer in range(len(seen[TAPS[0]])):
-        named |= {f"layer {layer} {tap}": seen[tap][layer] for tap in TAPS}
+    for layer in range(len(next(iter(seen.values())))):
+        named |= {f"layer {layer} {tap}": stacked[layer] for tap, stacked in seen.items()}
     named["logits"] = logits
     return {name: np.asarray(value, np.float32) for name, value in named.items()}
 
 
 def our_gradients(
-    model: Crate, params: Any, x: Array, y: Array, loss: Loss
+    model: ImageClassifier, params: Params, x: Array, y: Array, loss: Loss, thresholded: str | None
 ) -> tuple[Arrays, np.ndarray]:
-    """Loss and its gradients by official name, and where ISTA's output is positive."""
+    """Loss and its gradients by official name, and where the thresholded tap is positive.
+
+    Without such a tap the second is true everywhere, (1, B, 1, 1).
+    """
 
     @jax.jit
-    def loss_and_gradients(params: Any) -> Any:
-        def mean_loss(params: Any) -> tuple[Array, Array]:
-            result: Any = model.apply({"params": params}, x, train=False, taps=("ista",))
-            logits, seen = result
-            return loss(logits, y).mean(), seen["ista"] > 0
+    def loss_and_gradients(params: Params) -> tuple[tuple[Array, Array], Params]:
+        def mean_loss(params: Params) -> tuple[Array, Array]:
+            if thresholded is None:
+                logits: Any = model.apply({"params": params}, x, train=False)
+                return loss(logits, y).mean(), jnp.ones((1, len(x), 1, 1), bool)
+            logits, seen = analysed(model, params, x, (thresholded,))
+            return loss(logits, y).mean(), seen[thresholded] > 0
 
         return jax.value_and_grad(mean_loss, has_aux=True)(params)
 
@@ -76,34 +92,33 @@ def our_gradients(
 
 
 def torch_gradients(
-    module: TorchCrate, images: torch.Tensor, targets: torch.Tensor, dtype: torch.dtype
+    module: Twin, images: torch.Tensor, targets: torch.Tensor, dtype: torch.dtype
 ) -> tuple[Arrays, np.ndarray]:
     """The same of PyTorch's."""
+    name = module.THRESHOLDED
     with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
-        logits, seen = module(images, taps=("ista",))
+        logits, seen = module.trace(images, () if name is None else (name,))
         loss = F.cross_entropy(logits, targets, label_smoothing=SMOOTHING)
     loss.backward()
     grads: Arrays = {"loss": loss.detach().numpy()}
-    for name, parameter in module.named_parameters():
-        grads[f"gradient {name}"] = parameter.grad.numpy()  # type: ignore[union-attr]
-    return grads, (seen["ista"].detach() > 0).numpy()
+    for key, parameter in module.named_parameters():
+        grads[f"gradient {key}"] = parameter.grad.numpy()  # type: ignore[union-attr]
+    if name is None:
+        return grads, np.ones((1, len(images), 1, 1), bool)
+    return grads, (seen[name].detach() > 0).numpy()
 
 
 def train_torch(
-    module: TorchCrate,
-    images: torch.Tensor,
-    targets: torch.Tensor,
-    optim: OptimConfig,
-    steps: int,
+    module: Twin, images: torch.Tensor, targets: torch.Tensor, optim: OptimConfig, steps: int
 ) -> list[float]:
     """Full-batch steps in place, at a constant rate; the loss before each."""
-    common: dict[str, Any] = dict(
-        lr=optim.lr, betas=(optim.b1, optim.b2), weight_decay=optim.weight_decay
-    )
-    optimizer = {
-        "adamw": lambda: torch.optim.AdamW(module.parameters(), eps=optim.eps, **common),
-        "lion": lambda: Lion(module.parameters(), **common),
-    }[optim.optimizer]()
+    parameters, betas = module.parameters(), (optim.b1, optim.b2)
+    if optim.optimizer == "lion":
+        optimizer = Lion(parameters, optim.lr, betas, optim.weight_decay)
+    else:
+        optimizer = torch.optim.AdamW(
+            parameters, optim.lr, betas, optim.eps, weight_decay=optim.weight_decay
+        )
     losses = []
     for _ in range(steps):
         optimizer.zero_grad()
@@ -115,17 +130,28 @@ def train_torch(
 
 
 def images_per_s_of_both(
-    model: Crate, params: Any, x: Array, module: TorchCrate, images: torch.Tensor, rounds: int
+    model: ImageClassifier,
+    params: Params,
+    x: Array,
+    module: Twin,
+    images: torch.Tensor,
+    rounds: int,
 ) -> dict[str, float]:
     """Forward passes of both in turns, medians; the first of each, which compiles, left out."""
-    apply = jax.jit(lambda params, x: model.apply({"params": params}, x, train=False))
     dtype = getattr(torch, jnp.dtype(model.dtype).name)
+
+    @jax.jit
+    def apply(params: Params, x: Array) -> Array:
+        return model.apply({"params": params}, x, train=False)  # type: ignore[return-value]
+
+    def run_ours() -> None:
+        jax.block_until_ready(apply(params, x))
 
     def run_torch() -> None:
         with torch.no_grad(), torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
             module(images)
 
-    runs = {"ours": lambda: jax.block_until_ready(apply(params, x)), "torch": run_torch}
+    runs = {"ours": run_ours, "torch": run_torch}
     seconds: dict[str, list[float]] = {name: [] for name in runs}
     for _ in range(rounds + 1):
         for name, run in runs.items():

@@ -33,6 +33,12 @@ def test_the_suffix_counts_for_nothing(tmp_path, kind, name):
     assert_equal_trees(load_weights(tmp_path / name, MODEL), random_params(MODEL))
 
 
+@pytest.mark.parametrize("begins", [b"\x80\x01", b"PK"])
+def test_a_safetensors_header_whose_length_looks_like_another_kind(tmp_path, begins):
+    (tmp_path / "w").write_bytes(begins.ljust(8, b"\0") + b'{"head/bias": ')
+    assert kind_of(tmp_path / "w") == "safetensors"
+
+
 def test_a_pytorch_file_of_before_the_archives(torch, tmp_path):
     state = {key: torch.tensor(value) for key, value in random_state(MODEL).items()}
     torch.save({"net": state}, tmp_path / "old", _use_new_zipfile_serialization=False)

@@ -15,11 +15,13 @@ from crate_jax import Crate, load_weights, save_weights
 from crate_jax.cli import compare as command
 from crate_jax.cli import main as cli
 from crate_jax.cli.compare import train_steps
+from crate_jax.interop import to_state_dict
 from crate_jax.tasks.losses import cross_entropy
 
-pytest.importorskip("torch")
-from crate_jax.parity import compare as comparing
-from crate_jax.parity import comparison as compare_report
+torch = pytest.importorskip("torch")
+from crate_jax.parity import compare as comparing  # noqa: E402 (needs PyTorch)
+from crate_jax.parity import comparison as compare_report  # noqa: E402
+from crate_jax.parity import difference, runs, torch_reference  # noqa: E402
 
 MODEL = Crate((8, 12), 4, 6, width=12, depth=3, num_heads=2, head_dim=5, in_channels=1, pool="mean")
 GOLDEN = [
@@ -122,27 +124,27 @@ def test_bfloat16_is_measured_from_float32_beside_autocast(inputs):
     found = compare(MODEL.clone(dtype=jnp.bfloat16), *inputs)
     assert found.dtype == "bfloat16"
     for row in found.rows:
-        judged = comparing.LOW_PRECISION_FACTOR * row.torch_relative
+        judged = difference.LOW_PRECISION_FACTOR * row.torch_relative
         assert row.tolerance == (np.inf if row.kind == "gradients" else judged)
     layers = [row for row in found.rows if row.kind == "layers"]
     assert 1e-3 < max(row.relative for row in layers) < 0.1
     assert 1e-3 < max(row.torch_relative for row in layers) < 0.1
-    assert found.loss_tolerance == comparing.LOW_PRECISION_LOSS
+    assert found.loss_tolerance == difference.LOW_PRECISION_LOSS
     assert found.first_difference is None
 
 
 def test_difference_by_value():
     yardstick = np.array([[3.0, -4.0], [0.0, 0.0]])
-    row = comparing.difference("layer 0 mssa", yardstick + [[0.0, 0.02], [0, 0]], yardstick)
+    row = difference.difference("layer 0 mssa", yardstick + [[0.0, 0.02], [0, 0]], yardstick)
     assert row.max_abs == pytest.approx(0.02) and row.relative == pytest.approx(0.005)
     assert row.cosine == pytest.approx((9 + 15.92) / (5 * np.hypot(3, 3.98)))
     assert not row.within and row.tolerance == 1e-5
-    assert comparing.difference("logits", yardstick, yardstick).tolerance == 1e-4
-    assert comparing.difference("gradient cls_token", yardstick, yardstick).kind == "gradients"
-    assert not comparing.difference("logits", yardstick * np.nan, yardstick).within
+    assert difference.difference("logits", yardstick, yardstick).tolerance == 1e-4
+    assert difference.difference("gradient cls_token", yardstick, yardstick).kind == "gradients"
+    assert not difference.difference("logits", yardstick * np.nan, yardstick).within
     zero = np.zeros(3)
-    assert comparing.difference("logits", zero, zero).within
-    low = comparing.difference("logits", yardstick + 0.03, yardstick, yardstick + 0.004)
+    assert difference.difference("logits", zero, zero).within
+    low = difference.difference("logits", yardstick + 0.03, yardstick, yardstick + 0.004)
     assert low.torch_relative == pytest.approx(0.001) and low.within
 
 
@@ -168,6 +170,25 @@ def test_gradients_count_where_every_threshold_fell_alike():
         return {}, np.zeros((2, len(kept), 3, 5), bool)
 
     assert comparing._gradients(ours, never, images=3, exact=True)[2] == 3
+
+
+def test_a_twin_without_a_threshold_keeps_every_image(inputs):
+    params, images, labels = inputs
+    loss = functools.partial(cross_entropy, label_smoothing=runs.SMOOTHING)
+    y = jnp.asarray(labels)
+    ours, support = runs.our_gradients(MODEL, params, images, y, loss, None)
+    assert support.shape == (1, 4, 1, 1) and support.all()
+    module = torch_reference.from_flax_model(MODEL)
+    state = {k: torch.tensor(v) for k, v in to_state_dict(params, MODEL).items()}
+    module.load_state_dict(state)
+    module.THRESHOLDED = None
+    pixels = torch.tensor(images.transpose(0, 3, 1, 2))
+    theirs, their_support = runs.torch_gradients(
+        module, pixels, torch.tensor(labels), torch.float32
+    )
+    np.testing.assert_array_equal(support, their_support)
+    assert ours.keys() == theirs.keys()
+    assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-5)
 
 
 def test_the_table_and_the_page_tell_the_same(agreeing):

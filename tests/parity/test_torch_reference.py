@@ -10,16 +10,16 @@ import pytest
 
 from crate_jax import Crate, analysis, create_model, list_models
 from crate_jax.interop import from_state_dict, to_state_dict
-from crate_jax.interop.pth import read_checkpoint
 from crate_jax.models.cost import count_parameters
-from crate_jax.models.crate import TAPS
 
 torch = pytest.importorskip("torch")
 from crate_jax.parity.torch_reference import (  # noqa: E402 (needs PyTorch)
+    TWINS,
     TorchCrate,
     from_flax_model,
 )
 
+TAPS = TorchCrate.TAPS
 GOLDEN = Path(__file__).parent.parent / "golden"
 CASES = ("crate_cls", "crate_mean_rect", "crate_single_head")
 
@@ -48,7 +48,7 @@ def smoothed_loss(logits, labels):
 @pytest.mark.parametrize("name", CASES)
 def test_reproduces_the_official_implementation(name):
     config = json.loads((GOLDEN / f"{name}.json").read_text())
-    with np.load(GOLDEN / f"{name}_rerun.npz") as file:
+    with np.load(GOLDEN / f"{name}.npz") as file:
         expected = dict(file)
     model = TorchCrate(
         image_size=config["image_size"],
@@ -68,7 +68,7 @@ def test_reproduces_the_official_implementation(name):
 
     images, labels = torch.tensor(expected["images_nchw"]), torch.tensor(expected["labels"])
     assert relative(model.embed(images).detach(), expected["tokens0"]) <= 1e-6
-    logits, seen = model(images, taps=TAPS)
+    logits, seen = model.trace(images, TAPS)
     assert tuple(seen) == TAPS
     assert relative(logits.detach(), expected["logits"]) <= 1e-6
     seen["subspace_tokens"] = seen["subspace_tokens"].flatten(3)
@@ -117,7 +117,7 @@ def test_the_jax_model_computes_the_same(sizes):
     labels = torch.tensor([0, 2, 1])
     nhwc = images.permute(0, 2, 3, 1).numpy()
 
-    logits, seen = reference(images, taps=TAPS)
+    logits, seen = reference.trace(images, TAPS)
     our_logits, our_seen = analysis.taps(model, params, nhwc)
     assert relative(our_logits, logits.detach()) <= 1e-5
     for name in TAPS:
@@ -154,13 +154,13 @@ def test_unknown_pool_and_unknown_tap():
         TorchCrate(16, 4, 10, width=8, depth=1, num_heads=2, pool="max")
     model = TorchCrate(16, 4, 10, width=8, depth=1, num_heads=2)
     with pytest.raises(KeyError, match=r"taps must be among .*; got qkv"):
-        model(torch.zeros(1, 3, 16, 16), taps=("qkv",))
+        model.trace(torch.zeros(1, 3, 16, 16), ("qkv",))
 
 
-@pytest.mark.parametrize("name", CASES)
-def test_the_file_and_the_arrays_beside_it_hold_the_same_weights(name):
-    state = read_checkpoint(GOLDEN / f"{name}.pth.tar")
-    with np.load(GOLDEN / f"{name}_weights.npz") as file:
-        assert state.keys() == set(file)
-        for key in file:
-            np.testing.assert_array_equal(state[key], file[key])
+def test_a_model_without_a_twin():
+    class Other(Crate):
+        pass
+
+    assert set(TWINS) >= {Crate}
+    with pytest.raises(ValueError, match=r"with a PyTorch twin \(.*Crate.*\); got Other"):
+        from_flax_model(Other(8, 4, 5, width=6, depth=1, num_heads=2))

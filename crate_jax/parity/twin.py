@@ -1,0 +1,79 @@
+"""What a PyTorch model must offer to be compared with one of ours, and the optimizer it lacks."""
+
+import abc
+from collections.abc import Iterable, Sequence
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+
+class Twin(nn.Module, abc.ABC):
+    """The base of the PyTorch models: one of ours, with the official state-dict names and shapes.
+
+    Attributes:
+        TAPS: what `trace` can return of a layer, in the order of computation, under the names of
+            our model's taps.
+        THRESHOLDED: the tap that is zero below a threshold; None where nothing is.
+    """
+
+    TAPS: ClassVar[tuple[str, ...]]
+    THRESHOLDED: ClassVar[str | None] = None
+
+    @abc.abstractmethod
+    def embed(self, images: Tensor) -> Tensor:
+        """Images (B, c, H, W) to the tokens (B, N, d) that enter the first layer."""
+
+    @abc.abstractmethod
+    def trace(self, images: Tensor, taps: Sequence[str]) -> tuple[Tensor, dict[str, Tensor]]:
+        """Logits (B, Y), and {name: tensor} in the shapes of our model, layers on axis 0.
+
+        Raises:
+            KeyError: an unknown tap.
+        """
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Images (B, c, H, W), normalised, to logits (B, Y)."""
+        return self.trace(images, ())[0]
+
+    def check_taps(self, taps: Sequence[str]) -> None:
+        """Raise a KeyError for a tap that is not there."""
+        for name in taps:
+            if name not in self.TAPS:
+                raise KeyError(f"taps must be among {', '.join(self.TAPS)}; got {name}.")
+
+
+class Lion(torch.optim.Optimizer):
+    """θ ← θ − lr (sign(β₁ m + (1 − β₁) g) + λ θ), m ← β₂ m + (1 − β₂) g; PyTorch has none.
+
+    Source: arXiv 2302.06675, algorithm 2.
+
+    Args:
+        params: tensors, or groups of them.
+        lr: learning rate.
+        betas: β₁ and β₂.
+        weight_decay: λ, decoupled.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Tensor],
+        lr: float = 1e-4,
+        betas: tuple[float, float] = (0.9, 0.99),
+        weight_decay: float = 0.0,
+    ):
+        super().__init__(params, {"lr": lr, "betas": betas, "weight_decay": weight_decay})
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        """Update every parameter that has a gradient."""
+        for group in self.param_groups:
+            lr, (b1, b2) = group["lr"], group["betas"]
+            for theta in group["params"]:
+                if theta.grad is None:
+                    continue
+                state = self.state[theta]
+                m = state.setdefault("m", torch.zeros_like(theta))
+                direction = torch.lerp(theta.grad, m, b1).sign()
+                theta.sub_(lr * (direction + group["weight_decay"] * theta))
+                m.lerp_(theta.grad, 1 - b2)
