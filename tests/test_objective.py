@@ -240,7 +240,7 @@ def test_half_precision_tokens_are_measured_in_float32():
             r"^U must be .* d = 7 .*got \(8, 2, 3\)",
         ),
         (lambda Z, U: subspace_coding_rate(Z, U[None], eps=0.1), r"^U must be .*Take one layer"),
-        (lambda Z, U: projected_coding_rate(Z, eps=0.1), r"^W must be \(\.\.\., N, K, p\); got"),
+        (lambda Z, U: projected_coding_rate(Z, eps=0.1), r"^V must be \(\.\.\., N, K, p\); got"),
         (lambda Z, U: projected_coding_rate(U, eps=0), r"^eps must be > 0; got 0\."),
         (lambda Z, U: sparsity(Z[0]), r"^Z must be \(\.\.\., N, d\); got shape \(8,\)"),
     ],

@@ -61,7 +61,7 @@ def mssa(
     Two tokens in one subspace of basis (1, 0), with coordinates V = (0, √ln 3). The scores are
     (0, 0) and (0, ln 3), so the second token attends by 1 to 3; W_out divides by √ln 3:
 
-    >>> v = math.log(3) ** 0.5
+    >>> v = jnp.log(3.0) ** 0.5
     >>> Y, U = jnp.array([[[0.0, 5.0], [v, 7.0]]]), jnp.array([[[1.0]], [[0.0]]])
     >>> update, seen = mssa(Y, U, jnp.array([[[1 / v, 0.0]]]))
     >>> seen["attention"].round(4).tolist()

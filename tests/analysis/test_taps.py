@@ -14,7 +14,7 @@ def seen(tiny_model, tiny_params, tiny_images):
 
 
 def test_all_names_by_default(seen, tiny_model):
-    assert tuple(seen[1]) == tiny_model.tap_names
+    assert set(seen[1]) == set(tiny_model.tap_names)
 
 
 def test_logits_are_those_without_taps(seen, tiny_model, tiny_params, tiny_images):
