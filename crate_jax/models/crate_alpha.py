@@ -12,7 +12,7 @@ from jax.typing import DTypeLike
 from crate_jax.models.block import Part
 from crate_jax.models.classifier import ImageClassifier, pair
 from crate_jax.models.embedding import PatchEmbedding
-from crate_jax.models.layers import ISTA, MSSA, Linear, dictionary_init, read, relu
+from crate_jax.models.layers import ISTA, MSSA, Linear, dictionary_init, read, relu, times
 from crate_jax.models.variants import AlphaFields
 
 
@@ -33,10 +33,10 @@ def odl(Y_BxNxd: Array, D_dxm: Array, D1_dxm: Array, *, eta: float, lmbda: float
     Returns:
         Tokens (B, N, d), before the residual; of the tokens' dtype, which the dictionaries share.
     """
-    A1_BxNxm = keep(relu(eta * (Y_BxNxd @ D_dxm) - eta * lmbda), "code")
-    E_BxNxd = keep(A1_BxNxm @ D_dxm.T - Y_BxNxd, "error")
-    A2_BxNxm = keep(relu(A1_BxNxm - eta * (E_BxNxd @ D_dxm) - eta * lmbda), "code")
-    return A2_BxNxm @ D1_dxm.T
+    A1_BxNxm = keep(relu(eta * times(Y_BxNxd, D_dxm) - eta * lmbda), "code")
+    E_BxNxd = keep(times(A1_BxNxm, D_dxm.T) - Y_BxNxd, "error")
+    A2_BxNxm = keep(relu(A1_BxNxm - eta * times(E_BxNxd, D_dxm) - eta * lmbda), "code")
+    return times(A2_BxNxm, D1_dxm.T)
 
 
 class OvercompleteISTA(nn.Module):

@@ -13,6 +13,7 @@ A weight is cast to the dtype of the computation, and gathered where devices sha
 (``keep``); whether it does is decided at one place too, `crate_jax.models.block.REMAT`.
 """
 
+import math
 from collections.abc import Callable
 from typing import ClassVar, NamedTuple
 
@@ -81,14 +82,14 @@ def mssa(
         The update (B, N, d); seen are ``subspace_tokens`` (B, N, K, p) and ``attention``
         (B, K, N, N), whose rows sum to one. All of the tokens' dtype, which the weights share.
     """
-    V_BxNxKxp = jnp.einsum("bnd,dkp->bnkp", Y_BxNxd, U_dxKxp)
+    V_BxNxKxp = times(Y_BxNxd, U_dxKxp)
     V_BxKxNxp = keep(V_BxNxKxp.swapaxes(1, 2), "subspace_tokens")
     O_BxKxNxp, A_BxKxNxN = ATTEND[backward](V_BxKxNxp, mask)
     O_BxKxNxp = keep(O_BxKxNxp, "attended")
     if W_out_Kxpxd is None:
         update_BxNxd = O_BxKxNxp[:, 0]
     else:
-        update_BxNxd = jnp.einsum("bknp,kpd->bnd", O_BxKxNxp, W_out_Kxpxd)
+        update_BxNxd = times(O_BxKxNxp.swapaxes(1, 2), W_out_Kxpxd, axes=2)
     if b_out_d is not None:
         update_BxNxd += b_out_d[None, None]
     seen = {"subspace_tokens": V_BxNxKxp, "attention": A_BxKxNxN}
@@ -119,8 +120,28 @@ def ista_step(Y_BxNxd: Array, D_dxd: Array, *, eta: float, lmbda: float) -> Arra
     Returns:
         Sparse, non-negative tokens (B, N, d), of the tokens' dtype.
     """
-    E_BxNxd = keep(Y_BxNxd - Y_BxNxd @ D_dxd.T, "error")
-    return relu(Y_BxNxd + eta * (E_BxNxd @ D_dxd) - eta * lmbda)
+    E_BxNxd = keep(Y_BxNxd - times(Y_BxNxd, D_dxd.T), "error")
+    return relu(Y_BxNxd + eta * times(E_BxNxd, D_dxd) - eta * lmbda)
+
+
+def times(X: Array, W: Array, axes: int = 1) -> Array:
+    """X W over the last axes of X and the first of W, as one product of two matrices.
+
+    That is ``X @ W`` for tokens (B, N, d) and a weight (d, m), and the like for more axes. The
+    tokens are flattened because the gradient of W is one product then, too. Over two axes of tokens
+    XLA's CPU backend goes another way, which adds up in another order.
+
+    Args:
+        X: tokens, of any number of axes in front.
+        W: weight, of the tokens' dtype.
+        axes: how many axes are summed over.
+
+    Returns:
+        The axes of X and those of W that are left.
+    """
+    inner, outer = W.shape[:axes], W.shape[axes:]
+    flat = X.reshape(-1, math.prod(inner)) @ W.reshape(math.prod(inner), math.prod(outer))
+    return flat.reshape(*X.shape[: X.ndim - axes], *outer)
 
 
 def relu(X: Array) -> Array:

@@ -13,7 +13,7 @@ from jax.ad_checkpoint import checkpoint_name as keep
 from jax.nn import initializers as init
 from jax.typing import DTypeLike
 
-from crate_jax.models.layers import Attended, read
+from crate_jax.models.layers import Attended, read, times
 
 # nn.Linear's as ViTs start it; biases start at zero.
 kernel_init = init.truncated_normal(0.02)
@@ -45,11 +45,11 @@ def mhsa(
         The update (B, N, d); seen is ``attention`` (B, K, N, N), whose rows sum to one. All of the
         tokens' dtype, which the weights share; scores and softmax are float32.
     """
-    qkv_Bx3xKxNxp = jnp.einsum("bnd,dskp->bsknp", Y_BxNxd, W_qkv_dx3xKxp)
+    qkv_BxNx3xKxp = times(Y_BxNxd, W_qkv_dx3xKxp)
     if b_qkv_3xKxp is not None:
-        qkv_Bx3xKxNxp += b_qkv_3xKxp[None, :, :, None]
-    qkv_Bx3xKxNxp = keep(qkv_Bx3xKxNxp, "subspace_tokens")
-    q_BxKxNxp, k_BxKxNxp, v_BxKxNxp = (qkv_Bx3xKxNxp[:, s] for s in range(3))
+        qkv_BxNx3xKxp += b_qkv_3xKxp[None, None]
+    qkv_3xBxKxNxp = keep(qkv_BxNx3xKxp.transpose(2, 0, 3, 1, 4), "subspace_tokens")
+    q_BxKxNxp, k_BxKxNxp, v_BxKxNxp = qkv_3xBxKxNxp
     S_BxKxNxN = jnp.einsum(
         "bknp,bkmp->bknm", q_BxKxNxp, k_BxKxNxp, preferred_element_type=jnp.float32
     )
@@ -58,7 +58,7 @@ def mhsa(
         S_BxKxNxN = jnp.where(mask, S_BxKxNxN, -jnp.inf)
     A_BxKxNxN = keep(jax.nn.softmax(S_BxKxNxN, axis=-1).astype(v_BxKxNxp.dtype), "attention")
     O_BxKxNxp = keep(jnp.einsum("bknm,bkmp->bknp", A_BxKxNxN, v_BxKxNxp), "attended")
-    update_BxNxd = jnp.einsum("bknp,kpd->bnd", O_BxKxNxp, W_out_Kxpxd) + b_out_d[None, None]
+    update_BxNxd = times(O_BxKxNxp.swapaxes(1, 2), W_out_Kxpxd, axes=2) + b_out_d[None, None]
     return Attended(update_BxNxd, {"attention": A_BxKxNxN})
 
 
@@ -75,8 +75,9 @@ def mlp(Y_BxNxd: Array, W_in_dxm: Array, b_in_m: Array, W_out_mxd: Array, b_out_
     Returns:
         Update of the tokens (B, N, d), of the tokens' dtype, which the weights share.
     """
-    hidden_BxNxm = keep(Y_BxNxd @ W_in_dxm + b_in_m[None, None], "hidden")
-    return jax.nn.gelu(hidden_BxNxm, approximate=False) @ W_out_mxd + b_out_d[None, None]
+    hidden_BxNxm = keep(times(Y_BxNxd, W_in_dxm) + b_in_m[None, None], "hidden")
+    active_BxNxm = jax.nn.gelu(hidden_BxNxm, approximate=False)
+    return times(active_BxNxm, W_out_mxd) + b_out_d[None, None]
 
 
 class MHSA(nn.Module):
