@@ -4,6 +4,10 @@ import contextlib
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
+
+# Values that JSON can hold, by name: the record of a checkpoint, the result of a command.
+Json = dict[str, Any]
 
 
 @contextlib.contextmanager

@@ -3,7 +3,7 @@
 Orbax's CheckpointManager does the work, asynchronously: `save` returns once the state is copied to
 the host, and a step appears under its number only when all of it is written. Orbax restores a byte
 that changed on disk without a word, so a digest of the state and a checksum of the record are saved
-with them and compared. This module knows pytrees and paths, and no model.
+with them and compared. This module knows pytrees and paths alone.
 """
 
 import contextlib
@@ -19,6 +19,7 @@ from crate_jax.checkpoint.digest import changed, digest
 from crate_jax.checkpoint.engine import for_reading, for_writing
 from crate_jax.checkpoint.folder import FOLDER, no_checkpoint, set_aside, sweep
 from crate_jax.checkpoint.record import DIGEST, best_of, is_whole, seal, unseal
+from crate_jax.files import Json
 from crate_jax.parallel import all_agree
 
 # Seconds for which a process that has read a step waits for the others to have read it, and one
@@ -96,7 +97,7 @@ class Checkpointer:
         )
 
     def save(
-        self, step: int, state: Any, record: dict[str, Any], metrics: dict[str, float] | None = None
+        self, step: int, state: Any, record: Json, metrics: dict[str, float] | None = None
     ) -> None:
         """Start writing a step; one that exists already is left as it is.
 
@@ -130,7 +131,7 @@ class Checkpointer:
         if failure is not None:
             raise failure
 
-    def restore(self, step: int, abstract_state: Any) -> tuple[Any, dict[str, Any]]:
+    def restore(self, step: int, abstract_state: Any) -> tuple[Any, Json]:
         """Read a step back.
 
         Args:
@@ -150,7 +151,7 @@ class Checkpointer:
         restored = self._read(step, items)
         return restored["state"], self._checked(step, restored["state"], restored["record"])
 
-    def restore_newest(self, abstract_state: Any) -> tuple[Any, dict[str, Any], list[str]]:
+    def restore_newest(self, abstract_state: Any) -> tuple[Any, Json, list[str]]:
         """Read the newest step that is whole, and set newer ones aside.
 
         A damaged step is renamed, ``damaged-300``, so that its number is free again and nobody
@@ -184,7 +185,7 @@ class Checkpointer:
             problems.setdefault(step, self._damage(step, "another process cannot read it"))
         raise ValueError(next(iter(problems.values()), f"{self.directory} holds no checkpoint."))
 
-    def restore_part(self, step: int, item: Any, restore_args: Any) -> tuple[Any, dict[str, Any]]:
+    def restore_part(self, step: int, item: Any, restore_args: Any) -> tuple[Any, Json]:
         """Read some branches of a step's tree; a manager that restored a whole one cannot.
 
         Args:
@@ -214,7 +215,7 @@ class Checkpointer:
             raise ValueError(self._damage(step, "its metrics cannot be read"))
         return dict(found or {})
 
-    def restore_record(self, step: int) -> dict[str, Any]:
+    def restore_record(self, step: int) -> Json:
         """The JSON record of a step, without its state."""
         return self._checked(step, {}, self._record_on_disk(step))
 
@@ -222,7 +223,7 @@ class Checkpointer:
         """Whether a step's bytes can be checked; those of the first versions cannot."""
         return DIGEST in self._record_on_disk(step)
 
-    def _record_on_disk(self, step: int) -> dict[str, Any]:
+    def _record_on_disk(self, step: int) -> Json:
         return self._read(step, ocp.args.Composite(record=ocp.args.JsonRestore()))["record"]
 
     def saved_shapes(self, step: int) -> Any:
@@ -257,8 +258,7 @@ class Checkpointer:
     def reached_preemption(self, step: int) -> bool:
         """Whether some process was told to end; true at the same step on all of them.
 
-        Call it on every process after every step. Always False in a run of one process that has
-        not started `jax.distributed`.
+        Call it on every process after every step. Always False without `jax.distributed`.
         """
         return self._manager.reached_preemption(step)
 
@@ -272,7 +272,7 @@ class Checkpointer:
         except Exception as error:  # Orbax raises bare Exceptions, and KeyErrors and JSON errors
             raise self._unreadable(step, error) from error
 
-    def _checked(self, step: int, tree: Any, record: dict[str, Any]) -> dict[str, Any]:
+    def _checked(self, step: int, tree: Any, record: Json) -> Json:
         """The record as it was saved, once it and the tree have been compared with that."""
         # Runs of the first days have neither checksum nor digest.
         if not is_whole(record):
@@ -285,12 +285,10 @@ class Checkpointer:
         return ValueError(self._damage(step, str(error).strip().split("\n")[0][:200]))
 
     def _damage(self, step: int, reason: str) -> str:
-        others = [other for other in self.steps if other != step]
-        remedy = f"Use another step: {', '.join(map(str, others))}." if others else "Train anew."
-        return (
-            f"checkpoint must be readable; step {step} in {self.directory} is not ({reason}). "
-            f"{remedy}"
-        )
+        others = ", ".join(str(other) for other in self.steps if other != step)
+        remedy = f"Use another step: {others}." if others else "Train anew."
+        where = f"step {step} in {self.directory}"
+        return f"checkpoint must be readable; {where} is not ({reason}). {remedy}"
 
     def _unwritable(self, error: Exception) -> OSError:
         reason = str(error).strip().split("\n")[0].rpartition(": ")[2]

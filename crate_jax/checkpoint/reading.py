@@ -8,6 +8,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from crate_jax.checkpoint.manager import Checkpointer
+from crate_jax.files import Json
 
 
 def restore_params(
@@ -58,7 +59,7 @@ def _on_a_device(x: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding or single)
 
 
-def read_params(workdir: str | Path, step: str | int) -> tuple[Any, dict[str, Any]]:
+def read_params(workdir: str | Path, step: str | int) -> tuple[Any, Json]:
     """The parameters of a run whatever their shapes are; its averaged ones if it keeps them.
 
     Args:
@@ -84,7 +85,7 @@ def read_params(workdir: str | Path, step: str | int) -> tuple[Any, dict[str, An
         reader.close()
 
 
-def inspect(workdir: str | Path) -> list[dict[str, Any]]:
+def inspect(workdir: str | Path) -> list[Json]:
     """Every checkpoint of a run, read whole and compared with its digest.
 
     Args:
@@ -105,9 +106,9 @@ def inspect(workdir: str | Path) -> list[dict[str, Any]]:
         reader.close()
 
 
-def _inspect(reader: Checkpointer, step: int) -> dict[str, Any]:
+def _inspect(reader: Checkpointer, step: int) -> Json:
     files = (reader.directory / str(step)).rglob("*")
-    found: dict[str, Any] = {
+    found: Json = {
         "step": step,
         "mib": round(sum(p.stat().st_size for p in files if p.is_file()) / 2**20, 2),
         "metrics": {},

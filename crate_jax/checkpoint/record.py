@@ -11,32 +11,32 @@ import dataclasses
 import json
 import zlib
 from pathlib import Path
-from typing import Any
 
 from crate_jax.checkpoint.best import UNSAID, Best
+from crate_jax.files import Json
 
 DIGEST, METRICS, BEST, CHECKSUM = "digest", "metrics", "best", "checksum"
 
 
 def seal(
-    record: dict[str, Any], digest: dict[str, int], metrics: dict[str, float] | None, best: Best
-) -> dict[str, Any]:
+    record: Json, digest: dict[str, int], metrics: dict[str, float] | None, best: Best
+) -> Json:
     """The record with the digest of the state, the metrics of the step and a checksum."""
     added = {DIGEST: digest, METRICS: metrics or {}, BEST: dataclasses.asdict(best)}
     return _with_checksum(record | added)
 
 
-def is_whole(record: dict[str, Any]) -> bool:
+def is_whole(record: Json) -> bool:
     """Whether a record is what was sealed; those of the first versions have no seal."""
     return CHECKSUM not in record or record == _with_checksum(record)
 
 
-def unseal(record: dict[str, Any]) -> dict[str, Any]:
+def unseal(record: Json) -> Json:
     """The record as it was before."""
     return {k: v for k, v in record.items() if k not in (DIGEST, METRICS, BEST, CHECKSUM)}
 
 
-def read_from_disk(directory: Path, step: int | str) -> dict[str, Any]:
+def read_from_disk(directory: Path, step: int | str) -> Json:
     """The sealed record of a step; empty if it has none.
 
     Raises:
@@ -58,7 +58,7 @@ def best_of(directory: Path) -> Best:
     return UNSAID
 
 
-def _with_checksum(record: dict[str, Any]) -> dict[str, Any]:
+def _with_checksum(record: Json) -> Json:
     """The record with the CRC-32 of its other entries."""
     others = {key: value for key, value in record.items() if key != CHECKSUM}
     text = json.dumps(others, sort_keys=True)

@@ -14,6 +14,7 @@ from crate_jax.config import (
     TrainConfig,
     from_dict,
 )
+from crate_jax.files import Json
 
 
 def add_model(parser: argparse.ArgumentParser) -> None:
@@ -62,7 +63,7 @@ def named_model(args: argparse.Namespace) -> Any:
     return create_model(args.model, **model_kwargs(args))
 
 
-def model_kwargs(args: argparse.Namespace) -> dict[str, Any]:
+def model_kwargs(args: argparse.Namespace) -> Json:
     """--model-kwargs as a dict.
 
     Raises:

@@ -20,6 +20,7 @@ from crate_jax.cli.arguments import (
     saved_config,
 )
 from crate_jax.config import DataConfig, OptimConfig
+from crate_jax.files import Json
 
 
 def add_compare(subparsers: Any) -> None:
@@ -55,7 +56,7 @@ def add_compare(subparsers: Any) -> None:
     parser.set_defaults(function=compare)
 
 
-def compare(args: argparse.Namespace) -> dict[str, Any]:
+def compare(args: argparse.Namespace) -> Json:
     """Ours against PyTorch on the same weights and images: a table, perhaps a page, a verdict."""
     from crate_jax.files import written_aside
 
@@ -84,7 +85,7 @@ def _check_compare(args: argparse.Namespace) -> None:
         raise ValueError("--html must have matplotlib. Install it: pip install 'crate-jax[plot]'")
 
 
-def _compare(args: argparse.Namespace) -> tuple[Any, dict[str, Any]]:
+def _compare(args: argparse.Namespace) -> tuple[Any, Json]:
     """What was found, and under which conditions."""
     import jax
     import jax.numpy as jnp
@@ -125,7 +126,7 @@ def _compare(args: argparse.Namespace) -> tuple[Any, dict[str, Any]]:
     return found, conditions
 
 
-def _result(found: Any) -> dict[str, Any]:
+def _result(found: Any) -> Json:
     """What was found, as JSON values."""
     return {
         "images": found.images,

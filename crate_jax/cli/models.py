@@ -6,6 +6,7 @@ from typing import Any
 
 from crate_jax.cli.arguments import add_model, named_model
 from crate_jax.cli.flags import parse_config
+from crate_jax.files import Json
 
 
 def add_convert(subparsers: Any) -> None:
@@ -21,7 +22,7 @@ def add_convert(subparsers: Any) -> None:
     parser.set_defaults(function=convert)
 
 
-def convert(args: argparse.Namespace) -> dict[str, Any]:
+def convert(args: argparse.Namespace) -> Json:
     """Weights from one kind of file to another, through a model that they fit."""
     from crate_jax.interop import load_fitted, save_weights
     from crate_jax.models.cost import count_parameters
@@ -45,7 +46,7 @@ def add_summary(subparsers: Any) -> None:
     parser.set_defaults(function=summary)
 
 
-def summary(args: argparse.Namespace) -> dict[str, Any]:
+def summary(args: argparse.Namespace) -> Json:
     """What a model costs, by formula."""
     from crate_jax.models import cost
     from crate_jax.models.zoo import create_model
@@ -72,7 +73,7 @@ def add_plan(subparsers: Any) -> None:
     parser.set_defaults(function=plan)
 
 
-def plan(args: argparse.Namespace) -> dict[str, Any]:
+def plan(args: argparse.Namespace) -> Json:
     """What a training step needs on a mesh of machines that are not here."""
     import jax
 

@@ -4,6 +4,8 @@ import argparse
 import sys
 from typing import Any
 
+from crate_jax.files import Json
+
 
 def add_prepare(subparsers: Any) -> None:
     """The flags of `prepare`."""
@@ -22,7 +24,7 @@ def add_prepare(subparsers: Any) -> None:
     parser.set_defaults(function=prepare)
 
 
-def prepare(args: argparse.Namespace) -> dict[str, Any]:
+def prepare(args: argparse.Namespace) -> Json:
     """A folder or tar files as a TFDS data set of array_record files."""
     from crate_jax.data.stores.prepare import prepare
 

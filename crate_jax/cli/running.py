@@ -8,19 +8,20 @@ import traceback
 import zlib
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import NoReturn
 
 import absl.flags
 import absl.logging
 import jax
 
 from crate_jax.cli.mistakes import complain, raised_here, text
+from crate_jax.files import Json
 from crate_jax.parallel import LostProcess
 
 TRY_AGAIN = 75  # EX_TEMPFAIL of sysexits.h; schedulers restart on any status but 0
 
 
-def run_command(command: Callable[[], dict[str, Any]]) -> int:
+def run_command(command: Callable[[], Json]) -> int:
     """Run a command: its result is the last line of stdout, a user's mistake one line of stderr.
 
     A mistake is an error that this project raises itself, or one of the operating system about a

@@ -15,6 +15,7 @@ from crate_jax.cli.arguments import (
     saved_config,
 )
 from crate_jax.config import ModelConfig, TrainConfig
+from crate_jax.files import Json
 
 
 def add_evaluate(subparsers: Any) -> None:
@@ -28,7 +29,7 @@ def add_evaluate(subparsers: Any) -> None:
     parser.set_defaults(function=evaluate)
 
 
-def evaluate(args: argparse.Namespace) -> dict[str, Any]:
+def evaluate(args: argparse.Namespace) -> Json:
     """Exact metrics of a run or of a weights file."""
     from crate_jax.training.run import evaluate_split, set_up
 
@@ -107,7 +108,7 @@ def add_report(subparsers: Any) -> None:
     parser.set_defaults(function=report)
 
 
-def report(args: argparse.Namespace) -> dict[str, Any]:
+def report(args: argparse.Namespace) -> Json:
     """The layer-wise objective of a run on its evaluation split, as numbers and as a picture."""
     from crate_jax.analysis.report import by_layer, draw_layerwise
     from crate_jax.training.run import inspect_split, set_up
@@ -137,7 +138,7 @@ def add_checkpoints(subparsers: Any) -> None:
     parser.set_defaults(function=checkpoints)
 
 
-def checkpoints(args: argparse.Namespace) -> dict[str, Any]:
+def checkpoints(args: argparse.Namespace) -> Json:
     """Every checkpoint of a run, read and compared with its digest; those set aside by name."""
     from crate_jax.checkpoint.folder import DAMAGED, FOLDER
     from crate_jax.checkpoint.reading import inspect

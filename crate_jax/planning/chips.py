@@ -2,7 +2,8 @@
 
 import dataclasses
 import math
-from typing import Any
+
+from crate_jax.files import Json
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,9 +57,7 @@ class Joined:
     stride: int = 1
 
 
-def least_seconds(
-    chip: Chip, flops: float, memory: dict[str, int], joined: list[Joined]
-) -> dict[str, Any]:
+def least_seconds(chip: Chip, flops: float, memory: dict[str, int], joined: list[Joined]) -> Json:
     """The least that a step can take on a chip, by each of its limits.
 
     Parameters, optimizer, gradients and activations are written and read once. A collective over
@@ -71,7 +70,7 @@ def least_seconds(
         inside = min(part.group, max(1, chip.domain // part.stride))
         link += _sent(part.kind, part.size, inside)
         network += _sent(part.kind, part.size / inside, math.ceil(part.group / inside))
-    seconds: dict[str, Any] = {
+    seconds: Json = {
         "compute_s": flops / chip.flops,
         "memory_s": traffic / chip.memory_bandwidth,
         "links_s": link / chip.link,

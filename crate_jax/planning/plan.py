@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from crate_jax.config import OptimConfig, ParallelConfig, TrainConfig
+from crate_jax.files import Json
 from crate_jax.models.classifier import ImageClassifier
 from crate_jax.models.cost import activation_bytes, step_flops
 from crate_jax.parallel import batch_sharding, parse_mesh
@@ -28,7 +29,7 @@ from crate_jax.training.state import TrainState, abstract_state
 _WORKING_TOKENS, _WORKING_PATCHES = 2, 6
 
 
-def plan(config: TrainConfig, spec: str) -> dict[str, Any]:
+def plan(config: TrainConfig, spec: str) -> Json:
     """Compile the training step of a config for a mesh, and say what it needs.
 
     Needs as many devices as the mesh has: set ``jax_num_cpu_devices`` before JAX is used.
@@ -119,7 +120,7 @@ def _compile(run: Run, twin: Any) -> tuple[TrainState, Batch, Any]:
     return state, batch, program.lower(state, batch, key).compile()
 
 
-def _found(compiled: Any, devices: int) -> dict[str, Any]:
+def _found(compiled: Any, devices: int) -> Json:
     """Memory and collectives of a compiled program."""
     set_aside = compiled.memory_analysis()
     counts = collectives(compiled.as_text(), devices)
@@ -136,7 +137,7 @@ def _found(compiled: Any, devices: int) -> dict[str, Any]:
     }
 
 
-def table(found: dict[str, Any]) -> str:
+def table(found: Json) -> str:
     """What `plan` found, for people."""
     compiled = found["compiled"]
     lines = [f"{found['parameters']:,} parameters", "", "memory of a device                 GiB"]

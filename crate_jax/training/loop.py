@@ -25,6 +25,7 @@ from crate_jax.checkpoint.best import Best
 from crate_jax.checkpoint.manager import Checkpointer
 from crate_jax.config import TrainConfig, to_dict
 from crate_jax.data.loader import Batches
+from crate_jax.files import Json
 from crate_jax.interop import load_fitted
 from crate_jax.parallel import LostProcess, replicated
 from crate_jax.tasks.task import Scalars
@@ -64,7 +65,7 @@ class Programs:
     inspect: InspectProgram
 
 
-def train(config: TrainConfig, workdir: str | Path) -> dict[str, Any]:
+def train(config: TrainConfig, workdir: str | Path) -> Json:
     """Train, or go on training, until the run is complete.
 
     Args:
@@ -111,7 +112,7 @@ def open_checkpoints(run: Run, workdir: Path) -> Checkpointer:
     )
 
 
-def _run(run: Run, checkpointer: Checkpointer, workdir: Path) -> dict[str, Any]:
+def _run(run: Run, checkpointer: Checkpointer, workdir: Path) -> Json:
     """Restore, compile, and take all steps; returns the record of the last."""
     lead, total, headline = jax.process_index() == 0, run.total_steps, run.task.headline
     state, shardings, record = restore_or_init(run, checkpointer)
@@ -144,7 +145,7 @@ def _explained(error: Exception, run: Run, checkpointer: Checkpointer) -> Except
     )
 
 
-def restore_or_init(run: Run, checkpointer: Checkpointer) -> tuple[TrainState, Any, dict[str, Any]]:
+def restore_or_init(run: Run, checkpointer: Checkpointer) -> tuple[TrainState, Any, Json]:
     """State, shardings and record: of the latest checkpoint, or of step 0."""
     config = run.config
     if checkpointer.latest_step is not None:
@@ -176,11 +177,11 @@ def _steps(
     programs: Programs,
     batches: Batches,
     state: TrainState,
-    record: dict[str, Any],
+    record: Json,
     checkpointer: Checkpointer,
     reporter: Reporter,
     stop: StopSignal,
-) -> dict[str, Any]:
+) -> Json:
     """All steps after the restored one; returns the record of the last."""
     config, total = run.config, run.total_steps
     # Gloo, which joins processes on CPUs, mixes up the collectives of two steps under way together.

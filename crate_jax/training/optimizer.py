@@ -10,6 +10,7 @@ import numpy as np
 import optax
 
 from crate_jax.config import OptimConfig, did_you_mean
+from crate_jax.files import Json
 
 
 def make_schedule(optim: OptimConfig, *, total_steps: int, steps_per_epoch: int) -> optax.Schedule:
@@ -90,7 +91,7 @@ def make_optimizer(optim: OptimConfig, schedule: optax.Schedule) -> optax.Gradie
     """
     names = dict(no_decay=optim.no_decay, decay_only=optim.decay_only)
     mask = functools.partial(decay_mask, **names) if any(names.values()) else None
-    common: dict[str, Any] = dict(
+    common: Json = dict(
         b1=optim.b1,
         b2=optim.b2,
         weight_decay=optim.weight_decay,

@@ -11,6 +11,7 @@ import optax
 from jax import Array
 from jax.sharding import Mesh
 
+from crate_jax.files import Json
 from crate_jax.parallel import check_shares, place, state_shardings
 from crate_jax.tasks.task import Extra, Params, Task
 
@@ -103,7 +104,7 @@ def _in_place_of(new: Any, old: Array) -> Array:
     return place(new, old.sharding)
 
 
-def to_stored(state: TrainState) -> dict[str, Any]:
+def to_stored(state: TrainState) -> Json:
     """The state, or its shapes, as a checkpoint holds it.
 
     An extra without arrays is left out, as in checkpoints of the days when states had none.
@@ -114,6 +115,6 @@ def to_stored(state: TrainState) -> dict[str, Any]:
     return branches
 
 
-def from_stored(branches: dict[str, Any]) -> TrainState:
+def from_stored(branches: Json) -> TrainState:
     """The inverse of `to_stored`."""
     return TrainState(**branches)

@@ -1,5 +1,6 @@
 """The training step, as a pure function of (state, batch, key); no I/O, no config look-ups."""
 
+import dataclasses
 import functools
 import zlib
 from collections.abc import Callable
@@ -82,20 +83,28 @@ def make_train_step(
         if axis_name is not None:
             grads, metrics = jax.lax.pmean((grads, metrics), axis_name)
             extra = jax.tree.map(functools.partial(_all_mean, axis_name=axis_name), extra)
-        with jax.numpy_dtype_promotion("standard"):  # optax mixes integer counts and floats
-            updates, opt_state = tx.update(grads, state.opt_state, state.params)
-            lr = None if schedule is None else schedule(state.step)
-        params = optax.apply_updates(state.params, updates)
-        ema_params = state.ema_params
-        if ema_params is not None:
-            ema_params = optax.incremental_update(params, ema_params, 1 - ema_decay)
-        extra = task.after(params, extra, state.step + 1)
-        metrics |= {"grad_norm": optax.tree.norm(grads), "param_norm": optax.tree.norm(params)}
-        if lr is not None:
-            metrics["lr"] = jnp.asarray(lr, jnp.float32)
-        return TrainState(state.step + 1, params, opt_state, ema_params, extra), metrics
+        new = _updated(state, grads, tx, ema_decay)
+        new = dataclasses.replace(new, extra=task.after(new.params, extra, new.step))
+        metrics |= {"grad_norm": optax.tree.norm(grads), "param_norm": optax.tree.norm(new.params)}
+        if schedule is not None:
+            with jax.numpy_dtype_promotion("standard"):  # optax mixes integer counts and floats
+                metrics["lr"] = jnp.asarray(schedule(state.step), jnp.float32)
+        return new, metrics
 
     return train_step
+
+
+def _updated(
+    state: TrainState, grads: Params, tx: optax.GradientTransformation, ema_decay: float
+) -> TrainState:
+    """The state after an optimizer step; its extra is still the one before."""
+    with jax.numpy_dtype_promotion("standard"):  # as above
+        updates, opt_state = tx.update(grads, state.opt_state, state.params)
+    params = optax.apply_updates(state.params, updates)
+    ema_params = state.ema_params
+    if ema_params is not None:
+        ema_params = optax.incremental_update(params, ema_params, 1 - ema_decay)
+    return TrainState(state.step + 1, params, opt_state, ema_params, state.extra)
 
 
 def _mean_gradient(
