@@ -87,8 +87,7 @@ def eval_batches(
 ) -> "Batches":
     """Every row once, in order, in equally many full batches on every process.
 
-    What is missing in the last batch is filled with zeros and masked out; so is a bad row that is
-    skipped.
+    Zeros with mask 0 fill the last batch and stand for bad rows that are skipped.
 
     Args:
         rows: what to load, without randomness that matters.
