@@ -1,6 +1,5 @@
 """What `benchmarks/` makes of results, on small made-up ones; nothing is measured."""
 
-import argparse
 import json
 import sys
 
@@ -10,9 +9,9 @@ from command import ROOT, run
 # Where they look for each other, as they do when one of them is run.
 sys.path.append(str(ROOT / "benchmarks"))
 
-import frame  # noqa: E402
-import growth  # noqa: E402
-import step  # noqa: E402
+import frame
+import growth
+import step
 
 RESULT = {
     "a/forward/ratio_eager": 1.5,
