@@ -9,21 +9,14 @@ is on disk, and ``restore_s`` reading it back, digest compared. Medians, lowest 
 rounds, after one round that compiles. The last line is JSON.
 """
 
-import argparse
-import json
-import statistics
-import sys
 import tempfile
 import time
-from importlib.metadata import version
-from pathlib import Path
 from typing import Any
 
 import jax
 import optax
-from hardware import describe_cpu
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from frame import command_line, publish
+from timing import spread
 
 import crate_jax
 from crate_jax.checkpoint.digest import digest
@@ -54,11 +47,8 @@ def measure(checkpointer: Checkpointer, step: int, state: Any, abstract: Any) ->
 
 def main() -> None:
     """Save and restore in turns, print."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", default="crate_large_patch16_224")
-    parser.add_argument("--rounds", type=int, default=5)
+    parser = command_line(__doc__, model="crate_large_patch16_224", rounds=5)
     parser.add_argument("--folder", help="where to write; default: the folder of temporary files")
-    parser.add_argument("--output", type=Path, help="write the JSON there too")
     args = parser.parse_args()
     task = Classify(crate_jax.create_model(args.model))
     mesh, tx, key = make_mesh(), optax.adamw(1e-3), jax.random.key(0)
@@ -69,22 +59,9 @@ def main() -> None:
         rounds = [measure(checkpointer, step, state, abstract) for step in range(args.rounds + 1)]
         checkpointer.close()
     found: dict[str, Any] = {"bytes": sum(x.nbytes for x in jax.tree.leaves(state))}
-    print(f"{args.model}: {found['bytes'] / 1e6:.0f} MB")
     for name in rounds[0]:
-        values = [measured[name] for measured in rounds[1:]]
-        spread = {"median": statistics.median(values), "low": min(values), "high": max(values)}
-        found[name] = {k: round(v, 3) for k, v in spread.items()}
-        print(f"{name:10}  {found[name]['median']:7.3f}  ({min(values):.3f} … {max(values):.3f})")
-    found |= {
-        "model": args.model,
-        "rounds": args.rounds,
-        "hardware": describe_cpu() if jax.default_backend() == "cpu" else str(jax.devices()[0]),
-        "versions": {name: version(name) for name in ("jax", "orbax-checkpoint")},
-        "command": f"python benchmarks/checkpoint.py --model {args.model} --rounds {args.rounds}",
-    }
-    if args.output:
-        args.output.write_text(json.dumps(found, indent=2) + "\n")
-    print(json.dumps(found))
+        found |= spread(name, [measured[name] for measured in rounds[1:]])
+    publish(args, found, "orbax-checkpoint")
 
 
 if __name__ == "__main__":

@@ -15,7 +15,6 @@ a limit on the size of any file that the run writes. Linux only. The last line i
 status is 1 if a round was not survived.
 """
 
-import argparse
 import contextlib
 import json
 import random
@@ -25,13 +24,12 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import faults
 import jax
-from hardware import describe_cpu
+from frame import command_line, publish
 
 from crate_jax.checkpoint.reading import read_params
 from crate_jax.cli.running import quiet_libraries
@@ -164,10 +162,8 @@ def play(fault: str, rng: random.Random, scratch: Path, whole: tuple[Any, Any]) 
 
 def main() -> int:
     """The run that nothing happens to, then the rounds; returns the exit status."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--rounds", type=int, default=30)
+    parser = command_line(__doc__, rounds=30)
     parser.add_argument("--seed", type=int, default=0, help="of what happens, and when")
-    parser.add_argument("--output", type=Path, help="write the JSON there too")
     args = parser.parse_args()
     quiet_libraries()
     start, order = time.perf_counter(), random.Random(args.seed)
@@ -182,7 +178,7 @@ def main() -> int:
             rows.append(play(kind, random.Random(f"{args.seed} {i}"), scratch, whole))
             print(f"round {i} of {args.rounds}:", json.dumps(rows[-1]), flush=True)
     survived = sum("problem" not in row for row in rows)
-    result = {
+    found = {
         "rounds": len(rows),
         "survived": survived,
         "identical": sum(row["identical"] for row in rows),
@@ -193,13 +189,8 @@ def main() -> int:
         "save_every_steps": SAVE_EVERY,
         "seconds": round(time.perf_counter() - start),
         "runs": rows,
-        "hardware": describe_cpu(),
-        "versions": {name: version(name) for name in ("jax", "orbax-checkpoint")},
-        "command": " ".join(["python", *sys.argv]),
     }
-    if args.output:
-        args.output.write_text(json.dumps(result, indent=2) + "\n")
-    print(json.dumps(result))
+    publish(args, found, "orbax-checkpoint")
     return 0 if survived == len(rows) else 1
 
 

@@ -14,10 +14,11 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from frame import ROOT
+
 from crate_jax.checkpoint.manager import FOLDER
 from crate_jax.cli.running import TRY_AGAIN
 
-ROOT = Path(__file__).resolve().parent.parent
 PATIENCE_S = 120  # for whatever a process is waited for
 MISTAKE = 2  # train.py's exit status for what its user can mend, such as a full disk
 

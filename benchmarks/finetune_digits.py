@@ -8,27 +8,12 @@ other 300 at 32 pixels (4 x 4 patches: positions resized, head new) for a few ep
 these weights and once from scratch, all else equal; all through train.py. The last line is JSON.
 """
 
-import argparse
-import json
 import statistics
-import subprocess
-import sys
 import tempfile
-from importlib.metadata import version
-from pathlib import Path
 
-from hardware import describe_cpu
+from frame import child, command_line, positive, publish
 
-ROOT = Path(__file__).resolve().parent.parent
 FIT = "--config.init_fit=head,image_size"
-
-
-def command(*arguments: str) -> dict:
-    """Run one of the project's commands: the JSON of its last line."""
-    out = subprocess.run(
-        [sys.executable, *arguments], cwd=ROOT, check=True, stdout=subprocess.PIPE, text=True
-    )
-    return json.loads(out.stdout.splitlines()[-1])
 
 
 def pixels(size: int) -> list[str]:
@@ -43,14 +28,13 @@ def pixels(size: int) -> list[str]:
 
 def main() -> None:
     """Pre-train, convert, then both runs for each seed."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--epochs", type=int, default=40, help="of the runs on 300 digits")
-    parser.add_argument("--output", type=Path, help="write the JSON there too")
+    parser = command_line(__doc__)
+    parser.add_argument("--seeds", type=positive, default=3)
+    parser.add_argument("--epochs", type=positive, default=40, help="of the runs on 300 digits")
     args = parser.parse_args()
     runs = []
     with tempfile.TemporaryDirectory() as scratch:
-        first = command(
+        first = child(
             "train.py",
             f"--workdir={scratch}/pretrained",
             "--config.name=pretrained",
@@ -58,12 +42,12 @@ def main() -> None:
             *pixels(24),
         )
         weights = f"{scratch}/pretrained.pth"
-        command("-m", "crate_jax", "convert", "--from", f"{scratch}/pretrained", "--to", weights)
+        child("-m", "crate_jax", "convert", "--from", f"{scratch}/pretrained", "--to", weights)
         for seed in range(args.seeds):
             tested = {}
             starts = {"finetuned": [f"--config.init_weights={weights}", FIT], "scratch": []}
             for name, start in starts.items():
-                summary = command(
+                summary = child(
                     "train.py",
                     f"--workdir={scratch}/{name}_{seed}",
                     f"--config.seed={seed}",
@@ -74,23 +58,13 @@ def main() -> None:
                     *pixels(32),
                     *start,
                 )
-                tested[name] = round(summary["test/top1"], 4)
+                tested[name] = summary["test/top1"]
             runs.append({"seed": seed} | tested)
             print(runs[-1], flush=True)
-    result = {
-        name: round(statistics.mean(run[name] for run in runs), 4)
-        for name in ("finetuned", "scratch")
-    } | {
-        "pretrained_top1_at_24_pixels": round(first["test/top1"], 4),
-        "epochs": args.epochs,
-        "runs": runs,
-        "hardware": describe_cpu(),
-        "jax": version("jax"),
-        "command": " ".join(["python", "benchmarks/finetune_digits.py", *sys.argv[1:]]),
-    }
-    if args.output:
-        args.output.write_text(json.dumps(result, indent=2) + "\n")
-    print(json.dumps(result))
+    ways = ("finetuned", "scratch")
+    found = {way: statistics.mean(run[way] for run in runs) for way in ways}
+    found |= {"pretrained_top1_at_24_pixels": first["test/top1"], "runs": runs}
+    publish(args, found)
 
 
 if __name__ == "__main__":

@@ -19,34 +19,20 @@ The last line is a JSON object; --output writes it into a file, and the tables b
 Markdown. Use an idle machine: the load on it before the start is in the JSON.
 """
 
-import argparse
-import os
-import platform
 import statistics
 import sys
-from importlib.metadata import version
-from pathlib import Path
-from typing import Any
-
-# `python benchmarks/growth.py` puts benchmarks/ on the path, not the repository.
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from collections.abc import Sequence
+from itertools import pairwise
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-from contenders import TX, Contender, finish, jax_contenders
-from growth_table import UNITS, growth, report, seconds_each
-from hardware import describe_cpu
-from publish import publish
-from timing import race
+from contenders import training_step
+from frame import Result, command_line, publish, table
+from timing import finish, quotients, race, spread
 
-from crate_jax import Crate, create_model
-from crate_jax.models.classifier import pair
+from crate_jax import create_model
 from crate_jax.models.cost import activation_bytes, step_flops
-from crate_jax.tasks import Classify
-from crate_jax.training.state import init_state
 
-LOAD = os.getloadavg()[0]  # over the last minute, before this program adds to it
 MODEL = "crate_tiny_patch16_224"
 BASE = {"depth": 6, "batch_size": 4, "image_size": 224}
 SWEEPS = {  # BASE is the middle case of each
@@ -54,26 +40,18 @@ SWEEPS = {  # BASE is the middle case of each
     "batch_size": (2, 4, 8),
     "image_size": (64, 128, 224, 384),
 }
+HEADS = "depth | batch | image | N | images/s | ms per step | growth | by formula | quotient"
+HEADS += " | memory, MB | activations by formula, MB"
+UNITS = {"depth": "layer", "batch_size": "image"}  # the sweeps in which growth is linear
 
 
-def make_step(model: Crate, batch_size: int) -> Contender:
-    """The training step on a random batch that is already on the device."""
-    rng = np.random.default_rng(0)
-    H, W = pair(model.image_size)
-    images = rng.normal(size=(batch_size, H, W, model.in_channels)).astype(np.float32)
-    labels = rng.integers(0, model.num_classes, batch_size)
-    batch = {"image": jnp.asarray(images), "label": jnp.asarray(labels, jnp.int32)}
-    state = jax.jit(lambda key: init_state(Classify(model), TX, key))(jax.random.key(0))
-    return jax_contenders(model, state, batch)["train"]
-
-
-def measure(sweep: str, rounds: int) -> dict[str, Any]:
+def measure(sweep: str, rounds: int) -> Result:
     """One row a case of a sweep, and for depth and batch size what each further one takes."""
     rows, runs, flops = [], {}, []
     for value in SWEEPS[sweep]:
         case = BASE | {sweep: value}
         model = create_model(MODEL, depth=case["depth"], image_size=case["image_size"])
-        step = make_step(model, case["batch_size"])
+        step = training_step(model, case["batch_size"])
         if not np.isfinite(finish(step.run())):  # this call compiles, before the clock starts
             sys.exit(f"The loss must be finite; got another at {sweep} {value}.")
         runs[str(value)] = step.run
@@ -86,48 +64,80 @@ def measure(sweep: str, rounds: int) -> dict[str, Any]:
         row["seconds"] = statistics.median(of_case)
         row["images_per_s"] = row["batch_size"] / row["seconds"]
         row |= grown
-    found: dict[str, Any] = {"cases": [{k: shorten(v) for k, v in row.items()} for row in rows]}
+    found: Result = {"cases": rows}
     if sweep in UNITS:
-        found["seconds_each"] = [shorten(s) for s in seconds_each(SWEEPS[sweep], times)]
+        found["seconds_each"] = seconds_each(SWEEPS[sweep], times)
     return found
 
 
-def shorten(value: float) -> float:
-    """Five digits of what is no whole number, as in `step.py`."""
-    return value if isinstance(value, int) else float(f"{value:.5g}")
+def growth(times: list[list[float]], formula: list[int]) -> list[dict[str, float]]:
+    """Each case by the middle one: measured, as a median of rounds, by formula, their quotient.
+
+    Args:
+        times: of each case, the seconds in each round.
+        formula: of each case, what the formula says of its cost.
+    """
+    middle = len(times) // 2
+    found = []
+    for of_case, cost in zip(times, formula, strict=True):
+        grown = spread("growth", quotients(of_case, times[middle]))
+        expected = cost / formula[middle]
+        quotient = grown["growth"] / expected
+        found.append(grown | {"growth_by_formula": expected, "quotient": quotient})
+    return found
+
+
+def seconds_each(values: Sequence[int], times: list[list[float]]) -> list[float]:
+    """Seconds that each further layer or image takes, from a case to the next; equal if linear."""
+    return [
+        statistics.median((b - a) / (more - less) for a, b in zip(before, after, strict=True))
+        for (less, before), (more, after) in pairwise(zip(values, times, strict=True))
+    ]
+
+
+def line(row: Result) -> str:
+    """One line of a table."""
+    return (
+        f"{row['depth']} | {row['batch_size']} | {row['image_size']} | {row['tokens']} | "
+        f"{row['images_per_s']:.3g} | {1e3 * row['seconds']:.4g} | {row['growth']:.3f} "
+        f"({row['lowest_growth']:.3f} to {row['highest_growth']:.3f}) | "
+        f"{row['growth_by_formula']:.3f} | {row['quotient']:.2f} | {row['memory_bytes'] / 1e6:.0f} "
+        f"| {row['activation_bytes_by_formula'] / 1e6:.0f}"
+    )
+
+
+def slopes(sweep: str, found: Result) -> str:
+    """What each further layer or image takes, as a sentence."""
+    values, each = [row[sweep] for row in found["cases"]], found["seconds_each"]
+    parts = [
+        f"{1e3 * s:.4g} ms from {a} to {b}"
+        for s, (a, b) in zip(each, pairwise(values), strict=True)
+    ]
+    return f"Each further {UNITS[sweep]} takes {', '.join(parts)}: x {each[-1] / each[0]:.2f}."
+
+
+def report(result: Result) -> list[str]:
+    """A table a sweep, and how they are read."""
+    lines = []
+    for sweep, found in result["sweeps"].items():
+        lines += [*table(HEADS, map(line, found["cases"]), words=0), ""]
+        lines += [slopes(sweep, found), ""] if sweep in UNITS else []
+    return [
+        *lines,
+        f"Training step of {result['model']}, {result['dtype']}; medians of {result['rounds']} "
+        "rounds, with the lowest and highest growth. Growth is by the middle case of the table "
+        "(in the last one 224 pixels); quotient: measured growth by that of the formula.",
+    ]
 
 
 def main() -> None:
     """Parse, measure, print, write."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
-    )
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--output", type=Path, help="a .json file; the tables go beside it as .md")
-    args = parser.parse_args()
-    if args.rounds < 1:
-        parser.error("--rounds must be at least 1.")
-    if args.output and args.output.suffix != ".json":
-        parser.error(f"--output must end in .json; got {args.output}.")
-
+    args = command_line(__doc__, rounds=5).parse_args()
     # On a GPU JAX would round the operands of float32 products to TF32.
     jax.config.update("jax_default_matmul_precision", "highest")
-    result = {
-        "model": MODEL,
-        "sweeps": {sweep: measure(sweep, args.rounds) for sweep in SWEEPS},
-        "hardware": {
-            "device": jax.devices()[0].device_kind,
-            "cpu": describe_cpu(),
-            "load_average_before": round(LOAD, 2),
-        },
-        "versions": {"python": platform.python_version()}
-        | {name: version(name) for name in ("jax", "flax", "optax", "numpy")},
-        "command": " ".join(["python", "benchmarks/growth.py", *sys.argv[1:]]),
-        "dtype": "float32",
-        "rounds": args.rounds,
-    }
-    markdown = report(result)
-    publish(result, markdown, args.output)
+    sweeps = {sweep: measure(sweep, args.rounds) for sweep in SWEEPS}
+    found = {"model": MODEL, "dtype": "float32", "sweeps": sweeps}
+    publish(args, found, "optax", report=report)
 
 
 if __name__ == "__main__":

@@ -15,34 +15,29 @@ pipeline decodes, takes a random resized crop of 224 and a random flip, and make
 Each runs with 1 and 2 threads and, but for tf.data, which has none, with 1 and 2 worker processes.
 All take turns in one process; a figure is the median of the rounds, of batches made after the
 read-ahead is drained. Ratios compare the best of two threads or two workers on each side:
-antialiased with antialiased (ours / pillow, ours / tf_data), plain with plain, and the defaults of
-ours and tf.data (ours / tf_data_plain). ``--soak N`` instead draws N batches of synthetic images
+antialiased with antialiased (ratio_pillow, ratio_tf_data), plain with plain, and the defaults of
+ours and tf.data. ``--soak N`` instead draws N batches of synthetic images
 and reports how memory grew. The last line is JSON.
 """
 
-import argparse
 import contextlib
 import dataclasses
 import functools
 import io
 import itertools
-import json
 import math
 import os
 import statistics
-import sys
 import time
 from collections.abc import Callable, Iterator
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import cv2
 import grain
 import numpy as np
-from hardware import describe_cpu
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from frame import Result, command_line, installed, publish, table
+from timing import spread
 
 from crate_jax.config import IMAGENET_MEAN, IMAGENET_STD, DataConfig
 from crate_jax.data.images.labelled import LabelledImages, open_labelled_images
@@ -183,7 +178,7 @@ def start_up_s(jpegs: list[bytes], workers: int) -> float:
         return time.perf_counter() - start
 
 
-def soak(batches: int, workers: int) -> dict[str, Any]:
+def soak(batches: int, workers: int) -> Result:
     """Draw synthetic batches; resident memory of this process and its workers over time."""
     data = DataConfig(
         dataset="synthetic",
@@ -217,39 +212,15 @@ def resident_mib() -> float:
     return total / 1024
 
 
-def installed(name: str) -> str | None:
-    """A package's version; None: it is not there."""
-    try:
-        return version(name)
-    except PackageNotFoundError:
-        return None
+PAIRS = {
+    "ratio_pillow": ("ours", "pillow"),
+    "ratio_tf_data": ("ours", "tf_data"),  # both antialias
+    "ratio_tf_data_plain": ("ours_plain", "tf_data_plain"),  # neither does
+    "ratio_tf_data_defaults": ("ours", "tf_data_plain"),  # the default of each
+}
 
 
-def main() -> None:
-    """Measure in turns, print a table and JSON."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--soak", type=int, help="instead: this many synthetic batches")
-    parser.add_argument("--workers", type=int, default=0, help="of --soak")
-    parser.add_argument("--output", type=Path, help="write the JSON there too")
-    args = parser.parse_args()
-    from absl import flags
-
-    flags.FLAGS.mark_as_parsed()
-    names = ("grain", "numpy", "opencv-python-headless", "simplejpeg", "pillow", "tensorflow_cpu")
-    about = {
-        "hardware": describe_cpu(),
-        "versions": {name: installed(name) for name in names if installed(name)},
-        "command": " ".join(["python", "benchmarks/input_pipeline.py", *sys.argv[1:]]),
-    }
-    result = soak(args.soak, args.workers) if args.soak else compare(args.rounds)
-    text = json.dumps(result | about)
-    if args.output:
-        args.output.write_text(json.dumps(result | about, indent=2) + "\n")
-    print(text)
-
-
-def compare(rounds: int) -> dict[str, Any]:
+def compare(rounds: int) -> Result:
     """All pipelines in turns."""
     jpegs = photographs()
     makers: dict[str, Callable[..., Any]] = {
@@ -260,34 +231,19 @@ def compare(rounds: int) -> dict[str, Any]:
     if installed("tensorflow") or installed("tensorflow_cpu"):
         makers["tf_data"] = functools.partial(tf_data, antialias=True)
         makers["tf_data_plain"] = tf_data
-    cases = [
-        (name, threads, workers)
+    found: dict[tuple[str, int, int], list[float]] = {
+        (name, threads, workers): []
         for threads, workers in ((1, 0), (2, 0), (1, 1), (1, 2))
         for name in makers
         if not (name.startswith("tf_data") and workers)
-    ]
-    found: dict[tuple[str, int, int], list[float]] = {case: [] for case in cases}
+    }
     for _ in range(rounds):
-        for case in cases:
-            found[case].append(images_per_s(makers[case[0]], jpegs, *case[1:]))
-    rows = []
-    print(f"{'':14}  threads  workers  images/s  (lowest … highest)")
-    for (name, threads, workers), values in found.items():
-        middle = statistics.median(values)
-        print(
-            f"{name:14}  {threads:7}  {workers:7}  {middle:8.0f}  "
-            f"({min(values):.0f} … {max(values):.0f})"
-        )
-        rows.append(
-            {
-                "pipeline": name,
-                "threads": threads,
-                "workers": workers,
-                "images_per_s": round(middle, 1),
-                "lowest": round(min(values), 1),
-                "highest": round(max(values), 1),
-            }
-        )
+        for (name, threads, workers), speeds in found.items():
+            speeds.append(images_per_s(makers[name], jpegs, threads, workers))
+    rows = [
+        {"pipeline": name, "threads": threads, "workers": workers} | spread("images_per_s", speeds)
+        for (name, threads, workers), speeds in found.items()
+    ]
     # On each side the better of two threads and two workers.
     best = {
         name: max(
@@ -297,25 +253,35 @@ def compare(rounds: int) -> dict[str, Any]:
         )
         for name in makers
     }
+    ratios = {name: best[a] / best[b] for name, (a, b) in PAIRS.items() if b in best}
+    start_up = statistics.median(start_up_s(jpegs, 2) for _ in range(3))
+    return {"images_per_s": best} | ratios | {
+        "start_up_s": start_up, "batch_size": BATCH, "pipelines": rows
+    }  # fmt: skip
 
-    pairs = (
-        ("ours", "pillow"),
-        ("ours_plain", "tf_data_plain"),  # neither antialiases
-        ("ours", "tf_data"),  # both do
-        ("ours", "tf_data_plain"),  # the default of each
+
+def report(result: Result) -> list[str]:
+    """Images a second of every pipeline."""
+    rows = (
+        f"{row['pipeline']} | {row['threads']} | {row['workers']} | {row['images_per_s']:.0f} | "
+        f"{row['lowest_images_per_s']:.0f} to {row['highest_images_per_s']:.0f}"
+        for row in result["pipelines"]
     )
-    return {
-        "images_per_s": best,
-        "ratios": {
-            f"{mine} / {theirs}": round(best[mine] / best[theirs], 3)
-            for mine, theirs in pairs
-            if theirs in best
-        },
-        "start_up_s": round(statistics.median(start_up_s(jpegs, 2) for _ in range(3)), 2),
-        "rounds": rounds,
-        "batch_size": BATCH,
-        "pipelines": rows,
-    }
+    return table("pipeline | threads | workers | images/s | lowest to highest", rows)
+
+
+def main() -> None:
+    """Measure in turns, or soak; print and write."""
+    parser = command_line(__doc__, rounds=7)
+    parser.add_argument("--soak", type=int, help="instead: this many synthetic batches")
+    parser.add_argument("--workers", type=int, default=0, help="of --soak")
+    args = parser.parse_args()
+    from absl import flags
+
+    flags.FLAGS.mark_as_parsed()
+    found = soak(args.soak, args.workers) if args.soak else compare(args.rounds)
+    packages = ("grain", "opencv-python-headless", "simplejpeg", "pillow", "tensorflow_cpu")
+    publish(args, found, *packages, report=None if args.soak else report)
 
 
 if __name__ == "__main__":

@@ -18,32 +18,23 @@ JSON; --output writes it, and the tables beside it as Markdown.
 import argparse
 import functools
 import math
-import os
-import platform
 import statistics
 import sys
 from collections.abc import Callable
-from importlib.metadata import version
-from pathlib import Path
 from typing import Any
-
-# `python benchmarks/layer.py` puts benchmarks/ on the path, not the repository.
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import jax
 import jax.numpy as jnp
-from hardware import copy_bytes_per_s, describe_cpu, large_product
-from publish import publish
-from timing import race
+from frame import Result, command_line, publish, table
+from timing import copy_bytes_per_s, large_product, race
 
-from crate_jax import create_model, list_models
-from crate_jax.models.cost import num_tokens
-from crate_jax.models.crate import Crate, CrateBlock
+from crate_jax import create_model
+from crate_jax.models.block import Block, Context
+from crate_jax.models.crate import Crate
 from crate_jax.models.derivatives import ATTEND, NORMALISE
-from crate_jax.models.layers import ista_step, product, subspace_tokens
+from crate_jax.models.layers import ista_step
 from crate_jax.planning.chips import CHIPS
 
-LOAD = os.getloadavg()[0]  # over the last minute, before this program adds to it
 SHOWN = ("h100", "v5e")
 LENGTHS = (197, 785)  # tokens at 224 pixels, patches of 16 and of 8
 
@@ -51,38 +42,49 @@ Steps = dict[str, tuple[Callable[..., Any], tuple[Any, ...], int, float]]
 
 
 def steps_of(model: Crate, batch_size: int) -> Steps:
-    """Every step of a layer: function, inputs, operations forward, and how many times that back."""
-    B, N, d, K, p = (
-        batch_size, num_tokens(model), model.width, model.num_heads, model.subspace_dim
-    )  # fmt: skip
-    dtype = model.dtype
+    """Every step of a layer: function, inputs, operations forward, and how many times that back.
+
+    Weights are float32, and cast in the step that reads them.
+    """
+    B, N, d = batch_size, model.num_tokens, model.width
+    K, p, dtype = model.num_heads, model.subspace_dim, model.dtype
     keys = iter(jax.random.split(jax.random.key(0), 16))
-    draw = lambda *shape, of=dtype: jax.random.normal(next(keys), shape, of)  # noqa: E731
-    weight = lambda *shape: draw(*shape, of=jnp.float32) * shape[0] ** -0.5  # noqa: E731
-    ones, zeros = jnp.ones(d), jnp.zeros(d)
+
+    def tokens(*shape: int):
+        return jax.random.normal(next(keys), (B, *shape), dtype)
+
+    def weight(*shape: int):
+        return jax.random.normal(next(keys), shape) * d**-0.5
 
     def norm(X, scale, bias):
-        return NORMALISE["derived"](X, scale, bias, dtype)
+        return NORMALISE["derived"](X, scale, bias, dtype, model.EPSILON)
 
-    def to_heads(W):
-        return W.transpose(0, 2, 1, 3).reshape(B * K, N, p)
+    def to_subspaces(Y, U):
+        return jnp.einsum("bnd,dkp->bnkp", Y, U.astype(dtype))
 
-    def out(Z, O_MxKp, W):
-        return Z + product(O_MxKp, W).reshape(B, N, d)
+    def transpose(V):
+        return V.swapaxes(1, 2)
 
-    ista = functools.partial(ista_step, eta=model.eta, lmbda=model.lmbda)
-    dense = 2 * B * N * d * K * p
+    def attend(V):
+        return ATTEND["derived"](V)[0]
+
+    def out(Z, attended, W):
+        return Z + jnp.einsum("bnkp,kpd->bnd", attended, W.astype(dtype))
+
+    def ista(Y, D):
+        return ista_step(Y, D.astype(dtype), eta=model.eta, lmbda=model.lmbda)
+
+    ones, zeros, dense = jnp.ones(d), jnp.zeros(d), 2 * B * N * d * K * p
+    attention = 4 * B * K * N * N * p
     return {
-        "LayerNorm of MSSA": (norm, (draw(B, N, d), ones, zeros), 0, 2),
-        "Uᵀ Z": (subspace_tokens, (draw(B, N, d), weight(d, K, p)), dense, 2),
-        "one of two transposes": (to_heads, (draw(B, N, K, p),), 0, 2),
-        "attention": (
-            lambda W: ATTEND["derived"](W)[0], (draw(B * K, N, p),), 4 * B * K * N * N * p, 1.5
-        ),
-        "W_out, residual": (out, (draw(B, N, d), draw(B * N, K * p), weight(K * p, d)), dense, 2),
-        "LayerNorm of ISTA": (norm, (draw(B, N, d), ones, zeros), 0, 2),
-        "ISTA": (ista, (draw(B, N, d), weight(d, d)), 4 * B * N * d * d, 2),
-    }  # fmt: skip
+        "LayerNorm of MSSA": (norm, (tokens(N, d), ones, zeros), 0, 2),
+        "Uᵀ Z": (to_subspaces, (tokens(N, d), weight(d, K, p)), dense, 2),
+        "one of two transposes": (transpose, (tokens(N, K, p),), 0, 2),
+        "attention": (attend, (tokens(K, N, p),), attention, 1.5),
+        "W_out, residual": (out, (tokens(N, d), tokens(N, K, p), weight(K, p, d)), dense, 2),
+        "LayerNorm of ISTA": (norm, (tokens(N, d), ones, zeros), 0, 2),
+        "ISTA": (ista, (tokens(N, d), weight(d, d)), 4 * B * N * d * d, 2),
+    }
 
 
 def size(tree: Any) -> int:
@@ -122,14 +124,21 @@ def with_gradients(function: Callable[..., Any], *inputs: Any) -> tuple[Any, Any
 
 def whole_layer(model: Crate, batch_size: int) -> tuple[dict[str, Callable[[], Any]], int]:
     """One layer as a program, forward alone and with its backward pass; and bytes of its floor."""
-    block = CrateBlock(
-        model.num_heads, model.subspace_dim, model.eta, model.lmbda, 0.0,
-        model.dtype, model.backward, (),
-    )  # fmt: skip
-    Z = jax.random.normal(jax.random.key(1), (batch_size, num_tokens(model), model.width))
-    Z = Z.astype(model.dtype)
-    params = jax.jit(lambda key: block.init(key, Z, False))(jax.random.key(2))
-    apply = lambda params, Z: block.apply(params, Z, False)[0]  # noqa: E731
+    block = Block(
+        model.attention_part,
+        model.nonlinearity_part,
+        model.dtype,
+        model.backward,
+        epsilon=model.EPSILON,
+        **model.block_fields(),
+    )
+    shape = (batch_size, model.num_tokens, model.width)
+    Z = jax.random.normal(jax.random.key(1), shape, model.dtype)
+    params = jax.jit(lambda key: block.init(key, Z, None, Context()))(jax.random.key(2))
+
+    def apply(params, Z):
+        return block.apply(params, Z, None, Context())[0]
+
     forward, both = jax.jit(apply), jax.jit(functools.partial(with_gradients, apply))
     runs = {"forward": lambda: forward(params, Z), "both": lambda: both(params, Z)}
     # Weights twice, their gradients; tokens in, out, their gradients in and out, tokens again.
@@ -139,15 +148,18 @@ def whole_layer(model: Crate, batch_size: int) -> tuple[dict[str, Callable[[], A
 def attention_paths(backend: str, dtype: Any) -> dict[str, Callable[[Any], Any]]:
     """Ways to attend within groups of tokens (G, N, p), of equal result."""
 
-    def library(W, implementation):
-        tokens = W[:, :, None]  # (batch, tokens, heads, p): a head a group
+    def own(V, backward):
+        return ATTEND[backward](V[:, None])[0][:, 0]
+
+    def library(V, implementation):
+        tokens = V[:, :, None]  # (batch, tokens, heads, p): a head a group
         attend = jax.nn.dot_product_attention
         return attend(tokens, tokens, tokens, implementation=implementation)[:, :, 0]
 
-    def padded(W):
+    def padded(V):
         """By cuDNN with an even number of tokens: of an odd one JAX 0.11 refuses the gradient."""
-        G, N, _ = W.shape
-        tokens = jnp.pad(W, ((0, 0), (0, N % 2), (0, 0)))[:, :, None]
+        G, N, _ = V.shape
+        tokens = jnp.pad(V, ((0, 0), (0, N % 2), (0, 0)))[:, :, None]
         lengths = jnp.full(G, N, jnp.int32)
         attended = jax.nn.dot_product_attention(
             tokens, tokens, tokens, implementation="cudnn",
@@ -156,8 +168,8 @@ def attention_paths(backend: str, dtype: Any) -> dict[str, Callable[[Any], Any]]
         return attended[:, :N, 0]
 
     paths = {
-        "derived": lambda W: ATTEND["derived"](W)[0],
-        "autodiff": lambda W: ATTEND["autodiff"](W)[0],
+        "derived": functools.partial(own, backward="derived"),
+        "autodiff": functools.partial(own, backward="autodiff"),
         "jax.nn, xla": functools.partial(library, implementation="xla"),
     }
     if backend == "gpu" and dtype == jnp.bfloat16:
@@ -171,20 +183,16 @@ def race_attention(
 ) -> list[dict[str, Any]]:
     """Every path, forward and with its backward pass: ms, and bytes kept in between.
 
+    Kept is what JAX keeps of the path by itself; in a model `crate_jax.models.block.KEPT` decides.
     What the library refuses is left out, and the reason noted.
     """
-    W = jax.random.normal(jax.random.key(3), (groups, N, p), dtype)
+    V = jax.random.normal(jax.random.key(3), (groups, N, p), dtype)
     runs, kept, expected = {}, {}, None
     for name, path in attention_paths(jax.default_backend(), dtype).items():
-        forward = jax.jit(path)
-
-        @jax.jit
-        def both(W, path=path):
-            outputs, pull = jax.vjp(path, W)
-            return outputs, pull(outputs)[0]
-
+        forward, both = jax.jit(path), jax.jit(functools.partial(with_gradients, path))
         try:
-            result = jax.tree.map(lambda x: x.astype(jnp.float32), both(W))
+            output, (gradient,) = both(V)
+            result = (output.astype(jnp.float32), gradient.astype(jnp.float32))
         except Exception as error:  # cuDNN does not take every shape on every GPU
             if not name.startswith("jax.nn"):
                 raise
@@ -195,11 +203,11 @@ def race_attention(
             error = float(jnp.abs(got - wanted).max() / jnp.abs(wanted).max())
             if not error <= (1e-4 if dtype == jnp.float32 else 5e-2):
                 sys.exit(f"{name} must agree with the others; got {error:.1e} of the scale.")
-        pull = jax.eval_shape(lambda W, path=path: jax.vjp(path, W)[1], W)
+        pull = jax.eval_shape(lambda V, path=path: jax.vjp(path, V)[1], V)
         kept[name] = sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(pull))
-        runs[f"{name}, forward"] = functools.partial(forward, W)
-        runs[f"{name}, both"] = functools.partial(both, W)
-        jax.block_until_ready(forward(W))
+        runs[f"{name}, forward"] = functools.partial(forward, V)
+        runs[f"{name}, both"] = functools.partial(both, V)
+        jax.block_until_ready(forward(V))
     times = {name: 1e3 * statistics.median(of) for name, of in race(runs, rounds).items()}
     return [
         {"tokens": N, "path": name, "forward_ms": times[f"{name}, forward"],
@@ -208,7 +216,7 @@ def race_attention(
     ]  # fmt: skip
 
 
-def measure(model: Crate, args: argparse.Namespace) -> dict[str, Any]:
+def measure(model: Crate, args: argparse.Namespace) -> Result:
     """Rows of all tables, and the peaks behind the floors."""
     multiply, product_flops = large_product(args.dtype)
     layer, layer_bytes = whole_layer(model, args.batch_size)
@@ -241,81 +249,50 @@ def measure(model: Crate, args: argparse.Namespace) -> dict[str, Any]:
             "peak_flops_per_s": peak, "copy_bytes_per_s": copied}  # fmt: skip
 
 
-def report(found: dict[str, Any]) -> str:
-    """The tables as Markdown."""
-    shown = SHOWN if found["dtype"] == "bfloat16" else ()
-    heads = ["step", "GFLOP", "MB", "floor, ms", "reached, ms", "floor / reached"]
-    heads += [f"floor on {chip}, ms" for chip in shown]
-    lines = [f"| {' | '.join(heads)} |", "| --- |" + " ---: |" * (len(heads) - 1)]
-    for row in found["rows"]:
-        cells = [f"{row['flops'] / 1e9:.2f}", f"{row['bytes'] / 1e6:.2f}"]
-        cells += [
-            f"{row['floor_ms']:.3g}",
-            f"{row['ms']:.3g}",
-            f"{row['floor_ms'] / row['ms']:.0%}",
-        ]
-        cells += [f"{row[f'floor_ms_{chip}']:.4f}" for chip in shown]
-        lines.append(f"| {row['step']} | {' | '.join(cells)} |")
-    lines += [
+def report(result: Result) -> list[str]:
+    """The tables, and how they are read."""
+    shown = SHOWN if result["dtype"] == "bfloat16" else ()
+    heads = "step | GFLOP | MB | floor, ms | reached, ms | floor / reached"
+    heads += "".join(f" | floor on {chip}, ms" for chip in shown)
+    steps = (
+        f"{row['step']} | {row['flops'] / 1e9:.2f} | {row['bytes'] / 1e6:.2f} | "
+        f"{row['floor_ms']:.3g} | {row['ms']:.3g} | {row['floor_ms'] / row['ms']:.0%}"
+        + "".join(f" | {row[f'floor_ms_{chip}']:.4f}" for chip in shown)
+        for row in result["rows"]
+    )
+    paths = (
+        f"{row['tokens']} | {row['path']} | {row['forward_ms']:.3g} | {row['both_ms']:.3g} | "
+        f"{row['kept_bytes'] / 1e6:.1f}"
+        for row in result["attention"]
+    )
+    of_paths = "tokens | attention by | forward, ms | forward and backward, ms | kept, MB"
+    what = "{model}, batch {batch_size}, {dtype}; medians of {rounds} rounds".format_map(result)
+    return [
+        *table(heads, steps),
         "",
-        f"The layer's forward pass alone: {found['layer_forward_ms']:.3g} ms. A call of a program "
-        f"that does next to nothing: {found['call_ms']:.2g} ms; a step as short is not told apart.",
+        f"The layer's forward pass alone: {result['layer_forward_ms']:.3g} ms. A call of a program "
+        f"that does next to nothing: {result['call_ms']:.2g} ms; a step as short is not told "
+        "apart.",
         "",
+        *table(of_paths, paths, words=2),
+        "",
+        f"{what}; {result['peak_flops_per_s'] / 1e9:,.0f} GFLOP/s in a large product, "
+        f"{result['copy_bytes_per_s'] / 1e9:,.0f} GB/s in a copy.",
     ]
-    lines += ["| tokens | attention by | forward, ms | forward and backward, ms | kept, MB |",
-              "| ---: | --- | ---: | ---: | ---: |"]  # fmt: skip
-    lines += [
-        f"| {row['tokens']} | {row['path']} | {row['forward_ms']:.3g} | {row['both_ms']:.3g} | "
-        f"{row['kept_bytes'] / 1e6:.1f} |"
-        for row in found["attention"]
-    ]
-    lines += [
-        "",
-        f"{found['model']}, batch {found['batch_size']}, {found['dtype']}; medians of "
-        f"{found['rounds']} rounds. {found['hardware']['cpu']}, {found['hardware']['device']}, "
-        f"load before {found['hardware']['load_average_before']}: "
-        f"{found['peak_flops_per_s'] / 1e9:,.0f} GFLOP/s in a large product, "
-        f"{found['copy_bytes_per_s'] / 1e9:,.0f} GB/s in a copy. "
-        + ", ".join(f"{name} {v}" for name, v in found["versions"].items()),
-        *(f"\nLeft out: {what}: {why}" for what, why in found["omitted"].items()),
-        "",
-        f"`{found['command']}`",
-    ]
-    return "\n".join(lines) + "\n"
 
 
 def main() -> None:
     """Parse, measure, print, write."""
-    parser = argparse.ArgumentParser(description="Where the time of a layer goes.")
-    parser.add_argument("--model", choices=list_models(), default="crate_base_patch16_224")
-    parser.add_argument("--batch-size", type=int, default=8)
-    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
-    parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--output", type=Path, help="a .json file; the tables go beside it as .md")
+    parser = command_line(
+        __doc__, model="crate_base_patch16_224", batch_size=8, dtypes=True, rounds=7
+    )
     args = parser.parse_args()
-    if min(args.batch_size, args.rounds) < 1:
-        parser.error("--batch-size and --rounds must be at least 1.")
-    if args.output and args.output.suffix != ".json":
-        parser.error(f"--output must end in .json; got {args.output}.")
     if args.dtype == "float32":  # on a GPU JAX would round the operands to TF32
         jax.config.update("jax_default_matmul_precision", "highest")
     model = create_model(args.model, dtype=jnp.dtype(args.dtype))
-    found = measure(model, args) | {
-        "model": args.model,
-        "batch_size": args.batch_size,
-        "dtype": args.dtype,
-        "rounds": args.rounds,
-        "hardware": {
-            "device": jax.devices()[0].device_kind,
-            "cpu": describe_cpu(),
-            "load_average_before": round(LOAD, 2),
-        },
-        "versions": {"python": platform.python_version()}
-        | {name: version(name) for name in ("jax", "flax")},
-        "command": " ".join(["python", "benchmarks/layer.py", *sys.argv[1:]]),
-    }
-    markdown = report(found)
-    publish(found, markdown, args.output)
+    if not isinstance(model, Crate) or (model.attention, model.nonlinearity) != ("mssa", "ista"):
+        parser.error(f"--model must have layers of MSSA and ISTA; got {args.model}.")
+    publish(args, measure(model, args), report=report)
 
 
 if __name__ == "__main__":

@@ -14,17 +14,11 @@ import argparse
 import json
 import os
 import statistics
-import subprocess
-import sys
 import tempfile
 import time
-from importlib.metadata import version
 from pathlib import Path
 
-from hardware import describe_cpu
-
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+from frame import child, command_line, publish
 
 
 def write_files(folder: Path, name: str) -> list[Path]:
@@ -72,46 +66,28 @@ def load(path: str, name: str, import_torch: bool) -> dict[str, float]:
 
 def main() -> None:
     """Write, load in turns, print."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", default="crate_large_patch16_224")
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--output", type=Path, help="write the JSON there too")
+    parser = command_line(__doc__, model="crate_large_patch16_224", rounds=3)
     parser.add_argument("--child", nargs=2, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.child:
         print(json.dumps(load(args.child[0], args.model, args.child[1] == "warm")))
         return
-    found: dict[str, dict[str, list[float]]] = {}
+    seen: dict[str, dict[str, list[float]]] = {}
     with tempfile.TemporaryDirectory() as folder:
         paths = write_files(Path(folder), args.model)
         megabytes = round(os.path.getsize(paths[0]) / 1e6)
         for _ in range(args.rounds):
             for path in paths:
+                entry = seen.setdefault(path.name, {})
                 for state in ("cold", "warm"):
-                    command = [sys.executable, __file__, "--model", args.model, "--child"]
-                    out = subprocess.run(
-                        [*command, str(path), state], check=True, capture_output=True, text=True
-                    )
-                    numbers = json.loads(out.stdout.splitlines()[-1])
-                    entry = found.setdefault(path.name, {})
+                    numbers = child(__file__, f"--model={args.model}", "--child", path, state)
                     entry.setdefault(f"seconds_{state}", []).append(numbers["seconds"])
-                    if state == "warm":
-                        entry.setdefault("memory_ratio", []).append(numbers["memory_ratio"])
-    result = {
-        "files": {
-            name: {key: round(statistics.median(values), 2) for key, values in entry.items()}
-            for name, entry in found.items()
-        },
-        "megabytes": megabytes,
-        "hardware": describe_cpu(),
-        "versions": {name: version(name) for name in ("jax", "numpy", "torch", "safetensors")},
-        "command": " ".join(["python", "benchmarks/load_weights.py", *sys.argv[1:]]),
+                entry.setdefault("memory_ratio", []).append(numbers["memory_ratio"])
+    files = {
+        name: {key: statistics.median(values) for key, values in entry.items()}
+        for name, entry in seen.items()
     }
-    for name, entry in result["files"].items():
-        print(f"{name:18}", entry)
-    if args.output:
-        args.output.write_text(json.dumps(result, indent=2) + "\n")
-    print(json.dumps(result))
+    publish(args, {"files": files, "megabytes": megabytes}, "torch", "safetensors")
 
 
 if __name__ == "__main__":

@@ -28,42 +28,39 @@ before the start is in the JSON.
 
 import argparse
 import contextlib
+import math
 import os
-import platform
 import statistics
 import sys
 import tempfile
 import time
-from importlib.metadata import version
-from pathlib import Path
-from typing import Any
 
 # Both frameworks share the accelerator's memory; JAX would take three quarters of it at once.
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 # PyTorch's waiting CPU threads spin by default, which made it up to ten times slower on busy cores.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
-# `python benchmarks/step.py` puts benchmarks/ on the path, not the repository.
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import torch
-from contenders import Contender, finish, make_contenders
-from hardware import copy_bytes_per_s, describe_cpu, large_product
-from publish import publish
-from step_table import report
-from timing import race
+from contenders import Contender, ours, random_batch, start
+from frame import Result, command_line, known_model, positive, publish, table
+from timing import copy_bytes_per_s, finish, large_product, quotients, race, spread
+from torch_contenders import theirs
 
-from crate_jax import create_model, list_models
+from crate_jax import create_model
 from crate_jax.models.cost import multiply_adds, step_flops
 
 # Share of the largest logit, and of the loss. In bfloat16 the 24 layers of CRATE-L come to 5e-2.
 TOLERANCE = {"float32": 1e-4, "bfloat16": 1e-1}
-LOAD = os.getloadavg()[0]  # over the last minute, before this program adds to it
+MODES = ("forward", "train")
+NAMES = ("ours", "eager", "compile")
+HEADS = "model | batch | mode | ours, images/s | eager | compile | ratio to eager"
+HEADS += " | ratio to compile | memory, MB | first call, s | share of peak"
 
 
-def first_calls(at: str, contenders: dict[str, Contender], dtype: str, omitted: dict) -> dict:
+def first_calls(at: str, contenders: dict[str, Contender], dtype: str, omitted: dict) -> Result:
     """Seconds of the first call of each, which compiles, and bytes at the height of another one.
 
     Refuses to time functions that differ. What PyTorch cannot compile is taken out of the
@@ -96,32 +93,28 @@ def first_calls(at: str, contenders: dict[str, Contender], dtype: str, omitted: 
     return numbers
 
 
-def measure(
-    name: str, batch_size: int, args: argparse.Namespace, omitted: dict[str, str]
-) -> dict[str, float]:
+def measure(name: str, batch_size: int, args: argparse.Namespace, omitted: dict) -> Result:
     """All numbers of one model, the keys as in the JSON."""
     model = create_model(name, dtype=jnp.dtype(args.dtype))
     flops = {"forward": 2 * multiply_adds(model), "train": step_flops(model)}
     product, product_flops = large_product(args.dtype)
     device = "cuda" if jax.default_backend() == "gpu" else "cpu"
+    state, batch = start(model), random_batch(model, batch_size)
+    ways = {"ours": ours(model, state, batch)} | theirs(model, state.params, batch, device)
     numbers = {}
-    for mode, contenders in make_contenders(model, batch_size, device).items():
-        at = f"{name}/{mode}"
+    for mode in MODES:
+        at, contenders = f"{name}/{mode}", {who: of[mode] for who, of in ways.items()}
         found = first_calls(at, contenders, args.dtype, omitted)
         runs = {who: contender.run for who, contender in contenders.items()}
         times = race(runs | {"product": product}, args.rounds, finish)
-
-        def ratios(other: str, to: dict[str, list[float]] = times) -> list[float]:
-            return [b / a for a, b in zip(to["ours"], to[other], strict=True)]
-
         found["images_per_s"] = batch_size / statistics.median(times["ours"])
         for other in list(contenders)[1:]:
             found[f"images_per_s_{other}"] = batch_size / statistics.median(times[other])
-            found[f"ratio_{other}"] = statistics.median(ratios(other))
-            found[f"lowest_ratio_{other}"] = min(ratios(other))
-            found[f"highest_ratio_{other}"] = max(ratios(other))
+            found |= spread(f"ratio_{other}", quotients(times[other], times["ours"]))
         share = flops[mode] * batch_size / product_flops
-        found["share_of_peak"] = share * statistics.median(ratios("product"))
+        found["share_of_peak"] = share * statistics.median(
+            quotients(times["product"], times["ours"])
+        )
         found["peak_flops_per_s"] = product_flops / statistics.median(times["product"])
         numbers |= {f"{at}/{key}": value for key, value in found.items()}
     return numbers
@@ -144,90 +137,86 @@ def prepare(dtype: str) -> None:
         torch.compile(torch.sin)(torch.ones(2, device=device, requires_grad=True))
 
 
-def describe(args: argparse.Namespace, batch_sizes: dict[str, int]) -> dict[str, Any]:
-    """What a reader needs to judge the numbers."""
-    return {
-        "hardware": {
-            "device": jax.devices()[0].device_kind,
-            "cpu": describe_cpu(),
-            "torch_threads": torch.get_num_threads(),
-            "omp_wait_policy": os.environ["OMP_WAIT_POLICY"],
-            "load_average_before": round(LOAD, 2),
-        },
-        "versions": {"python": platform.python_version()}
-        | {name: version(name) for name in ("jax", "flax", "optax", "torch", "numpy")},
-        "command": " ".join(["python", "benchmarks/step.py", *sys.argv[1:]]),
-        "batch_sizes": batch_sizes,
-        "dtype": args.dtype,
-        "rounds": args.rounds,
-    }
-
-
-def summarise(numbers: dict[str, float], copied: float) -> dict[str, Any]:
-    """The numbers of the models so far, and the peaks, in five digits."""
-    peaks = [value for key, value in numbers.items() if key.endswith("/peak_flops_per_s")]
-    peak = {"peak_flops_per_s": statistics.median(peaks), "copy_bytes_per_s": copied}
-    return {
-        key: value if isinstance(value, int) else float(f"{value:.5g}")
-        for key, value in (numbers | peak).items()
-    }
-
-
-def parse_models(text: str, default: int) -> dict[str, int]:
-    """Batch size by name, of ``name,name:batch_size,...``.
-
-    Raises:
-        ValueError: no such model, one named twice, or what is no batch size.
-    """
-    sizes: dict[str, int] = {}
+def parse_models(text: str) -> dict[str, int | None]:
+    """Batch size by name, of ``name,name:batch_size,...``; None where it is not said."""
+    sizes: dict[str, int | None] = {}
     for item in text.split(","):
         name, colon, own = item.partition(":")
-        if name not in list_models():
-            raise ValueError(f"--models must be among {', '.join(list_models())}; got {name}.")
-        if name in sizes:
-            raise ValueError(f"--models must name {name} once; run the other batch size apart.")
-        if colon and not own.isdecimal():
-            raise ValueError(f"--models must say name:batch_size; got {item}.")
-        sizes[name] = int(own) if colon else default
+        if known_model(name) in sizes:
+            raise argparse.ArgumentTypeError(f"must name {name} once. Run the other size apart.")
+        sizes[name] = positive(own) if colon else None
     return sizes
+
+
+def row(result: Result, model: str, mode: str) -> str:
+    """A line of the table; a dash for what could not be measured."""
+
+    def get(key: str) -> float:
+        return result.get(f"{model}/{mode}/{key}", math.nan)
+
+    def ratio(other: str) -> str:
+        low, high = get(f"lowest_ratio_{other}"), get(f"highest_ratio_{other}")
+        return f"{get(f'ratio_{other}'):.2f} ({low:.2f} to {high:.2f})"
+
+    cells = [
+        model,
+        str(result["batch_sizes"][model]),
+        mode,
+        f"{get('images_per_s'):.3g}",
+        *(f"{get(f'images_per_s_{other}'):.3g}" for other in NAMES[1:]),
+        *map(ratio, NAMES[1:]),
+        " / ".join(f"{get(f'memory_bytes_{who}') / 1e6:.0f}" for who in NAMES),
+        " / ".join(f"{get(f'first_s_{who}'):.1f}" for who in NAMES),
+        f"{get('share_of_peak'):.0%}",
+    ]
+    line = " | ".join(cells)
+    return line.replace("nan (nan to nan)", "-").replace("nan%", "-").replace("nan", "-")
+
+
+def report(result: Result) -> list[str]:
+    """The table, and how it is read."""
+    rows = (row(result, model, mode) for model in result["batch_sizes"] for mode in MODES)
+    return [
+        *table(HEADS, rows, words=3),
+        "",
+        f"{result['dtype']}; medians of {result['rounds']} rounds, with the lowest and highest "
+        "ratio; a ratio > 1 means that ours is faster. PyTorch runs the official operations: three "
+        "products in ISTA, softmax and attention apart. Memory and first call: ours / eager / "
+        f"compile. The peak: {result['peak_flops_per_s'] / 1e9:,.0f} GFLOP/s in a large matrix "
+        f"product, {result['copy_bytes_per_s'] / 1e9:,.0f} GB/s in a copy (read and written).",
+    ]
 
 
 def main() -> None:
     """Parse, measure, print, write."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    parser = command_line(__doc__, rounds=10, batch_size=8, dtypes=True)
+    parser.add_argument(
+        "--models", type=parse_models, required=True, help="name or name:batch_size, by commas"
     )
-    parser.add_argument("--models", required=True, help="name or name:batch_size, by commas")
-    parser.add_argument("--batch-size", type=int, default=8, help="of models that have no other")
-    parser.add_argument("--dtype", choices=sorted(TOLERANCE), default="float32")
-    parser.add_argument("--rounds", type=int, default=10)
-    parser.add_argument("--output", type=Path, help="a .json file; the table goes beside it as .md")
     args = parser.parse_args()
-    try:
-        batch_sizes = parse_models(args.models, args.batch_size)
-    except ValueError as error:
-        parser.error(str(error))
-    if min(*batch_sizes.values(), args.rounds) < 1:
-        parser.error("batch sizes and --rounds must be at least 1.")
-    if args.output and args.output.suffix != ".json":
-        parser.error(f"--output must end in .json; got {args.output}.")
-
-    numbers: dict[str, float] = {}
+    found: Result = {"batch_sizes": {}}
     omitted: dict[str, str] = {}
-    done: dict[str, int] = {}
     # An empty cache of torch.compile, so that each first call compiles.
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as cache:
         os.environ["TORCHINDUCTOR_CACHE_DIR"] = cache
         prepare(args.dtype)
-        copied = copy_bytes_per_s()
-        for name, batch_size in batch_sizes.items():
+        found["copy_bytes_per_s"] = copy_bytes_per_s()
+        for name, own in args.models.items():
             torch.compiler.reset()
-            numbers |= measure(name, batch_size, args, omitted)
-            done[name] = batch_size
-            result = summarise(numbers, copied) | describe(args, done)
-            if omitted:
-                result["omitted"] = omitted
-            publish(result, report(result), args.output)
+            batch_size = own or args.batch_size
+            found |= measure(name, batch_size, args, omitted)
+            found["batch_sizes"][name] = batch_size
+            peaks = [of for key, of in found.items() if key.endswith("/peak_flops_per_s")]
+            found["peak_flops_per_s"] = statistics.median(peaks)
+            publish(
+                args,
+                found | ({"omitted": omitted} if omitted else {}),
+                "optax",
+                "torch",
+                report=report,
+                torch_threads=torch.get_num_threads(),
+                omp_wait_policy=os.environ["OMP_WAIT_POLICY"],
+            )
 
 
 if __name__ == "__main__":

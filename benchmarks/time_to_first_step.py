@@ -8,15 +8,11 @@ the cold one left. Medians over the rounds; the last line is JSON.
 
 import argparse
 import json
-import os
 import statistics
-import subprocess
-import sys
 import tempfile
 import time
-from pathlib import Path
 
-from hardware import describe_cpu
+from frame import child, command_line, publish
 
 
 def measure(model_name: str, batch_size: int) -> dict[str, float]:
@@ -36,9 +32,8 @@ def measure(model_name: str, batch_size: int) -> dict[str, float]:
     key = jax.random.key(0)
     start = time.perf_counter()
     state = jax.eval_shape(lambda key: init_state(task, tx, key), key)
-    side = model.image_size
     batch = {
-        "image": jax.ShapeDtypeStruct((batch_size, side, side, 3), jnp.float32),
+        "image": jax.ShapeDtypeStruct((batch_size, *model.input_shape), jnp.float32),
         "label": jax.ShapeDtypeStruct((batch_size,), jnp.int32),
     }
     step = jax.jit(make_train_step(task, tx), donate_argnums=0)
@@ -50,43 +45,21 @@ def measure(model_name: str, batch_size: int) -> dict[str, float]:
 
 def main() -> None:
     """Run the processes and print their medians."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", default="crate_base_patch16_224")
-    parser.add_argument("--batch-size", type=int, default=16)
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--output", help="write the JSON there too")
+    parser = command_line(__doc__, model="crate_base_patch16_224", batch_size=16, rounds=3)
     parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.child:
         print(json.dumps(measure(args.model, args.batch_size)))
         return
-
-    command = [sys.executable, __file__, "--child", f"--model={args.model}"]
-    command.append(f"--batch-size={args.batch_size}")
-    root = str(Path(__file__).parents[1])
+    options = [f"--model={args.model}", f"--batch-size={args.batch_size}"]
     runs: dict[str, list[float]] = {"cold_s": [], "warm_s": []}
     for _ in range(args.rounds):
         with tempfile.TemporaryDirectory() as cache:
-            environment = os.environ | {"JAX_COMPILATION_CACHE_DIR": cache, "PYTHONPATH": root}
-            for kind in runs:
-                out = subprocess.run(
-                    command, env=environment, check=True, capture_output=True, text=True
-                )
-                runs[kind].append(sum(json.loads(out.stdout.splitlines()[-1]).values()))
-    import jax
-
-    result = {
-        "model": args.model,
-        "batch_size": args.batch_size,
-        **{kind: round(statistics.median(values), 2) for kind, values in runs.items()},
-        "runs": {kind: [round(v, 2) for v in values] for kind, values in runs.items()},
-        "hardware": f"{describe_cpu()}, {jax.devices()[0].device_kind}",
-        "jax": jax.__version__,
-        "command": " ".join(["python", *sys.argv]),
-    }
-    if args.output:
-        Path(args.output).write_text(json.dumps(result, indent=2) + "\n")
-    print(json.dumps(result))
+            for times in runs.values():
+                parts = child(__file__, "--child", *options, JAX_COMPILATION_CACHE_DIR=cache)
+                times.append(sum(parts.values()))
+    medians = {kind: statistics.median(times) for kind, times in runs.items()}
+    publish(args, medians | {"runs": runs})
 
 
 if __name__ == "__main__":

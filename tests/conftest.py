@@ -29,8 +29,11 @@ import tensorflow_datasets  # noqa: E402, F401
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_numpy_dtype_promotion", "strict")
-# Tests mostly compile: a third of the time. The programs that tests start run optimised.
-jax.config.update("jax_disable_most_optimizations", True)
+# Tests mostly compile: a third of the time. The programs that tests start run optimised, and so do
+# all with CRATE_JAX_TESTS_OPTIMISED=1.
+jax.config.update(
+    "jax_disable_most_optimizations", os.environ.get("CRATE_JAX_TESTS_OPTIMISED") != "1"
+)
 
 
 def pytest_unconfigure():

@@ -1,7 +1,11 @@
-"""Every recipe builds its model, optimizer and step, without its data."""
+"""Every recipe is a program that was lowered, or differs from one by the size of its model alone.
+
+Programs are built without the data of the recipe.
+"""
 
 import dataclasses
 import importlib.util
+import json
 from pathlib import Path
 
 import jax
@@ -12,6 +16,7 @@ import pytest
 
 from crate_jax.config import DataConfig, TrainConfig, from_dict, to_dict, validate
 from crate_jax.data.images.transform_spec import parse_transforms
+from crate_jax.models.zoo import build_model
 from crate_jax.parallel import batch_sharding
 from crate_jax.tasks import Classify
 from crate_jax.training.optimizer import make_optimizer, make_schedule
@@ -30,6 +35,40 @@ def load(path):
 
 MODULES = {path.stem: load(path) for path in sorted(CONFIGS.glob("*.py"))}
 RECIPES = [(name, arg) for name, module in MODULES.items() for arg in module.RECIPES]
+# Of the α recipes, 5 sizes x 4 patches x 2 lists of what decays in either file, two each are
+# lowered: the smallest, and the largest with the longer list. Those between differ in lengths of
+# arrays; what is one program for two sizes is one for the others.
+ALPHA = {name: ("tiny-32", "huge-14-decay") for name in MODULES if name.startswith("alpha_")}
+BETWEEN = ("model.name", "optim.decay_only")
+
+
+def fields_of_program(name, arg):
+    """What of a recipe reaches its programs, by field."""
+    config = MODULES[name].get_config(arg)
+    values = to_dict(config)
+    data = ("mean", "std", "mixup_alpha", "cutmix_alpha", "mix_switch")
+    return {
+        "task": config.task,
+        "batch_size": config.batch_size,
+        **{f"model.{key}": value for key, value in values["model"].items()},
+        **{f"optim.{key}": value for key, value in values["optim"].items()},
+        **{f"data.{key}": values["data"][key] for key in data},
+    }
+
+
+def group(recipes, without=()):
+    """Recipes by the program that they are, some fields left out of sight."""
+    groups = {}
+    for recipe in recipes:
+        fields = fields_of_program(*recipe)
+        key = json.dumps({key: value for key, value in fields.items() if key not in without})
+        groups.setdefault(key, []).append(recipe)
+    return list(groups.values())
+
+
+CRATE = group(recipe for recipe in RECIPES if recipe[0] not in ALPHA)
+LOWERED = [recipes[0] for recipes in CRATE]
+LOWERED += [(name, arg) for name, args in ALPHA.items() for arg in args]
 
 
 def programs(config, num_classes=10):
@@ -56,13 +95,30 @@ def programs(config, num_classes=10):
     return (train_step, (state, batch, key)), (eval_step, (state.params, (), batch | mask))
 
 
-@pytest.mark.parametrize(("name", "arg"), RECIPES)
+def test_every_recipe_is_lowered_but_for_its_size():
+    assert len(CRATE) == 13 and len(ALPHA) == 2
+    seen = [recipe for recipes in CRATE for recipe in recipes]
+    for recipes in group((r for r in RECIPES if r[0] in ALPHA), without=BETWEEN):
+        assert len(recipes) == 40 and len(set(recipes) & set(LOWERED)) == 2
+        for field in BETWEEN:
+            values = {json.dumps(fields_of_program(*recipe)[field]) for recipe in recipes}
+            assert len(values) == {"model.name": 20, "optim.decay_only": 2}[field]
+        seen += recipes
+    assert sorted(seen) == sorted(RECIPES)
+
+
+def test_every_recipe_is_valid():
+    for name, arg in RECIPES:
+        config = validate(MODULES[name].get_config(arg))
+        parse_transforms(config.data.train_transforms, "data.train_transforms")
+        parse_transforms(config.data.eval_transforms, "data.eval_transforms")
+        assert build_model(config.model).num_tokens > 1
+
+
+@pytest.mark.parametrize(("name", "arg"), LOWERED)
 def test_recipe_builds_and_lowers_for_tpu_and_cuda(name, arg):
     """Ahead of time, over eight devices, on a machine that has neither."""
-    config = validate(MODULES[name].get_config(arg))
-    parse_transforms(config.data.train_transforms, "data.train_transforms")
-    parse_transforms(config.data.eval_transforms, "data.eval_transforms")
-    results, both = [], programs(config)
+    results, both = [], programs(MODULES[name].get_config(arg))
     for program, arguments in both:
         exported = jax.export.export(program, platforms=("tpu", "cuda"))(*arguments)
         assert exported.platforms == ("tpu", "cuda") and exported.nr_devices == 8
@@ -96,7 +152,7 @@ def test_imagenet_presets_say_what_their_sources_say():
 def test_recipes_have_different_names():
     names = [MODULES[name].get_config(arg).name for name, arg in RECIPES]
     # Short forms are the same recipe as one of the long ones.
-    assert len(set(names)) == 1 + 8 + 16
+    assert len(set(names)) == 1 + 8 + 16 + 2 * 40
 
 
 def test_configs_survive_json():

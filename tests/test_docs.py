@@ -14,7 +14,7 @@ from crate_jax.cli import main as cli
 from crate_jax.cli.flags import config_flag, parse_config
 from crate_jax.config import TrainConfig, get_field, validate
 
-DOCS = sorted([ROOT / "README.md", *(ROOT / "docs").glob("*.md")])
+DOCS = sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md")])
 CONTAINERS = sorted((ROOT / "docs" / "containers").glob("Dockerfile.*"))
 ENDS = "();<>|&\n"  # of a command in shell
 NAMES = {add.__name__.removeprefix("add_") for add in cli.COMMANDS}
@@ -118,8 +118,9 @@ def test_fields_commands_and_files_in_the_text_exist(path, monkeypatch):
     text = path.read_text()
     for field in re.findall(r"--config\.([a-z0-9_.]*[a-z0-9_])", text):
         get_field(TrainConfig(), field)
-    for recipe in re.findall(r"configs/\w+\.py", text):
-        assert (ROOT / recipe).is_file(), recipe
+    folders = "benchmarks|configs|crate_jax|docs|tests"
+    for file in re.findall(rf"\b(?:{folders})/[\w./]+\.(?:json|md|py)\b", text):
+        assert (ROOT / file).is_file(), file
     for target in re.findall(r"\]\((?!https?:|#)([^)#]+)", text):
         assert (path.parent / target).exists(), target
     assert set(re.findall(r"-m crate_jax ([a-z]+)", text)) <= NAMES
