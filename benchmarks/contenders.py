@@ -10,10 +10,9 @@ import optax
 import torch
 import torch.nn.functional as F
 
-from crate_jax import Crate
 from crate_jax.interop import to_state_dict
-from crate_jax.models.classifier import pair
-from crate_jax.parity.torch_reference import TorchCrate, from_flax_model
+from crate_jax.models.classifier import ImageClassifier
+from crate_jax.parity.torch_reference import Twin, from_flax_model
 from crate_jax.tasks import Classify
 from crate_jax.training.state import TrainState, init_state
 from crate_jax.training.step import make_train_step
@@ -56,19 +55,20 @@ class Program:
         return set_aside.argument_size_in_bytes + set_aside.temp_size_in_bytes
 
 
-def make_contenders(model: Crate, batch_size: int, device: str) -> dict[str, dict[str, Contender]]:
+def make_contenders(
+    model: ImageClassifier, batch_size: int, device: str
+) -> dict[str, dict[str, Contender]]:
     """Mode (forward, train) to name (ours, eager, compile) to contender; same weights and batch."""
     state = jax.jit(lambda key: init_state(Classify(model), TX, key))(jax.random.key(0))
     weights = {k: torch.from_numpy(v) for k, v in to_state_dict(state.params, model).items()}
 
-    def make_model() -> TorchCrate:
+    def make_model() -> Twin:
         reference = from_flax_model(model)
         reference.load_state_dict(weights)
         return reference.to(device)
 
-    H, W = pair(model.image_size)
     rng = np.random.default_rng(0)
-    images = rng.normal(size=(batch_size, H, W, model.in_channels)).astype(np.float32)
+    images = rng.normal(size=(batch_size, *model.input_shape)).astype(np.float32)
     labels = rng.integers(0, model.num_classes, batch_size)
     ours_batch = {"image": jnp.asarray(images), "label": jnp.asarray(labels, jnp.int32)}
     nchw = np.ascontiguousarray(images.transpose(0, 3, 1, 2))
@@ -83,7 +83,7 @@ def make_contenders(model: Crate, batch_size: int, device: str) -> dict[str, dic
     return {mode: {name: of[mode] for name, of in found.items()} for mode in ("forward", "train")}
 
 
-def jax_contenders(model: Crate, state: TrainState, batch: dict) -> dict[str, Contender]:
+def jax_contenders(model: ImageClassifier, state: TrainState, batch: dict) -> dict[str, Contender]:
     """Ours: mode to contender."""
     apply = Program(lambda params, images: model.apply({"params": params}, images, train=False))
     step = Program(
@@ -102,7 +102,7 @@ def jax_contenders(model: Crate, state: TrainState, batch: dict) -> dict[str, Co
 
 
 def torch_contenders(
-    make_model: Callable[[], TorchCrate], batch: tuple, half: bool, compiled: bool
+    make_model: Callable[[], Twin], batch: tuple, half: bool, compiled: bool
 ) -> dict[str, Contender]:
     """Theirs: mode to contender."""
     images, labels = batch
