@@ -1,4 +1,4 @@
-"""The objective layer by layer: what a CRATE compresses and sparsifies, measured on real images."""
+"""The objective layer by layer: what a model compresses and sparsifies, measured on real images."""
 
 from typing import Any
 
@@ -21,13 +21,16 @@ def layerwise(
     definition: str = "paper",
     eps: float = 0.1,
 ) -> dict[str, Array]:
-    """Coding rate R^c and sparsity of every layer.
+    """Coding rates and sparsity of every layer, those that its two operators have.
 
     ``paper`` measures what the captions of the paper's figures name: R^c(Z^{l+1/2}; U^l),
     R(Z^{l+1/2}) and their difference on the tokens after MSSA. ``official_code`` measures what the
     released script computes: R^c of U_kᵀ LN(Z^l), each token scaled to unit length in each
     subspace. Sparsity is the share of exact zeros after ISTA in both. The class token counts as a
     token. Float32 throughout, whatever the model's dtype, because bfloat16 moves ISTA's zeros.
+
+    R needs tokens alone, so every model has it. R^c needs the subspaces of MSSA, and the share of
+    zeros needs ISTA: a model with other operators goes without them.
 
     Source: arXiv 2306.01129, section 3.1 and its code.
 
@@ -39,34 +42,46 @@ def layerwise(
         eps: quantisation precision ε; both sources use ε² = 0.01.
 
     Returns:
-        Arrays (L,), float32: ``coding_rate_mean`` and ``coding_rate_std`` (R^c in nats, over the
-        images, unbiased), ``zero_fraction``; by the paper's definition also ``rate_mean`` (R) and
-        ``rate_reduction_mean`` (ΔR), in nats.
+        Arrays (L,), float32. With MSSA: ``coding_rate_mean`` and ``coding_rate_std`` (R^c in nats,
+        over the images, unbiased). With ISTA: ``zero_fraction``. By the paper's definition also
+        ``rate_mean`` (R), and with MSSA ``rate_reduction_mean`` (ΔR), in nats.
 
     Raises:
-        ValueError: an unknown definition, or images that do not fit the model.
+        ValueError: an unknown definition, the official one of a model without MSSA, or images that
+            do not fit the model.
     """
     if definition not in DEFINITIONS:
         raise ValueError(f"definition must be one of {', '.join(DEFINITIONS)}; got {definition}.")
+    has_subspaces = "subspace_tokens" in model.tap_names
+    if definition == "official_code" and not has_subspaces:
+        raise ValueError(
+            "definition must be paper for a model without MSSA, which has no subspace tokens; got "
+            "official_code. Leave the definition out."
+        )
     exact = model.clone(dtype=jnp.float32)
     token_tap = "z_half" if definition == "paper" else "subspace_tokens"
-    _, seen = taps(exact, params, images, names=(token_tap, "ista"))
-    values = {}
-    if definition == "paper":
-        Z_LxBxNxd, U_LxdxKxp = seen["z_half"], params["blocks"]["mssa"]["U"]
-        compressed_LxB = jax.lax.map(
-            lambda layer: subspace_coding_rate(*layer, eps=eps), (Z_LxBxNxd, U_LxdxKxp)
-        )
-        rate_LxB = jax.lax.map(lambda z: coding_rate(z, eps=eps), Z_LxBxNxd)
-        values["rate_mean"] = rate_LxB.mean(axis=1)
-        values["rate_reduction_mean"] = (rate_LxB - compressed_LxB).mean(axis=1)
-    else:
+    names = [name for name in (token_tap, "ista") if name in model.tap_names]
+    _, seen = taps(exact, params, images, names=names)
+    values, compressed_LxB = {}, None
+    if definition == "official_code":
         compressed_LxB = jax.lax.map(
             lambda w: projected_coding_rate(_unit_length(w), eps=eps), seen["subspace_tokens"]
         )
-    values["coding_rate_mean"] = compressed_LxB.mean(axis=1)
-    values["coding_rate_std"] = compressed_LxB.std(axis=1, ddof=1)
-    values["zero_fraction"] = sparsity(seen["ista"]).mean(axis=1)
+    elif has_subspaces:
+        compressed_LxB = jax.lax.map(
+            lambda layer: subspace_coding_rate(*layer, eps=eps),
+            (seen["z_half"], params["blocks"]["mssa"]["U"]),
+        )
+    if definition == "paper":
+        rate_LxB = jax.lax.map(lambda z: coding_rate(z, eps=eps), seen["z_half"])
+        values["rate_mean"] = rate_LxB.mean(axis=1)
+        if compressed_LxB is not None:
+            values["rate_reduction_mean"] = (rate_LxB - compressed_LxB).mean(axis=1)
+    if compressed_LxB is not None:
+        values["coding_rate_mean"] = compressed_LxB.mean(axis=1)
+        values["coding_rate_std"] = compressed_LxB.std(axis=1, ddof=1)
+    if "ista" in seen:
+        values["zero_fraction"] = sparsity(seen["ista"]).mean(axis=1)
     return values
 
 

@@ -23,8 +23,10 @@ def by_layer(scalars: Mapping[str, ArrayLike]) -> dict[str, np.ndarray]:
 def draw_layerwise(values: Mapping[str, np.ndarray], path: str | Path, *, title: str) -> None:
     """Draw R^c and sparsity over the layers, as figure 3 of arXiv 2306.01129 does.
 
+    A model without subspaces has R in the place of R^c; one without ISTA has no second panel.
+
     Args:
-        values: of `layerwise`: ``coding_rate_mean``, ``coding_rate_std``, ``zero_fraction``, (L,).
+        values: of `layerwise` by the paper's definition, arrays (L,).
         path: picture file; its suffix names the format.
         title: what was measured.
 
@@ -39,17 +41,23 @@ def draw_layerwise(values: Mapping[str, np.ndarray], path: str | Path, *, title:
             "report must have matplotlib to draw with; it is missing. "
             "Install it: pip install 'crate-jax[plot]'"
         ) from error
-    layers = np.arange(1, len(values["zero_fraction"]) + 1)
-    mean, std = np.asarray(values["coding_rate_mean"]), np.asarray(values["coding_rate_std"])
-    figure = Figure(figsize=(8, 3.2), dpi=150, layout="constrained")
+    panels = 1 + ("zero_fraction" in values)
+    figure = Figure(figsize=(4 * panels, 3.2), dpi=150, layout="constrained")
     FigureCanvasAgg(figure)
-    rate, zeros = figure.subplots(1, 2)
-    rate.fill_between(layers, mean - std, mean + std, alpha=0.2, color="tab:blue", linewidth=0)
+    rate, *zeros = figure.subplots(1, panels, squeeze=False)[0]
+    layers = np.arange(1, len(values["rate_mean"]) + 1)
+    if "coding_rate_mean" in values:
+        mean, std = np.asarray(values["coding_rate_mean"]), np.asarray(values["coding_rate_std"])
+        rate.fill_between(layers, mean - std, mean + std, alpha=0.2, color="tab:blue", linewidth=0)
+        rate.set(title="compression", ylabel=r"$R^c(Z^{\ell+1/2};\,U^{\ell})$ in nats")
+    else:
+        mean = np.asarray(values["rate_mean"])
+        rate.set(title="coding rate", ylabel=r"$R(Z^{\ell+1/2})$ in nats")
     rate.plot(layers, mean, marker="o", color="tab:blue")
-    rate.set(title="compression", ylabel=r"$R^c(Z^{\ell+1/2};\,U^{\ell})$ in nats")
-    zeros.plot(layers, np.asarray(values["zero_fraction"]), marker="o", color="tab:orange")
-    zeros.set(title="sparsification", ylabel=r"share of zeros in $Z^{\ell+1}$")
-    for axes in (rate, zeros):
+    for axes in zeros:
+        axes.plot(layers, np.asarray(values["zero_fraction"]), marker="o", color="tab:orange")
+        axes.set(title="sparsification", ylabel=r"share of zeros in $Z^{\ell+1}$")
+    for axes in (rate, *zeros):
         axes.set(xlabel=r"layer $\ell$", xticks=layers)
         axes.grid(alpha=0.3)
         axes.spines[["top", "right"]].set_visible(False)

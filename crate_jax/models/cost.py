@@ -21,9 +21,11 @@ class Cost(NamedTuple):
     Attributes:
         products: multiply-adds of its matrix products with weights.
         attention: multiply-adds of those of tokens with tokens.
-        outputs: values that the products with weights give.
+        outputs: values that the products with weights give, as far as the backward pass needs them.
         kept: values that the backward pass keeps without remat, in the dtype of the computation.
         kept_bytes: bytes that it keeps besides.
+        last: multiply-adds, of those with weights, of a last product that the backward pass never
+            computes again: nothing but a sum comes after it.
     """
 
     products: int
@@ -31,6 +33,7 @@ class Cost(NamedTuple):
     outputs: int
     kept: int
     kept_bytes: int = 0
+    last: int = 0
 
 
 def _mssa(model: ImageClassifier) -> Cost:
@@ -67,7 +70,12 @@ def _odl(model: Any) -> Cost:
     N, d, _, _ = _sizes(model)
     m = model.overcompleteness * d
     return Cost(
-        4 * N * d * m, 0, outputs=2 * N * (m + d), kept=N * (2 * m + d), kept_bytes=2 * N * m
+        products=4 * N * d * m,
+        attention=0,
+        outputs=N * (2 * m + d),
+        kept=N * (2 * m + d),
+        kept_bytes=2 * N * m,
+        last=N * d * m,
     )
 
 
@@ -75,7 +83,7 @@ def _mlp(model: Any) -> Cost:
     """Two products with m hidden units, which are kept."""
     N, d, _, _ = _sizes(model)
     m = model.mlp_ratio * d
-    return Cost(2 * N * d * m, 0, outputs=N * (m + d), kept=N * m)
+    return Cost(2 * N * d * m, 0, outputs=N * m, kept=N * m, last=N * d * m)
 
 
 COSTS: dict[str, Callable[[Any], Cost]] = {
@@ -129,10 +137,15 @@ def multiply_adds(model: ImageClassifier) -> int:
 
     Embedding, layers and head; norms, softmax and thresholds are left out.
     """
-    layer, (h, w) = _layer(model), pair(model.patch_size)
-    embedding = (model.num_tokens - 1) * h * w * model.in_channels * model.width
+    layer = _layer(model)
     layers = model.depth * (layer.products + layer.attention)
-    return embedding + layers + model.width * model.num_classes
+    return _embedding(model) + layers + model.width * model.num_classes
+
+
+def _embedding(model: ImageClassifier) -> int:
+    """Multiply-adds of the linear map of the patches."""
+    h, w = pair(model.patch_size)
+    return (model.num_tokens - 1) * h * w * model.in_channels * model.width
 
 
 def step_flops(model: ImageClassifier) -> int:
@@ -141,16 +154,18 @@ def step_flops(model: ImageClassifier) -> int:
     Two for each multiply-add; the backward pass takes twice the forward pass. Of the four products
     of attention in it the derived one leaves one out, and automatic differentiation computes the
     scores once more. What remat computes again is counted: the layers, or with "dots" their
-    attention.
+    attention. Patches that no LayerNorm stands before need no gradient.
     """
     layer = _layer(model)
     product = model.depth * layer.attention  # operations of one of the two products of attention
-    layers = 2 * model.depth * (layer.products + layer.attention)
+    layers = 2 * model.depth * (layer.products + layer.attention - layer.last)
     again = {"none": 0, "dots": 2 * product, "full": layers}[model.remat]
     if model.attention_part.name == "mssa" and model.backward == "derived":
         again -= product
     elif model.remat == "none":
         again += product
+    if "patch_norm" not in abstract_parameters(model)["embedding"]:
+        again -= 2 * _embedding(model)
     return 6 * multiply_adds(model) + again
 
 

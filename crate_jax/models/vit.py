@@ -66,5 +66,5 @@ class ViT(VitFields, ImageClassifier):
         return norm(pooled_Bxd) if self.pool == "patches_twice" else pooled_Bxd
 
     def head(self) -> nn.Module:
-        """Weights from a truncated normal distribution."""
+        """Weights from N(0, 0.02²), a bias of zero."""
         return Linear(self.num_classes, jnp.float32, kernel_init, bias_init=init.zeros, name="head")

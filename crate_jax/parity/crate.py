@@ -190,7 +190,17 @@ class TorchCrate(Twin):
 
 
 def crate_twin(model: Crate) -> TorchCrate:
-    """The twin of a CRATE, of the same sizes and constants."""
+    """The twin of a CRATE, of the same sizes and constants.
+
+    Raises:
+        ValueError: an operator of the model is not CRATE's own.
+    """
+    operators = (model.attention, model.nonlinearity)
+    if operators != ("mssa", "ista"):
+        raise ValueError(
+            "model.attention and model.nonlinearity must be mssa and ista for a PyTorch twin; got "
+            f"{' and '.join(operators)}. The official code has no other operators."
+        )
     return TorchCrate(
         image_size=model.image_size,
         patch_size=model.patch_size,

@@ -5,7 +5,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from crate_jax import Crate, ViT
 from crate_jax.analysis import layerwise, taps
+from crate_jax.analysis.report import draw_layerwise
+from crate_jax.models.cost import abstract_parameters
 
 PAPER = {
     "coding_rate_mean",
@@ -108,3 +111,51 @@ def test_a_silent_model_has_no_rate_and_no_nan(tiny_model, tiny_params, images):
 def test_unknown_definition(tiny_model, tiny_params, images):
     with pytest.raises(ValueError, match=r"^definition must be one of paper, official_code; got x"):
         layerwise(tiny_model, tiny_params, images, definition="x")
+
+
+# --- other operators ------------------------------------------------------------------------------
+
+TINY = dict(image_size=16, patch_size=8, num_classes=5, width=12, depth=2, num_heads=2)
+# What is measured of each besides R.
+MEASURED = {
+    "vit": (ViT(**TINY), set()),
+    "mhsa": (Crate(**TINY, attention="mhsa"), {"zero_fraction"}),
+    "mlp": (
+        Crate(**TINY, nonlinearity="mlp"),
+        {"coding_rate_mean", "coding_rate_std", "rate_reduction_mean"},
+    ),
+}
+
+
+def some_params(model):
+    rng = np.random.default_rng(3)
+    return jax.tree.map(
+        lambda leaf: jnp.asarray(rng.normal(size=leaf.shape), leaf.dtype),
+        abstract_parameters(model),
+    )
+
+
+@pytest.mark.parametrize("name", MEASURED)
+def test_what_a_model_has_is_measured(name, images, tmp_path):
+    model, measured = MEASURED[name]
+    params = some_params(model)
+    got = jax.jit(lambda p, x: layerwise(model, p, x))(params, images)
+    assert set(got) == measured | {"rate_mean"}
+    assert all(values.shape == (2,) for values in got.values())
+    _, seen = jax.jit(lambda p, x: taps(model, p, x))(params, images)
+    Z_LxBxNxd = np.asarray(seen["z_half"], np.float64)
+    R_LxB = np.array([[rate(Z) for Z in Z_BxNxd] for Z_BxNxd in Z_LxBxNxd])
+    np.testing.assert_allclose(got["rate_mean"], R_LxB.mean(1), rtol=2e-5)
+    if "zero_fraction" in measured:
+        np.testing.assert_allclose(
+            got["zero_fraction"], (np.asarray(seen["ista"]) == 0).mean(axis=(1, 2, 3)), rtol=1e-6
+        )
+    pytest.importorskip("matplotlib")
+    draw_layerwise(got, tmp_path / "picture.png", title=name)
+    assert (tmp_path / "picture.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_official_definition_needs_mssa(images):
+    model, _ = MEASURED["vit"]
+    with pytest.raises(ValueError, match=r"^definition must be paper for a model without MSSA, .*"):
+        layerwise(model, some_params(model), images, definition="official_code")

@@ -1,12 +1,14 @@
 """The formulas of what a model costs, against its program and against the published table."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.interpreters import partial_eval
 
-from crate_jax import Crate, create_model
+from crate_jax import Crate, ViT, create_model
 from crate_jax.models.cost import (
     activation_bytes,
     count_parameters,
@@ -14,9 +16,16 @@ from crate_jax.models.cost import (
     sample_images,
     step_flops,
 )
+from crate_jax.models.crate_alpha import CrateAlpha
 
 # Every size differs, so that no product of two of them stands for another.
 SIZES = dict(image_size=(8, 24), patch_size=(2, 4), num_classes=5, width=20, depth=2)
+OTHERS = {  # the ablations, and the other families
+    "mhsa": functools.partial(Crate, **SIZES, num_heads=3, head_dim=8, attention="mhsa"),
+    "mlp": functools.partial(Crate, **SIZES, num_heads=3, head_dim=8, nonlinearity="mlp"),
+    "alpha": functools.partial(CrateAlpha, **SIZES, num_heads=3, head_dim=8, overcompleteness=2),
+    "vit": functools.partial(ViT, **SIZES, num_heads=3, head_dim=8, mlp_ratio=3),
+}
 HEADS = [dict(num_heads=3, head_dim=8), dict(num_heads=1), dict(num_heads=1, head_dim=12)]
 
 
@@ -85,16 +94,42 @@ def test_step_flops_are_those_of_loss_and_gradient(heads, remat, backward, count
     assert step_flops(model) == 2 * counted
 
 
+@pytest.mark.parametrize("name", OTHERS)
+def test_products_of_the_other_operators_are_those_of_the_program(name, count_multiply_adds):
+    model = OTHERS[name]()
+    apply = lambda variables, images: model.apply(variables, images, train=False)  # noqa: E731
+    counted = count_multiply_adds(apply, abstract_variables(model), sample_images(model))
+    assert multiply_adds(model) == counted
+    for remat in ("none", "dots", "full"):
+        again = model.clone(remat=remat)
+        loss = lambda variables, of=again: (  # noqa: E731
+            of.apply(variables, sample_images(of), train=False).sum()
+        )
+        counted = count_multiply_adds(jax.value_and_grad(loss), abstract_variables(again))
+        assert step_flops(again) == 2 * counted, remat
+
+
 @pytest.mark.parametrize("heads", HEADS)
 @pytest.mark.parametrize("remat", ["none", "dots", "full"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("backward", ["derived", "autodiff"])
 def test_activation_bytes_are_what_the_backward_pass_holds(heads, remat, dtype, backward):
+    how = dict(remat=remat, dtype=dtype, backward=backward)
+    check_activation_bytes(Crate(**SIZES, **heads, **how))
+
+
+@pytest.mark.parametrize("name", OTHERS)
+@pytest.mark.parametrize("remat", ["none", "dots", "full"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_activation_bytes_of_the_other_operators(name, remat, dtype):
+    check_activation_bytes(OTHERS[name](remat=remat, dtype=dtype))
+
+
+def check_activation_bytes(of_depth_2):
     """Between depth 2 and depth 4 the residuals of `jax.vjp` grow by two layers' worth."""
 
     def held(depth):
-        how = dict(remat=remat, dtype=dtype, backward=backward)
-        model = Crate(**SIZES | {"depth": depth}, **heads, **how)
+        model = of_depth_2.clone(depth=depth)
         images = jax.ShapeDtypeStruct((7, 8, 24, 3), jnp.float32)
 
         def keep(params, images):
@@ -104,9 +139,7 @@ def test_activation_bytes_are_what_the_backward_pass_holds(heads, remat, dtype, 
         residuals = jax.tree.leaves(jax.eval_shape(keep, abstract_variables(model), images))
         # One array for all images of the batch, or for all their tokens, or for all their heads.
         rows = {7, 7 * model.num_tokens, 7 * model.num_heads}
-        stacked = [
-            a for a in residuals if a.ndim > 2 and a.shape[0] == depth and a.shape[1] in rows
-        ]
+        stacked = [a for a in residuals if a.shape[:1] == (depth,) and rows & {*a.shape[1:]}]
         return sum(a.size * a.dtype.itemsize for a in stacked) / 7, activation_bytes(model)
 
     (few, few_formula), (many, many_formula) = held(2), held(4)

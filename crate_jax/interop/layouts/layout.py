@@ -108,7 +108,7 @@ class Layout:
             if path not in self.table:
                 raise ValueError(
                     f"{path} must have a name in the layout {self.name}; it has none. "
-                    "Keep these weights under their own paths, as .safetensors or .npz."
+                    "Weights of this model are kept under their own paths, in .safetensors or .npz."
                 )
             pattern, form = self.table[path]
             stacked = "{i}" in pattern
