@@ -32,7 +32,8 @@ def load(path: Path) -> dict[str, Any]:
         raise ValueError(f"{path} must be a JSON file; got {error}.") from None
     sections = ("batch_sizes", "hardware")
     known = isinstance(result, dict) and all(isinstance(result.get(s), dict) for s in sections)
-    if not known or not figures(result) or not all(map(positive, figures(result).values())):
+    values = figures(result).values() if known else ()
+    if not values or not all(type(v) in (int, float) and 0 < v < math.inf for v in values):
         raise ValueError(f"{path} must be a result of benchmarks/step.py. Write it with --output.")
     return result
 
@@ -40,11 +41,6 @@ def load(path: Path) -> dict[str, Any]:
 def figures(result: dict[str, Any]) -> dict[str, Any]:
     """What is compared, of all that is in a result."""
     return {key: value for key, value in result.items() if key.rpartition("/")[2] in FIGURES}
-
-
-def positive(value: Any) -> bool:
-    """Whether it is a number that another one can be divided by."""
-    return type(value) in (int, float) and 0 < value < math.inf
 
 
 def compare(new: dict[str, Any], old: dict[str, Any]) -> tuple[list[str], bool]:

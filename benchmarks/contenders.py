@@ -15,10 +15,9 @@ from crate_jax.training.state import TrainState, init_state
 from crate_jax.training.step import make_train_step
 
 SMOOTHING = 0.1
-ADAMW = {"b1": 0.9, "b2": 0.999, "eps": 1e-8, "weight_decay": 0.1}
-LEARNING_RATE = 4e-4
+LEARNING_RATE, BETAS, ADAMW = 4e-4, (0.9, 0.999), {"eps": 1e-8, "weight_decay": 0.1}
 
-TX = optax.adamw(LEARNING_RATE, **ADAMW)
+TX = optax.adamw(LEARNING_RATE, *BETAS, **ADAMW)
 
 
 class Contender(NamedTuple):

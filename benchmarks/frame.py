@@ -23,7 +23,7 @@ Result = dict[str, Any]
 
 
 def command_line(
-    question: str,
+    question: str | None,
     *,
     rounds: int | None = None,
     model: str | None = None,
@@ -100,7 +100,7 @@ def publish(
     """
     import jax  # not at the top: a benchmark may have to set variables that JAX reads
 
-    arguments = {k: v for k, v in vars(args).items() if isinstance(v, (int, float, str))}
+    arguments = {k: v for k, v in vars(args).items() if type(v) in (int, float, str)}
     result = arguments | shorten(found)
     result["hardware"] = {
         "device": jax.devices()[0].device_kind,

@@ -181,10 +181,7 @@ def start_up_s(jpegs: list[bytes], workers: int) -> float:
 def soak(batches: int, workers: int) -> Result:
     """Draw synthetic batches; resident memory of this process and its workers over time."""
     data = DataConfig(
-        dataset="synthetic",
-        train_transforms="random_flip()",
-        num_workers=workers,
-        prefetch_mib=16,
+        dataset="synthetic", train_transforms="random_flip()", num_workers=workers, prefetch_mib=16
     )
     shape = (32, 32, 3)
     rows = open_labelled_images(data, "train", train=True, image_shape=shape, num_classes=10)

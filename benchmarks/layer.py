@@ -32,7 +32,7 @@ from crate_jax import create_model
 from crate_jax.models.block import Block, Context
 from crate_jax.models.crate import Crate
 from crate_jax.models.derivatives import ATTEND, NORMALISE
-from crate_jax.models.layers import ista_step
+from crate_jax.models.layers import ista_step, times
 from crate_jax.planning.chips import CHIPS
 
 SHOWN = ("h100", "v5e")
@@ -60,7 +60,7 @@ def steps_of(model: Crate, batch_size: int) -> Steps:
         return NORMALISE["derived"](X, scale, bias, dtype, model.EPSILON)
 
     def to_subspaces(Y, U):
-        return jnp.einsum("bnd,dkp->bnkp", Y, U.astype(dtype))
+        return times(Y, U.astype(dtype))
 
     def transpose(V):
         return V.swapaxes(1, 2)
@@ -69,7 +69,7 @@ def steps_of(model: Crate, batch_size: int) -> Steps:
         return ATTEND["derived"](V)[0]
 
     def out(Z, attended, W):
-        return Z + jnp.einsum("bnkp,kpd->bnd", attended, W.astype(dtype))
+        return Z + times(attended, W.astype(dtype), axes=2)
 
     def ista(Y, D):
         return ista_step(Y, D.astype(dtype), eta=model.eta, lmbda=model.lmbda)

@@ -18,25 +18,27 @@ import tempfile
 import time
 from pathlib import Path
 
+import jax
 from frame import child, command_line, publish
+
+import crate_jax
 
 
 def write_files(folder: Path, name: str) -> list[Path]:
     """The same random weights in every format."""
     import torch
 
-    import crate_jax
     from crate_jax.parity.torch_reference import from_flax_model
 
     torch.manual_seed(0)
     model = crate_jax.create_model(name)
-    state = from_flax_model(model).state_dict()  # type: ignore[arg-type]
+    state = from_flax_model(model).state_dict()
     wrapped = {"epoch": 1, "state_dict": {f"module.{k}": v for k, v in state.items()}}
     torch.save(wrapped, folder / "official.pth.tar")
-    params = crate_jax.load_weights(folder / "official.pth.tar", model)  # type: ignore[arg-type]
+    params = crate_jax.load_weights(folder / "official.pth.tar", model)
     paths = [folder / f"ours.{suffix}" for suffix in ("pth", "safetensors", "npz")]
     for path in paths:
-        crate_jax.save_weights(path, params, model)  # type: ignore[arg-type]
+        crate_jax.save_weights(path, params, model)
     return [folder / "official.pth.tar", *paths]
 
 
@@ -48,17 +50,13 @@ def resident(field: str) -> int:
 
 def load(path: str, name: str, import_torch: bool) -> dict[str, float]:
     """In a process of its own: seconds and bytes of one load."""
-    import jax
-
-    import crate_jax
-
     if import_torch:
         import torch  # noqa: F401
     jax.devices()
     model = crate_jax.create_model(name)
     before = resident("VmRSS")
     start = time.perf_counter()
-    crate_jax.load_weights(path, model)  # type: ignore[arg-type]
+    crate_jax.load_weights(path, model)
     seconds = time.perf_counter() - start
     grown = resident("VmHWM") - before
     return {"seconds": seconds, "memory_ratio": grown / os.path.getsize(path)}

@@ -12,20 +12,19 @@ import statistics
 import tempfile
 import time
 
+import jax
+import jax.numpy as jnp
+import optax
 from frame import child, command_line, publish
+
+from crate_jax import create_model
+from crate_jax.tasks import Classify
+from crate_jax.training.state import init_state
+from crate_jax.training.step import make_train_step
 
 
 def measure(model_name: str, batch_size: int) -> dict[str, float]:
     """Seconds to trace and to compile, in this process."""
-    import jax
-    import jax.numpy as jnp
-    import optax
-
-    from crate_jax import create_model
-    from crate_jax.tasks import Classify
-    from crate_jax.training.state import init_state
-    from crate_jax.training.step import make_train_step
-
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
     model, tx = create_model(model_name), optax.adamw(1e-3)
     task = Classify(model, label_smoothing=0.1)

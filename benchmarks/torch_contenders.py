@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import torch
 import torch.nn.functional as F
-from contenders import ADAMW, LEARNING_RATE, SMOOTHING, Contender
+from contenders import ADAMW, BETAS, LEARNING_RATE, SMOOTHING, Contender
 from timing import finish
 
 from crate_jax.interop import to_state_dict
@@ -50,14 +50,7 @@ def contenders(
     evaluated, trained = make_model().eval(), make_model().train()
     forward_fn = wrap(evaluated)
     loss_fn = wrap(lambda x, y: F.cross_entropy(trained(x), y, label_smoothing=SMOOTHING))
-    optimizer = torch.optim.AdamW(
-        trained.parameters(),
-        lr=LEARNING_RATE,
-        betas=(ADAMW["b1"], ADAMW["b2"]),
-        eps=ADAMW["eps"],
-        weight_decay=ADAMW["weight_decay"],
-        fused=True,
-    )
+    optimizer = torch.optim.AdamW(trained.parameters(), LEARNING_RATE, BETAS, **ADAMW, fused=True)
 
     def forward():
         with torch.no_grad(), autocast():
