@@ -3,12 +3,14 @@
 from crate_jax import analysis, objective
 from crate_jax.interop import load_weights, save_weights
 from crate_jax.models.crate import Crate
+from crate_jax.models.crate_alpha import CrateAlpha
 from crate_jax.models.zoo import create_model, list_models
 
 __version__ = "0.1.0"
 
 __all__ = [
     "Crate",
+    "CrateAlpha",
     "analysis",
     "create_model",
     "list_models",

@@ -8,13 +8,15 @@ from typing import Any
 
 from crate_jax.models.classifier import ImageClassifier
 from crate_jax.models.crate import Crate
+from crate_jax.models.crate_alpha import CrateAlpha
 from crate_jax.parity.crate import TorchCrate, crate_twin
+from crate_jax.parity.crate_alpha import TorchCrateAlpha
 from crate_jax.parity.twin import Lion, Twin
 
 __all__ = ["TWINS", "Lion", "TorchCrate", "Twin", "from_flax_model"]
 
 # Our class to the maker of its twin.
-TWINS: dict[type, Callable[[Any], Twin]] = {Crate: crate_twin}
+TWINS: dict[type, Callable[[Any], Twin]] = {Crate: crate_twin, CrateAlpha: TorchCrateAlpha}
 
 
 def from_flax_model(model: ImageClassifier) -> Twin:
