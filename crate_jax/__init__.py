@@ -3,6 +3,7 @@
 from crate_jax import analysis, objective
 from crate_jax.interop import load_weights, save_weights
 from crate_jax.models.crate import Crate
+from crate_jax.models.crate_alpha import CrateAlpha
 from crate_jax.models.vit import ViT
 from crate_jax.models.zoo import create_model, list_models
 
@@ -10,6 +11,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "Crate",
+    "CrateAlpha",
     "ViT",
     "analysis",
     "create_model",
