@@ -6,58 +6,18 @@ default, comment and legal values, and whether another value makes a run another
 """
 
 import dataclasses
-from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterator, Mapping
+from typing import Any, TypeVar
 
 import numpy as np
 
-from crate_jax.models.variants import FAMILIES, DType, Size, fields_of, find, values_of
+from crate_jax.files import Json
+from crate_jax.models.variants import ModelConfig, values_of
+from crate_jax.models.variants import overrides as overrides
+from crate_jax.models.variants import renamed as renamed
 from crate_jax.options import check, did_you_mean, option, option_of, unknown
 
-
-@dataclasses.dataclass(kw_only=True)
-class ModelConfig:
-    """Which model, and what differs from its row in `crate_jax.models.variants.VARIANTS`.
-
-    ``ModelConfig(name=…)`` is the section of that model's family and has the family's fields. A
-    field left at None keeps the variant's value.
-
-    Raises:
-        KeyError: there is no such model, or its family has no such field.
-    """
-
-    name: str = option("crate_small_patch16_224", "one of crate_jax.list_models()", identity=True)
-
-    def __new__(cls, **values: Any) -> "ModelConfig":
-        """An object of the family's class, which `__init__` fills."""
-        if cls is not ModelConfig:  # the section of a family, as a copy makes it
-            return object.__new__(cls)
-        name = values.pop("name", cls.name)
-        known = fields_of(family := find(name).family)
-        for field in values:
-            if field not in known:
-                raise unknown(f"model.{field}", field, known, name)
-        return object.__new__(_SECTIONS[family])
-
-    if TYPE_CHECKING:
-
-        def __init__(self, **values: Any) -> None: ...
-
-        def __getattr__(self, field: str) -> Any: ...
-
-
-def _section(family: str) -> type[ModelConfig]:
-    """The fields of a family, unset, and of the types that flags and JSON can state."""
-    stated: dict[Any, Any] = {Size: tuple[int, ...], DType: str}
-    optional = []
-    for name, field in fields_of(family).items():
-        told = dataclasses.replace(option_of(field), identity=True)
-        unset = dataclasses.field(default=None, metadata={"option": told})
-        optional.append((name, stated.get(field.type, field.type) | None, unset))
-    return dataclasses.make_dataclass("ModelConfig", optional, bases=(ModelConfig,), kw_only=True)
-
-
-_SECTIONS = {family: _section(family) for family in FAMILIES}
+_Recipe = TypeVar("_Recipe")
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -196,13 +156,15 @@ class TrainConfig:
     parallel: ParallelConfig = dataclasses.field(default_factory=ParallelConfig)
 
 
+Section = ModelConfig | DataConfig | OptimConfig | ParallelConfig
+
 # The usual evaluation geometry on ImageNet, and the statistics of its pixels in [0, 1].
 IMAGENET_EVAL = "resize_shorter(256)|center_crop(224)"
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
 
-def choose(arg: str | None, recipes: dict[str, Any], default: str) -> Any:
+def choose(arg: str | None, recipes: Mapping[str, _Recipe], default: str) -> _Recipe:
     """The recipe that ``--config=file.py:arg`` asks for.
 
     Raises:
@@ -214,32 +176,34 @@ def choose(arg: str | None, recipes: dict[str, Any], default: str) -> Any:
     return recipes[name]
 
 
-def options(config: Any, prefix: str = "") -> Iterator[tuple[str, Any, dataclasses.Field]]:
+def options(
+    config: TrainConfig | Section, prefix: str = ""
+) -> Iterator[tuple[str, TrainConfig | Section, dataclasses.Field]]:
     """Every field of a config and of its sections: its dotted path, its section, the field."""
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)
-        if dataclasses.is_dataclass(value):
+        if isinstance(value, Section):
             yield from options(value, f"{prefix}{field.name}.")
         else:
             yield prefix + field.name, config, field
 
 
-def get_field(config: Any, path: str) -> Any:
+def get_field(config: TrainConfig | Section, path: str) -> object:
     """The value at a dotted path, such as ``optim.lr``.
 
     Raises:
         KeyError: a part of the path names no field; the nearest field is suggested.
     """
-    parts = path.split(".")
+    parts, value = path.split("."), config
     for i, part in enumerate(parts):
-        if not dataclasses.is_dataclass(config):
+        if not isinstance(value, TrainConfig | Section):
             raise KeyError(f"{path} must name a field; {'.'.join(parts[:i])} has none below it.")
-        known = [field.name for field in dataclasses.fields(config)]
+        known = [field.name for field in dataclasses.fields(value)]
         if part not in known:
-            owner = config.name if isinstance(config, ModelConfig) else ""
+            owner = value.name if isinstance(value, ModelConfig) else ""
             raise unknown(path, part, known, owner)
-        config = getattr(config, part)
-    return config
+        value = getattr(value, part)
+    return value
 
 
 def validate(config: TrainConfig) -> TrainConfig:
@@ -269,34 +233,19 @@ def _split(names: tuple[str, ...]) -> tuple[str, ...]:
     return tuple(part.strip() for name in names for part in name.split(",") if part.strip())
 
 
-def renamed(model: ModelConfig, name: str) -> ModelConfig:
-    """The section of another model, with what this one sets as far as that one has the fields."""
-    known = fields_of(find(name).family)
-    kept = {field: value for field, value in overrides(model).items() if field in known}
-    return ModelConfig(name=name, **kept)
-
-
-def overrides(model: ModelConfig) -> dict[str, Any]:
-    """The fields that a section sets."""
-    values = dataclasses.asdict(model)
-    return {
-        field: values[field] for field in values if field != "name" and values[field] is not None
-    }
-
-
-def to_dict(config: TrainConfig) -> dict[str, Any]:
+def to_dict(config: TrainConfig) -> Json:
     """The config as plain JSON values (tuples become lists)."""
-    return _plain(dataclasses.asdict(config))
+    return {name: _plain(value) for name, value in dataclasses.asdict(config).items()}
 
 
-def from_dict(values: dict[str, Any]) -> TrainConfig:
+def from_dict(values: Json) -> TrainConfig:
     """The inverse of `to_dict`. What is missing has its default: an older version wrote it.
 
     Raises:
         KeyError: a key names no field, for example one of another version of this project.
     """
 
-    def build(section: Any, values: dict[str, Any], prefix: str = "") -> Any:
+    def build(section: Any, values: Json, prefix: str = "") -> Any:
         known = {field.name: field.type for field in dataclasses.fields(section)}
         kwargs = {}
         for key, value in values.items():
@@ -312,7 +261,7 @@ def from_dict(values: dict[str, Any]) -> TrainConfig:
 
 def differences(
     old: TrainConfig, new: TrainConfig, *, identity: bool = False
-) -> dict[str, tuple[Any, Any]]:
+) -> dict[str, tuple[object, object]]:
     """Dotted path of each field whose value differs, with the old and the new value.
 
     Args:
@@ -324,7 +273,7 @@ def differences(
     return {path: (a.get(path), b.get(path)) for path in a | b if a.get(path) != b.get(path)}
 
 
-def _values(config: TrainConfig, identity: bool) -> Iterator[tuple[str, Any]]:
+def _values(config: TrainConfig, identity: bool) -> Iterator[tuple[str, object]]:
     """Paths and plain values; what the section of the model leaves unset, the variant says."""
     variant = values_of(config.model.name)
     for path, section, field in options(config):
@@ -335,7 +284,7 @@ def _values(config: TrainConfig, identity: bool) -> Iterator[tuple[str, Any]]:
             yield path, _plain(value)
 
 
-def _plain(value: Any) -> Any:
+def _plain(value: object) -> object:
     if isinstance(value, dict):
         return {k: _plain(v) for k, v in value.items()}
     if isinstance(value, type):  # a dtype

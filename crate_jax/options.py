@@ -114,7 +114,7 @@ def check(path: str, field: dataclasses.Field, value: Any, remedy: str) -> None:
                 raise ValueError(f"{path} must be {told.range}; got {value}. {remedy}")
 
 
-def is_of(value: Any, kind: Any) -> bool:
+def is_of(value: object, kind: Any) -> bool:
     """Whether a value is of an annotated type; a list may stand for a tuple, as in JSON."""
     members = _members(kind)
     if len(members) > 1:
@@ -141,7 +141,7 @@ def unknown(path: str, part: str, known: Iterable[str], owner: str = "") -> KeyE
     return KeyError(f"{path} must name a field{whose}. {did_you_mean(part, known)}")
 
 
-def _members(kind: Any) -> tuple[Any, ...]:
+def _members(kind: object) -> tuple[Any, ...]:
     """The types of which an annotation allows any."""
     union = typing.get_origin(kind) in (typing.Union, types.UnionType)
     return typing.get_args(kind) if union else (kind,)

@@ -7,16 +7,24 @@ import os
 import re
 from collections import Counter
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
 import jax
 import numpy as np
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec, Sharding
+from jax.typing import ArrayLike
 
 from crate_jax.config import ParallelConfig
 
 AXES = ("data", "fsdp")
+
+Devices = Sequence[Any]  # of `jax.Device`, which type checkers take for a variable
+PyTree = Any  # arrays, or their shapes, in whatever nested containers
+Shardings = Any  # a PyTree with a `NamedSharding` in place of each array
+
+_Arguments = ParamSpec("_Arguments")
+_Result = TypeVar("_Result")
 
 _QUESTIONS = itertools.count()  # of `all_agree`
 
@@ -123,7 +131,7 @@ def parse_mesh(spec: str) -> dict[str, int]:
     return sizes
 
 
-def make_mesh(spec: str = "data:-1", devices: Sequence[Any] | None = None) -> Mesh:
+def make_mesh(spec: str = "data:-1", devices: Devices | None = None) -> Mesh:
     """Lay all devices out on the axes ``data`` and ``fsdp``.
 
     Args:
@@ -168,7 +176,7 @@ def make_mesh(spec: str = "data:-1", devices: Sequence[Any] | None = None) -> Me
     return Mesh(layout, AXES, types)
 
 
-def _across_slices(sizes: tuple[int, ...], devices: Sequence[Any], slices: int) -> np.ndarray:
+def _across_slices(sizes: tuple[int, ...], devices: Devices, slices: int) -> np.ndarray:
     """The devices of several TPU slices, or GPU hosts, as an array of the mesh's shape.
 
     Between them the network is slower, so they divide ``data``, along which least is sent; and
@@ -192,21 +200,21 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec(AXES))
 
 
-def on_mesh(mesh: Mesh, function: Callable[..., Any]) -> Callable[..., Any]:
+def on_mesh(mesh: Mesh, function: Callable[_Arguments, _Result]) -> Callable[_Arguments, _Result]:
     """A function to jit, in which weights that the axis ``fsdp`` shares are gathered at their use.
 
     See `crate_jax.models.layers.whole`.
     """
 
     @functools.wraps(function)
-    def run(*args: Any) -> Any:
+    def run(*args: _Arguments.args, **kwargs: _Arguments.kwargs) -> _Result:
         with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
-            return function(*args)
+            return function(*args, **kwargs)
 
     return run
 
 
-def place(array: Any, sharding: Sharding) -> jax.Array:
+def place(array: ArrayLike, sharding: Sharding) -> jax.Array:
     """An array that every process has whole, as one global array.
 
     Args:
@@ -231,7 +239,7 @@ def check_batch_size(name: str, size: int, shards: int) -> None:
         )
 
 
-def state_shardings(abstract_state: Any, mesh: Mesh) -> Any:
+def state_shardings(abstract_state: PyTree, mesh: Mesh) -> Shardings:
     """Shardings of a training state by one rule of paths and shapes.
 
     A leaf of two axes or more is split over ``fsdp`` on its longest axis that divides; biases and
@@ -247,7 +255,7 @@ def state_shardings(abstract_state: Any, mesh: Mesh) -> Any:
     """
     n = mesh.shape["fsdp"]
 
-    def spec(path: Any, leaf: Any) -> NamedSharding:
+    def spec(path: jax.tree_util.KeyPath, leaf: jax.ShapeDtypeStruct) -> NamedSharding:
         first = 1 if "blocks" in jax.tree_util.keystr(path) else 0
         if n > 1 and leaf.ndim - first >= 2:
             for axis in sorted(range(first, leaf.ndim), key=lambda i: -leaf.shape[i]):
@@ -260,18 +268,22 @@ def state_shardings(abstract_state: Any, mesh: Mesh) -> Any:
     return jax.tree_util.tree_map_with_path(spec, abstract_state)
 
 
-def check_shares(abstract_state: Any, shardings: Any, mesh: Mesh) -> None:
+def check_shares(abstract_state: PyTree, shardings: Shardings, mesh: Mesh) -> None:
     """Refuse an ``fsdp`` that splits little of a state.
 
     Raises:
         ValueError: a device would hold a tenth of the whole more than 1/fsdp of it.
     """
     n = mesh.shape["fsdp"]
-    size = lambda leaf, sharding: math.prod(sharding.shard_shape(leaf.shape))  # noqa: E731
-    own = sum(jax.tree.leaves(jax.tree.map(size, abstract_state, shardings)))
+    own = sum(jax.tree.leaves(jax.tree.map(_size_of_shard, abstract_state, shardings)))
     whole = sum(leaf.size for leaf in jax.tree.leaves(abstract_state))
     if own > (1 / n + 0.1) * whole:
         raise ValueError(
             "parallel.mesh must have an fsdp that divides the widths of the model; with "
             f"fsdp:{n} a device would hold {own / whole:.0%} of the state. Choose another."
         )
+
+
+def _size_of_shard(leaf: jax.ShapeDtypeStruct, sharding: NamedSharding) -> int:
+    """How many values of a leaf one device holds."""
+    return math.prod(sharding.shard_shape(leaf.shape))

@@ -12,7 +12,7 @@ import tracemalloc  # noqa: F401, pytest's hook for what a collected object rais
 import jax
 import pytest
 
-from crate_jax import Crate, config
+from crate_jax import Crate
 from crate_jax.models import variants
 from crate_jax.options import option
 
@@ -92,4 +92,4 @@ def other_family(monkeypatch):
     fields = dict(patch_size=16, width=8, depth=1, num_heads=2)
     monkeypatch.setitem(variants.FAMILIES, "other", OtherFields)
     monkeypatch.setitem(variants.VARIANTS, "other_tiny", variants.Variant("other", fields))
-    monkeypatch.setitem(config._SECTIONS, "other", config._section("other"))
+    monkeypatch.setitem(variants._SECTIONS, "other", variants._section("other"))

@@ -1,13 +1,11 @@
 """The objective layer by layer: what a model compresses and sparsifies, measured on real images."""
 
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 from jax import Array
 
 from crate_jax.analysis.taps import taps
-from crate_jax.models.classifier import ImageClassifier
+from crate_jax.models.classifier import ImageClassifier, Params
 from crate_jax.objective import coding_rate, projected_coding_rate, sparsity, subspace_coding_rate
 
 DEFINITIONS = ("paper", "official_code")
@@ -15,7 +13,7 @@ DEFINITIONS = ("paper", "official_code")
 
 def layerwise(
     model: ImageClassifier,
-    params: Any,
+    params: Params,
     images: Array,
     *,
     definition: str = "paper",
@@ -50,28 +48,14 @@ def layerwise(
         ValueError: an unknown definition, the official one of a model without MSSA, or images that
             do not fit the model.
     """
-    if definition not in DEFINITIONS:
-        raise ValueError(f"definition must be one of {', '.join(DEFINITIONS)}; got {definition}.")
-    has_subspaces = "subspace_tokens" in model.tap_names
-    if definition == "official_code" and not has_subspaces:
-        raise ValueError(
-            "definition must be paper for a model without MSSA, which has no subspace tokens; got "
-            "official_code. Leave the definition out."
-        )
+    _check(definition, model)
     exact = model.clone(dtype=jnp.float32)
     token_tap = "z_half" if definition == "paper" else "subspace_tokens"
     names = [name for name in (token_tap, "ista") if name in model.tap_names]
     _, seen = taps(exact, params, images, names=names)
     values, compressed_LxB = {}, None
-    if definition == "official_code":
-        compressed_LxB = jax.lax.map(
-            lambda w: projected_coding_rate(_unit_length(w), eps=eps), seen["subspace_tokens"]
-        )
-    elif has_subspaces:
-        compressed_LxB = jax.lax.map(
-            lambda layer: subspace_coding_rate(*layer, eps=eps),
-            (seen["z_half"], params["blocks"]["mssa"]["U"]),
-        )
+    if "subspace_tokens" in model.tap_names:
+        compressed_LxB = _compressed(params, seen, eps)
     if definition == "paper":
         rate_LxB = jax.lax.map(lambda z: coding_rate(z, eps=eps), seen["z_half"])
         values["rate_mean"] = rate_LxB.mean(axis=1)
@@ -83,6 +67,29 @@ def layerwise(
     if "ista" in seen:
         values["zero_fraction"] = sparsity(seen["ista"]).mean(axis=1)
     return values
+
+
+def _check(definition: str, model: ImageClassifier) -> None:
+    """Refuse a definition that is unknown, or that the model does not have."""
+    if definition not in DEFINITIONS:
+        raise ValueError(f"definition must be one of {', '.join(DEFINITIONS)}; got {definition}.")
+    if definition == "official_code" and "subspace_tokens" not in model.tap_names:
+        raise ValueError(
+            "definition must be paper for a model without MSSA, which has no subspace tokens; got "
+            "official_code. Leave the definition out."
+        )
+
+
+def _compressed(params: Params, seen: dict[str, Array], eps: float) -> Array:
+    """R^c of every layer and image, of the subspace tokens if they were seen, else of z_half."""
+    if "subspace_tokens" in seen:
+        return jax.lax.map(
+            lambda w: projected_coding_rate(_unit_length(w), eps=eps), seen["subspace_tokens"]
+        )
+    return jax.lax.map(
+        lambda layer: subspace_coding_rate(*layer, eps=eps),
+        (seen["z_half"], params["blocks"]["mssa"]["U"]),
+    )
 
 
 def _unit_length(W_BxNxKxp: Array) -> Array:

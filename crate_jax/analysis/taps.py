@@ -1,15 +1,14 @@
 """One forward pass that returns named per-layer tensors."""
 
 from collections.abc import Sequence
-from typing import Any
 
 from jax import Array
 
-from crate_jax.models.classifier import ImageClassifier
+from crate_jax.models.classifier import ImageClassifier, Params
 
 
 def taps(
-    model: ImageClassifier, params: Any, images: Array, names: Sequence[str] | None = None
+    model: ImageClassifier, params: Params, images: Array, names: Sequence[str] | None = None
 ) -> tuple[Array, dict[str, Array]]:
     """Run the model and return what its layers computed on the way.
 

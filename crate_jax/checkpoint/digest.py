@@ -1,17 +1,18 @@
 """Fingerprints of arrays, to find the bytes that changed between a save and a restore."""
 
 import math
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
+from crate_jax.parallel import PyTree
+
 _UINT = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}
 
 
-def digest(tree: Any) -> dict[str, int]:
+def digest(tree: PyTree) -> dict[str, int]:
     """A 32-bit fingerprint of every array of a tree, by its path.
 
     Each element's bits are mixed with its place by a map that is one-to-one (MurmurHash3's
@@ -31,7 +32,7 @@ def digest(tree: Any) -> dict[str, int]:
     return dict(zip(paths, found.tolist(), strict=True))
 
 
-def changed(tree: Any, expected: dict[str, int]) -> list[str]:
+def changed(tree: PyTree, expected: dict[str, int]) -> list[str]:
     """Paths of the arrays whose fingerprint is not the expected one.
 
     Args:

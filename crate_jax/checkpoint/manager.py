@@ -7,6 +7,7 @@ with them and compared. This module knows pytrees and paths alone.
 """
 
 import contextlib
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from crate_jax.checkpoint.engine import for_reading, for_writing
 from crate_jax.checkpoint.folder import FOLDER, no_checkpoint, set_aside, sweep
 from crate_jax.checkpoint.record import DIGEST, best_of, is_whole, seal, unseal
 from crate_jax.files import Json
-from crate_jax.parallel import all_agree
+from crate_jax.parallel import PyTree, all_agree
 
 # Seconds for which a process that has read a step waits for the others to have read it, and one
 # that could not waits to hear from them.
@@ -97,7 +98,7 @@ class Checkpointer:
         )
 
     def save(
-        self, step: int, state: Any, record: Json, metrics: dict[str, float] | None = None
+        self, step: int, state: PyTree, record: Json, metrics: dict[str, float] | None = None
     ) -> None:
         """Start writing a step; one that exists already is left as it is.
 
@@ -131,7 +132,7 @@ class Checkpointer:
         if failure is not None:
             raise failure
 
-    def restore(self, step: int, abstract_state: Any) -> tuple[Any, Json]:
+    def restore(self, step: int, abstract_state: PyTree) -> tuple[PyTree, Json]:
         """Read a step back.
 
         Args:
@@ -151,7 +152,7 @@ class Checkpointer:
         restored = self._read(step, items)
         return restored["state"], self._checked(step, restored["state"], restored["record"])
 
-    def restore_newest(self, abstract_state: Any) -> tuple[Any, Json, list[str]]:
+    def restore_newest(self, abstract_state: PyTree) -> tuple[PyTree, Json, list[str]]:
         """Read the newest step that is whole, and set newer ones aside.
 
         A damaged step is renamed, ``damaged-300``, so that its number is free again and nobody
@@ -185,7 +186,7 @@ class Checkpointer:
             problems.setdefault(step, self._damage(step, "another process cannot read it"))
         raise ValueError(next(iter(problems.values()), f"{self.directory} holds no checkpoint."))
 
-    def restore_part(self, step: int, item: Any, restore_args: Any) -> tuple[Any, Json]:
+    def restore_part(self, step: int, item: PyTree, restore_args: PyTree) -> tuple[PyTree, Json]:
         """Read some branches of a step's tree; a manager that restored a whole one cannot.
 
         Args:
@@ -226,7 +227,7 @@ class Checkpointer:
     def _record_on_disk(self, step: int) -> Json:
         return self._read(step, ocp.args.Composite(record=ocp.args.JsonRestore()))["record"]
 
-    def saved_shapes(self, step: int) -> Any:
+    def saved_shapes(self, step: int) -> PyTree:
         """The tree of a step's state as `jax.ShapeDtypeStruct` leaves; nothing else is read."""
         try:
             folder: Any = self.directory / str(step) / "state"
@@ -262,7 +263,7 @@ class Checkpointer:
         """
         return self._manager.reached_preemption(step)
 
-    def _read(self, step: int, items: ocp.args.Composite) -> Any:
+    def _read(self, step: int, items: ocp.args.Composite) -> Mapping[str, PyTree]:
         try:
             return self._manager.restore(step, args=items)
         except jax.errors.JaxRuntimeError as error:
@@ -272,7 +273,7 @@ class Checkpointer:
         except Exception as error:  # Orbax raises bare Exceptions, and KeyErrors and JSON errors
             raise self._unreadable(step, error) from error
 
-    def _checked(self, step: int, tree: Any, record: Json) -> Json:
+    def _checked(self, step: int, tree: PyTree, record: Json) -> Json:
         """The record as it was saved, once it and the tree have been compared with that."""
         # Runs of the first days have neither checksum nor digest.
         if not is_whole(record):

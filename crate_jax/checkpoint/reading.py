@@ -1,7 +1,6 @@
 """What others read of a run's checkpoints: its parameters, and a list of what is there."""
 
 from pathlib import Path
-from typing import Any
 
 import jax
 import numpy as np
@@ -9,19 +8,20 @@ import orbax.checkpoint as ocp
 
 from crate_jax.checkpoint.manager import Checkpointer
 from crate_jax.files import Json
+from crate_jax.parallel import PyTree
 
 
 def restore_params(
-    workdir: str | Path, abstract_params: Any, step: str | int = "latest"
-) -> tuple[Any, int]:
+    workdir: str | Path, abstract_params: PyTree, step: str | int = "latest"
+) -> tuple[PyTree, int]:
     """`restore_trained` for a run that has nothing but parameters."""
     params, _, number = restore_trained(workdir, abstract_params, (), step)
     return params, number
 
 
 def restore_trained(
-    workdir: str | Path, abstract_params: Any, abstract_extra: Any, step: str | int = "latest"
-) -> tuple[Any, Any, int]:
+    workdir: str | Path, abstract_params: PyTree, abstract_extra: PyTree, step: str | int = "latest"
+) -> tuple[PyTree, PyTree, int]:
     """What a run has learnt, without its optimizer state: averaged parameters if it keeps them.
 
     Args:
@@ -59,7 +59,7 @@ def _on_a_device(x: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding or single)
 
 
-def read_params(workdir: str | Path, step: str | int) -> tuple[Any, Json]:
+def read_params(workdir: str | Path, step: str | int) -> tuple[PyTree, Json]:
     """The parameters of a run whatever their shapes are; its averaged ones if it keeps them.
 
     Args:
@@ -123,5 +123,5 @@ def _inspect(reader: Checkpointer, step: int) -> Json:
     return found | {"intact": True if reader.has_digest(step) else None}
 
 
-def _as_numpy(tree: Any) -> Any:
+def _as_numpy(tree: PyTree) -> PyTree:
     return jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), tree)

@@ -3,7 +3,7 @@
 import argparse
 import ast
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from crate_jax.config import (
     IMAGENET_EVAL,
@@ -15,6 +15,11 @@ from crate_jax.config import (
     from_dict,
 )
 from crate_jax.files import Json
+
+if TYPE_CHECKING:  # imported where it is used, with JAX
+    from crate_jax.models.classifier import ImageClassifier
+
+Subparsers = argparse._SubParsersAction  # what `add_subparsers` gives; argparse hides its name
 
 
 def add_model(parser: argparse.ArgumentParser) -> None:
@@ -48,7 +53,7 @@ def add_data(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def named_model(args: argparse.Namespace) -> Any:
+def named_model(args: argparse.Namespace) -> "ImageClassifier | None":
     """The model of --model and --model-kwargs, or None for what the weights state.
 
     Raises:
@@ -81,7 +86,7 @@ def model_kwargs(args: argparse.Namespace) -> Json:
     return kwargs
 
 
-def default_data(model: Any) -> DataConfig:
+def default_data(model: "ImageClassifier") -> DataConfig:
     """How images are prepared for weights that do not say: as on ImageNet, or just resized."""
     *size, channels = model.input_shape
     return DataConfig(

@@ -7,11 +7,12 @@ import sys
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from crate_jax.cli.arguments import (
+    Subparsers,
     add_data,
     add_model,
     default_data,
@@ -22,8 +23,15 @@ from crate_jax.cli.arguments import (
 from crate_jax.config import DataConfig, OptimConfig
 from crate_jax.files import Json
 
+if TYPE_CHECKING:  # imported where they are used
+    from jax import Array
 
-def add_compare(subparsers: Any) -> None:
+    from crate_jax.data.images.labelled import LabelledImages
+    from crate_jax.models.classifier import ImageClassifier, Params
+    from crate_jax.parity.difference import Comparison
+
+
+def add_compare(subparsers: Subparsers) -> None:
     """The flags of `compare`."""
     parser = subparsers.add_parser("compare", help="ours against PyTorch, layer by layer")
     parser.add_argument(
@@ -85,7 +93,7 @@ def _check_compare(args: argparse.Namespace) -> None:
         raise ValueError("--html must have matplotlib. Install it: pip install 'crate-jax[plot]'")
 
 
-def _compare(args: argparse.Namespace) -> tuple[Any, Json]:
+def _compare(args: argparse.Namespace) -> "tuple[Comparison, Json]":
     """What was found, and under which conditions."""
     import jax
     import jax.numpy as jnp
@@ -126,7 +134,7 @@ def _compare(args: argparse.Namespace) -> tuple[Any, Json]:
     return found, conditions
 
 
-def _result(found: Any) -> Json:
+def _result(found: "Comparison") -> Json:
     """What was found, as JSON values."""
     return {
         "images": found.images,
@@ -142,8 +150,13 @@ def _result(found: Any) -> Json:
 
 
 def train_steps(
-    model: Any, params: Any, images: Any, labels: Any, optim: OptimConfig, steps: int
-) -> tuple[list[float], Any]:
+    model: "ImageClassifier",
+    params: "Params",
+    images: "Array",
+    labels: "Array",
+    optim: OptimConfig,
+    steps: int,
+) -> "tuple[list[float], Params]":
     """Full-batch steps of our training step at a constant rate: losses, and the parameters."""
     import jax
     import optax
@@ -164,7 +177,9 @@ def train_steps(
     return losses, state.params
 
 
-def _inputs(args: argparse.Namespace, model: Any) -> tuple[np.ndarray, np.ndarray, str]:
+def _inputs(
+    args: argparse.Namespace, model: "ImageClassifier"
+) -> tuple[np.ndarray, np.ndarray, str]:
     """Normalised images (B, H, W, c), labels (B,), and what they are in words."""
     from crate_jax.interop import find_run
 
@@ -182,7 +197,7 @@ def _inputs(args: argparse.Namespace, model: Any) -> tuple[np.ndarray, np.ndarra
 
 
 def _stored_images(
-    args: argparse.Namespace, model: Any, data: DataConfig
+    args: argparse.Namespace, model: "ImageClassifier", data: DataConfig
 ) -> tuple[np.ndarray, np.ndarray, str]:
     """The same for --images, or for the first of a split."""
     import jax.numpy as jnp
@@ -213,7 +228,7 @@ def _stored_images(
     return np.asarray(images), np.asarray(batch["label"], np.int64), rows.name
 
 
-def _folder_rows(folder: str, model: Any, data: DataConfig) -> Any:
+def _folder_rows(folder: str, model: "ImageClassifier", data: DataConfig) -> "LabelledImages":
     """The images anywhere below a folder, with labels that only have to be the same for both."""
     from crate_jax.data.images.labelled import LabelledImages
     from crate_jax.data.images.pipeline import make_pipeline

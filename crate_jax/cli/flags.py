@@ -6,15 +6,17 @@ import runpy
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TypeVar
 
 import absl.flags
 
 from crate_jax.cli.mistakes import complain, raised_here, text
 from crate_jax.config import TrainConfig, did_you_mean, get_field, renamed
 
+_Parsed = TypeVar("_Parsed")
 
-def define_config_flag(default: str) -> Any:
+
+def define_config_flag(default: str) -> absl.flags.FlagHolder:
     """`config_flag` for `sys.argv`; a mistake ends the process with one line and status 2."""
     return _exit_if_wrong(functools.partial(config_flag, default, sys.argv, absl.flags.FLAGS))
 
@@ -46,7 +48,9 @@ def parse_config(recipe: str, fields: list[str]) -> TrainConfig:
     return config.value
 
 
-def config_flag(default: str, argv: list[str], values: absl.flags.FlagValues) -> Any:
+def config_flag(
+    default: str, argv: list[str], values: absl.flags.FlagValues
+) -> absl.flags.FlagHolder:
     """Define the absl flags --config, and --config.FIELD for the fields that `argv` sets.
 
     --config.model.name comes first, wherever it stands: the other flags of the model are those of
@@ -110,7 +114,7 @@ def _recipe(path: str) -> TrainConfig:
     return get_config(variant) if separator else get_config()
 
 
-def _exit_if_wrong(parse: Callable[[], Any]) -> Any:
+def _exit_if_wrong(parse: Callable[[], _Parsed]) -> _Parsed:
     try:
         return parse()
     except (absl.flags.Error, ValueError, KeyError, OSError) as error:

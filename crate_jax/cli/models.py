@@ -2,14 +2,13 @@
 
 import argparse
 import sys
-from typing import Any
 
-from crate_jax.cli.arguments import add_model, named_model
+from crate_jax.cli.arguments import Subparsers, add_model, named_model
 from crate_jax.cli.flags import parse_config
 from crate_jax.files import Json
 
 
-def add_convert(subparsers: Any) -> None:
+def add_convert(subparsers: Subparsers) -> None:
     """The flags of `convert`."""
     parser = subparsers.add_parser("convert", help="weights from one kind of file to another")
     parser.add_argument(
@@ -37,7 +36,7 @@ def convert(args: argparse.Namespace) -> Json:
     }
 
 
-def add_summary(subparsers: Any) -> None:
+def add_summary(subparsers: Subparsers) -> None:
     """The flags of `summary`."""
     parser = subparsers.add_parser("summary", help="parameters, multiply-adds, tokens, memory")
     parser.add_argument("model", help="one of crate_jax.list_models()")
@@ -52,7 +51,7 @@ def summary(args: argparse.Namespace) -> Json:
     from crate_jax.models.zoo import create_model
 
     overrides = {k: getattr(args, k) for k in ("image_size", "num_classes") if getattr(args, k)}
-    model: Any = create_model(args.model, **overrides)
+    model = create_model(args.model, **overrides)
     return {
         "model": args.model,
         "image_size": list(model.input_shape[:2]),
@@ -63,7 +62,7 @@ def summary(args: argparse.Namespace) -> Json:
     }
 
 
-def add_plan(subparsers: Any) -> None:
+def add_plan(subparsers: Subparsers) -> None:
     """The flags of `plan`; those of the recipe's fields are left to `parse_config`."""
     parser = subparsers.add_parser(
         "plan", help="memory, communication and time of a training step on a mesh that is not here"

@@ -2,12 +2,12 @@
 
 import argparse
 import sys
-from typing import Any
 
+from crate_jax.cli.arguments import Subparsers
 from crate_jax.files import Json
 
 
-def add_prepare(subparsers: Any) -> None:
+def add_prepare(subparsers: Subparsers) -> None:
     """The flags of `prepare`."""
     parser = subparsers.add_parser(
         "prepare", help="a folder or ImageNet's tar files as a TFDS data set of array_record files"

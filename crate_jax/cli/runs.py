@@ -3,22 +3,26 @@
 import argparse
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from crate_jax.cli.arguments import (
+    Subparsers,
     add_data,
     add_model,
     default_data,
     model_kwargs,
-    named_model,
     override_data,
     saved_config,
 )
 from crate_jax.config import ModelConfig, TrainConfig
 from crate_jax.files import Json
 
+if TYPE_CHECKING:  # imported where they are used
+    from crate_jax.tasks.task import Extra, Params
+    from crate_jax.training.run import Run
 
-def add_evaluate(subparsers: Any) -> None:
+
+def add_evaluate(subparsers: Subparsers) -> None:
     """The flags of `evaluate`."""
     parser = subparsers.add_parser("evaluate", help="exact metrics over a split, such as top-1")
     parser.add_argument("--workdir", help="a run; its newest checkpoint unless --step says else")
@@ -64,18 +68,22 @@ def _check_evaluate(args: argparse.Namespace) -> None:
 
 def _config_of_model(args: argparse.Namespace) -> TrainConfig:
     """The config that --model stands for."""
-    model, kwargs = named_model(args), model_kwargs(args)
+    from crate_jax.models.zoo import create_model
+
+    kwargs = model_kwargs(args)
+    model = create_model(args.model, **kwargs)
     for name in {"image_size", "patch_size"} & set(kwargs):
         sides = kwargs[name]
         kwargs[name] = (sides, sides) if isinstance(sides, int) else tuple(sides)
     return TrainConfig(model=ModelConfig(name=args.model, **kwargs), data=default_data(model))
 
 
-def _load_weights(args: argparse.Namespace, run: Any) -> tuple[Any, Any, list[str]]:
+def _load_weights(args: argparse.Namespace, run: "Run") -> "tuple[Params, Extra, list[str]]":
     """Parameters and extra of --weights, and what was made to fit."""
     from crate_jax.interop import load_fitted
 
-    loaded = load_fitted(args.weights, run.task.model, fit=args.fit)
+    model: Any = run.task.model  # whatever the task trains
+    loaded = load_fitted(args.weights, model, fit=args.fit)
     extra = _abstract(run)[1]
     if extra:
         raise ValueError(
@@ -85,21 +93,21 @@ def _load_weights(args: argparse.Namespace, run: Any) -> tuple[Any, Any, list[st
     return loaded.params, extra, loaded.report
 
 
-def _restore(workdir: str, run: Any, step: int) -> tuple[Any, Any]:
+def _restore(workdir: str, run: "Run", step: int) -> "tuple[Params, Extra]":
     """Parameters and extra of a run's checkpoint."""
     from crate_jax.checkpoint.reading import restore_trained
 
     return restore_trained(workdir, *_abstract(run), step)[:2]
 
 
-def _abstract(run: Any) -> tuple[Any, Any]:
+def _abstract(run: "Run") -> "tuple[Params, Extra]":
     """Shapes of the task's parameters and extra."""
     import jax
 
     return jax.eval_shape(run.task.init, run.key)
 
 
-def add_report(subparsers: Any) -> None:
+def add_report(subparsers: Subparsers) -> None:
     """The flags of `report`."""
     parser = subparsers.add_parser("report", help="draw a run's layer-wise objective")
     parser.add_argument("--workdir", required=True, help="a run")
@@ -129,7 +137,7 @@ def report(args: argparse.Namespace) -> Json:
     return rounded | {"step": step, "output": output}
 
 
-def add_checkpoints(subparsers: Any) -> None:
+def add_checkpoints(subparsers: Subparsers) -> None:
     """The flags of `checkpoints`."""
     parser = subparsers.add_parser(
         "checkpoints", help="a run's checkpoints: steps, sizes, metrics, and whether each is intact"

@@ -8,11 +8,12 @@ import zipfile
 from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
 from crate_jax.config import from_dict
+from crate_jax.files import Json
 from crate_jax.interop import npz, pth, safetensors
 from crate_jax.interop.layouts.layout import Arrays
 from crate_jax.interop.tree import flatten
@@ -32,7 +33,7 @@ class Contents(NamedTuple):
     """
 
     arrays: Arrays
-    fields: dict[str, Any]
+    fields: Json
     left: list[str]
 
 
@@ -121,7 +122,7 @@ def find_run(path: str | Path) -> tuple[Path, str]:
     return workdir, "latest"
 
 
-def _read_run(path: Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+def _read_run(path: Path) -> tuple[dict[str, np.ndarray], Json]:
     """The parameters in a run's newest checkpoint, or in the one named, and the model's fields."""
     # Here, not above: Orbax is needed by those alone who read a run.
     from crate_jax.checkpoint.reading import read_params

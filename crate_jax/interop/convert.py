@@ -4,7 +4,6 @@ PyTorch is not needed: state dicts are NumPy arrays by name.
 """
 
 from collections.abc import Collection, Mapping
-from typing import Any
 
 import numpy as np
 from flax import traverse_util
@@ -13,7 +12,7 @@ from crate_jax.interop.faults import faults
 from crate_jax.interop.layouts import LAYOUTS
 from crate_jax.interop.layouts.layout import Layout, own_paths
 from crate_jax.interop.tree import family_of, flatten, tree_of
-from crate_jax.models.classifier import ImageClassifier
+from crate_jax.models.classifier import ImageClassifier, Params
 
 _REMEDY = "Build the model with the sizes of these weights."
 
@@ -61,7 +60,7 @@ def foreign_family(names: Collection[str], model: ImageClassifier) -> str:
 
 def from_state_dict(
     state: Mapping[str, np.ndarray], model: ImageClassifier, *, skip: Collection[str] = ()
-) -> dict[str, Any]:
+) -> Params:
     """The parameters of a model from an official state dict.
 
     Args:
@@ -87,7 +86,7 @@ def from_state_dict(
 
 
 def to_state_dict(
-    params: Mapping[str, Any], model: ImageClassifier, *, layout: str | None = None
+    params: Params, model: ImageClassifier, *, layout: str | None = None
 ) -> dict[str, np.ndarray]:
     """The official state dict of a model's parameters, or of anything shaped like them.
 

@@ -6,17 +6,17 @@ All of it is a function of parameter trees and models; files are elsewhere.
 import math
 from collections.abc import Collection, Mapping
 from fractions import Fraction
-from typing import Any
 
 import jax
 import numpy as np
 from flax import traverse_util
 
+from crate_jax.files import Json
 from crate_jax.interop.faults import faults, mismatch
 from crate_jax.interop.layouts.layout import Arrays
 from crate_jax.interop.resize import METHODS, Size, resized_kernel, resized_positions
 from crate_jax.interop.tree import flatten, tree_of
-from crate_jax.models.classifier import ImageClassifier, pair
+from crate_jax.models.classifier import ImageClassifier, Params, pair
 from crate_jax.models.cost import sample_images
 from crate_jax.models.zoo import architecture
 
@@ -32,7 +32,7 @@ _POSITIONS = "embedding/pos_embedding"
 
 def source_model(
     found: Mapping[str, int],
-    declared: Mapping[str, Any],
+    declared: Json,
     model: ImageClassifier,
     fit: Collection[str],
 ) -> ImageClassifier:
@@ -100,13 +100,13 @@ def _scale(area: Fraction, sides: Size) -> Size | None:
 
 
 def fit_params(
-    params: Mapping[str, Any],
+    params: Params,
     source: ImageClassifier,
     model: ImageClassifier,
     *,
     method: str = "right",
     key: jax.Array | None = None,
-) -> tuple[dict[str, Any], list[str]]:
+) -> tuple[Params, list[str]]:
     """The parameters of one model for another one of the same layers; a pure function.
 
     For another grid the positions are resized, the class token's apart. For other patches or
@@ -196,7 +196,7 @@ def _by(method: str, resized: bool, name: str) -> str:
 def _new_head(model: ImageClassifier, key: jax.Array) -> Arrays:
     """The head of a model as it starts, by path."""
 
-    def init(key: jax.Array) -> Any:
+    def init(key: jax.Array) -> Params:
         return model.init(key, sample_images(model), train=False)["params"]["head"]
 
     return {f"head/{name}": np.asarray(leaf) for name, leaf in jax.jit(init)(key).items()}

@@ -3,13 +3,14 @@
 import logging
 from collections.abc import Collection, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import traverse_util
 
+from crate_jax.files import Json
 from crate_jax.interop.contents import Contents, left_aside, read_contents
 from crate_jax.interop.convert import foreign_family, recognise
 from crate_jax.interop.faults import faults, mismatch
@@ -17,7 +18,7 @@ from crate_jax.interop.fit import fit_params, source_model
 from crate_jax.interop.layouts.forms import Shape
 from crate_jax.interop.layouts.layout import Arrays, Layout
 from crate_jax.interop.tree import sizes, tree_of
-from crate_jax.models.classifier import ImageClassifier
+from crate_jax.models.classifier import ImageClassifier, Params
 from crate_jax.models.zoo import architecture, from_architecture
 
 
@@ -28,7 +29,7 @@ def load_weights(
     fit: Collection[str] = (),
     method: str = "right",
     key: jax.Array | None = None,
-) -> dict[str, Any]:
+) -> Params:
     """Read a model's parameters from a file or from a training run.
 
     Nothing in a file can run code. Every entry of it is used or named in an error, and so is every
@@ -73,7 +74,7 @@ class Loaded(NamedTuple):
         report: what was left aside and what had to be fitted, one line each.
     """
 
-    params: dict[str, Any]
+    params: Params
     model: ImageClassifier
     report: list[str]
 
@@ -120,7 +121,7 @@ def load_fitted(
     return Loaded(params, model, report + fitted)
 
 
-def _declared(tree_shapes: Mapping[str, Shape]) -> dict[str, Any]:
+def _declared(tree_shapes: Mapping[str, Shape]) -> Json:
     """Fields of the model that a kernel states whose axes stand apart, a convolution's."""
     kernel = tree_shapes.get("embedding/projection/kernel", ())
     return {"patch_size": kernel[:2], "in_channels": kernel[2]} if len(kernel) == 4 else {}

@@ -5,9 +5,15 @@ import re
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from types import ModuleType
+from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+_Value = TypeVar("_Value")
 
 # Where training scripts put the state dict, and what PyTorch's wrappers and Flax put before names.
 WRAPPERS = ("state_dict", "model", "net")
@@ -72,7 +78,7 @@ def write_checkpoint(path: str | Path, state: Mapping[str, np.ndarray]) -> None:
     torch.save({name: torch.from_numpy(array) for name, array in state.items()}, path)
 
 
-def _torch(path: str | Path) -> Any:
+def _torch(path: str | Path) -> ModuleType:
     """PyTorch, or what to do without it."""
     try:
         import torch
@@ -81,7 +87,7 @@ def _torch(path: str | Path) -> Any:
     return torch
 
 
-def _unwrap(state: Any, path: str) -> dict[str, Any]:
+def _unwrap(state: object, path: str) -> dict[str, "Tensor"]:
     """The innermost mapping from names to tensors, with bare names."""
     while isinstance(state, Mapping):
         inner = next((state[k] for k in WRAPPERS if isinstance(state.get(k), Mapping)), None)
@@ -102,7 +108,7 @@ def _unwrap(state: Any, path: str) -> dict[str, Any]:
     return bare_names(state, path)
 
 
-def bare_names(state: Mapping[Any, Any], path: str | Path) -> dict[str, Any]:
+def bare_names(state: Mapping[str, _Value], path: str | Path) -> dict[str, _Value]:
     """The same entries without what wrappers put before their names.
 
     Raises:
@@ -117,7 +123,7 @@ def bare_names(state: Mapping[Any, Any], path: str | Path) -> dict[str, Any]:
     return bare
 
 
-def _to_numpy(tensor: Any) -> np.ndarray:
+def _to_numpy(tensor: "Tensor") -> np.ndarray:
     """A tensor as an array; half precision, which NumPy lacks in part, as float32."""
     tensor = tensor.detach()
     return (tensor.float() if tensor.is_floating_point() else tensor).numpy()

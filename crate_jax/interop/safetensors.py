@@ -3,14 +3,15 @@
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import numpy as np
+
+from crate_jax.files import Json
 
 METADATA_KEY = "crate_jax"
 
 
-def read(path: str | Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+def read(path: str | Path) -> tuple[dict[str, np.ndarray], Json]:
     """All arrays by name, and the configuration that `write` put beside them.
 
     Returns:
@@ -34,7 +35,7 @@ def read(path: str | Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
         ) from None
 
 
-def write(path: Path, arrays: Mapping[str, np.ndarray], fields: Mapping[str, Any]) -> None:
+def write(path: Path, arrays: Mapping[str, np.ndarray], fields: Json) -> None:
     """Write arrays by name, with the fields of their model as metadata."""
     from safetensors.numpy import save_file
 

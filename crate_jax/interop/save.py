@@ -1,8 +1,7 @@
 """A model's parameters into files."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -12,7 +11,7 @@ from crate_jax.interop.convert import find_layout
 from crate_jax.interop.faults import faults
 from crate_jax.interop.layouts.layout import Arrays
 from crate_jax.interop.tree import flatten, tree_of
-from crate_jax.models.classifier import ImageClassifier
+from crate_jax.models.classifier import ImageClassifier, Params
 from crate_jax.models.zoo import architecture
 
 _TORCH = (".pth", ".pt")
@@ -20,7 +19,7 @@ _TORCH = (".pth", ".pt")
 
 def save_weights(
     path: str | Path,
-    params: Mapping[str, Any],
+    params: Params,
     model: ImageClassifier,
     *,
     layout: str | None = None,

@@ -1,7 +1,7 @@
 """What the image classifiers of the family share: images → tokens → blocks → one token → logits."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import flax.linen as nn
@@ -12,6 +12,8 @@ from crate_jax.models.block import Block, Context, Part, stack, tap_names
 from crate_jax.models.layers import LayerNorm, Linear
 from crate_jax.models.variants import ImageFields
 from crate_jax.options import option_of
+
+Params = Mapping[str, Any]  # the parameters of a model: arrays, or their shapes, in nested dicts
 
 
 def pair(size: int | Sequence[int]) -> tuple[int, int]:

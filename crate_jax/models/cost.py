@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from crate_jax.models.classifier import ImageClassifier, pair
+from crate_jax.models.classifier import ImageClassifier, Params, pair
 
 
 class Cost(NamedTuple):
@@ -119,14 +119,14 @@ def count_parameters(model: ImageClassifier) -> int:
     return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(abstract_parameters(model)))
 
 
-def abstract_parameters(model: ImageClassifier) -> Any:
+def abstract_parameters(model: ImageClassifier) -> Params:
     """The parameter tree as `jax.ShapeDtypeStruct` leaves.
 
     Raises:
         ValueError: the model's fields do not fit together.
     """
 
-    def init(key: Array) -> Any:
+    def init(key: Array) -> Params:
         return model.init(key, sample_images(model), train=False)["params"]
 
     return jax.eval_shape(init, jax.random.key(0))

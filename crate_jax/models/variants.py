@@ -1,16 +1,17 @@
 """The families of models, a dataclass of fields each, and the named models, a row each.
 
-The section `model` of a config and the Flax module read the same fields. Nothing here imports JAX.
+The section `model` of a config, which is made here, and the Flax module read the same fields.
+Nothing here imports JAX.
 """
 
 import dataclasses
 import functools
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from crate_jax.options import did_you_mean, option
+from crate_jax.options import did_you_mean, option, option_of, unknown
 
 Size = int | tuple[int, ...]
 DType = str | type | np.dtype
@@ -97,7 +98,7 @@ class Variant:
     """A named model: its family, and the fields that the name stands for."""
 
     family: str
-    fields: Mapping[str, Any]
+    fields: Mapping[str, object]
 
 
 # width, depth, number of heads
@@ -112,7 +113,7 @@ _VIT = {"tiny": (192, 12, 3), "small": (384, 12, 6), "base": (768, 12, 12)}
 
 
 def _variant(
-    family: str, patch_size: int, width: int, depth: int, num_heads: int, **fields: Any
+    family: str, patch_size: int, width: int, depth: int, num_heads: int, **fields: object
 ) -> Variant:
     sizes = dict(patch_size=patch_size, width=width, depth=depth, num_heads=num_heads)
     return Variant(family, sizes | fields)
@@ -164,7 +165,7 @@ def fields_of(family: str) -> dict[str, dataclasses.Field]:
     return {field.name: field for field in dataclasses.fields(FAMILIES[family])}
 
 
-def values_of(name: str) -> dict[str, Any]:
+def values_of(name: str) -> dict[str, object]:
     """What a name stands for: the defaults of its family, and the fields of its row."""
     variant = find(name)
     defaults = {
@@ -173,3 +174,63 @@ def values_of(name: str) -> dict[str, Any]:
         if field.default is not dataclasses.MISSING
     }
     return {**defaults, **variant.fields}
+
+
+@dataclasses.dataclass(kw_only=True)
+class ModelConfig:
+    """Which model, and what differs from its row in `VARIANTS`.
+
+    ``ModelConfig(name=…)`` is the section of that model's family and has the family's fields. A
+    field left at None keeps the variant's value.
+
+    Raises:
+        KeyError: there is no such model, or its family has no such field.
+    """
+
+    name: str = option("crate_small_patch16_224", "one of crate_jax.list_models()", identity=True)
+
+    def __new__(cls, **values: Any) -> "ModelConfig":
+        """An object of the family's class, which `__init__` fills."""
+        if cls is not ModelConfig:  # the section of a family, as a copy makes it
+            return object.__new__(cls)
+        name = values.pop("name", cls.name)
+        known = fields_of(family := find(name).family)
+        for field in values:
+            if field not in known:
+                raise unknown(f"model.{field}", field, known, name)
+        return object.__new__(_SECTIONS[family])
+
+    if TYPE_CHECKING:
+
+        def __init__(self, **values: Any) -> None: ...
+
+        def __getattr__(self, field: str) -> Any: ...
+
+
+def _section(family: str) -> type[ModelConfig]:
+    """The fields of a family, unset, and of the types that flags and JSON can state."""
+    stated: dict[object, Any] = {Size: tuple[int, ...], DType: str}
+    optional = []
+    for name, field in fields_of(family).items():
+        told = dataclasses.replace(option_of(field), identity=True)
+        unset = dataclasses.field(default=None, metadata={"option": told})
+        optional.append((name, stated.get(field.type, field.type) | None, unset))
+    return dataclasses.make_dataclass("ModelConfig", optional, bases=(ModelConfig,), kw_only=True)
+
+
+_SECTIONS = {family: _section(family) for family in FAMILIES}
+
+
+def renamed(model: ModelConfig, name: str) -> ModelConfig:
+    """The section of another model, with what this one sets as far as that one has the fields."""
+    known = fields_of(find(name).family)
+    kept = {field: value for field, value in overrides(model).items() if field in known}
+    return ModelConfig(name=name, **kept)
+
+
+def overrides(model: ModelConfig) -> dict[str, object]:
+    """The fields that a section sets."""
+    values = dataclasses.asdict(model)
+    return {
+        field: values[field] for field in values if field != "name" and values[field] is not None
+    }

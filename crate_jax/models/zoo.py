@@ -7,11 +7,11 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from crate_jax.config import ModelConfig, overrides
+from crate_jax.files import Json
 from crate_jax.models.classifier import ImageClassifier, pair
 from crate_jax.models.crate import Crate
 from crate_jax.models.crate_alpha import CrateAlpha
-from crate_jax.models.variants import VARIANTS, Size, fields_of, find
+from crate_jax.models.variants import VARIANTS, ModelConfig, Size, fields_of, find, overrides
 from crate_jax.models.vit import ViT
 from crate_jax.options import check, did_you_mean, option_of, unknown
 
@@ -25,7 +25,7 @@ def list_models(pattern: str = "*") -> list[str]:
     return sorted(fnmatch.filter(VARIANTS, pattern))
 
 
-def create_model(name: str, **overrides: Any) -> Model:
+def create_model(name: str, **overrides: object) -> Model:
     """Build a model by name; it holds no parameters yet.
 
     Args:
@@ -54,13 +54,13 @@ def build_model(config: ModelConfig) -> Model:
     return create_model(config.name, **overrides(config))
 
 
-def architecture(model: Model) -> dict[str, Any]:
+def architecture(model: Model) -> Json:
     """The family and the fields that decide what a model computes, as JSON values.
 
     What says only how to compute it (dropout, dtype, backward, remat, scan_unroll) is left out.
     """
     (family,) = (family for family, cls in CLASSES.items() if type(model) is cls)
-    fields: dict[str, Any] = {"family": family}
+    fields: Json = {"family": family}
     for name, field in fields_of(family).items():
         if not option_of(field).how:
             value = getattr(model, name)
@@ -68,7 +68,7 @@ def architecture(model: Model) -> dict[str, Any]:
     return fields | {"head_dim": model.subspace_dim}
 
 
-def from_architecture(fields: Any) -> Model:
+def from_architecture(fields: object) -> Model:
     """The model of `architecture`, from values that came out of a file.
 
     A file without a family is older than the second one. A field with a default may be missing.
@@ -93,7 +93,7 @@ def from_architecture(fields: Any) -> Model:
     return _build(family, values)
 
 
-def _build(family: str, values: Mapping[str, Any]) -> Model:
+def _build(family: str, values: Mapping[str, object]) -> Model:
     """A model of checked values, so that no wrong one ends in a trace from deep within JAX."""
     for name, value in values.items():
         check(f"model.{name}", fields_of(family)[name], value, "Change it.")

@@ -16,7 +16,7 @@ from jax import Array
 
 from crate_jax.config import OptimConfig
 from crate_jax.interop import to_state_dict
-from crate_jax.models.classifier import ImageClassifier
+from crate_jax.models.classifier import ImageClassifier, Params
 from crate_jax.parity import runs
 from crate_jax.parity.difference import (
     TOLERANCES,
@@ -26,7 +26,7 @@ from crate_jax.parity.difference import (
     Training,
     difference,
 )
-from crate_jax.parity.runs import SMOOTHING, Arrays, Loss, Params
+from crate_jax.parity.runs import SMOOTHING, Arrays, Loss
 from crate_jax.parity.torch_reference import Twin, from_flax_model
 
 __all__ = ["OPTIMIZERS", "SMOOTHING", "TOLERANCES", "Train", "compare"]
@@ -41,6 +41,8 @@ OPTIMIZERS = {
 
 # (parameters, images, labels, optimizer, steps) to the losses and the parameters after them.
 Train = Callable[[Params, Array, Array, OptimConfig, int], tuple[list[float], Params]]
+# The same once parameters, images and labels are given.
+TrainOn = Callable[[OptimConfig, int], tuple[list[float], Params]]
 
 
 def compare(
@@ -79,29 +81,17 @@ def compare(
         reference_params: PyTorch's parameters; None: the same.
         rounds: timings of each framework, in turns.
     """
-    theirs = to_state_dict(params if reference_params is None else reference_params, model)
-    reference = _Reference(
-        model, theirs, torch.tensor(images.transpose(0, 3, 1, 2)), torch.tensor(labels).long()
-    )
+    theirs = params if reference_params is None else reference_params
+    reference = _Reference.of(model, theirs, images, labels)
     dtype = jnp.dtype(model.dtype).name
     with jax.default_matmul_precision("highest" if dtype == "float32" else "default"):
         params = jax.tree.map(jnp.asarray, params)
         x, y = jnp.asarray(images), jnp.asarray(labels)
         tensors, top1_agreement = _compare_tensors(model, params, x, reference)
-        gradients, losses, gradient_images = _compare_gradients(
-            model, params, x, y, loss, reference
+        gradients, losses, compared = _compare_gradients(model, params, x, y, loss, reference)
+        training = _train_with_each(
+            functools.partial(train, params, x, y), reference, rate_scale, train_steps, float64
         )
-        training = {
-            name: _train_both(
-                dataclasses.replace(optim, lr=rate_scale * optim.lr),
-                functools.partial(train, params, x, y),
-                reference,
-                steps=train_steps,
-                float64=float64,
-            )
-            for name, optim in OPTIMIZERS.items()
-            if train_steps
-        }
         rates = runs.images_per_s_of_both(
             model, params, x, reference.module(), reference.images, rounds
         )
@@ -111,7 +101,7 @@ def compare(
         rows=tensors + gradients,
         top1_agreement=top1_agreement,
         losses=losses,
-        gradient_images=gradient_images,
+        gradient_images=compared,
         training=training,
         images_per_s=rates,
     )
@@ -125,6 +115,14 @@ class _Reference:
     state: Arrays
     images: torch.Tensor
     targets: torch.Tensor
+
+    @classmethod
+    def of(
+        cls, model: ImageClassifier, params: Params, images: np.ndarray, labels: np.ndarray
+    ) -> "_Reference":
+        """PyTorch's side of our parameters, images (B, H, W, c) and classes (B,)."""
+        x, y = torch.tensor(images.transpose(0, 3, 1, 2)), torch.tensor(labels).long()
+        return cls(model, to_state_dict(params, model), x, y)
 
     def module(self) -> Twin:
         """A fresh model with the weights."""
@@ -202,9 +200,24 @@ def _gradients(
         kept = kept[alike]
 
 
+def _train_with_each(
+    train_ours: TrainOn, reference: _Reference, rate_scale: float, steps: int, float64: bool
+) -> dict[str, Training]:
+    """The training of both by each of `OPTIMIZERS`; {} for no steps."""
+    optims = {
+        name: dataclasses.replace(optim, lr=rate_scale * optim.lr)
+        for name, optim in OPTIMIZERS.items()
+        if steps
+    }
+    return {
+        name: _train_both(optim, train_ours, reference, steps=steps, float64=float64)
+        for name, optim in optims.items()
+    }
+
+
 def _train_both(
     optim: OptimConfig,
-    train_ours: Callable[[OptimConfig, int], tuple[list[float], Params]],
+    train_ours: TrainOn,
     reference: _Reference,
     *,
     steps: int,

@@ -2,9 +2,8 @@
 
 import html
 import io
-from collections.abc import Mapping
-from typing import Any
 
+from crate_jax.files import Json
 from crate_jax.parity.difference import (
     LOW_PRECISION_FACTOR,
     TOLERANCES,
@@ -106,7 +105,7 @@ def table(found: Comparison) -> str:
     return "\n\n".join([*parts, "\n".join(verdict(found))]) + "\n"
 
 
-def page(found: Comparison, conditions: Mapping[str, Any]) -> str:
+def page(found: Comparison, conditions: Json) -> str:
     """The whole comparison as one HTML page that needs no other file; matplotlib draws its plot.
 
     Args:

@@ -12,12 +12,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
+from jax.stages import Compiled
 
 from crate_jax.config import OptimConfig, ParallelConfig, TrainConfig
 from crate_jax.files import Json
 from crate_jax.models.classifier import ImageClassifier
 from crate_jax.models.cost import activation_bytes, step_flops
-from crate_jax.parallel import batch_sharding, parse_mesh
+from crate_jax.parallel import PyTree, batch_sharding, parse_mesh
 from crate_jax.planning.chips import CHIPS, Joined, least_seconds
 from crate_jax.planning.collectives import KINDS, collectives
 from crate_jax.tasks.task import Batch
@@ -91,7 +92,7 @@ class _Need:
     joined: list[Joined]
 
 
-def _by_formula(run: Run, model: Any, state: TrainState, batch: Batch) -> _Need:
+def _by_formula(run: Run, model: ImageClassifier, state: TrainState, batch: Batch) -> _Need:
     """What a model needs in place of the run's."""
     optim = run.config.optim
     sums = gradient_sums(model, state, run.mesh, optim.accumulate_steps)
@@ -104,7 +105,7 @@ def _by_formula(run: Run, model: Any, state: TrainState, batch: Batch) -> _Need:
     )
 
 
-def _compile(run: Run, twin: Any) -> tuple[TrainState, Batch, Any]:
+def _compile(run: Run, twin: ImageClassifier) -> tuple[TrainState, Batch, Compiled]:
     """The training step of a model in place of the run's: state and batch by shape, and program."""
     state, shardings = abstract_state(run.task, run.tx, run.key, run.mesh, ema=run.ema)
     rows = batch_sharding(run.mesh)
@@ -251,17 +252,17 @@ def gathered_bytes(model: ImageClassifier, state: TrainState, micro_batches: int
     return jnp.dtype(model.dtype).itemsize * values
 
 
-def _split_values(tree: Any) -> int:
+def _split_values(tree: PyTree) -> int:
     """How many values the leaves have that no device holds whole."""
     leaves = jax.tree.leaves(tree)
     return sum(x.size for x in leaves if x.sharding.shard_shape(x.shape) != x.shape)
 
 
-def _values(tree: Any) -> int:
+def _values(tree: PyTree) -> int:
     return sum(leaf.size for leaf in jax.tree.leaves(tree))
 
 
-def _bytes(tree: Any, *, per_device: bool) -> int:
+def _bytes(tree: PyTree, *, per_device: bool) -> int:
     """Bytes of all leaves, or of one device's share of them."""
     total = 0
     for leaf in jax.tree.leaves(tree):

@@ -4,17 +4,18 @@ Loop, evaluation, checkpoints, progress line and plan speak to this protocol. A 
 class that follows it, and one row in `crate_jax.tasks.TASKS`.
 """
 
-from typing import Any, ClassVar, Protocol, Self
+from typing import ClassVar, Protocol, Self
 
 from flax import linen as nn
 from jax import Array
 
 from crate_jax.config import TrainConfig
 from crate_jax.data.rows import Rows
+from crate_jax.parallel import PyTree
 
 Batch = dict[str, Array]  # rows on axis 0 of every array
-Params = Any  # a tree of float32 arrays
-Extra = Any  # a tree of arrays that no gradient reaches: (), running statistics, a teacher
+Params = PyTree  # of float32 arrays
+Extra = PyTree  # of arrays that no gradient reaches: (), running statistics, a teacher
 Scalars = dict[str, Array]  # by the name under which they are logged
 Images = dict[str, Array]  # likewise; (n, H, W, c), uint8, or floats in [0, 1]
 

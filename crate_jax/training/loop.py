@@ -27,7 +27,7 @@ from crate_jax.config import TrainConfig, to_dict
 from crate_jax.data.loader import Batches
 from crate_jax.files import Json
 from crate_jax.interop import load_fitted
-from crate_jax.parallel import LostProcess, replicated
+from crate_jax.parallel import LostProcess, Shardings, replicated
 from crate_jax.tasks.task import Scalars
 from crate_jax.training.progress import Reporter
 from crate_jax.training.run import (
@@ -145,7 +145,7 @@ def _explained(error: Exception, run: Run, checkpointer: Checkpointer) -> Except
     )
 
 
-def restore_or_init(run: Run, checkpointer: Checkpointer) -> tuple[TrainState, Any, Json]:
+def restore_or_init(run: Run, checkpointer: Checkpointer) -> tuple[TrainState, Shardings, Json]:
     """State, shardings and record: of the latest checkpoint, or of step 0."""
     config = run.config
     if checkpointer.latest_step is not None:
@@ -163,7 +163,7 @@ def restore_or_init(run: Run, checkpointer: Checkpointer) -> tuple[TrainState, A
     return state, shardings, {"step": 0, "summary": {}, "notes": notes}
 
 
-def compile_programs(run: Run, shardings: Any) -> Programs:
+def compile_programs(run: Run, shardings: Shardings) -> Programs:
     """The three programs of a run, sharded over its mesh; each compiles when it is first used."""
     return Programs(
         train_step=jit_train_step(run, shardings),

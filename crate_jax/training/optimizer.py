@@ -11,6 +11,7 @@ import optax
 
 from crate_jax.config import OptimConfig, did_you_mean
 from crate_jax.files import Json
+from crate_jax.parallel import PyTree
 
 
 def make_schedule(optim: OptimConfig, *, total_steps: int, steps_per_epoch: int) -> optax.Schedule:
@@ -58,8 +59,8 @@ def _official_readme(optim: OptimConfig, epochs: float, steps_per_epoch: int) ->
 
 
 def decay_mask(
-    params: Any, no_decay: tuple[str, ...] = (), decay_only: tuple[str, ...] = ()
-) -> Any:
+    params: PyTree, no_decay: tuple[str, ...] = (), decay_only: tuple[str, ...] = ()
+) -> PyTree:
     """Which parameters decay: those with a part of their path in `decay_only`, or all if it is ().
 
     Those with a part of their path in `no_decay` do not. Names, not ranks, decide: layers are

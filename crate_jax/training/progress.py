@@ -5,11 +5,12 @@ import sys
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import IO, Any
+from typing import IO
 
 import numpy as np
 
 from crate_jax.config import TrainConfig
+from crate_jax.files import Json
 from crate_jax.training.writer import MetricsWriter
 
 
@@ -34,7 +35,7 @@ class Reporter:
         workdir: Path,
         config: TrainConfig,
         total_steps: int,
-        record: Mapping[str, Any],
+        record: Json,
         *,
         headline: str,
         enabled: bool = True,

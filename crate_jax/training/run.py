@@ -10,7 +10,6 @@ import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import jax
 import optax
@@ -23,6 +22,9 @@ from crate_jax.data.loader import Batches, check_bad_share, eval_batches, train_
 from crate_jax.data.rows import Rows
 from crate_jax.evaluation.sums import add_up
 from crate_jax.parallel import (
+    Devices,
+    PyTree,
+    Shardings,
     batch_sharding,
     check_batch_size,
     make_mesh,
@@ -83,7 +85,7 @@ def set_up(
     config: TrainConfig,
     *splits: str,
     workdir: Path | None = None,
-    devices: Sequence[Any] | None = None,
+    devices: Devices | None = None,
 ) -> Run:
     """Open data and build task and optimizer: all that can fail before anything is computed.
 
@@ -172,7 +174,7 @@ def evaluation_batches(run: Run) -> Batches:
     )
 
 
-def jit_train_step(run: Run, shardings: Any) -> TrainProgram:
+def jit_train_step(run: Run, shardings: Shardings) -> TrainProgram:
     """The training step: (state, batch, key) to (state, metrics).
 
     Args:
@@ -248,7 +250,7 @@ def _own_copy(x: Array) -> Array:
     return x.addressable_data(0)
 
 
-def place_on_mesh(run: Run, tree: Any) -> Any:
+def place_on_mesh(run: Run, tree: PyTree) -> PyTree:
     """A tree that every process has whole, on every device."""
     return jax.tree.map(functools.partial(place, sharding=replicated(run.mesh)), tree)
 

@@ -2,17 +2,17 @@
 
 import dataclasses
 import functools
-from typing import Any
 
 import flax.struct
 import jax
 import jax.numpy as jnp
 import optax
 from jax import Array
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding
+from jax.typing import ArrayLike
 
 from crate_jax.files import Json
-from crate_jax.parallel import check_shares, place, state_shardings
+from crate_jax.parallel import Shardings, check_shares, place, state_shardings
 from crate_jax.tasks.task import Extra, Params, Task
 
 
@@ -32,7 +32,7 @@ class TrainState:
     step: Array
     params: Params
     opt_state: optax.OptState
-    ema_params: Params = None
+    ema_params: Params | None = None
     extra: Extra = ()
 
 
@@ -54,7 +54,7 @@ def init_state(
 
 def abstract_state(
     task: Task, tx: optax.GradientTransformation, key: Array, mesh: Mesh, *, ema: bool = False
-) -> tuple[TrainState, Any]:
+) -> tuple[TrainState, Shardings]:
     """Shapes, dtypes and shardings of a state on a mesh, without computing it.
 
     Returns:
@@ -69,13 +69,13 @@ def abstract_state(
     return jax.tree.map(_with_sharding, shapes, shardings), shardings
 
 
-def _with_sharding(leaf: jax.ShapeDtypeStruct, sharding: Any) -> jax.ShapeDtypeStruct:
+def _with_sharding(leaf: jax.ShapeDtypeStruct, sharding: NamedSharding) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
 
 
 def init_sharded(
     task: Task, tx: optax.GradientTransformation, key: Array, mesh: Mesh, *, ema: bool = False
-) -> tuple[TrainState, Any]:
+) -> tuple[TrainState, Shardings]:
     """`init_state` laid out on a mesh; no device ever holds more than its share.
 
     Returns:
@@ -100,7 +100,7 @@ def replace_params(state: TrainState, params: Params) -> TrainState:
     return dataclasses.replace(state, params=params, ema_params=ema_params)
 
 
-def _in_place_of(new: Any, old: Array) -> Array:
+def _in_place_of(new: ArrayLike, old: Array) -> Array:
     return place(new, old.sharding)
 
 

@@ -4,7 +4,6 @@ import dataclasses
 import functools
 import zlib
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +11,7 @@ import optax
 from jax import Array
 from jax.sharding import AxisType
 
+from crate_jax.parallel import PyTree
 from crate_jax.tasks.task import Batch, Extra, Params, Scalars, Task
 from crate_jax.training.state import TrainState
 
@@ -64,21 +64,12 @@ def make_train_step(
         )
 
     def train_step(state: TrainState, batch: Batch, key: Array) -> tuple[TrainState, Scalars]:
-        batch_key, key = stream(key, "mix", state.step), stream(key, "dropout", state.step)
-        if axis_name is not None:
-            i = jax.lax.axis_index(axis_name)
-            batch_key, key = jax.random.fold_in(batch_key, i), jax.random.fold_in(key, i)
+        batch_key, key = _keys(key, state.step, axis_name)
         # Before the batch is cut: who is mixed with whom depends neither on micro-batches nor on
         # the number of processes.
         batch = task.on_device(batch, batch_key)
-
-        def loss_fn(params: Params, batch: Batch, key: Array):
-            loss, (extra, scalars) = task.loss(params, state.extra, batch, key)
-            return loss, (extra, {"loss": loss} | scalars)
-
-        grad_fn = jax.grad(loss_fn, has_aux=True)
         grads, (extra, metrics) = _mean_gradient(
-            grad_fn, state.params, batch, key, accumulate_steps
+            _gradient_of(task, state.extra), state.params, batch, key, accumulate_steps
         )
         if axis_name is not None:
             grads, metrics = jax.lax.pmean((grads, metrics), axis_name)
@@ -92,6 +83,25 @@ def make_train_step(
         return new, metrics
 
     return train_step
+
+
+def _keys(key: Array, step: Array, axis_name: str | None) -> tuple[Array, Array]:
+    """The keys of a step: of the whole batch, and of the loss."""
+    batch_key, key = stream(key, "mix", step), stream(key, "dropout", step)
+    if axis_name is None:
+        return batch_key, key
+    i = jax.lax.axis_index(axis_name)
+    return jax.random.fold_in(batch_key, i), jax.random.fold_in(key, i)
+
+
+def _gradient_of(task: Task, extra: Extra) -> GradFunction:
+    """The gradient of a task's loss, with the extra that a step starts from."""
+
+    def loss_fn(params: Params, batch: Batch, key: Array) -> tuple[Array, tuple[Extra, Scalars]]:
+        loss, (new_extra, scalars) = task.loss(params, extra, batch, key)
+        return loss, (new_extra, {"loss": loss} | scalars)
+
+    return jax.grad(loss_fn, has_aux=True)
 
 
 def _updated(
@@ -119,7 +129,7 @@ def _mean_gradient(
         return grad_fn(params, batch, key)
     groups, rows = _groups(), (-1, micro_batches)
     keys = jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(micro_batches))
-    run: Callable[..., Any] = grad_fn
+    run = grad_fn
     if groups > 1:
         # A sum over `data` after every micro-batch would send the gradient that many times. So
         # each row of the mesh keeps a gradient of its own, on an axis that vmap adds and that
@@ -134,7 +144,7 @@ def _mean_gradient(
         # another, they would lie on a few devices, and have to be dealt out anew.
         return jnp.moveaxis(x.reshape(*rows, *x.shape[1:]), len(rows) - 1, 0)
 
-    def add(total: Any, item: tuple[Batch, Array]):
+    def add(total: PyTree, item: tuple[Batch, Array]):
         return jax.tree.map(jnp.add, total, run(params, *item)), None
 
     # A scan, and not a Python loop: one micro-batch's activations are held at a time, and the

@@ -7,6 +7,7 @@ import signal
 import threading
 from collections.abc import Callable
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 from crate_jax.config import TrainConfig, differences, from_dict, to_dict
@@ -95,7 +96,7 @@ class StopSignal:
         """Why to stop after this step, or None. Every process asks after every step."""
         return "SIGTERM" if self._reached and self._reached(step) else self._name
 
-    def _request(self, number: int, frame: Any) -> None:
+    def _request(self, number: int, frame: FrameType | None) -> None:
         for each in self._previous:
             signal.signal(each, signal.SIG_DFL)
         if self._pass_on:

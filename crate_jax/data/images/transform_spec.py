@@ -15,6 +15,7 @@ from crate_jax.data.images.decode import MAX_PIXELS
 from crate_jax.data.images.randaugment import randaugment
 from crate_jax.data.images.resize import SUPPORT
 
+Argument = Any  # of a transform, as `ast.literal_eval` reads it: nobody has checked it yet
 Transform = functools.partial[np.ndarray]  # called with (image, rng)
 
 TRANSFORMS: dict[str, Callable[..., np.ndarray]] = {
@@ -36,25 +37,25 @@ TRANSFORMS: dict[str, Callable[..., np.ndarray]] = {
 }
 
 
-def _is_size(value: Any) -> bool:
+def _is_size(value: Argument) -> bool:
     return type(value) is int and 0 < value <= MAX_PIXELS
 
 
-def _is_between(low: float, high: float, *, above_low: bool = False) -> Callable[[Any], bool]:
+def _is_between(low: float, high: float, *, above_low: bool = False) -> Callable[[Argument], bool]:
     """Whether a number, finite, in [low, high] or (low, high]."""
 
-    def check(value: Any) -> bool:
+    def check(value: Argument) -> bool:
         is_number = type(value) in (int, float) and math.isfinite(value)
         return is_number and (low < value if above_low else low <= value) and value <= high
 
     return check
 
 
-def _is_level(value: Any) -> bool:
+def _is_level(value: Argument) -> bool:
     return type(value) is int and 0 <= value <= 255
 
 
-def _is_one_or_two_sizes(value: Any) -> bool:
+def _is_one_or_two_sizes(value: Argument) -> bool:
     if type(value) is not tuple:
         value = (value, value)
     return len(value) == 2 and all(map(_is_size, value)) and value[0] * value[1] <= MAX_PIXELS
@@ -70,7 +71,7 @@ _positive_share = (_is_between(0, 1, above_low=True), "in (0, 1]")
 _ratio = (_is_between(0.01, 100), "in [0.01, 100]")
 _sigma = (_is_between(0, 100, above_low=True), "in (0, 100] pixels")
 _strength = (_is_between(0, 100), "in [0, 100]")
-RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
+RULES: dict[str, tuple[Callable[[Argument], bool], str]] = {
     "size": _side_or_two,
     "interpolation": (lambda v: type(v) is str and v in SUPPORT, f"one of {', '.join(SUPPORT)}"),
     "antialias": (lambda v: type(v) is bool, "True or False"),
@@ -101,7 +102,7 @@ RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
 }  # fmt: skip
 
 
-def _broken_rule(name: str, arguments: dict[str, Any]) -> str | None:
+def _broken_rule(name: str, arguments: dict[str, Argument]) -> str | None:
     """What is wrong with the arguments of a transform, or None."""
     for key, value in arguments.items():
         holds, rule = RULES[key]

@@ -14,7 +14,7 @@ import numpy as np
 from crate_jax.config import DataConfig
 from crate_jax.data.stores import storage, tars
 from crate_jax.data.stores.sources import STORES, Source, check_same_classes, open_source
-from crate_jax.files import written_aside
+from crate_jax.files import Json, written_aside
 
 # Examples a file: about 140 MB of ImageNet, whose training split then has TFDS's 1,025 files.
 SHARD_EXAMPLES = 1250
@@ -32,7 +32,7 @@ def prepare(
     name: str | None = None,
     shard_examples: int = SHARD_EXAMPLES,
     say: Callable[[str], object] | None = None,
-) -> dict[str, Any]:
+) -> Json:
     """Write every split of a folder or of tar files into ``target_dir/name/version``.
 
     Images are copied byte for byte, in an order drawn once, so that ``train[:10%]`` has all

@@ -5,14 +5,22 @@ import dataclasses
 import functools
 import io
 import sys
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, Protocol, TextIO
 
 from crate_jax.config import DataConfig, did_you_mean
 from crate_jax.data.stores import storage, tfrecord
 from crate_jax.data.stores.examples import Example, Source
 
 Builder = Any  # tfds.core.DatasetBuilder, which takes seconds to import
+
+
+class Records(Protocol):
+    """Random access to the examples of a split as TFDS holds them."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int, /) -> tfrecord.Record: ...
 
 
 class UnknownDatasetError(KeyError):
@@ -75,7 +83,7 @@ def _open_split(builder: Builder, data: DataConfig, split: str) -> Source:
     return Source(name, examples, label.num_classes or 0, tuple(label.names or ()))
 
 
-def _random_access(builder: Builder, data: DataConfig, split: str, name: str) -> Any:
+def _random_access(builder: Builder, data: DataConfig, split: str, name: str) -> Records:
     """The examples of a split by index: ours of TFRecord, TFDS's of array_record and parquet."""
     import tensorflow_datasets as tfds
 
@@ -100,7 +108,9 @@ def _random_access(builder: Builder, data: DataConfig, split: str, name: str) ->
     return examples
 
 
-def _as_data_source(builder: Builder, split: str, decoders: Any, name: str, kind: str) -> Any:
+def _as_data_source(
+    builder: Builder, split: str, decoders: Mapping[str, object], name: str, kind: str
+) -> Records:
     """TFDS's own random access to array_record and parquet."""
     if storage.is_remote(str(builder.data_path)):
         raise ValueError(
@@ -126,7 +136,7 @@ def _as_data_source(builder: Builder, split: str, decoders: Any, name: str, kind
 class TfdsExamples:
     """Examples of TFDS under the names that `Example` has."""
 
-    examples: Any
+    examples: Records
 
     def __len__(self) -> int:
         return len(self.examples)
@@ -141,7 +151,7 @@ class TfdsExamples:
         return found
 
 
-def _prepared(make: Callable[..., Builder], data: DataConfig, report: Any) -> Builder:
+def _prepared(make: Callable[..., Builder], data: DataConfig, report: TextIO) -> Builder:
     """The builder that `make` makes, prepared, or the reason why there is none.
 
     TFDS reports on stdout, which belongs to the command's own result: it goes to `report`.

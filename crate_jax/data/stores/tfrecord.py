@@ -9,13 +9,23 @@ import dataclasses
 import struct
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
 from crate_jax.data.stores import storage
 
 _HEAD, _FOOT = 12, 4  # bytes before and after those of a record
+
+Record = dict[str, Any]  # an example by feature: an array, a number or the bytes of an image
+
+
+class FileInstruction(Protocol):
+    """Which records of a file belong to a split, as TFDS says it."""
+
+    filename: str
+    skip: int
+    take: int
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,13 +45,13 @@ class TFRecordExamples:
     shard: np.ndarray
     offset: np.ndarray
     length: np.ndarray
-    parse: Callable[[bytes], dict[str, Any]]
+    parse: Callable[[bytes], Record]
     check_crc: bool
 
     def __len__(self) -> int:
         return len(self.shard)
 
-    def __getitem__(self, index: int) -> dict[str, Any]:
+    def __getitem__(self, index: int) -> Record:
         path, offset = self.paths[self.shard[index]], int(self.offset[index])
         if offset < 0:
             raise ValueError(f"{path} ends before this example")
@@ -55,8 +65,8 @@ class TFRecordExamples:
 
 
 def open_tfrecords(
-    instructions: Sequence[Any],
-    parse: Callable[[bytes], dict[str, Any]],
+    instructions: Sequence[FileInstruction],
+    parse: Callable[[bytes], Record],
     *,
     folder: str,
     index_dir: str | None,
