@@ -203,7 +203,7 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
 def on_mesh(mesh: Mesh, function: Callable[_Arguments, _Result]) -> Callable[_Arguments, _Result]:
     """A function to jit, in which weights that the axis ``fsdp`` shares are gathered at their use.
 
-    See `crate_jax.models.layers.whole`.
+    See `crate_jax.models.layers.read`.
     """
 
     @functools.wraps(function)
@@ -256,8 +256,10 @@ def state_shardings(abstract_state: PyTree, mesh: Mesh) -> Shardings:
     n = mesh.shape["fsdp"]
 
     def spec(path: jax.tree_util.KeyPath, leaf: jax.ShapeDtypeStruct) -> NamedSharding:
-        first = 1 if "blocks" in jax.tree_util.keystr(path) else 0
-        if n > 1 and leaf.ndim - first >= 2:
+        name = jax.tree_util.keystr(path, simple=True, separator="/")
+        first = 1 if "blocks" in name else 0
+        is_bias = name.rpartition("/")[2].startswith("b_")  # that of a map with heads has more axes
+        if n > 1 and leaf.ndim - first >= 2 and not is_bias:
             for axis in sorted(range(first, leaf.ndim), key=lambda i: -leaf.shape[i]):
                 if leaf.shape[axis] % n == 0:
                     names = [None] * leaf.ndim

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from flax.core import DenyList
 from jax import Array
 from jax.ad_checkpoint import checkpoint_name as keep
 from jax.ad_checkpoint import checkpoint_policies as policies
@@ -36,6 +37,7 @@ KEPT = (
     "code",  # of CRATE-α in its wide dictionary
     "active",  # where a ReLU lets through
     "hidden",  # units of an MLP before their nonlinearity
+    "unscaled",  # what LayerScale multiplies
 )
 REMAT = {
     "none": policies.save_only_these_names(*KEPT),
@@ -110,7 +112,7 @@ class Block(nn.Module):
         Args:
             Z_BxNxd: tokens.
             drop_path: rate of stochastic depth, a scalar: the share of the examples that skip a
-                half while training. None: no half is skipped.
+                half while training, if the tokens are added to it. None: no half is skipped.
             context: of the stack.
         """
         seen: dict[str, Array] = {}
@@ -146,8 +148,8 @@ class Block(nn.Module):
         """The half of the nonlinearity; its output is put into `seen`."""
         update_BxNxd = part.make(name=part.name)(self._norm(part, Z_BxNxd))
         seen[part.name] = update_BxNxd
-        if not self.residual:
-            return update_BxNxd
+        if not self.residual:  # an example that skipped it would have no tokens left
+            return self._gated(part, update_BxNxd, None)
         return Z_BxNxd + self._gated(part, update_BxNxd, drop_path)
 
     def _norm(self, part: Part, Z_BxNxd: Array) -> Array:
@@ -155,9 +157,9 @@ class Block(nn.Module):
         return LayerNorm(self.dtype, self.backward, self.epsilon, name=name)(Z_BxNxd)
 
     def _gated(self, part: Part, update_BxNxd: Array, drop_path: Array | None) -> Array:
-        """G · update, and for a share of the examples nothing of it while training."""
+        """The update times g, and for a share of the examples nothing of it while training."""
         if self.layer_scale is not None:
-            start = init.constant(self.layer_scale)
+            update_BxNxd, start = keep(update_BxNxd, "unscaled"), init.constant(self.layer_scale)
             g_d = self.param(f"{part.name}_scale", start, update_BxNxd.shape[-1:])
             update_BxNxd = update_BxNxd * g_d.astype(self.dtype)[None, None]
         if drop_path is None or not self.train:
@@ -188,9 +190,10 @@ def stack(
     """Blocks one after the other, as one compiled loop: the only `nn.scan` of the project.
 
     It is called as ``stack(…)(Z_BxNxd, per_layer, context)``. ``per_layer`` holds what differs by
-    depth, such as the rate of stochastic depth or a cache: a tree of arrays with the layers on axis
-    0, or None. ``context`` is the same for all layers. It returns the last tokens, and the taps
-    with the layers on axis 0.
+    depth, a tree of arrays with the layers on axis 0, or None: for `Block` the rate of stochastic
+    depth, for another block a cache or its step size. ``context`` is the same for all layers. It
+    returns the last tokens, and the taps with the layers on axis 0. Other collections than the
+    parameters, such as running statistics, have the layers on axis 0 too.
 
     Args:
         block: a module that takes (tokens, its layer of per_layer, context) and returns (tokens,
@@ -204,7 +207,7 @@ def stack(
     """
     layers = nn.scan(
         nn.remat(block, prevent_cse=False, policy=REMAT[remat]),
-        variable_axes={} if shared else {"params": 0},
+        variable_axes={DenyList("params"): 0} | ({} if shared else {"params": 0}),
         variable_broadcast="params" if shared else False,
         split_rngs={"params": not shared, "dropout": True},
         in_axes=(0, nn.broadcast),  # type: ignore[arg-type]

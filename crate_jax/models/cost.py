@@ -26,6 +26,8 @@ class Cost(NamedTuple):
         kept_bytes: bytes that it keeps besides.
         last: multiply-adds, of those with weights, of a last product that the backward pass never
             computes again: nothing but a sum comes after it.
+        parts: values of gradients that come in parts, once for each part but the first: those of a
+            weight that is in several products.
     """
 
     products: int
@@ -34,6 +36,7 @@ class Cost(NamedTuple):
     kept: int
     kept_bytes: int = 0
     last: int = 0
+    parts: int = 0
 
 
 def _mssa(model: ImageClassifier) -> Cost:
@@ -62,7 +65,7 @@ def _mhsa(model: ImageClassifier) -> Cost:
 def _ista(model: ImageClassifier) -> Cost:
     """Y Dᵀ and E D; E is kept, and where the ReLU lets through."""
     N, d, _, _ = _sizes(model)
-    return Cost(2 * N * d * d, 0, outputs=2 * N * d, kept=N * d, kept_bytes=N * d)
+    return Cost(2 * N * d * d, 0, outputs=2 * N * d, kept=N * d, kept_bytes=N * d, parts=d * d)
 
 
 def _odl(model: Any) -> Cost:
@@ -76,6 +79,7 @@ def _odl(model: Any) -> Cost:
         kept=N * (2 * m + d),
         kept_bytes=2 * N * m,
         last=N * d * m,
+        parts=(2 if model.decoupled else 3) * d * m,
     )
 
 
@@ -106,7 +110,17 @@ def _layer(model: ImageClassifier) -> Cost:
     parts = (model.attention_part, model.nonlinearity_part)
     found = [Cost(0, 0, outputs=0, kept=4 * N * d, kept_bytes=16 * N)]
     found += [COSTS[part.name](model) for part in parts if part]
-    return Cost(*map(sum, zip(*found, strict=True)))
+    layer = Cost(*map(sum, zip(*found, strict=True)))
+    if model.block_fields().get("layer_scale") is None:
+        return layer
+    # The factors' gradients need what they multiply, the last product's result too.
+    outputs = layer.outputs + N * d * (layer.last > 0)
+    return layer._replace(outputs=outputs, kept=layer.kept + 2 * N * d, last=0)
+
+
+def gradient_parts(model: ImageClassifier) -> int:
+    """Values of the layers' gradients that come in parts, once for each part but the first."""
+    return model.depth * _layer(model).parts
 
 
 def sample_images(model: ImageClassifier) -> Array:

@@ -17,7 +17,7 @@ from jax.stages import Compiled
 from crate_jax.config import OptimConfig, ParallelConfig, TrainConfig
 from crate_jax.files import Json
 from crate_jax.models.classifier import ImageClassifier
-from crate_jax.models.cost import activation_bytes, step_flops
+from crate_jax.models.cost import activation_bytes, gradient_parts, step_flops
 from crate_jax.parallel import PyTree, batch_sharding, parse_mesh
 from crate_jax.planning.chips import CHIPS, Joined, least_seconds
 from crate_jax.planning.collectives import KINDS, collectives
@@ -226,13 +226,13 @@ def gradient_sums(
 ) -> list[Joined]:
     """The gradients that devices add up in a step, float32.
 
-    Those of all parameters over all devices; those of D twice, because Y Dᵀ and R D each give a
-    part, and each part is added up before the two are. With gradient accumulation that is done over
-    ``fsdp`` for every micro-batch, and over ``data``, where each device has but its share of the
-    whole, at the end.
+    Those of all parameters over all devices. Those of a weight in several products come in parts,
+    D's from Y Dᵀ and E D, and each part is added up over the devices before the parts are. With
+    gradient accumulation that is done over ``fsdp`` for every micro-batch, and over ``data``, where
+    each device has but its share of the whole, at the end.
     """
     data, fsdp = mesh.shape["data"], mesh.shape["fsdp"]
-    size = 4 * (_values(state.params) + model.depth * model.width**2)
+    size = 4 * (_values(state.params) + gradient_parts(model))
     if micro_batches == 1:
         return [Joined("all-reduce", size, data * fsdp)] if data * fsdp > 1 else []
     sums = [Joined("all-reduce", micro_batches * size, fsdp)] if fsdp > 1 else []

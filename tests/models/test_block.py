@@ -76,6 +76,11 @@ def scaled(params, Z):
     return half + params["ista_scale"] * sparsify(params, half)
 
 
+def scaled_code(params, Z):
+    half = Z + params["mssa_scale"] * attend(params, Z)
+    return params["ista_scale"] * sparsify(params, half)
+
+
 @pytest.mark.parametrize(
     ("expected", "fields"),
     [
@@ -85,6 +90,7 @@ def scaled(params, Z):
         (swapped, {"sign": -1, "attention_first": False}),
         (attention_only, {"nonlinearity": None}),
         (scaled, {"residual": True, "layer_scale": 0.5}),
+        (scaled_code, {"layer_scale": 0.5}),
     ],
 )
 def test_a_block_is_its_equation(tokens, expected, fields):
@@ -174,6 +180,29 @@ def test_a_stack_hands_on_what_differs_by_depth_and_what_does_not():
     Z, seen = layers.apply({}, jnp.zeros((1,)), per_layer, Context(mask=jnp.ones(1) * 0.5))
     np.testing.assert_array_equal(Z, [12.0])
     np.testing.assert_array_equal(seen["cache"], [[100.0], [201.5]])
+
+
+class Normed(nn.Module):
+    """A block with running statistics."""
+
+    @nn.compact
+    def __call__(self, Z, per_layer, context):
+        norm = nn.BatchNorm(use_running_average=False, momentum=0.5, name="norm")
+        return norm(Z) + 1, {}
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_running_statistics_lie_by_layer(shared):
+    layers = stack(Normed, 2, remat="none", shared=shared)
+    Z = jax.random.normal(jax.random.key(4), (64, 3)) + 5
+    with jax.numpy_rank_promotion("allow"):
+        variables = layers.init(jax.random.key(0), Z, None, Context())
+        _, updated = layers.apply(variables, Z, None, Context(), mutable=["batch_stats"])
+    means = updated["batch_stats"]["norm"]["mean"]
+    assert means.shape == (2, 3)
+    np.testing.assert_allclose(means[0], 0.5 * Z.mean(axis=0), rtol=1e-4)
+    # The first layer's output has mean one, and init has moved the second's statistics as well.
+    assert np.abs(means[1] - means[0]).max() > 0.5
 
 
 def test_stochastic_depth_skips_halves_of_whole_examples_at_its_rate():

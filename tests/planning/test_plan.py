@@ -8,6 +8,7 @@ import jax
 import pytest
 from command import run
 
+from crate_jax.config import ModelConfig
 from crate_jax.planning.chips import CHIPS
 from crate_jax.planning.collectives import Collective, collectives
 from crate_jax.planning.plan import plan
@@ -65,6 +66,25 @@ def test_memory_and_bytes_are_those_of_the_compiled_step(arg, mesh, changes):
     memory = found["memory"]
     parts = sum(value for name, value in memory.items() if name != "total")
     assert memory["total"] == parts < compiled["memory_by_formula"]
+
+
+@pytest.mark.parametrize(
+    ("name", "changes"),
+    [
+        ("crate_alpha_tiny_patch32_224", {}),
+        ("crate_alpha_tiny_patch32_224", {"model__decoupled": False}),
+        ("vit_tiny_patch16_224", {}),
+    ],
+)
+def test_gradients_of_the_other_families_are_those_of_the_compiled_step(name, changes):
+    """A dictionary that is in three or four products sends its gradient in as many parts."""
+    config = recipe("imagenet1k", "tiny", batch_size=32)
+    config.model = ModelConfig(name=name, num_classes=1000, depth=2)
+    for path, value in changes.items():
+        setattr(config.model, path.partition("__")[2], value)
+    compiled = plan(config, "data:8")["compiled"]
+    sent = compiled["collectives"]["all-reduce"]["bytes"]
+    assert sent == pytest.approx(compiled["gradient_bytes_by_formula"], rel=0.05)
 
 
 def test_accumulated_gradients_are_added_up_over_data_once():
