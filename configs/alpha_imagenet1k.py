@@ -2,7 +2,8 @@
 
 Sizes tiny, small, base, large, huge; patches 32, 16, 14, 8; ``base-32`` is the default. Give the
 weights with ``--config.init_weights=FILE_OR_RUN``; the head starts anew. Weights of other patches,
-as those of L/32 for L/14, are fitted with ``--config.init_fit=head,patch_size,image_size``.
+as those of L/32 for L/14, are fitted with ``--config.init_fit=head,patch_size,image_size``;
+``--config.init_method=crate_alpha`` resizes as the official code does.
 
 Source: the configuration of the official JAX code; what the paper states of it could not be read.
 As ``alpha_imagenet21k.py``, but lr 1e-5 · 4096/256 = 1.6e-4, RandAugment(2, 9) and label smoothing

@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 import numpy as np
 
 from crate_jax.files import Json
-from crate_jax.models.variants import ModelConfig, values_of
+from crate_jax.models.variants import ModelConfig, check_family, values_of
 from crate_jax.models.variants import overrides as overrides
 from crate_jax.models.variants import renamed as renamed
 from crate_jax.options import check, did_you_mean, option, option_of, unknown
@@ -43,9 +43,7 @@ class DataConfig:
     std: tuple[float, ...] = option((0.5,), "then divided by; one, or one a channel", above=0)
     num_workers: int = option(0, "loader processes; 0: threads of this process", low=0)
     num_threads: int = option(4, "reading threads per loader process", low=1)
-    prefetch_mib: int = option(
-        256, "host memory for images made ahead, over all workers, MiB", low=1
-    )
+    prefetch_mib: int = option(256, "host memory for rows made ahead, over all workers, MiB", low=1)
     mixup_alpha: float = option(0.0, "Beta(α, α) of blended images; 0: none", low=0, identity=True)
     cutmix_alpha: float = option(0.0, "Beta(α, α) of pasted boxes; 0: none", low=0, identity=True)
     mix_switch: float = option(
@@ -92,7 +90,7 @@ class OptimConfig:
         identity=True,
     )
     warmup_epochs: float = option(0.0, "linear warm-up, epochs", low=0)
-    end_lr: float = option(0.0, "where the cosine ends", low=0)
+    end_lr: float = option(0.0, "where the cosine ends; official_readme takes none", low=0)
     label_smoothing: float = option(0.0, "share of a label spread over all classes", low=0, below=1)
     clip_norm: float = option(
         0.0, "largest global gradient norm; 0: no clipping", low=0, identity=True
@@ -127,26 +125,28 @@ class TrainConfig:
     seed: int = option(
         0, "of parameters, data order, augmentation and dropout", low=0, below=2**32, identity=True
     )
-    batch_size: int = option(
-        128, "examples per optimizer step over all devices", low=1, identity=True
-    )
+    batch_size: int = option(128, "examples per optimizer step, all devices", low=1, identity=True)
     eval_batch_size: int = option(256, "examples per evaluation step over all devices", low=1)
     total_epochs: float = option(1.0, "length of the run, epochs", above=0)
-    total_steps: int | None = option(
-        None, "the same in optimizer steps; overrides total_epochs", low=1
-    )
+    total_steps: int | None = option(None, "in optimizer steps; overrides total_epochs", low=1)
     init_weights: str | None = option(None, "start from this file or run; unset: from scratch")
     init_fit: tuple[str, ...] = option(
         (), "what of init_weights may differ: head, image_size, patch_size, in_channels, …"
     )
+    init_method: str = option(
+        "right",
+        "how kernels and positions of init_weights are resized; crate_alpha: as its official "
+        "fine-tuning",
+        choices=("right", "crate_alpha"),
+    )
     log_every_steps: int = option(50, "steps between two lines of metrics", low=1)
     log_objective_every_steps: int = option(
-        0, "steps between layer-wise R^c and sparsity; 0: never", low=0
+        0, "steps between looks into the model (classify: the objective by layer); 0: never", low=0
     )
     eval_every_steps: int = option(0, "steps; 0: at the end only", low=0)
     checkpoint_every_steps: int = option(0, "steps; 0: at each evaluation and at the end", low=0)
     keep_latest: int = option(2, "newest checkpoints kept", low=1)
-    keep_best: int = option(1, "checkpoints of highest test/top1 kept besides", low=0)
+    keep_best: int = option(1, "checkpoints kept besides, the best by the task's headline", low=0)
     on_failed_save: str = option(
         "stop", "continue: say so, and try again at the next save", choices=("stop", "continue")
     )
@@ -214,12 +214,19 @@ def validate(config: TrainConfig) -> TrainConfig:
     Raises:
         ValueError: a field breaks its rule; the message names it, the rule, the value and the
             remedy.
+        KeyError: there is no model of this name.
     """
     for path, section, field in options(config):
         value = getattr(section, field.name)
         check(path, field, value, f"Set --config.{path}.")
         if field.type == tuple[str, ...]:
             setattr(section, field.name, _split(value))
+    check_family(config.model)
+    if config.optim.schedule == "official_readme" and config.optim.end_lr:
+        raise ValueError(
+            "optim.end_lr must be 0 where optim.schedule is official_readme; got "
+            f"{config.optim.end_lr}. Set --config.optim.end_lr=0, or choose the schedule cosine."
+        )
     if config.batch_size % config.optim.accumulate_steps:
         raise ValueError(
             f"batch_size must be a multiple of optim.accumulate_steps; got {config.batch_size} and "

@@ -10,6 +10,8 @@ import typing
 from collections.abc import Iterable
 from typing import Any
 
+import numpy as np
+
 _SIGNS = {">=": operator.ge, ">": operator.gt, "<=": operator.le, "<": operator.lt}
 _KINDS = {
     int: "a whole number",
@@ -100,18 +102,27 @@ def check(path: str, field: dataclasses.Field, value: Any, remedy: str) -> None:
         ValueError: the value breaks the rule of the field.
     """
     told, several = option_of(field), isinstance(value, tuple | list)
-    good = is_of(value, field.type)
-    if told.choices and (isinstance(value, str) or not good):
-        if value not in told.choices:
-            remedy = did_you_mean(str(value), told.choices)
-            raise ValueError(f"{path} must be {rule(field)}; got {value}. {remedy}")
+    good, unset = is_of(value, field.type), value is None
+    if told.choices and not (good and unset):
+        if (word := _word(value)) not in told.choices:
+            remedy = did_you_mean(str(word), told.choices)
+            raise ValueError(f"{path} must be {rule(field)}; got {word}. {remedy}")
     elif not good or (several and told.lengths and len(value) not in told.lengths):
         raise ValueError(f"{path} must be {rule(field)}; got {value!r}. {remedy}")
-    elif told.bounds and value is not None:
+    elif told.bounds and not unset:
         for number in value if several else (value,):
             inside = all(_SIGNS[sign](number, bound) for sign, bound in told.bounds)
             if not (inside and math.isfinite(number)):
                 raise ValueError(f"{path} must be {told.range}; got {value}. {remedy}")
+
+
+def is_legal(field: dataclasses.Field, value: object) -> bool:
+    """Whether `check` lets a value pass."""
+    try:
+        check(field.name, field, value, "")
+    except ValueError:
+        return False
+    return True
 
 
 def is_of(value: object, kind: Any) -> bool:
@@ -139,6 +150,13 @@ def unknown(path: str, part: str, known: Iterable[str], owner: str = "") -> KeyE
     """The error of a dotted path with a part that names no field where it stands."""
     whose = f" of {owner}" if owner else ""
     return KeyError(f"{path} must name a field{whose}. {did_you_mean(part, known)}")
+
+
+def _word(value: object) -> object:
+    """A value as choices are written: a dtype may stand as its class, or as NumPy's object."""
+    if isinstance(value, np.dtype):
+        return value.name
+    return value.__name__ if isinstance(value, type) else value
 
 
 def _members(kind: object) -> tuple[Any, ...]:

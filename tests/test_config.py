@@ -4,6 +4,7 @@ import copy
 import dataclasses
 import json
 import math
+import pickle
 
 import numpy as np
 import pytest
@@ -25,6 +26,7 @@ from crate_jax.config import (
     to_dict,
     validate,
 )
+from crate_jax.models.variants import VARIANTS
 from crate_jax.options import option_of, rule
 
 # field: (values to accept, values to refuse)
@@ -71,6 +73,7 @@ BOUNDS = {
     "optim.b2": SHARE,
     "optim.eps": POSITIVE,
     "optim.warmup_epochs": AMOUNT,
+    "optim.end_lr": AMOUNT,
     "optim.label_smoothing": SHARE,
     "optim.clip_norm": AMOUNT,
     "optim.accumulate_steps": ([1, 2], [0, -1]),
@@ -88,6 +91,7 @@ CHOICES = {
     "optim.schedule": (["cosine", "official_readme"], "cosin", "cosine"),
     "data.on_bad_example": (["raise", "skip"], "skipp", "skip"),
     "optim.mu_dtype": (["float32", "bfloat16"], "bfloat61", "bfloat16"),
+    "init_method": (["right", "crate_alpha"], "crate_alfa", "crate_alpha"),
     "on_failed_save": (["stop", "continue"], "contnue", "continue"),
 }
 # Free text, paths, switches and layouts: read, and checked, where they are used.
@@ -108,6 +112,7 @@ UNRULED = {
     "data.eval_transforms",
     "data.mean",
     "optim.no_decay",
+    "optim.decay_only",
     "parallel.mesh",
     "parallel.coordinator",
 }
@@ -135,8 +140,12 @@ IDENTITY = {
     "optim.ema_decay",
     "optim.clip_norm",
     "optim.no_decay",
+    "optim.decay_only",
     "optim.mu_dtype",
 }
+
+
+EXAMPLES = {variant.family: name for name, variant in VARIANTS.items()}.values()  # one a family
 
 
 def changed(path, value):
@@ -295,6 +304,20 @@ def test_micro_batches_divide_the_batch():
     )
 
 
+def test_the_official_schedule_takes_no_end():
+    config = TrainConfig(optim=OptimConfig(end_lr=1e-6))
+    validate(config)
+    config.optim.schedule = "official_readme"
+    with pytest.raises(ValueError) as caught:
+        validate(config)
+    assert str(caught.value) == (
+        "optim.end_lr must be 0 where optim.schedule is official_readme; got 1e-06. "
+        "Set --config.optim.end_lr=0, or choose the schedule cosine."
+    )
+    config.optim.end_lr = 0.0
+    validate(config)
+
+
 # --- there and back -------------------------------------------------------------------------------
 
 
@@ -310,6 +333,7 @@ def unusual():
         total_steps=9,
         init_weights="weights.npz",
         init_fit=("head",),
+        init_method="crate_alpha",
         log_every_steps=1,
         log_objective_every_steps=2,
         eval_every_steps=3,
@@ -364,6 +388,7 @@ def unusual():
         optimizer="lion",
         lr=0.1,
         weight_decay=0.2,
+        decay_only=("kernel",),
         no_decay=("bias", "scale"),
         b1=0.3,
         b2=0.4,
@@ -371,6 +396,7 @@ def unusual():
         mu_dtype="bfloat16",
         schedule="official_readme",
         warmup_epochs=0.6,
+        end_lr=0.01,
         label_smoothing=0.7,
         clip_norm=0.8,
         accumulate_steps=2,
@@ -489,6 +515,44 @@ def test_a_section_has_the_fields_of_its_family(other_family):
     config.model.ratio = 0
     with pytest.raises(ValueError, match=r"^model\.ratio must be >= 1; got 0\. Set --config"):
         validate(config)
+
+
+@pytest.mark.parametrize("name", EXAMPLES)
+def test_a_config_can_be_pickled_and_copied(name):
+    config = TrainConfig(model=ModelConfig(name=name, depth=2, image_size=(32, 32)))
+    for back in (pickle.loads(pickle.dumps(config)), copy.deepcopy(config)):
+        assert back == config and type(back.model) is type(config.model)
+        back.model.depth = 3
+        assert config.model.depth == 2
+    assert copy.copy(config.model) == config.model
+    assert dataclasses.replace(config.model, depth=3).depth == 3
+
+
+def test_a_section_keeps_to_its_family():
+    model = ModelConfig(name="crate_tiny_patch16_224", depth=2)
+    within = dataclasses.replace(model, name="crate_base_patch16_224")
+    assert validate(TrainConfig(model=within)).model == renamed(model, within.name)
+    replaced = dataclasses.replace(model, name="vit_tiny_patch16_224")
+    model.name = replaced.name
+    for wrong in (model, replaced):
+        with pytest.raises(ValueError) as caught:
+            validate(TrainConfig(model=wrong))
+        assert str(caught.value) == (
+            "model.name must be a model of the section's family, crate; got vit_tiny_patch16_224. "
+            "Build ModelConfig(name='vit_tiny_patch16_224')."
+        )
+    model.name = "vit_tyni_patch16_224"
+    with pytest.raises(KeyError, match="Did you mean vit_tiny_patch16_224"):
+        validate(TrainConfig(model=model))
+
+
+def test_a_renamed_section_keeps_what_is_legal_there():
+    model = ModelConfig(name="crate_tiny_patch16_224", depth=0, pool="mean", nonlinearity="mlp")
+    alpha = renamed(model, "crate_alpha_tiny_patch16_224")
+    assert overrides(alpha) == {"depth": 0}
+    with pytest.raises(ValueError, match=r"^model\.depth must be >= 1; got 0\."):
+        validate(TrainConfig(model=alpha))  # a mistake of its own is not lost
+    assert overrides(renamed(model, "crate_base_patch16_224")) == overrides(model)
 
 
 def test_a_renamed_section_keeps_what_fits(other_family):

@@ -7,11 +7,11 @@ Nothing here imports JAX.
 import dataclasses
 import functools
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
-from crate_jax.options import did_you_mean, option, option_of, unknown
+from crate_jax.options import did_you_mean, is_legal, option, option_of, unknown
 
 Size = int | tuple[int, ...]
 DType = str | type | np.dtype
@@ -38,7 +38,7 @@ class ImageFields:
     )
     backward: str = option(
         "derived",
-        "the backward pass; forward mode (jax.jvp) needs autodiff",
+        "the backward pass of LayerNorms and of MSSA; forward mode (jax.jvp) needs autodiff",
         choices=("derived", "autodiff"),
         how=True,
     )
@@ -69,8 +69,8 @@ class AlphaFields(ImageFields):
     eta: float = option(0.1, "step size of ISTA", above=0)
     lmbda: float = option(0.1, "sparsity weight of ISTA", low=0)
     nonlinearity: str = option("odl", "the second half of a layer", choices=("odl", "ista"))
-    overcompleteness: int = option(4, "atoms of the dictionary over the width", low=1)
-    decoupled: bool = option(True, "whether the code is read with a dictionary of its own")
+    overcompleteness: int = option(4, "of odl: atoms of the dictionary over the width", low=1)
+    decoupled: bool = option(True, "of odl: whether the code is read with a dictionary of its own")
     residual: bool = option(True, "whether the second half's output is added to the tokens")
     layer_scale: float | None = option(None, "start of learned factors on both halves", above=0)
     drop_path: float = option(0.0, "stochastic depth of the last layer", low=0, below=1, how=True)
@@ -188,6 +188,7 @@ class ModelConfig:
     """
 
     name: str = option("crate_small_patch16_224", "one of crate_jax.list_models()", identity=True)
+    family: ClassVar[str]
 
     def __new__(cls, **values: Any) -> "ModelConfig":
         """An object of the family's class, which `__init__` fills."""
@@ -199,6 +200,10 @@ class ModelConfig:
             if field not in known:
                 raise unknown(f"model.{field}", field, known, name)
         return object.__new__(_SECTIONS[family])
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """The family's class by the family's name: pickle would look for it in this module."""
+        return _blank_section, (self.family,), vars(self)
 
     if TYPE_CHECKING:
 
@@ -215,16 +220,48 @@ def _section(family: str) -> type[ModelConfig]:
         told = dataclasses.replace(option_of(field), identity=True)
         unset = dataclasses.field(default=None, metadata={"option": told})
         optional.append((name, stated.get(field.type, field.type) | None, unset))
-    return dataclasses.make_dataclass("ModelConfig", optional, bases=(ModelConfig,), kw_only=True)
+    return dataclasses.make_dataclass(
+        "ModelConfig",
+        optional,
+        bases=(ModelConfig,),
+        namespace={"family": family},
+        kw_only=True,
+    )
 
 
 _SECTIONS = {family: _section(family) for family in FAMILIES}
 
 
+def _blank_section(family: str) -> ModelConfig:
+    return object.__new__(_SECTIONS[family])
+
+
+def check_family(model: ModelConfig) -> None:
+    """Refuse the section of one family under the name of another's model.
+
+    Raises:
+        KeyError: there is no model of this name.
+        ValueError: the model is of another family.
+    """
+    if find(model.name).family != model.family:
+        raise ValueError(
+            f"model.name must be a model of the section's family, {model.family}; got {model.name}."
+            f" Build ModelConfig(name={model.name!r})."
+        )
+
+
 def renamed(model: ModelConfig, name: str) -> ModelConfig:
-    """The section of another model, with what this one sets as far as that one has the fields."""
-    known = fields_of(find(name).family)
-    kept = {field: value for field, value in overrides(model).items() if field in known}
+    """The section of another model, with what this one sets, as far as it is legal there.
+
+    A field that both families share keeps its value even if that breaks its rule, so that the
+    mistake is still found.
+    """
+    theirs, ours = fields_of(find(name).family), fields_of(model.family)
+    kept = {
+        field: value
+        for field, value in overrides(model).items()
+        if field in theirs and (theirs[field] is ours[field] or is_legal(theirs[field], value))
+    }
     return ModelConfig(name=name, **kept)
 
 

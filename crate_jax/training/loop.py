@@ -157,7 +157,8 @@ def restore_or_init(run: Run, checkpointer: Checkpointer) -> tuple[TrainState, S
     state, shardings = init_sharded(run.task, run.tx, run.key, run.mesh, ema=run.ema)
     if config.init_weights:
         model: Any = run.task.model  # the loop does not know what it is; who loads weights does
-        loaded = load_fitted(config.init_weights, model, fit=config.init_fit, key=run.key)
+        fit, method = config.init_fit, config.init_method
+        loaded = load_fitted(config.init_weights, model, fit=fit, method=method, key=run.key)
         state = replace_params(state, loaded.params)
         notes = [f"{config.init_weights} fitted: {change}" for change in loaded.report]
     return state, shardings, {"step": 0, "summary": {}, "notes": notes}

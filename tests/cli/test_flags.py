@@ -7,7 +7,8 @@ from absl import flags
 from command import ROOT
 
 from crate_jax.cli.flags import config_flag, define_config_flag, parse_config, parse_flags
-from crate_jax.config import ModelConfig, options, overrides
+from crate_jax.config import ModelConfig, options, overrides, validate
+from crate_jax.models.zoo import build_model
 from crate_jax.options import is_of
 
 DIGITS = str(ROOT / "configs" / "digits.py")
@@ -75,6 +76,19 @@ def test_the_name_of_the_model_comes_first(other_family):
     name = "crate_base_patch16_224"
     recipe = overrides(parsed().model)
     assert overrides(parsed(f"--config.model.name={name}").model) == recipe
+
+
+@pytest.mark.parametrize("name", ["vit_tiny_patch16_224", "crate_alpha_tiny_patch16_224"])
+def test_a_recipe_gives_way_where_a_model_does_not_take_its_values(name):
+    """The mean over the tokens, which digits.py asks for, is no pool of these."""
+    for order in (1, -1):
+        arguments = [f"--config.model.name={name}", "--config.model.depth=2"]
+        config = validate(parsed(*arguments[::order]))
+        model = build_model(config.model)
+        assert (config.model.name, model.pool, model.depth, model.width) == (name, "cls", 2, 96)
+        arguments[1] = "--config.model.pool=mean"  # a flag does not
+        with pytest.raises(ValueError, match=r"^model\.pool must be one of .*; got mean\."):
+            validate(parsed(*arguments[::order]))
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from crate_jax import create_model, list_models
@@ -142,9 +143,18 @@ def test_a_wrong_word_is_one_line(field, value):
         create_model("crate_tiny_patch16_224", **{field: value})
 
 
+def test_a_type_that_models_do_not_compute_in_is_refused():
+    for dtype in (int, np.int32, np.dtype("float64")):
+        word = dtype.name if isinstance(dtype, np.dtype) else dtype.__name__
+        message = rf"^model\.dtype must be one of float32, bfloat16; got {word}\. \w+"
+        with pytest.raises(ValueError, match=message):
+            create_model("crate_tiny_patch16_224", dtype=dtype)
+
+
 def test_a_type_may_be_stated_as_a_word():
-    models = [create_model("crate_tiny_patch16_224", dtype=d) for d in ("bfloat16", jnp.bfloat16)]
-    assert models[0] == models[1] and hash(models[0]) == hash(models[1])
+    stated = ("bfloat16", jnp.bfloat16, jnp.dtype("bfloat16"))
+    models = [create_model("crate_tiny_patch16_224", dtype=dtype) for dtype in stated]
+    assert len(set(models)) == 1
     plain = create_model("crate_tiny_patch16_224")
     assert hash(plain) == hash(plain.clone(dtype=jnp.float32))
 

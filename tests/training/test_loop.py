@@ -19,6 +19,8 @@ from crate_jax.checkpoint.manager import Checkpointer
 from crate_jax.checkpoint.reading import restore_params
 from crate_jax.config import DataConfig, OptimConfig, ParallelConfig, TrainConfig
 from crate_jax.data.stores.sources import open_source
+from crate_jax.interop.resize import METHODS
+from crate_jax.options import option_of
 from crate_jax.parallel import start_processes
 from crate_jax.training.loop import open_checkpoints, restore_or_init, train
 from crate_jax.training.run import evaluate_split, set_up
@@ -258,6 +260,24 @@ def test_fine_tuning_starts_from_the_weights_with_a_new_head(four_steps, tiny_co
     )
 
 
+def test_the_weights_are_resized_as_the_config_says(four_steps, tiny_config, tmp_path):
+    """To patches of half the size, which the two methods do apart."""
+    assert option_of(TrainConfig.__dataclass_fields__["init_method"]).choices == METHODS
+    kernels = {}
+    for method in METHODS:
+        config = tiny_config(
+            init_weights=str(four_steps[0]), init_fit=("patch_size",), init_method=method
+        )
+        config.model.patch_size = (4, 4)
+        run = set_up(config, "train", "eval")
+        state, _, record = restore_or_init(run, open_checkpoints(run, tmp_path / method))
+        kernels[method] = np.asarray(state.params["embedding"]["projection"]["kernel"])
+        told = any("bilinear" in note for note in record["notes"])
+        assert told == (method == "crate_alpha")
+    assert kernels["right"].shape == kernels["crate_alpha"].shape
+    assert np.abs(kernels["right"] - kernels["crate_alpha"]).max() > 1e-3
+
+
 def test_every_field_of_the_config_is_read(four_steps, tiny_config, tmp_path, photographs):
     """By code outside config.py, in a run that uses every feature."""
     (image,) = encode_crops(photographs, 1)
@@ -300,7 +320,7 @@ def test_every_field_of_the_config_is_read(four_steps, tiny_config, tmp_path, ph
     unread = {(cls.__name__, field.name) for cls in classes for field in dataclasses.fields(cls)}
     # total_steps stands in for total_epochs here; name is read by train.py, see test_cli; the
     # section of the model by build_model.
-    assert unread - read == {("TrainConfig", name) for name in ("total_epochs", "name", "task")}
+    assert unread - read == {("TrainConfig", name) for name in ("total_epochs", "name")}
 
 
 def test_a_bucket_is_no_workdir(tiny_config):
