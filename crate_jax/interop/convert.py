@@ -11,10 +11,16 @@ from flax import traverse_util
 from crate_jax.interop.faults import faults
 from crate_jax.interop.layouts import LAYOUTS
 from crate_jax.interop.layouts.layout import Layout, own_paths
-from crate_jax.interop.tree import family_of, flatten, tree_of
+from crate_jax.interop.tree import flatten, tree_of
 from crate_jax.models.classifier import ImageClassifier, Params
+from crate_jax.models.zoo import family_of, has_family
 
 _REMEDY = "Build the model with the sizes of these weights."
+
+
+def layouts_of(model: ImageClassifier) -> tuple[Layout, ...]:
+    """The official layouts of a model's family; of a model of no family none."""
+    return LAYOUTS.get(family_of(model), ()) if has_family(model) else ()
 
 
 def find_layout(model: ImageClassifier, name: str | None = None, *, torch: bool = False) -> Layout:
@@ -28,7 +34,7 @@ def find_layout(model: ImageClassifier, name: str | None = None, *, torch: bool 
     Raises:
         ValueError: the family has none, or none of that name.
     """
-    known = [x for x in LAYOUTS.get(family_of(model), ()) if x.in_torch or not torch]
+    known = [x for x in layouts_of(model) if x.in_torch or not torch]
     for layout in known:
         if name in (None, layout.name):
             return layout
@@ -44,7 +50,7 @@ def recognise(names: Collection[str], model: ImageClassifier) -> Layout:
 
     Names that belong to none are taken for our own if they are paths, else for official ones.
     """
-    own, official = own_paths(tree_of(model).shapes), LAYOUTS.get(family_of(model), ())
+    own, official = own_paths(tree_of(model).shapes), layouts_of(model)
     candidates = (own, *official) if any("/" in n for n in names) else (*official, own)
     return max(candidates, key=lambda layout: layout.recognised(names))
 

@@ -143,7 +143,7 @@ def _check_fit(
             f"{path} must hold the parameters of the model and nothing else; "
             f"{'; '.join(filter(None, told))}. {remedy}"
         )
-    ours = architecture(source)
+    ours = architecture(source) if contents.fields else {}
     other = [
         f"{name} {value} where the model has {ours.get(name)}"
         for name, value in contents.fields.items()

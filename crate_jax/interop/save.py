@@ -12,7 +12,7 @@ from crate_jax.interop.faults import faults
 from crate_jax.interop.layouts.layout import Arrays
 from crate_jax.interop.tree import flatten, tree_of
 from crate_jax.models.classifier import ImageClassifier, Params
-from crate_jax.models.zoo import architecture
+from crate_jax.models.zoo import architecture, has_family
 
 _TORCH = (".pth", ".pt")
 
@@ -61,7 +61,7 @@ def _writer(path: Path, model: ImageClassifier) -> Callable[[Path, Arrays], None
     """How to write a file of this suffix."""
 
     def write_safetensors(aside: Path, arrays: Arrays) -> None:
-        safetensors.write(aside, arrays, architecture(model))
+        safetensors.write(aside, arrays, architecture(model) if has_family(model) else {})
 
     writers = {".npz": npz.write, ".safetensors": write_safetensors}
     writers |= dict.fromkeys(_TORCH, pth.write_checkpoint)

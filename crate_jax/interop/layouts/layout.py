@@ -22,11 +22,12 @@ class Tree(NamedTuple):
 
     Attributes:
         shapes: of its parameters, by path.
-        patch: rows, columns and channels of a patch, which our projection holds on one axis.
+        patch: rows, columns and channels of a patch, which our projection holds on one axis; None:
+            the model has no patches.
     """
 
     shapes: Shapes
-    patch: tuple[int, int, int]
+    patch: tuple[int, int, int] | None
 
 
 Table = Mapping[str, tuple[str, Same]]
@@ -113,7 +114,7 @@ class Layout:
             pattern, form = self.table[path]
             stacked = "{i}" in pattern
             ours = shape[1:] if stacked else shape
-            ours = (*tree.patch, *ours[1:]) if form.apart else ours
+            ours = (*tree.patch, *ours[1:]) if form.apart and tree.patch else ours
             # An array of stride zero has a shape and no memory.
             official = form.to_official(np.broadcast_to(np.float32(0), ours)).shape
             for layer in range(shape[0]) if stacked else (None,):
