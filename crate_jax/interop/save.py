@@ -33,7 +33,7 @@ def save_weights(
         params: the parameter tree, arrays of any kind that this process holds whole.
         model: the model they belong to.
         layout: whose names and shapes: one of `crate_jax.interop.layouts`; None: the paths of our
-            tree, and in PyTorch files the first layout of the model's family.
+            tree, and in PyTorch files the first layout of the model's family that agrees with it.
 
     Raises:
         ValueError: the kind of file or the layout is not known, PyTorch is missing, or the tree is

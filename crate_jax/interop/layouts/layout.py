@@ -45,6 +45,18 @@ class Entry(NamedTuple):
     official: Shape
 
 
+class Implied(NamedTuple):
+    """Values that a field of the model has where weights have these names.
+
+    Attributes:
+        sign: the name that tells.
+        values: the legal ones.
+    """
+
+    sign: str
+    values: tuple[str, ...]
+
+
 @dataclasses.dataclass(frozen=True)
 class Layout:
     """The names and forms of one program.
@@ -57,6 +69,7 @@ class Layout:
         zeros: paths that have no entry there and are zero.
         left_out: pattern of entries that belong to no parameter of ours and are left aside.
         head: pattern of the head's entries besides those of the table, such as its further layers.
+        implies: what the names tell of fields of the model that no shape shows.
     """
 
     name: str
@@ -66,6 +79,7 @@ class Layout:
     zeros: tuple[str, ...] = ()
     left_out: str = ""
     head: str = ""
+    implies: Mapping[str, Implied] = dataclasses.field(default_factory=dict)
 
     def recognised(self, names: Iterable[str]) -> int:
         """How many of the names are in the table."""
