@@ -38,7 +38,13 @@ def add_model(parser: argparse.ArgumentParser) -> None:
         nargs="+",
         default=[],
         metavar="WHAT",
-        help="what may differ between weights and model: head, image_size, patch_size, in_channels",
+        help="what may differ between weights and model: head, image_size, patch_size, "
+        "in_channels, pool, eta, lmbda",
+    )
+    parser.add_argument(
+        "--method",
+        help="how --fit resizes patches and positions: right (the default), or crate_alpha, as "
+        "CRATE-α's official fine-tuning does",
     )
 
 
@@ -84,6 +90,17 @@ def model_kwargs(args: argparse.Namespace) -> Json:
         except (ValueError, SyntaxError):
             kwargs[name] = value  # a word, such as pool=mean
     return kwargs
+
+
+def resize_method(args: argparse.Namespace) -> str:
+    """--method, or the default.
+
+    Raises:
+        ValueError: nothing is to be fitted.
+    """
+    if args.method and not args.fit:
+        raise ValueError("--method must go with --fit. Leave it out, or see --help.")
+    return args.method or "right"
 
 
 def default_data(model: "ImageClassifier") -> DataConfig:

@@ -18,6 +18,7 @@ from crate_jax.cli.arguments import (
     default_data,
     named_model,
     override_data,
+    resize_method,
     saved_config,
 )
 from crate_jax.config import DataConfig, OptimConfig
@@ -103,10 +104,11 @@ def _compare(args: argparse.Namespace) -> "tuple[Comparison, Json]":
     from crate_jax.parity.compare import compare as compare_both
     from crate_jax.tasks.losses import cross_entropy
 
-    params, model, fitted = load_fitted(args.weights, named_model(args), fit=args.fit)
+    fits = functools.partial(load_fitted, fit=args.fit, method=resize_method(args))
+    params, model, fitted = fits(args.weights, named_model(args))
     reference = params
     if args.reference:
-        reference = load_fitted(args.reference, model, fit=args.fit).params
+        reference = fits(args.reference, model).params
     images, labels, inputs = _inputs(args, model)
     model = model.clone(dtype=jnp.dtype(args.dtype))
     found = compare_both(

@@ -3,7 +3,7 @@
 import argparse
 import sys
 
-from crate_jax.cli.arguments import Subparsers, add_model, named_model
+from crate_jax.cli.arguments import Subparsers, add_model, named_model, resize_method
 from crate_jax.cli.flags import parse_config
 from crate_jax.files import Json
 
@@ -17,6 +17,11 @@ def add_convert(subparsers: Subparsers) -> None:
     parser.add_argument(
         "--to", dest="target", required=True, help="FILE.safetensors, .npz, .pth or .pt"
     )
+    parser.add_argument(
+        "--layout",
+        help="whose names to write: official for CRATE; torch, jax or clipa for CRATE-α; timm or "
+        "crate_baseline for ViT; default: our own paths, and in .pth files the first that fits",
+    )
     add_model(parser)
     parser.set_defaults(function=convert)
 
@@ -26,8 +31,9 @@ def convert(args: argparse.Namespace) -> Json:
     from crate_jax.interop import load_fitted, save_weights
     from crate_jax.models.cost import count_parameters
 
-    params, model, fitted = load_fitted(args.source, named_model(args), fit=args.fit)
-    save_weights(args.target, params, model)
+    method = resize_method(args)
+    params, model, fitted = load_fitted(args.source, named_model(args), fit=args.fit, method=method)
+    save_weights(args.target, params, model, layout=args.layout)
     return {
         "from": args.source,
         "to": args.target,

@@ -12,6 +12,7 @@ from crate_jax.cli.arguments import (
     default_data,
     model_kwargs,
     override_data,
+    resize_method,
     saved_config,
 )
 from crate_jax.config import ModelConfig, TrainConfig
@@ -62,6 +63,7 @@ def _check_evaluate(args: argparse.Namespace) -> None:
         raise ValueError("evaluate --weights must get --model and --dataset too. See --help.")
     if args.workdir and (args.model or args.fit):
         raise ValueError("--model and --fit must go with --weights; a run knows its own model.")
+    resize_method(args)
     if args.weights and args.step:
         raise ValueError("--step must go with --workdir. Leave it out.")
 
@@ -83,7 +85,7 @@ def _load_weights(args: argparse.Namespace, run: "Run") -> "tuple[Params, Extra,
     from crate_jax.interop import load_fitted
 
     model: Any = run.task.model  # whatever the task trains
-    loaded = load_fitted(args.weights, model, fit=args.fit)
+    loaded = load_fitted(args.weights, model, fit=args.fit, method=resize_method(args))
     extra = _abstract(run)[1]
     if extra:
         raise ValueError(

@@ -131,6 +131,8 @@ def _read_run(path: Path) -> tuple[dict[str, np.ndarray], Json]:
     params, record = read_params(workdir, step)
     fields = {}
     if "config" in record:
-        model = build_model(from_dict(record["config"]).model)
-        fields = architecture(model.clone(num_classes=params["head"]["bias"].shape[0]))
+        fields = architecture(build_model(from_dict(record["config"]).model))
+        head = params.get("head", {})
+        if "num_classes" in fields and "bias" in head:  # a config may leave it to the data set
+            fields["num_classes"] = head["bias"].shape[0]
     return {name: np.asarray(leaf) for name, leaf in flatten(params).items()}, fields

@@ -11,14 +11,20 @@ from flax import traverse_util
 from crate_jax.interop.faults import faults
 from crate_jax.interop.layouts import LAYOUTS
 from crate_jax.interop.layouts.layout import Layout, own_paths
-from crate_jax.interop.tree import family_of, flatten, tree_of
+from crate_jax.interop.tree import flatten, tree_of
 from crate_jax.models.classifier import ImageClassifier, Params
+from crate_jax.models.zoo import family_of, has_family
 
 _REMEDY = "Build the model with the sizes of these weights."
 
 
+def layouts_of(model: ImageClassifier) -> tuple[Layout, ...]:
+    """The official layouts of a model's family; of a model of no family none."""
+    return LAYOUTS.get(family_of(model), ()) if has_family(model) else ()
+
+
 def find_layout(model: ImageClassifier, name: str | None = None, *, torch: bool = False) -> Layout:
-    """An official layout of a model's family: the one named, or else the first.
+    """An official layout of a model's family: the one named, or else the first that it agrees with.
 
     Args:
         model: whose family counts.
@@ -26,11 +32,13 @@ def find_layout(model: ImageClassifier, name: str | None = None, *, torch: bool 
         torch: look among those that PyTorch files have.
 
     Raises:
-        ValueError: the family has none, or none of that name.
+        ValueError: the family has none, or none of that name, or it contradicts the model.
     """
-    known = [x for x in LAYOUTS.get(family_of(model), ()) if x.in_torch or not torch]
+    known = [x for x in layouts_of(model) if x.in_torch or not torch]
     for layout in known:
-        if name in (None, layout.name):
+        if name == layout.name:
+            check_implied(layout, model, "Choose another layout.")
+        if name == layout.name or (name is None and _agree(layout, model)):
             return layout
     of = f"{type(model).__name__}{' in PyTorch files' if torch else ''}"
     if not known:
@@ -39,12 +47,48 @@ def find_layout(model: ImageClassifier, name: str | None = None, *, torch: bool 
     raise ValueError(f"layout must be one of {names} for {of}; got {name}. Choose one of these.")
 
 
+def _agree(layout: Layout, model: ImageClassifier) -> bool:
+    """Whether the model's fields have the values that the layout implies."""
+    return all(getattr(model, field) in told.values for field, told in layout.implies.items())
+
+
+def check_implied(
+    layout: Layout, model: ImageClassifier, remedy: str, fit: Collection[str] = ()
+) -> list[str]:
+    """Refuse a model whose fields are not what the layout's names imply.
+
+    Args:
+        layout: of the weights.
+        model: that they are for.
+        remedy: the end of the error, with ``{field}`` in it.
+        fit: fields that may differ.
+
+    Returns:
+        One line for each field in ``fit`` that differs.
+
+    Raises:
+        ValueError: another field differs.
+    """
+    report = []
+    for field, (sign, values) in layout.implies.items():
+        ours, theirs = getattr(model, field), " or ".join(values)
+        if ours in values:
+            continue
+        if field not in fit:
+            raise ValueError(
+                f"model.{field} must be {theirs} for weights with {sign}; got {ours}. "
+                + remedy.format(field=field)
+            )
+        report.append(f"{field}: {ours}, where weights with {sign} have {theirs}")
+    return report
+
+
 def recognise(names: Collection[str], model: ImageClassifier) -> Layout:
     """The layout that most of the names belong to: our own paths, or one of the model's family.
 
     Names that belong to none are taken for our own if they are paths, else for official ones.
     """
-    own, official = own_paths(tree_of(model).shapes), LAYOUTS.get(family_of(model), ())
+    own, official = own_paths(tree_of(model).shapes), layouts_of(model)
     candidates = (own, *official) if any("/" in n for n in names) else (*official, own)
     return max(candidates, key=lambda layout: layout.recognised(names))
 
@@ -73,7 +117,8 @@ def from_state_dict(
         The parameter tree without what was skipped, float32 NumPy arrays.
 
     Raises:
-        ValueError: entries are missing, unknown or of another shape; every one is named.
+        ValueError: entries are missing, unknown or of another shape; every one is named. Or their
+            names imply another value of one of the model's fields.
     """
     layout, tree = recognise(state, model), tree_of(model)
     dropped = {*layout.in_groups(state, skip), *layout.set_aside(state)}
@@ -82,6 +127,7 @@ def from_state_dict(
     wrong = faults({name: tuple(np.shape(array)) for name, array in state.items()}, expected)
     if wrong:
         raise ValueError(f"state must hold the model's parameters alone; got {wrong}. {_REMEDY}")
+    check_implied(layout, model, "Set model.{field}.")
     return traverse_util.unflatten_dict(layout.to_ours(state, tree, skip), sep="/")
 
 
@@ -93,7 +139,8 @@ def to_state_dict(
     Args:
         params: the parameter tree, a gradient, or an average; arrays of any kind.
         model: the model they belong to.
-        layout: name of the layout; None: the first of the model's family.
+        layout: name of the layout; None: the first of the model's family
+            that agrees with it.
 
     Returns:
         New contiguous NumPy arrays by official name, of the dtypes of ``params``.

@@ -49,6 +49,8 @@ def mismatch(shapes: Shapes, model: ImageClassifier) -> tuple[str, str]:
     found, wanted = sizes(shapes), sizes(tree_of(model).shapes)
     wrong = [name for name, size in found.items() if size != wanted.get(name)]
     remedy = "Build the model with the sizes of these weights."
+    if not wanted:  # a model of other names, of which no size is known
+        return "", remedy
     if not found:
         return f"it holds no weights of a {type(model).__name__}", remedy
     if not wrong:

@@ -15,17 +15,17 @@ from crate_jax.files import Json
 from crate_jax.interop.faults import faults, mismatch
 from crate_jax.interop.layouts.layout import Arrays
 from crate_jax.interop.resize import METHODS, Size, resized_kernel, resized_positions
-from crate_jax.interop.tree import flatten, tree_of
+from crate_jax.interop.tree import PROJECTION, flatten, tree_of
 from crate_jax.models.classifier import ImageClassifier, Params, pair
 from crate_jax.models.cost import sample_images
-from crate_jax.models.zoo import architecture
+from crate_jax.models.zoo import architecture, family_of
 
 # What may be fitted on request. The last three are constants that a file may declare: the model's
 # are used.
 FITS = ("head", "image_size", "patch_size", "in_channels", "pool", "eta", "lmbda")
 CONSTANTS = FITS[4:]
 
-_KERNEL, _BIAS = "embedding/projection/kernel", "embedding/projection/bias"
+_KERNEL, _BIAS = PROJECTION, "embedding/projection/bias"
 _SCALE, _OFFSET = "embedding/patch_norm/scale", "embedding/patch_norm/bias"
 _POSITIONS = "embedding/pos_embedding"
 
@@ -49,11 +49,14 @@ def source_model(
         fit: names out of `FITS`.
 
     Raises:
-        ValueError: an unknown name in `fit`.
+        ValueError: an unknown name in `fit`, or weights of another family.
     """
     for name in fit:
         if name not in FITS:
             raise ValueError(f"fit must be among {', '.join(FITS)}; got {name}. Leave it out.")
+    if not fit:
+        return model
+    _check_family(declared.get("family", family_of(model)), model)
     stated = {name: declared[name] for name in FITS[1:] if name in declared and name in fit}
     if "patch_size" in fit and "image_size" in declared:
         stated["image_size"] = declared["image_size"]  # the grid changes with the patches
@@ -64,11 +67,20 @@ def source_model(
         *patch, channels = _guess_patch(pixels, patch, channels, fit)
     size = pair(stated.get("image_size", model.image_size))
     if "image_size" not in declared and {"patch_size", "image_size"} & set(fit):
-        cells = found.get("positions", 1 + math.prod(_grid(model))) - 1
-        rows, columns = _guess_grid(cells, _grid(model))
+        cells = found.get("positions", 1 + math.prod(model.grid)) - 1
+        rows, columns = _guess_grid(cells, model.grid)
         size = (rows * patch[0], columns * patch[1])
     constants = {name: stated[name] for name in CONSTANTS if name in stated}
     return model.clone(image_size=size, patch_size=tuple(patch), in_channels=channels, **constants)
+
+
+def _check_family(family: object, model: ImageClassifier) -> None:
+    """Weights of one family cannot be fitted to another."""
+    if family != family_of(model):
+        raise ValueError(
+            f"weights must be of the model's family, {family_of(model)}, to be fitted; got those "
+            f"of {family}. Build a model of that family."
+        )
 
 
 def _guess_patch(pixels: int, patch: Size, c: int, fit: Collection[str]) -> tuple[int, int, int]:
@@ -128,8 +140,10 @@ def fit_params(
         The parameter tree of ``model``, float32 NumPy arrays, and one line for each change.
 
     Raises:
-        ValueError: the layers differ (width, depth, subspaces), or an unknown method.
+        ValueError: the families or the layers differ (width, depth, subspaces), or an unknown
+            method.
     """
+    _check_family(family_of(source), model)
     if method not in METHODS:
         raise ValueError(f"method must be one of {', '.join(METHODS)}; got {method}. Choose one.")
     flat = {path: np.asarray(leaf) for path, leaf in flatten(params).items()}
@@ -181,7 +195,7 @@ def _fit_grid(
     flat: Arrays, source: ImageClassifier, model: ImageClassifier, method: str
 ) -> list[str]:
     """The positions for another grid, put into ``flat``; what was done."""
-    old, new = _grid(source), _grid(model)
+    old, new = source.grid, model.grid
     if old == new:
         return []
     flat[_POSITIONS] = resized_positions(flat[_POSITIONS], old, new, method)
@@ -210,12 +224,6 @@ def _other_channels(kernel_hxwxcxd: np.ndarray, channels: int) -> np.ndarray:
     if channels == 1:
         return kernel_hxwxcxd.sum(axis=2, keepdims=True)
     return kernel_hxwxcxd[:, :, np.arange(channels) % old] * (old / channels)
-
-
-def _grid(model: ImageClassifier) -> Size:
-    """Patches (down, across)."""
-    (H, W), (h, w) = pair(model.image_size), pair(model.patch_size)
-    return H // h, W // w
 
 
 def _size(sides: Size) -> str:

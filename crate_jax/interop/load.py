@@ -12,7 +12,7 @@ from flax import traverse_util
 
 from crate_jax.files import Json
 from crate_jax.interop.contents import Contents, left_aside, read_contents
-from crate_jax.interop.convert import foreign_family, recognise
+from crate_jax.interop.convert import check_implied, foreign_family, recognise
 from crate_jax.interop.faults import faults, mismatch
 from crate_jax.interop.fit import fit_params, source_model
 from crate_jax.interop.layouts.forms import Shape
@@ -45,8 +45,8 @@ def load_weights(
         fit: what may differ between the two and is made to fit: ``head`` (always a new one),
             ``image_size`` (positions resized), ``patch_size`` and ``in_channels`` (the projection
             of the patches resized, summed or repeated), and ``pool``, ``eta``, ``lmbda`` where the
-            file states others (the model's are used). Each change is logged at INFO; see
-            `crate_jax.interop.fit.fit_params`.
+            file, or its names, state others (the model's are used). Each change is logged at INFO;
+            see `crate_jax.interop.fit.fit_params`.
         method: how positions and patches are resized: "right" or "crate_alpha".
         key: of a new head; None: ``jax.random.key(0)``.
 
@@ -57,7 +57,8 @@ def load_weights(
         FileNotFoundError: there is nothing at ``path``.
         ValueError: the kind of file is not known, the file is damaged or would run code, PyTorch is
             missing, the weights are not those of the model (each missing, unknown or ill-shaped
-            entry is named, and whose weights they are), or one is not finite.
+            entry is named, and whose weights they are), their names imply another value of one of
+            its fields, or one is not finite.
     """
     loaded = load_fitted(path, model, fit=fit, method=method, key=key)
     for line in loaded.report:
@@ -111,6 +112,8 @@ def load_fitted(
     declared = contents.fields or _declared(tree_shapes)
     source = source_model(sizes(tree_shapes), declared, model, fit)
     _check_fit(path, contents, layout, source, skip)
+    remedy = "Set model.{field}, or ask to fit: {field}."
+    report += check_implied(layout, source, remedy, fit)
     arrays = {name: _as_float32(array, name, path) for name, array in arrays.items()}
     flat = layout.to_ours(arrays, tree_of(source), skip)
     _check_finite(flat, path)
@@ -143,7 +146,7 @@ def _check_fit(
             f"{path} must hold the parameters of the model and nothing else; "
             f"{'; '.join(filter(None, told))}. {remedy}"
         )
-    ours = architecture(source)
+    ours = architecture(source) if contents.fields else {}
     other = [
         f"{name} {value} where the model has {ours.get(name)}"
         for name, value in contents.fields.items()

@@ -12,7 +12,7 @@ from crate_jax.interop.faults import faults
 from crate_jax.interop.layouts.layout import Arrays
 from crate_jax.interop.tree import flatten, tree_of
 from crate_jax.models.classifier import ImageClassifier, Params
-from crate_jax.models.zoo import architecture
+from crate_jax.models.zoo import architecture, has_family
 
 _TORCH = (".pth", ".pt")
 
@@ -33,7 +33,7 @@ def save_weights(
         params: the parameter tree, arrays of any kind that this process holds whole.
         model: the model they belong to.
         layout: whose names and shapes: one of `crate_jax.interop.layouts`; None: the paths of our
-            tree, and in PyTorch files the first layout of the model's family.
+            tree, and in PyTorch files the first layout of the model's family that agrees with it.
 
     Raises:
         ValueError: the kind of file or the layout is not known, PyTorch is missing, or the tree is
@@ -61,7 +61,7 @@ def _writer(path: Path, model: ImageClassifier) -> Callable[[Path, Arrays], None
     """How to write a file of this suffix."""
 
     def write_safetensors(aside: Path, arrays: Arrays) -> None:
-        safetensors.write(aside, arrays, architecture(model))
+        safetensors.write(aside, arrays, architecture(model) if has_family(model) else {})
 
     writers = {".npz": npz.write, ".safetensors": write_safetensors}
     writers |= dict.fromkeys(_TORCH, pth.write_checkpoint)

@@ -9,6 +9,8 @@ from crate_jax.interop.layouts.layout import Shapes, Tree
 from crate_jax.models.classifier import ImageClassifier, pair
 from crate_jax.models.cost import abstract_parameters
 
+PROJECTION = "embedding/projection/kernel"
+
 # What the shapes of a parameter tree tell: the leaf, and the axes whose product it is. A model has
 # one of the leaves.
 _SIZES: dict[str, dict[str, slice]] = {
@@ -20,7 +22,7 @@ _SIZES: dict[str, dict[str, slice]] = {
     },
     "atoms": {"blocks/odl/D": slice(2, None)},
     "hidden": {"blocks/mlp/b_in": slice(1, None)},
-    "pixels of a patch": {"embedding/projection/kernel": slice(0, -1)},
+    "pixels of a patch": {PROJECTION: slice(0, -1)},
     "positions": {"embedding/pos_embedding": slice(0, 1)},
     "num_classes": {"head/kernel": slice(-1, None)},
 }
@@ -28,19 +30,26 @@ _SIZES: dict[str, dict[str, slice]] = {
 LAYER_SIZES = ("width", "depth", "num_heads x head_dim", "atoms", "hidden")
 
 
-def family_of(model: ImageClassifier) -> str:
-    """The family of a model: the name of its class's file in models/."""
-    return type(model).__module__.rpartition(".")[2]
-
-
 def tree_of(model: ImageClassifier) -> Tree:
-    """The shapes of a model's parameters by path, and its patch."""
+    """The shapes of a model's parameters by path, and its patch.
+
+    Any Flax module will do that has an `input_shape` and is called as an image classifier is.
+
+    Raises:
+        ValueError: it has no `input_shape`.
+    """
+    if not hasattr(model, "input_shape"):
+        raise ValueError(
+            "model must have an input_shape, by which its parameters are known; "
+            f"{type(model).__name__} has none. Add the property, (H, W, c)."
+        )
     leaves = jax.tree_util.tree_leaves_with_path(abstract_parameters(model))
     shapes = {
         jax.tree_util.keystr(path, simple=True, separator="/"): tuple(leaf.shape)
         for path, leaf in leaves
     }
-    return Tree(shapes, (*pair(model.patch_size), model.in_channels))
+    patched = PROJECTION in shapes and hasattr(model, "patch_size")
+    return Tree(shapes, (*pair(model.patch_size), model.in_channels) if patched else None)
 
 
 def flatten(params: object) -> dict[str, jax.Array]:

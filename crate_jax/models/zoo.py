@@ -54,12 +54,35 @@ def build_model(config: ModelConfig) -> Model:
     return create_model(config.name, **overrides(config))
 
 
+def family_of(model: object) -> str:
+    """The family of a model, by its class or one that it extends.
+
+    Raises:
+        ValueError: it is of none.
+    """
+    for family, cls in CLASSES.items():
+        if isinstance(model, cls):
+            return family
+    raise ValueError(
+        f"model must be of a known family, {', '.join(CLASSES)}; got {type(model).__name__}. "
+        "Use one of these, or a subclass."
+    )
+
+
+def has_family(model: object) -> bool:
+    """Whether `family_of` knows the model."""
+    return isinstance(model, tuple(CLASSES.values()))
+
+
 def architecture(model: Model) -> Json:
     """The family and the fields that decide what a model computes, as JSON values.
 
     What says only how to compute it (dropout, dtype, backward, remat, scan_unroll) is left out.
+
+    Raises:
+        ValueError: the model is of no known family.
     """
-    (family,) = (family for family, cls in CLASSES.items() if type(model) is cls)
+    family = family_of(model)
     fields: Json = {"family": family}
     for name, field in fields_of(family).items():
         if not option_of(field).how:

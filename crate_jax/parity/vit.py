@@ -123,7 +123,9 @@ class TorchViT(Twin):
         self.pos_embed = nn.Parameter(torch.empty(1, (H // h) * (W // w) + 1, width))
         self.patch_embed = PatchEmbed(in_channels, width, patch_size)
         self.blocks = nn.ModuleList(Block(width, num_heads, head_dim, hidden) for _ in range(depth))
-        self.norm = nn.LayerNorm(width, eps=EPSILON)
+        # timm's names: the norm is called after what it normalises.
+        norm, none = nn.LayerNorm(width, eps=EPSILON), nn.Identity()
+        self.norm, self.fc_norm = (norm, none) if pool == "cls" else (none, norm)
         self.head = nn.Linear(width, num_classes)
         self._start()
 
@@ -150,9 +152,10 @@ class TorchViT(Twin):
             Z, seen = block(Z)
             for name in taps:
                 kept[name].append(seen[name])
-        pooled = self.norm(Z[:, 0] if self.pool == "cls" else Z[:, 1:].mean(dim=1))
+        Z = self.norm(Z)
+        pooled = self.fc_norm(Z[:, 0] if self.pool == "cls" else Z[:, 1:].mean(dim=1))
         if self.pool == "patches_twice":
-            pooled = self.norm(pooled)
+            pooled = self.fc_norm(pooled)
         return self.head(pooled), {name: torch.stack(values) for name, values in kept.items()}
 
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from weights import assert_equal_trees, random_params, random_state
 
-from crate_jax import Crate, load_weights, save_weights
+from crate_jax import Crate, ViT, load_weights, save_weights
 from crate_jax.interop import load_fitted
 from crate_jax.interop.fit import fit_params
 from crate_jax.models.embedding import resize_positions
@@ -202,3 +202,15 @@ def test_what_no_fit_can_help(official, params):
         fit_params(params, MODEL, MODEL.clone(width=24))
     with pytest.raises(ValueError, match="pixels of a patch 48 where the model has 75"):
         load_weights(official, MODEL.clone(image_size=15, patch_size=5), fit=("image_size",))
+
+
+def test_weights_of_another_family_are_not_fitted(stated, params):
+    """The families are compared before any field of theirs."""
+    vit = ViT(16, 4, 5, width=12, depth=2, num_heads=2)
+    message = r"model's family, vit, to be fitted; got those of crate\. Build a model of that"
+    with pytest.raises(ValueError, match=message):
+        load_weights(stated, vit, fit=("eta",))
+    with pytest.raises(ValueError, match=message):
+        fit_params(params, MODEL, vit)
+    with pytest.raises(ValueError, match=r"family, crate, to be fitted; got those of vit\. "):
+        fit_params(random_params(vit), vit, MODEL)

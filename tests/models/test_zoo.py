@@ -16,7 +16,13 @@ from crate_jax.config import ModelConfig
 from crate_jax.models import variants
 from crate_jax.models.cost import count_parameters
 from crate_jax.models.variants import FAMILIES, VARIANTS, fields_of
-from crate_jax.models.zoo import CLASSES, architecture, build_model, from_architecture
+from crate_jax.models.zoo import (
+    CLASSES,
+    architecture,
+    build_model,
+    family_of,
+    from_architecture,
+)
 from crate_jax.options import option_of
 
 # Parameters at 224 pixels with 1000 classes. Those of 16-pixel patches are the official code's own.
@@ -239,3 +245,16 @@ def test_a_file_that_states_no_model(changes, message):
 def test_values_that_state_no_model(stated):
     with pytest.raises(ValueError, match="must be stated by image_size, "):
         from_architecture(stated)
+
+
+def test_the_family_of_a_model_is_that_of_its_class_or_of_one_that_it_extends():
+    for family, cls in CLASSES.items():
+        assert family_of(cls(8, 4, 2, width=4, depth=1, num_heads=1)) == family
+
+    class Mine(CLASSES["vit"]):
+        """A ViT of one's own."""
+
+    model = Mine(8, 4, 2, width=4, depth=1, num_heads=1)
+    assert family_of(model) == architecture(model)["family"] == "vit"
+    with pytest.raises(ValueError, match=r"known family, crate, crate_alpha, vit; got int\. Use"):
+        family_of(3)

@@ -45,9 +45,7 @@ def test_reproduces_the_official_implementation(name):
         pool="cls" if name == "vit_timm" else "patches_twice",
     )
     state = torch.load(GOLDEN / f"{name}.pth", weights_only=True)
-    # timm's name of the norm behind the pooling, where there is pooling.
-    renamed = {key.replace("fc_norm", "norm"): value for key, value in state.items()}
-    model.load_state_dict(renamed, strict=True)
+    model.load_state_dict(state, strict=True)
     images, labels = torch.tensor(expected["images_nchw"]), torch.tensor(expected["labels"])
     logits, seen = model.trace(images, TorchViT.TAPS)
     assert relative(model.embed(images).detach(), expected["tokens0"]) <= 1e-6
@@ -59,8 +57,7 @@ def test_reproduces_the_official_implementation(name):
             assert relative(seen[tap][layer].detach(), value) <= 2e-6, (tap, layer)
     torch.nn.functional.cross_entropy(logits, labels.long()).backward()
     for key, parameter in model.named_parameters():
-        official = key if f"grad/{key}" in expected else key.replace("norm", "fc_norm")
-        assert relative(parameter.grad, expected[f"grad/{official}"]) <= 1e-5, key
+        assert relative(parameter.grad, expected[f"grad/{key}"]) <= 1e-5, key
 
 
 @pytest.mark.parametrize("name", list_models("vit_*"))

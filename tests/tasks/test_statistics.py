@@ -180,7 +180,7 @@ def test_its_weights_alone_are_refused(normed, monkeypatch, tmp_path):
 
     monkeypatch.setattr("crate_jax.interop.load_fitted", lambda *args, **options: Loaded)
     run = set_up(config(), "eval")
-    args = argparse.Namespace(weights="w.npz", fit=[], model="normed")
+    args = argparse.Namespace(weights="w.npz", fit=[], method=None, model="normed")
     message = r"--weights must hold all that normed evaluates with; its batch_stats are in no"
     with pytest.raises(ValueError, match=message):
         runs._load_weights(args, run)

@@ -3,7 +3,7 @@
 from crate_jax.interop.layouts import crate, crate_alpha, vit
 from crate_jax.interop.layouts.layout import Layout
 
-# By family, which is the name of the file of its class in models/. PyTorch files are written in the
+# By family. PyTorch files are written in the
 # first layout that PyTorch has.
 LAYOUTS: dict[str, tuple[Layout, ...]] = {
     "crate": crate.LAYOUTS,

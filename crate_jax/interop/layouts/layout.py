@@ -22,11 +22,12 @@ class Tree(NamedTuple):
 
     Attributes:
         shapes: of its parameters, by path.
-        patch: rows, columns and channels of a patch, which our projection holds on one axis.
+        patch: rows, columns and channels of a patch, which our projection holds on one axis; None:
+            the model has no patches.
     """
 
     shapes: Shapes
-    patch: tuple[int, int, int]
+    patch: tuple[int, int, int] | None
 
 
 Table = Mapping[str, tuple[str, Same]]
@@ -44,6 +45,18 @@ class Entry(NamedTuple):
     official: Shape
 
 
+class Implied(NamedTuple):
+    """Values that a field of the model has where weights have these names.
+
+    Attributes:
+        sign: the name that tells.
+        values: the legal ones.
+    """
+
+    sign: str
+    values: tuple[str, ...]
+
+
 @dataclasses.dataclass(frozen=True)
 class Layout:
     """The names and forms of one program.
@@ -56,6 +69,7 @@ class Layout:
         zeros: paths that have no entry there and are zero.
         left_out: pattern of entries that belong to no parameter of ours and are left aside.
         head: pattern of the head's entries besides those of the table, such as its further layers.
+        implies: what the names tell of fields of the model that no shape shows.
     """
 
     name: str
@@ -65,6 +79,7 @@ class Layout:
     zeros: tuple[str, ...] = ()
     left_out: str = ""
     head: str = ""
+    implies: Mapping[str, Implied] = dataclasses.field(default_factory=dict)
 
     def recognised(self, names: Iterable[str]) -> int:
         """How many of the names are in the table."""
@@ -113,7 +128,7 @@ class Layout:
             pattern, form = self.table[path]
             stacked = "{i}" in pattern
             ours = shape[1:] if stacked else shape
-            ours = (*tree.patch, *ours[1:]) if form.apart else ours
+            ours = (*tree.patch, *ours[1:]) if form.apart and tree.patch else ours
             # An array of stride zero has a shape and no memory.
             official = form.to_official(np.broadcast_to(np.float32(0), ours)).shape
             for layer in range(shape[0]) if stacked else (None,):

@@ -1,7 +1,7 @@
 """ViT: timm's names, and those of the ViT that CRATE's repository trains as its baseline."""
 
 from crate_jax.interop.layouts.forms import Convolution, Flat, Leading, Linear, Same
-from crate_jax.interop.layouts.layout import Layout, Table
+from crate_jax.interop.layouts.layout import Implied, Layout, Table
 
 
 def _table(norm: str) -> Table:
@@ -31,8 +31,13 @@ def _table(norm: str) -> Table:
     }
 
 
-TIMM = Layout(name="timm", table=_table("norm"))
-# Means over the patches; the norm stands behind the pooling, under this name.
-CRATE_BASELINE = Layout(name="crate_baseline", table=_table("fc_norm"))
+TIMM = Layout(name="timm", table=_table("norm"), implies={"pool": Implied("norm", ("cls",))})
+# Means over the patches: the norm stands behind the pooling, under this name. timm's models with
+# global_pool="avg" have the same names and norm once.
+CRATE_BASELINE = Layout(
+    name="crate_baseline",
+    table=_table("fc_norm"),
+    implies={"pool": Implied("fc_norm", ("patches", "patches_twice"))},
+)
 
 LAYOUTS = (TIMM, CRATE_BASELINE)
