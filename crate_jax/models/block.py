@@ -207,7 +207,7 @@ def stack(
     """
     layers = nn.scan(
         nn.remat(block, prevent_cse=False, policy=REMAT[remat]),
-        variable_axes={DenyList("params"): 0} | ({} if shared else {"params": 0}),
+        variable_axes={DenyList("params"): 0} if shared else {True: 0},  # all collections
         variable_broadcast="params" if shared else False,
         split_rngs={"params": not shared, "dropout": True},
         in_axes=(0, nn.broadcast),  # type: ignore[arg-type]
