@@ -233,8 +233,7 @@ def test_parameters_of_the_switches(images):
     plain = {"mssa", "mssa_norm", "odl", "odl_norm"}
     assert of() == plain
     assert of(layer_scale=0.1) == plain | {"mssa_scale", "odl_scale"}
-    # Without the residual nothing is added to the tokens that could be scaled.
-    assert of(layer_scale=0.1, residual=False) == plain | {"mssa_scale"}
+    assert of(layer_scale=0.1, residual=False) == plain | {"mssa_scale", "odl_scale"}
     assert of(nonlinearity="ista") == {"mssa", "mssa_norm", "ista", "ista_norm"}
     assert set(draw(build(decoupled=False), images)["blocks"]["odl"]) == {"D"}
 
