@@ -110,7 +110,8 @@ def slow_forward(model, params, images):
         Z = Z + scales["mssa"] * attend(Y, here["mssa"]["U"], here["mssa"]["W_out"])
         norms = here[f"{model.nonlinearity}_norm"]
         new = np.stack([nonlinear(norm(z, norms), at) for z in Z])
-        return Z + scales[model.nonlinearity] * new if model.residual else new
+        new = scales[model.nonlinearity] * new
+        return Z + new if model.residual else new
 
     logits = []
     for image in np.asarray(images, np.float64):
