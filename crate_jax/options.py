@@ -142,7 +142,7 @@ def is_of(value: object, kind: Any) -> bool:
 def did_you_mean(name: str, known: Iterable[str]) -> str:
     """A remedy for a misspelt name: the nearest known one, or all of them."""
     known = sorted(known)
-    near = difflib.get_close_matches(name, known, n=1, cutoff=0.55)
+    near = difflib.get_close_matches(name, known, n=1, cutoff=0.52)
     return f"Did you mean {near[0]}?" if near else f"Known: {', '.join(known)}."
 
 

@@ -5,8 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from crate_jax.tasks.losses import cross_entropy
 from crate_jax.tasks.mixing import make_mix
-from crate_jax.training.step import cross_entropy
 
 B, H, W, Y = 6, 12, 16, 5
 
