@@ -23,9 +23,9 @@ from jax.typing import DTypeLike
 from crate_jax.models.layers import LayerNorm
 
 # What the backward pass of a block keeps of its forward pass, besides its input; the equations give
-# these names. What has none is computed again: "none" leaves that to what costs nothing, as casts
-# and gathered weights; "dots" keeps matrix products alone, and not those of attention; "full"
-# keeps nothing.
+# these names. What has none is computed again. With "none" that is casts, the gathering of weights,
+# elementwise steps, and the scores where automatic differentiation asks for them. "dots" keeps
+# matrix products alone, and not those of attention. "full" keeps nothing.
 KEPT = (
     "statistics",  # mean and 1/σ of a LayerNorm
     "normalised",  # tokens after it

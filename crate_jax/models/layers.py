@@ -5,7 +5,8 @@ Tokens are rows: where the paper writes D Z, this is ``Z @ D.T``. The letters, h
     Z  tokens that a layer takes and gives     B  batch        N  tokens, the class token included
     Y  tokens after a LayerNorm                d  width        K  subspaces   p  their dimension
     U  bases of the subspaces                  m  atoms of a wide dictionary, hidden units
-    V  subspace tokens, U_kᵀ Z                 A  attention    O  attended subspace tokens
+    V  subspace tokens, U_kᵀ Y                 A  attention    O  attended subspace tokens
+    E  error of a sparse code                  S  scores       P  patches, N − 1 (an axis)
     D  dictionary, atoms as columns            H, W, c  image  h, w  patch    Y (an axis)  classes
 
 A weight is cast to the dtype of the computation, and gathered where devices share it, at one place:
