@@ -192,10 +192,12 @@ def rank_of_label(logits_BxY: Array, labels_B: Array) -> Array:
 
     Of equal logits the lower class comes first. One that is not a number comes before all others,
     and as the label's own is never a hit, however many count as one. It is counted, not sorted: a
-    sort would gather the logits of the whole batch on every device.
+    sort would gather the logits of the whole batch on every device. And no class is ahead of
+    itself: a compiler may compute the label's logit twice, and round it in two ways.
     """
     own_Bx1 = jnp.take_along_axis(logits_BxY, labels_B[:, None], axis=1)
-    lower_BxY = jnp.arange(logits_BxY.shape[1])[None] < labels_B[:, None]
-    ahead_BxY = ~(logits_BxY <= own_Bx1) | ((logits_BxY == own_Bx1) & lower_BxY)
+    classes_1xY, labels_Bx1 = jnp.arange(logits_BxY.shape[1])[None], labels_B[:, None]
+    tied_BxY = (logits_BxY == own_Bx1) & (classes_1xY < labels_Bx1)
+    ahead_BxY = (~(logits_BxY <= own_Bx1) | tied_BxY) & (classes_1xY != labels_Bx1)
     rank_B = jnp.sum(ahead_BxY, axis=1, dtype=jnp.int32)
     return jnp.where(jnp.isnan(own_Bx1[:, 0]), jnp.iinfo(jnp.int32).max, rank_B)
