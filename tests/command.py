@@ -5,7 +5,15 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jax
+
 ROOT = Path(__file__).parents[1]
+
+# Tests mostly compile, so they compile slow code fast, and so do the programs that they start,
+# unless this is set. jax 0.10 has two ways to emit fused code for CPUs, of which the older compiles
+# in two thirds of the time; jax 0.11 has one, and no such flag.
+OPTIMISED = os.environ.get("CRATE_JAX_TESTS_OPTIMISED") == "1"
+OLD_EMITTERS = "--xla_cpu_use_fusion_emitters=false" if jax.__version_info__ < (0, 11) else ""
 
 # A run of train.py that takes seconds: every field but these is the digits recipe's.
 TINY = [
@@ -22,17 +30,22 @@ TINY = [
 ]
 
 
-def environment(devices=1):
+def environment(devices=1, optimised=OPTIMISED):
+    """Of a command: so many CPU devices, and whether it compiles as a user's does."""
     flags = f"--xla_force_host_platform_device_count={devices}"
-    return os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags}
+    return os.environ | {
+        "JAX_PLATFORMS": "cpu",
+        "JAX_DISABLE_MOST_OPTIMIZATIONS": str(not optimised),
+        "XLA_FLAGS": flags if optimised else f"{flags} {OLD_EMITTERS}",
+    }
 
 
-def start(*arguments, devices=1, group=False):
+def start(*arguments, devices=1, group=False, optimised=OPTIMISED):
     """A command in the background, its output piped; as a process group of its own if asked for."""
     return subprocess.Popen(
         [sys.executable, *map(str, arguments)],
         cwd=ROOT,
-        env=environment(devices),
+        env=environment(devices, optimised),
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -41,9 +54,9 @@ def start(*arguments, devices=1, group=False):
     )
 
 
-def run(*arguments, devices=1, timeout=200):
+def run(*arguments, devices=1, timeout=200, optimised=OPTIMISED):
     """A command to its end: (exit status, stdout, stderr)."""
-    process = start(*arguments, devices=devices)
+    process = start(*arguments, devices=devices, optimised=optimised)
     try:
         out, err = process.communicate(timeout=timeout)
     except subprocess.TimeoutExpired:

@@ -1,6 +1,7 @@
 """What every test runs under: eight CPU devices, strict array rules, nothing written at home."""
 
 import dataclasses
+import gc
 import os
 import shutil
 import tempfile
@@ -11,12 +12,15 @@ import tracemalloc  # noqa: F401, pytest's hook for what a collected object rais
 
 import jax
 import pytest
+from command import OLD_EMITTERS, OPTIMISED
 
 from crate_jax import Crate
 from crate_jax.models import variants
 from crate_jax.options import option
 
-SCRATCH = tempfile.mkdtemp(prefix="crate_jax_tests_")
+# Made by the first process, and shared with pytest-xdist's workers, which it starts.
+OWNER = "CRATE_JAX_TESTS_SCRATCH" not in os.environ
+SCRATCH = os.environ.setdefault("CRATE_JAX_TESTS_SCRATCH", tempfile.mkdtemp("_crate_jax_tests"))
 # TFDS reads its variable when it is first imported, so both are set here and not in a fixture.
 os.environ["TFDS_DATA_DIR"] = os.path.join(SCRATCH, "tfds")
 # For the programs that tests start: jax of this process has read its environment already.
@@ -29,15 +33,21 @@ import tensorflow_datasets  # noqa: E402, F401
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_numpy_dtype_promotion", "strict")
-# Tests mostly compile: a third of the time. The programs that tests start run optimised, and so do
-# all with CRATE_JAX_TESTS_OPTIMISED=1.
-jax.config.update(
-    "jax_disable_most_optimizations", os.environ.get("CRATE_JAX_TESTS_OPTIMISED") != "1"
-)
+jax.config.update("jax_disable_most_optimizations", not OPTIMISED)
+if not OPTIMISED:  # XLA reads its flags when the first array is made
+    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {OLD_EMITTERS}"
+
+
+def pytest_collection_finish():
+    """Tracing makes many small objects, and the libraries' millions need no second look."""
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(20_000, 20, 50)
 
 
 def pytest_unconfigure():
-    shutil.rmtree(SCRATCH, ignore_errors=True)
+    if OWNER:
+        shutil.rmtree(SCRATCH, ignore_errors=True)
 
 
 @pytest.fixture(scope="session")

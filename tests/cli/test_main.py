@@ -1,4 +1,7 @@
-"""The commands, run as a user runs them: what they print, and one line for each mistake."""
+"""The commands, run as a user runs them: what they print, and one line for each mistake.
+
+Most mistakes are made in this process, which has imported everything.
+"""
 
 import json
 import os
@@ -9,17 +12,60 @@ import time
 import pytest
 from command import ROOT, TINY, run, start
 
+from crate_jax.checkpoint.reading import inspect
+from crate_jax.cli.flags import parse_config
+from crate_jax.cli.main import main
+from crate_jax.cli.running import run_command
+from crate_jax.training.loop import train
+
 GOLDEN = ROOT / "tests" / "golden"
 
 
 def refuse(*arguments, devices=1):
     """A command that must fail: its one line."""
-    status, out, err = run(*arguments, devices=devices)
+    return the_line(*run(*arguments, devices=devices))
+
+
+def the_line(status, out, err):
+    """The one line of a command that has failed by a user's mistake."""
     assert status == 2, (out, err)
     assert out == ""
     lines = err.splitlines()
     assert len(lines) == 1 and lines[0].startswith("error: "), err
     return lines[0]
+
+
+def intact_steps(workdir):
+    """The steps of a run's checkpoints, of which none may be damaged."""
+    found = inspect(workdir)
+    assert all(checkpoint["intact"] for checkpoint in found)
+    return [checkpoint["step"] for checkpoint in found]
+
+
+@pytest.fixture
+def refuse_here(capsys):
+    """`refuse` for ``python -m crate_jax``, in this process."""
+
+    def refuse(*arguments):
+        try:
+            status = main([str(argument) for argument in arguments])
+        except SystemExit as end:  # argparse's
+            status = end.code
+        return the_line(status, *capsys.readouterr())
+
+    return refuse
+
+
+@pytest.fixture
+def refuse_training(capsys):
+    """`refuse` for what train.py does once it knows its flags, in this process."""
+
+    def refuse(workdir, *flags, recipe="digits.py"):
+        path = str(ROOT / "configs" / recipe)
+        status = run_command(lambda: train(parse_config(path, list(flags)), workdir))
+        return the_line(status, *capsys.readouterr())
+
+    return refuse
 
 
 def result(*arguments):
@@ -45,14 +91,13 @@ def test_train_ends_with_one_json_line(trained):
 
 def test_evaluate_gives_what_training_measured(trained):
     workdir, summary = trained
-    for step in ("latest", "best"):
-        found = result("-m", "crate_jax", "evaluate", f"--workdir={workdir}", f"--step={step}")
-        assert found["examples"] == 297 and found["step"] in (4, 8) and found["examples_per_s"] > 0
-        if found["step"] == 8:
-            assert found["top1"] == summary["test/top1"]
-            assert found["loss"] == pytest.approx(summary["test/loss"], rel=1e-6)
-    other = result("-m", "crate_jax", "evaluate", f"--workdir={workdir}", "--split=train[:50]")
-    assert other["examples"] == 50
+    found = result("-m", "crate_jax", "evaluate", f"--workdir={workdir}")
+    assert found["examples"] == 297 and found["step"] == 8 and found["examples_per_s"] > 0
+    assert found["top1"] == summary["test/top1"]
+    assert found["loss"] == pytest.approx(summary["test/loss"], rel=1e-6)
+    best = ["--step=best", "--split=train[:50]"]
+    other = result("-m", "crate_jax", "evaluate", f"--workdir={workdir}", *best)
+    assert other["examples"] == 50 and other["step"] in (4, 8)
 
 
 def test_evaluate_weights(tmp_path):
@@ -95,14 +140,14 @@ def test_evaluate_weights(tmp_path):
     assert found["loss"] == pytest.approx(loss, rel=1e-4)
 
 
-def test_summary_by_value():
+def test_summary_by_value(capsys):
     found = result("-m", "crate_jax", "summary", "crate_base_patch16_224")
     assert found["parameters"] == 22_796_008
     assert found["tokens"] == 197
     assert found["gmacs"] == pytest.approx(6.41, abs=0.005)
     rectangle = ["--image_size", "64", "32", "--num_classes", "10"]
-    small = result("-m", "crate_jax", "summary", "crate_tiny_patch16_224", *rectangle)
-    assert small["tokens"] == 9
+    assert main(["summary", "crate_tiny_patch16_224", *rectangle]) == 0
+    assert json.loads(capsys.readouterr().out.splitlines()[-1])["tokens"] == 9
 
 
 def test_checkpoints_lists_the_run(trained):
@@ -163,67 +208,72 @@ def test_train_without_flags_starts():
 
 
 @pytest.mark.parametrize(
-    ("flags", "message"),
+    ("flag", "message"),
     [
-        (
-            ["--config=configs/digit.py"],
-            "--config must be a recipe file; got configs/digit.py. Did",
-        ),
-        (["--config=configs/imagenet1k.py:larg"], "got larg. Did you mean large?"),
-        (["--config.optim.lrr=1"], "optim.lrr must name a field. Did you mean lr?"),
-        (["--config.optim=1"], "config.optim must be a field, not a section"),
-        (["--config.seed=x"], "--config.seed=x: invalid literal for int()"),
-        (["--config.optim.optimizer=adam"], "got adam. Did you mean adamw?"),
-        (["--config.optim.lr=-1"], "optim.lr must be > 0; got -1.0"),
-        (["--wrkdir=x"], "Unknown command line flag 'wrkdir'. Did you mean: workdir"),
-        (["x"], "the command line must hold flags alone; got x"),
-        (["--config.model.name=crate_tyni_patch16_224"], "Did you mean crate_tiny_patch16_224?"),
-        (
-            ["--config.model.image_size=30,30"],
-            "model.image_size must be a multiple of model.patch_size; got 30x30 and 8x8",
-        ),
-        (["--config.model.num_heads=5"], "model.width must be a multiple of model.num_heads"),
-        (
-            ["--config.model.num_classes=11"],
-            "model.num_classes must equal the 10 classes of digits",
-        ),
-        (["--config.data.dataset=cifar10"], "cifar10 is not in"),
-        (["--config.data.dataset=cifarr10"], "got cifarr10. Did you mean cifar10?"),
-        (["--config.data.train_split=trian"], "got trian. Did you mean train?"),
-        (["--config.data.data_dir=/no/such/folder"], "data.data_dir must be an existing directory"),
-        (["--config.data.eval_transforms=resise(32)"], "got resise. Did you mean resize?"),
-        (["--config.data.eval_transforms=resize(16)"], "must give the 32x32x1 images"),
-        (["--config.parallel.mesh=data:3"], "parallel.mesh must multiply to the 1 devices"),
-        (["--config.init_weights=nothing.pth"], "weights must be a file or a run's folder"),
-        (["--config=configs/finetune.py:pets"], "init_weights must be set where init_fit is"),
+        ("--config=configs/digit.py", "--config must be a recipe file; got configs/digit.py. Did"),
+        ("--config.optim.lrr=1", "optim.lrr must name a field. Did you mean lr?"),
+        ("--wrkdir=x", "Unknown command line flag 'wrkdir'. Did you mean: workdir"),
+        ("x", "the command line must hold flags alone; got x"),
+        ("--config.data.dataset=cifarr10", "got cifarr10. Did you mean cifar10?"),
     ],
 )
-def test_a_mistake_is_one_line(flags, message, tmp_path):
-    workdir = tmp_path / "run"
-    assert message in refuse("train.py", f"--workdir={workdir}", *flags)
-    assert not (workdir / "checkpoints").is_dir() or not list((workdir / "checkpoints").iterdir())
+def test_a_mistaken_flag_is_one_line(flag, message, tmp_path):
+    assert message in refuse("train.py", f"--workdir={tmp_path / 'run'}", flag)
 
 
-def test_unprepared_data_says_how_to_prepare_and_downloads_nothing(tmp_path):
+@pytest.mark.parametrize(
+    ("flag", "message"),
+    [
+        ("--config.optim=1", "config.optim must be a field, not a section"),
+        ("--config.seed=x", "--config.seed=x: invalid literal for int()"),
+        ("--config.optim.optimizer=adam", "got adam. Did you mean adamw?"),
+        ("--config.optim.lr=-1", "optim.lr must be > 0; got -1.0"),
+        ("--config.model.name=crate_tyni_patch16_224", "Did you mean crate_tiny_patch16_224?"),
+        (
+            "--config.model.image_size=30,30",
+            "model.image_size must be a multiple of model.patch_size; got 30x30 and 8x8",
+        ),
+        ("--config.model.num_heads=5", "model.width must be a multiple of model.num_heads"),
+        ("--config.model.num_classes=11", "model.num_classes must equal the 10 classes of digits"),
+        ("--config.data.dataset=cifar10", "cifar10 is not in"),
+        ("--config.data.train_split=trian", "got trian. Did you mean train?"),
+        ("--config.data.data_dir=/no/such/folder", "data.data_dir must be an existing directory"),
+        ("--config.data.eval_transforms=resise(32)", "got resise. Did you mean resize?"),
+        ("--config.data.eval_transforms=resize(16)", "must give the 32x32x1 images"),
+        ("--config.parallel.mesh=data:3", "parallel.mesh must multiply to the 8 devices"),
+        ("--config.init_weights=nothing.pth", "weights must be a file or a run's folder"),
+    ],
+)
+def test_a_mistake_in_a_config_is_one_line(flag, message, refuse_training, tmp_path):
+    batches = ["--config.batch_size=48", "--config.eval_batch_size=48"]  # of eight devices
+    assert message in refuse_training(tmp_path / "run", *batches, flag)
+    assert not list(tmp_path.glob("run/checkpoints/*"))
+
+
+def test_a_mistake_about_a_recipe_is_one_line(refuse_training, tmp_path):
+    line = refuse_training(tmp_path / "run", recipe="imagenet1k.py:larg")
+    assert "got larg. Did you mean large?" in line
+    line = refuse_training(tmp_path / "run", recipe="finetune.py:pets")
+    assert "init_weights must be set where init_fit is" in line
+
+
+def test_unprepared_data_says_how_to_prepare_and_downloads_nothing(refuse_training, tmp_path):
     data = tmp_path / "data"
     data.mkdir()
-    line = refuse(
-        "train.py",
-        f"--workdir={tmp_path / 'run'}",
-        "--config.data.dataset=cifar10",
-        f"--config.data.data_dir={data}",
-    )
+    batches = ["--config.batch_size=48", "--config.eval_batch_size=48"]
+    dataset = ["--config.data.dataset=cifar10", f"--config.data.data_dir={data}"]
+    line = refuse_training(tmp_path / "run", *batches, *dataset)
     assert "--config.data.download=True" in line
     assert list(data.iterdir()) == []
 
 
-def test_batch_must_fit_the_devices(tmp_path):
-    line = refuse("train.py", f"--workdir={tmp_path}", "--config.batch_size=100", devices=8)
+def test_batch_must_fit_the_devices(refuse_training, tmp_path):
+    line = refuse_training(tmp_path, "--config.batch_size=100")
     assert "batch_size must be a multiple of 8" in line and "got 100. Nearest: 96." in line
 
 
 @pytest.mark.parametrize("damage", ["file", "config", "checkpoint"])
-def test_unreadable_workdir(trained, tmp_path, damage):
+def test_unreadable_workdir(trained, refuse_training, tmp_path, damage):
     workdir = tmp_path / "run"
     if damage == "file":
         workdir.write_text("not a folder")
@@ -237,20 +287,15 @@ def test_unreadable_workdir(trained, tmp_path, damage):
         for step in "48":  # with one whole step left, the run would go back to it
             (workdir / "checkpoints" / step / "state" / "_METADATA").unlink()
         expected = "checkpoint must be readable; step 8 in"
-    assert expected in refuse("train.py", f"--workdir={workdir}", *TINY, "--config.total_steps=8")
+    eight_steps = [*TINY, "--config.total_steps=8", "--config.eval_batch_size=104"]
+    assert expected in refuse_training(workdir, *eight_steps)
 
 
-def test_a_workdir_of_another_config_is_refused(trained):
+def test_a_workdir_of_another_config_is_refused(trained, refuse_training):
     workdir, _ = trained
-    line = refuse(
-        "train.py",
-        f"--workdir={workdir}",
-        *TINY,
-        "--config.total_steps=8",
-        "--config.model.depth=3",
-    )
+    line = refuse_training(workdir, *TINY, "--config.total_steps=8", "--config.model.depth=3")
     assert "model.depth must stay 2 in" in line
-    assert result("-m", "crate_jax", "evaluate", f"--workdir={workdir}")["step"] == 8
+    assert intact_steps(workdir) == [4, 8]
 
 
 def test_a_non_finite_loss_names_step_and_checkpoint(tmp_path):
@@ -261,7 +306,7 @@ def test_a_non_finite_loss_names_step_and_checkpoint(tmp_path):
     last = err.splitlines()[-1]
     assert last.startswith("error: train/") and "must be finite; got" in last
     assert "at step" in last and "Checkpoint 2 is intact" in last
-    assert result("-m", "crate_jax", "evaluate", f"--workdir={tmp_path}")["step"] == 2
+    assert intact_steps(tmp_path) == [2]
 
 
 def test_ctrl_c_saves_and_says_how_to_resume(tmp_path):
@@ -280,8 +325,7 @@ def test_ctrl_c_saves_and_says_how_to_resume(tmp_path):
     last = err.splitlines()[-1]
     assert last.startswith("error: SIGINT at step ") and "which is saved. Run the same" in last
     step = int(last.split("at step ")[1].split()[0])
-    found = result("-m", "crate_jax", "evaluate", f"--workdir={tmp_path}")
-    assert found["step"] == step < 400
+    assert intact_steps(tmp_path)[-1] == step < 400
 
 
 @pytest.mark.parametrize(
@@ -305,23 +349,22 @@ def test_ctrl_c_saves_and_says_how_to_resume(tmp_path):
         (["summary", "crate_tiny_patch16_224", "--image_size", "225"], "must be a multiple of"),
     ],
 )
-def test_a_mistaken_command_is_one_line(arguments, message):
-    assert message in refuse("-m", "crate_jax", *arguments)
+def test_a_mistaken_command_is_one_line(arguments, message, refuse_here):
+    assert message in refuse_here(*arguments)
 
 
-def test_an_unknown_step_is_refused(trained):
-    line = refuse("-m", "crate_jax", "evaluate", f"--workdir={trained[0]}", "--step=5")
+def test_an_unknown_step_is_refused(trained, refuse_here):
+    line = refuse_here("evaluate", f"--workdir={trained[0]}", "--step=5")
     assert "step must be latest, best or one of 4, 8; got 5" in line
 
 
-def test_weights_that_do_not_fit_are_refused():
+def test_weights_that_do_not_fit_are_refused(refuse_here):
     pytest.importorskip("torch")
-    line = refuse(
-        "-m",
-        "crate_jax",
+    line = refuse_here(
         "evaluate",
         f"--weights={GOLDEN / 'crate_cls.pth.tar'}",
         "--model=crate_tiny_patch16_224",
         "--dataset=synthetic",
+        "--batch_size=8",
     )
     assert "width 48 where the model has 384" in line and "missing: transformer.layers" in line

@@ -44,9 +44,8 @@ def recipe(name, arg, **changes):
         ("large", "fsdp:8", dict(batch_size=128, model__remat="full", optim__ema_decay=0.99)),
         ("base", "data:8", dict(batch_size=128, optim__accumulate_steps=4, model__remat="dots")),
         ("tiny", "data:2,fsdp:4", dict(batch_size=64, optim__accumulate_steps=2)),
-        ("base", "data:8", dict(batch_size=8, model__remat="full")),
         ("tiny", "data:8", dict(batch_size=64, model__remat="full", model__scan_unroll=3)),
-        ("base", "data:8", dict(batch_size=16, optim__optimizer="adamw")),
+        ("base", "data:8", dict(batch_size=8, model__remat="full", optim__optimizer="adamw")),
     ],
 )
 def test_memory_and_bytes_are_those_of_the_compiled_step(arg, mesh, changes):
@@ -104,13 +103,13 @@ SMALL = dict(
 
 @pytest.mark.parametrize("axis", ["data", "fsdp"])
 def test_the_number_of_collectives_does_not_grow_with_the_devices(axis):
-    found = [plan(recipe("imagenet1k", "tiny", **SMALL), f"{axis}:{n}") for n in (2, 4, 8)]
-    first, *others = (f["compiled"]["collectives"] for f in found)
+    found = [plan(recipe("imagenet1k", "tiny", **SMALL), f"{axis}:{n}") for n in (2, 8)]
+    first, other = (f["compiled"]["collectives"] for f in found)
     depth = 12
     assert first["all-reduce"]["count"] <= depth + 2  # one a layer, the rest, and norms
     if axis == "fsdp":
         assert first["all-gather"]["count"] == 6 * depth + 3
-    assert all(other == first for other in others)
+    assert other == first
 
 
 def test_one_device_sends_nothing():
