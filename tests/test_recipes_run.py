@@ -78,17 +78,17 @@ def test_finetuning_on_cifar10(tmp_path):
     write_tfds(
         tmp_path / "tfds", "cifar10", version, features, dict(train=examples[:12], test=examples)
     )
-    model = crate_jax.create_model("crate_small_patch16_224")
+    model = crate_jax.create_model("crate_tiny_patch16_224")
     abstract = jax.eval_shape(
         lambda: model.init(jax.random.key(0), np.zeros((1, 224, 224, 3), np.float32), train=False)
     )["params"]
     rng = np.random.default_rng(0)
     params = jax.tree.map(lambda x: rng.normal(0, 0.02, x.shape).astype(np.float32), abstract)
-    crate_jax.save_weights(tmp_path / "small.safetensors", params, model)
+    crate_jax.save_weights(tmp_path / "tiny.safetensors", params, model)
 
-    recipe = f"--config={ROOT}/configs/finetune.py:cifar10"
+    recipe = f"--config={ROOT}/configs/finetune.py:cifar10-tiny"
     data = f"--config.data.data_dir={tmp_path / 'tfds'}"
-    weights = f"--config.init_weights={tmp_path / 'small.safetensors'}"
+    weights = f"--config.init_weights={tmp_path / 'tiny.safetensors'}"
     workdir = tmp_path / "run"
     found = result_of("train.py", recipe, data, weights, f"--workdir={workdir}", *FEW)
     assert (found["step"], found["test/examples"]) == (5, 18)

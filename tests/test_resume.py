@@ -12,7 +12,7 @@ from command import TINY, run, start
 
 STEPS = 40
 ARGUMENTS = [*TINY, f"--config.total_steps={STEPS}", "--config.checkpoint_every_steps=5"]
-ARGUMENTS += ["--config.eval_every_steps=20"]  # an evaluation starts workers of its own
+ARGUMENTS += ["--config.eval_every_steps=40"]  # an evaluation starts workers of its own
 
 pytestmark = pytest.mark.slow
 

@@ -7,10 +7,12 @@ import json
 import os
 import shutil
 import signal
+import subprocess
+import sys
 import time
 
 import pytest
-from command import ROOT, TINY, run, start
+from command import ROOT, TINY, environment, run, start
 
 from crate_jax.checkpoint.reading import inspect
 from crate_jax.cli.flags import parse_config
@@ -77,14 +79,24 @@ def result(*arguments):
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
-    """A short run's workdir and summary."""
-    workdir = tmp_path_factory.mktemp("trained")
-    return workdir, result("train.py", f"--workdir={workdir}", *TINY, "--config.total_steps=8")
+    """A short run's workdir and summary; started elsewhere, without a workdir of its own."""
+    folder = tmp_path_factory.mktemp("trained")
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "train.py"), *TINY, "--config.total_steps=8"],
+        cwd=folder,
+        env=environment() | {"PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=200,
+    )
+    assert done.returncode == 0, done.stderr
+    return folder / "runs" / "digits", json.loads(done.stdout.splitlines()[-1])
 
 
 def test_train_ends_with_one_json_line(trained):
     workdir, summary = trained
-    assert summary["step"] == 8 and summary["workdir"] == str(workdir)
+    assert (workdir / "config.json").exists()  # named after the recipe
+    assert summary["step"] == 8 and summary["workdir"] == "runs/digits"
     assert summary["test/examples"] == 297
     assert {"train/loss", "test/loss", "test/top1", "test/top5", "seconds"} <= set(summary)
 
@@ -176,25 +188,6 @@ def test_report_draws_the_run(trained):
     assert len(found["zero_fraction"]) == 2 and 0 < found["zero_fraction"][0] < 1
     picture = (workdir / "layerwise.png").read_bytes()
     assert picture.startswith(b"\x89PNG") and len(picture) > 10_000
-
-
-def test_default_workdir_is_named_after_the_recipe(tmp_path):
-    """Started elsewhere with no flag but lengths: the path of the README's first command."""
-    import subprocess
-    import sys
-
-    from command import environment
-
-    done = subprocess.run(
-        [sys.executable, str(ROOT / "train.py"), *TINY, "--config.total_steps=1"],
-        cwd=tmp_path,
-        env=environment() | {"PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-        timeout=200,
-    )
-    assert done.returncode == 0, done.stderr
-    assert (tmp_path / "runs" / "digits" / "config.json").exists()
 
 
 def test_train_without_flags_starts():
@@ -298,15 +291,16 @@ def test_a_workdir_of_another_config_is_refused(trained, refuse_training):
     assert intact_steps(workdir) == [4, 8]
 
 
-def test_a_non_finite_loss_names_step_and_checkpoint(tmp_path):
-    arguments = ["train.py", f"--workdir={tmp_path}", *TINY]
-    result(*arguments, "--config.total_steps=2")
-    status, out, err = run(*arguments, "--config.total_steps=9", "--config.optim.lr=1e30")
+def test_a_non_finite_loss_names_step_and_checkpoint(trained, tmp_path):
+    workdir = tmp_path / "run"
+    shutil.copytree(trained[0], workdir)
+    flags = [*TINY, "--config.total_steps=20", "--config.optim.lr=1e30"]
+    status, out, err = run("train.py", f"--workdir={workdir}", *flags)
     assert status == 2 and out == ""
     last = err.splitlines()[-1]
     assert last.startswith("error: train/") and "must be finite; got" in last
-    assert "at step" in last and "Checkpoint 2 is intact" in last
-    assert intact_steps(tmp_path) == [2]
+    assert "at step" in last and "Checkpoint 8 is intact" in last
+    assert intact_steps(workdir) == [4, 8]
 
 
 def test_ctrl_c_saves_and_says_how_to_resume(tmp_path):
