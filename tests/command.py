@@ -1,4 +1,4 @@
-"""Running the project's commands as a user does."""
+"""Running the project's commands as programs of their own."""
 
 import os
 import subprocess
@@ -9,9 +9,9 @@ import jax
 
 ROOT = Path(__file__).parents[1]
 
-# Tests mostly compile, so they compile slow code fast, and so do the programs that they start,
-# unless this is set. jax 0.10 has two ways to emit fused code for CPUs, of which the older compiles
-# in two thirds of the time; jax 0.11 has one, and no such flag.
+# Tests mostly compile, so they compile slow code fast, unless this is set, and so do the programs
+# that they start unless told otherwise. jax 0.10 has two ways to emit fused code for CPUs, of which
+# the older compiles in two thirds of the time; jax 0.11 has one, and no such flag.
 OPTIMISED = os.environ.get("CRATE_JAX_TESTS_OPTIMISED") == "1"
 OLD_EMITTERS = "--xla_cpu_use_fusion_emitters=false" if jax.__version_info__ < (0, 11) else ""
 

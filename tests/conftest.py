@@ -18,13 +18,17 @@ from crate_jax import Crate
 from crate_jax.models import variants
 from crate_jax.options import option
 
-# Made by the first process, and shared with pytest-xdist's workers, which it starts.
+# Of the process that starts pytest-xdist's workers, and of these.
 OWNER = "CRATE_JAX_TESTS_SCRATCH" not in os.environ
-SCRATCH = os.environ.setdefault("CRATE_JAX_TESTS_SCRATCH", tempfile.mkdtemp("_crate_jax_tests"))
+if OWNER:
+    os.environ["CRATE_JAX_TESTS_SCRATCH"] = tempfile.mkdtemp(prefix="crate_jax_tests_")
+SCRATCH = os.environ["CRATE_JAX_TESTS_SCRATCH"]
 # TFDS reads its variable when it is first imported, so both are set here and not in a fixture.
 os.environ["TFDS_DATA_DIR"] = os.path.join(SCRATCH, "tfds")
-# For the programs that tests start: jax of this process has read its environment already.
-os.environ["JAX_COMPILATION_CACHE_DIR"] = os.path.join(SCRATCH, "compiled")
+# For the programs that tests start: jax of this process has read its environment already. Each
+# worker has its own: a program that is killed while it writes leaves half a file to the others.
+WORKER = os.environ.get("PYTEST_XDIST_WORKER", "alone")
+os.environ["JAX_COMPILATION_CACHE_DIR"] = os.path.join(SCRATCH, "compiled", WORKER)
 
 # While TFDS is imported, all imports are lazy, also those of whatever is collected meanwhile; so it
 # comes first, and so does what pytest would import then.
@@ -39,7 +43,10 @@ if not OPTIMISED:  # XLA reads its flags when the first array is made
 
 
 def pytest_collection_finish():
-    """Tracing makes many small objects, and the libraries' millions need no second look."""
+    """Let Python's collector of garbage look less often, and not at what the libraries made.
+
+    Tracing makes many objects, and each of its looks went through a million of theirs.
+    """
     gc.collect()
     gc.freeze()
     gc.set_threshold(20_000, 20, 50)

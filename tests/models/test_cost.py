@@ -137,7 +137,7 @@ def test_activation_bytes_of_the_other_operators(name, way):
 
 
 def check_activation_bytes(model):
-    """The residuals of `jax.vjp` that every layer has."""
+    """The formula, against the residuals of `jax.vjp` that every layer has."""
     model = model.clone(depth=3)
     images = jax.ShapeDtypeStruct((7, 8, 24, 3), jnp.float32)
 

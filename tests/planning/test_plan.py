@@ -18,7 +18,10 @@ CONFIGS = Path(__file__).parents[2] / "configs"
 
 @pytest.fixture(autouse=True)
 def optimised():
-    """As a user compiles: the tests' short cut changes what memory is set aside."""
+    """As a user compiles, but for how fused code is emitted, which takes no memory of its own.
+
+    The passes that tests leave out change what memory is set aside.
+    """
     before = jax.config.values["jax_disable_most_optimizations"]
     jax.config.update("jax_disable_most_optimizations", False)
     yield
