@@ -57,6 +57,15 @@ def pytest_unconfigure():
         shutil.rmtree(SCRATCH, ignore_errors=True)
 
 
+@pytest.fixture
+def optimised():
+    """With the passes that users compile with, for as long as a test runs."""
+    before = jax.config.values["jax_disable_most_optimizations"]
+    jax.config.update("jax_disable_most_optimizations", False)
+    yield
+    jax.config.update("jax_disable_most_optimizations", before)
+
+
 @pytest.fixture(scope="session")
 def tiny_model():
     """17 tokens of width 24, three layers, three subspaces of dimension 8."""

@@ -192,9 +192,9 @@ def rank_of_label(logits_BxY: Array, labels_B: Array) -> Array:
 
     Of equal logits the lower class comes first. One that is not a number comes before all others,
     and as the label's own is never a hit, however many count as one. It is counted, not sorted: a
-    sort would gather the logits of the whole batch on every device. No class is ahead of
-    itself. A compiler that computes the label's logit twice, and rounds it in two ways, may decide
-    a tie with another class either way.
+    sort would gather the logits of the whole batch on every device. No class is ahead of itself. A
+    compiler that computes the label's logit twice, and rounds it in two ways, may decide a tie with
+    another class either way.
     """
     own_Bx1 = jnp.take_along_axis(logits_BxY, labels_B[:, None], axis=1)
     classes_1xY, labels_Bx1 = jnp.arange(logits_BxY.shape[1])[None], labels_B[:, None]

@@ -127,6 +127,8 @@ def test_a_block_takes_tokens_in_any_order_and_is_not_negative(tokens):
     assert straight.min() == 0
 
 
+# Without the passes that tests leave out, one gradient in a hundred misses the bound by a little.
+@pytest.mark.usefixtures("optimised")
 @pytest.mark.parametrize("remat", sorted(REMAT))
 @pytest.mark.parametrize("unroll", [1, 2])
 def test_a_stack_is_its_blocks_one_after_the_other(tokens, remat, unroll):
@@ -150,8 +152,9 @@ def test_a_stack_is_its_blocks_one_after_the_other(tokens, remat, unroll):
         for f in (stacked, one_by_one)
     )
     np.testing.assert_allclose(got, wanted, atol=1e-5)
-    for found, value in zip(jax.tree.leaves(gradients), jax.tree.leaves(expected), strict=True):
-        np.testing.assert_allclose(found, value, atol=1e-4 * np.abs(value).max())
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-4, atol=2e-5), gradients, expected
+    )
 
 
 def test_shared_weights_are_one_set(tokens):

@@ -4,7 +4,6 @@ import importlib.util
 import json
 from pathlib import Path
 
-import jax
 import pytest
 from command import run
 
@@ -16,16 +15,8 @@ from crate_jax.planning.plan import plan
 CONFIGS = Path(__file__).parents[2] / "configs"
 
 
-@pytest.fixture(autouse=True)
-def optimised():
-    """As a user compiles, but for how fused code is emitted, which takes no memory of its own.
-
-    The passes that tests leave out change what memory is set aside.
-    """
-    before = jax.config.values["jax_disable_most_optimizations"]
-    jax.config.update("jax_disable_most_optimizations", False)
-    yield
-    jax.config.update("jax_disable_most_optimizations", before)
+# The passes that tests leave out change what memory is set aside.
+pytestmark = pytest.mark.usefixtures("optimised")
 
 
 def recipe(name, arg, **changes):
