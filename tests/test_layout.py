@@ -18,6 +18,7 @@ FLOORS = [
     "options",
     "models.variants",  # the families' fields, which the section of the model has too
     "config",
+    "placement",
     "objective",
     "models",
     "parallel",

@@ -20,7 +20,7 @@ from jax.ad_checkpoint import checkpoint_policies as policies
 from jax.nn import initializers as init
 from jax.typing import DTypeLike
 
-from crate_jax.models.layers import LayerNorm
+from crate_jax.models.layers import Dropout, LayerNorm, parameter
 
 # What the backward pass of a block keeps of its forward pass, besides its input; the equations give
 # these names. What has none is computed again. With "none" that is casts, the gathering of weights,
@@ -138,7 +138,7 @@ class Block(nn.Module):
         """The half of the attention; what it made is put into `seen`."""
         update_BxNxd, made = part.make(name=part.name)(self._norm(part, Z_BxNxd), mask)
         seen |= made | {part.name: update_BxNxd}
-        update_BxNxd = nn.Dropout(self.dropout, deterministic=not self.train)(update_BxNxd)
+        update_BxNxd = Dropout(self.dropout, self.train)(update_BxNxd)
         update_BxNxd = self._gated(part, update_BxNxd, drop_path)
         return Z_BxNxd + update_BxNxd if self.sign > 0 else Z_BxNxd - update_BxNxd
 
@@ -160,7 +160,7 @@ class Block(nn.Module):
         """The update times g, and for a share of the examples nothing of it while training."""
         if self.layer_scale is not None:
             update_BxNxd, start = keep(update_BxNxd, "unscaled"), init.constant(self.layer_scale)
-            g_d = self.param(f"{part.name}_scale", start, update_BxNxd.shape[-1:])
+            g_d = parameter(self, f"{part.name}_scale", start, update_BxNxd.shape[-1:])
             update_BxNxd = update_BxNxd * g_d.astype(self.dtype)[None, None]
         if drop_path is None or not self.train:
             return update_BxNxd

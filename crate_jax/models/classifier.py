@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from crate_jax.models.block import Block, Context, Part, stack, tap_names
-from crate_jax.models.layers import LayerNorm, Linear
+from crate_jax.models.layers import Dropout, LayerNorm, Linear
 from crate_jax.models.variants import ImageFields
 from crate_jax.options import option_of
 
@@ -142,7 +142,7 @@ class ImageClassifier(ImageFields, nn.Module):
         """
         self._check(images_BxHxWxc, taps)
         Z_BxNxd = self.embed()(images_BxHxWxc)
-        Z_BxNxd = nn.Dropout(self.dropout, deterministic=not train)(Z_BxNxd)
+        Z_BxNxd = Dropout(self.dropout, train)(Z_BxNxd)
         blocks = stack(
             Block,
             self.depth,

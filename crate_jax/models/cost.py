@@ -125,7 +125,7 @@ def gradient_parts(model: ImageClassifier) -> int:
 
 def sample_images(model: ImageClassifier) -> Array:
     """One blank image of the size the model takes, (1, H, W, c) float32; what `init` needs."""
-    return jnp.zeros((1, *model.input_shape))
+    return jnp.zeros((1, *model.input_shape), jnp.float32)
 
 
 def count_parameters(model: ImageClassifier) -> int:

@@ -12,7 +12,7 @@ from jax.typing import DTypeLike
 from crate_jax.models.block import Part
 from crate_jax.models.classifier import ImageClassifier, pair
 from crate_jax.models.embedding import PatchEmbedding
-from crate_jax.models.layers import ISTA, MSSA, Linear, dictionary_init, read, relu, times
+from crate_jax.models.layers import ISTA, MSSA, Linear, dictionary_init, read, relu, times, weak
 from crate_jax.models.variants import AlphaFields
 
 
@@ -33,6 +33,7 @@ def odl(Y_BxNxd: Array, D_dxm: Array, D1_dxm: Array, *, eta: float, lmbda: float
     Returns:
         Tokens (B, N, d), before the residual; of the tokens' dtype, which the dictionaries share.
     """
+    eta, lmbda = weak(eta), weak(lmbda)
     A1_BxNxm = keep(relu(eta * times(Y_BxNxd, D_dxm) - eta * lmbda), "code")
     E_BxNxd = keep(times(A1_BxNxm, D_dxm.T) - Y_BxNxd, "error")
     A2_BxNxm = keep(relu(A1_BxNxm - eta * times(E_BxNxd, D_dxm) - eta * lmbda), "code")
@@ -115,7 +116,9 @@ class CrateAlpha(AlphaFields, ImageClassifier):
 
     def drop_path_rates(self) -> Array | None:
         """From 0 at the first layer to ``drop_path`` at the last."""
-        return jnp.linspace(0.0, self.drop_path, self.depth) if self.drop_path else None
+        if not self.drop_path:
+            return None
+        return jnp.linspace(0.0, self.drop_path, self.depth, dtype=jnp.float32)
 
     def embed(self) -> nn.Module:
         """A convolution of stride h, w."""

@@ -2,7 +2,8 @@
 
 The written passes equal automatic differentiation and cost less: they keep one array where it keeps
 two or three, and use that a token is query, key and value at once. Only reverse mode knows them.
-The letters are those of `crate_jax.models.layers`.
+A gradient is of the type of what it belongs to: of its dtype, and equal on the devices of a
+`jax.shard_map` on which that is equal. The letters are those of `crate_jax.models.layers`.
 """
 
 import functools
@@ -18,13 +19,16 @@ from jax.typing import DTypeLike
 # How a model's backward pass is had: "derived", from this module; "autodiff", from JAX.
 BACKWARD = ("derived", "autodiff")
 
-_product = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
+
+def wide(dtype: DTypeLike) -> DTypeLike:
+    """In what norms, scores and softmax are computed: float32, and float64 for float64 alone."""
+    return jnp.float64 if dtype == jnp.float64 else jnp.float32
 
 
 def attend(V_BxKxNxp: Array, mask: Array | None = None) -> tuple[Array, Array]:
     """Softmax attention of tokens to each other: A = softmax(p^{-1/2} V Vᵀ) and A V.
 
-    Scores and softmax are float32.
+    Scores and softmax are of dtype `wide`.
 
     Args:
         V_BxKxNxp: tokens in K subspaces, attended in each of them apart.
@@ -34,7 +38,8 @@ def attend(V_BxKxNxp: Array, mask: Array | None = None) -> tuple[Array, Array]:
     Returns:
         A V (B, K, N, p) and A (B, K, N, N), whose rows sum to one; both of the input's dtype.
     """
-    S_BxKxNxN = _product("bknp,bkmp->bknm", V_BxKxNxp, V_BxKxNxp) * V_BxKxNxp.shape[-1] ** -0.5
+    product = functools.partial(jnp.einsum, preferred_element_type=wide(V_BxKxNxp.dtype))
+    S_BxKxNxN = product("bknp,bkmp->bknm", V_BxKxNxp, V_BxKxNxp) * V_BxKxNxp.shape[-1] ** -0.5
     if mask is not None:
         S_BxKxNxN = jnp.where(mask, S_BxKxNxN, -jnp.inf)
     A_BxKxNxN = jax.nn.softmax(S_BxKxNxN, axis=-1).astype(V_BxKxNxp.dtype)
@@ -56,26 +61,28 @@ def _attend_backward(
     zero where the mask is, and so is dS.
     """
     (V_BxKxNxp, A_BxKxNxN), (dO_BxKxNxp, dA_BxKxNxN) = kept, gradients
-    P_BxKxNxN = A_BxKxNxN.astype(jnp.float32)
-    dA_BxKxNxN = dA_BxKxNxN.astype(jnp.float32)
-    dA_BxKxNxN += _product("bknp,bkmp->bknm", dO_BxKxNxp, V_BxKxNxp)
+    dtype = wide(V_BxKxNxp.dtype)
+    product = functools.partial(jnp.einsum, preferred_element_type=dtype)
+    P_BxKxNxN = A_BxKxNxN.astype(dtype)
+    dA_BxKxNxN = dA_BxKxNxN.astype(dtype)
+    dA_BxKxNxN += product("bknp,bkmp->bknm", dO_BxKxNxp, V_BxKxNxp)
     # Rounded to half precision, rows of A no longer sum to one; those of dS have to sum to zero.
     mean_BxKxNx1 = jnp.sum(P_BxKxNxN * dA_BxKxNxN, axis=-1, keepdims=True)
     mean_BxKxNx1 /= jnp.sum(P_BxKxNxN, axis=-1, keepdims=True)
     dS_BxKxNxN = P_BxKxNxN * (dA_BxKxNxN - mean_BxKxNx1)
     both_BxKxNxN = (dS_BxKxNxN + dS_BxKxNxN.swapaxes(-1, -2)) * V_BxKxNxp.shape[-1] ** -0.5
-    dV_BxKxNxp = _product("bknm,bknp->bkmp", A_BxKxNxN, dO_BxKxNxp)
-    dV_BxKxNxp += _product("bknm,bkmp->bknp", both_BxKxNxN.astype(V_BxKxNxp.dtype), V_BxKxNxp)
-    return dV_BxKxNxp.astype(V_BxKxNxp.dtype), None
+    dV_BxKxNxp = product("bknm,bknp->bkmp", A_BxKxNxN, dO_BxKxNxp)
+    dV_BxKxNxp += product("bknm,bkmp->bknp", both_BxKxNxN.astype(V_BxKxNxp.dtype), V_BxKxNxp)
+    return _of_type(dV_BxKxNxp, V_BxKxNxp), None
 
 
 def normalise(X: Array, scale_d: Array, bias_d: Array, dtype: DTypeLike, epsilon: float) -> Array:
-    """LayerNorm over the last axis, computed in float32.
+    """LayerNorm over the last axis, computed in the dtype `wide` of the tokens.
 
     Args:
         X: (…, d), any float dtype.
-        scale_d: float32.
-        bias_d: float32.
+        scale_d: any float dtype.
+        bias_d: any float dtype.
         dtype: of the result.
         epsilon: added to the variance.
 
@@ -86,26 +93,40 @@ def normalise(X: Array, scale_d: Array, bias_d: Array, dtype: DTypeLike, epsilon
 
 
 def _normalise_and_keep(X: Array, scale_d: Array, bias_d: Array, dtype: DTypeLike, epsilon: float):
-    mean = jnp.mean(X.astype(jnp.float32), axis=-1, keepdims=True)
-    centred = X.astype(jnp.float32) - mean
+    mean = jnp.mean(X.astype(wide(X.dtype)), axis=-1, keepdims=True)
+    centred = X.astype(mean.dtype) - mean
     inverse = jax.lax.rsqrt(jnp.mean(jnp.square(centred), axis=-1, keepdims=True) + epsilon)
     mean, inverse = checkpoint_name((mean, inverse), "statistics")
-    Y = (centred * (inverse * _row(scale_d, X)) + _row(bias_d, X)).astype(dtype)
-    return Y, (X, mean, inverse, scale_d)
+    scale, bias = (_row(values_d, X).astype(mean.dtype) for values_d in (scale_d, bias_d))
+    Y = (centred * (inverse * scale) + bias).astype(dtype)
+    return Y, (X, mean, inverse, scale_d, bias_d)
 
 
 def _normalise_backward(
-    dtype: DTypeLike, epsilon: float, kept: tuple[Array, Array, Array, Array], dY: Array
+    dtype: DTypeLike, epsilon: float, kept: tuple[Array, Array, Array, Array, Array], dY: Array
 ):
     """With X̂ = (X − mean)/σ and g = dY · scale: dX = (g − mean(g) − X̂ mean(g X̂))/σ."""
-    X, mean, inverse, scale_d = kept
-    dY = dY.astype(jnp.float32)
-    standard = (X.astype(jnp.float32) - mean) * inverse
-    g = dY * _row(scale_d, X)
+    X, mean, inverse, scale_d, bias_d = kept
+    dY = dY.astype(mean.dtype)
+    standard = (X.astype(mean.dtype) - mean) * inverse
+    g = dY * _row(scale_d, X).astype(mean.dtype)
     along = functools.partial(jnp.mean, axis=-1, keepdims=True)
     dX = inverse * (g - along(g) - standard * along(g * standard))
     rows = tuple(range(X.ndim - 1))
-    return dX.astype(X.dtype), jnp.sum(dY * standard, axis=rows), jnp.sum(dY, axis=rows)
+    dscale_d, dbias_d = jnp.sum(dY * standard, axis=rows), jnp.sum(dY, axis=rows)
+    return _of_type(dX, X), _of_type(dscale_d, scale_d), _of_type(dbias_d, bias_d)
+
+
+def _of_type(gradient: Array, argument: Array) -> Array:
+    """The gradient as `jax.custom_vjp` has to return it: in the type of what it belongs to.
+
+    In a `jax.shard_map` an argument may be one and the same along axes of the mesh along which the
+    gradient still varies, since each device knows its own rows alone: their sum is the gradient.
+    """
+    axes = jax.typeof(gradient).mat.varying - jax.typeof(argument).mat.varying
+    if axes:
+        gradient = jax.lax.psum(gradient, tuple(sorted(axes)))
+    return gradient.astype(argument.dtype)
 
 
 def _row(values_d: Array, X: Array) -> Array:

@@ -10,7 +10,8 @@ from jax import Array
 from jax.nn import initializers as init
 from jax.typing import DTypeLike
 
-from crate_jax.models.layers import LayerNorm, Linear, linear_kernel_init
+from crate_jax import placement
+from crate_jax.models.layers import LayerNorm, Linear, linear_kernel_init, parameter
 
 
 def patchify(images_BxHxWxc: Array, patch_size: tuple[int, int]) -> Array:
@@ -33,8 +34,9 @@ def patchify(images_BxHxWxc: Array, patch_size: tuple[int, int]) -> Array:
             f"model.image_size must be a multiple of model.patch_size; got {H}x{W} and {h}x{w}. "
             f"Nearest that fits: {max(1, round(H / h)) * h}x{max(1, round(W / w)) * w}."
         )
-    grid_BxRxhxCxwxc = images_BxHxWxc.reshape(B, H // h, h, W // w, w, c)
-    return grid_BxRxhxCxwxc.transpose(0, 1, 3, 2, 4, 5).reshape(B, (H // h) * (W // w), h * w * c)
+    grid_BxRxhxCxwxc = placement.reshape(images_BxHxWxc, (B, H // h, h, W // w, w, c))
+    grid_BxRxCxhxwxc = grid_BxRxhxCxwxc.transpose(0, 1, 3, 2, 4, 5)
+    return placement.reshape(grid_BxRxCxhxwxc, (B, (H // h) * (W // w), h * w * c))
 
 
 def resize_positions(
@@ -114,8 +116,9 @@ class PatchEmbedding(nn.Module):
         Z_BxPxd = projection(X_BxPxk)
         if self.norms:
             Z_BxPxd = LayerNorm(self.dtype, self.backward, name="token_norm")(Z_BxPxd)
-        cls_d = self.param("cls_token", self.cls_init, (self.width,))
-        pos_Nxd = self.param("pos_embedding", self.pos_init, (P + 1, self.width))
+        cls_d = parameter(self, "cls_token", self.cls_init, (self.width,))
+        pos_Nxd = parameter(self, "pos_embedding", self.pos_init, (P + 1, self.width))
         cls_Bx1xd = jnp.broadcast_to(cls_d.astype(self.dtype), (B, 1, self.width))
+        cls_Bx1xd = placement.beside(cls_Bx1xd, Z_BxPxd)
         Z_BxNxd = jnp.concatenate([cls_Bx1xd, Z_BxPxd], axis=1)
         return Z_BxNxd + pos_Nxd.astype(self.dtype)[None]

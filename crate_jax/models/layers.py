@@ -21,12 +21,14 @@ from typing import ClassVar, NamedTuple
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 from jax.ad_checkpoint import checkpoint_name as keep
 from jax.nn import initializers as init
 from jax.sharding import AxisType, PartitionSpec
 from jax.typing import DTypeLike
 
+from crate_jax import placement
 from crate_jax.models.derivatives import ATTEND, NORMALISE
 
 
@@ -121,6 +123,7 @@ def ista_step(Y_BxNxd: Array, D_dxd: Array, *, eta: float, lmbda: float) -> Arra
     Returns:
         Sparse, non-negative tokens (B, N, d), of the tokens' dtype.
     """
+    eta, lmbda = weak(eta), weak(lmbda)
     E_BxNxd = keep(Y_BxNxd - times(Y_BxNxd, D_dxd.T), "error")
     return relu(Y_BxNxd + eta * times(E_BxNxd, D_dxd) - eta * lmbda)
 
@@ -130,7 +133,8 @@ def times(X: Array, W: Array, axes: int = 1) -> Array:
 
     That is ``X @ W`` for tokens (B, N, d) and a weight (d, m), and the like for more axes. The
     tokens are flattened because the gradient of W is one product then, too. Over two axes of tokens
-    XLA's CPU backend goes another way, which adds up in another order.
+    XLA's CPU backend goes another way, which adds up in another order. Axes that devices share by
+    the type of X are not merged.
 
     Args:
         X: tokens, of any number of axes in front.
@@ -140,9 +144,16 @@ def times(X: Array, W: Array, axes: int = 1) -> Array:
     Returns:
         The axes of X and those of W that are left.
     """
+    if placement.is_shared(X):
+        return jnp.tensordot(X, W, axes)
     inner, outer = W.shape[:axes], W.shape[axes:]
     flat = X.reshape(-1, math.prod(inner)) @ W.reshape(math.prod(inner), math.prod(outer))
     return flat.reshape(*X.shape[: X.ndim - axes], *outer)
+
+
+def weak(number: float) -> float:
+    """A number that leaves the tokens their dtype, as NumPy's do not."""
+    return number.item() if isinstance(number, np.generic) else number
 
 
 def relu(X: Array) -> Array:
@@ -175,12 +186,19 @@ def read(
 ) -> Array:
     """A parameter of a module as the equations take it: cast, and whole on every device.
 
-    The parameter itself is float32, and devices of an ``fsdp`` axis may share it. It is gathered
-    here because the compiler, left to itself, splits the product as the weight is split, and then
+    The parameter itself starts as float32, and devices of an ``fsdp`` axis may share it, or those
+    of Explicit axes. It is gathered here because the compiler, left to itself, splits the product as the weight is split, and then
     the activations of the whole batch travel in every layer. No name keeps what is returned: saving
     it would keep a full copy of every layer's weights on every device.
     """
-    return _whole(module.param(name, initialise, shape).astype(dtype))
+    return _whole(parameter(module, name, initialise, shape).astype(dtype))
+
+
+def parameter(
+    module: nn.Module, name: str, initialise: Callable[..., Array], shape: tuple[int, ...]
+) -> Array:
+    """A parameter of a module as it is, float32 from the start whatever JAX's default is."""
+    return placement.whole(module.param(name, initialise, shape, jnp.float32))
 
 
 def _whole(weight: Array) -> Array:
@@ -198,7 +216,7 @@ def _whole(weight: Array) -> Array:
 class LayerNorm(nn.Module):
     """PyTorch's LayerNorm over the last axis: `crate_jax.models.derivatives.normalise`.
 
-    Parameters scale and bias are float32, and so is the computation; the result is of `dtype`.
+    Parameters scale and bias start as float32, and so is the computation; the result is of `dtype`.
     """
 
     dtype: DTypeLike = jnp.float32
@@ -208,9 +226,9 @@ class LayerNorm(nn.Module):
     @nn.compact
     def __call__(self, X: Array) -> Array:
         """(…, d) to (…, d)."""
-        scale_d = self.param("scale", init.ones, X.shape[-1:])
-        bias_d = self.param("bias", init.zeros, X.shape[-1:])
-        Y = NORMALISE[self.backward](X, scale_d, bias_d, self.dtype, self.epsilon)
+        scale_d = parameter(self, "scale", init.ones, X.shape[-1:])
+        bias_d = parameter(self, "bias", init.zeros, X.shape[-1:])
+        Y = NORMALISE[self.backward](X, scale_d, bias_d, self.dtype, float(self.epsilon))
         return keep(Y, "normalised")
 
 
@@ -230,6 +248,25 @@ class Linear(nn.Module):
         bias_init = self.bias_init or linear_bias_init(fan_in)
         bias = read(self, "bias", bias_init, (self.features,), self.dtype)
         return X.astype(self.dtype) @ kernel + bias.reshape((1,) * (X.ndim - 1) + bias.shape)
+
+
+class Dropout(nn.Module):
+    """Each entry is zero at the rate while training, and else divided by what is left of one.
+
+    Flax's draws in double precision where that is JAX's default; the numbers are the same here.
+    """
+
+    rate: float
+    train: bool
+
+    @nn.compact
+    def __call__(self, X: Array) -> Array:
+        """An array of any shape; a rate above 0 needs a "dropout" key while training."""
+        if not (self.train and self.rate):
+            return X
+        stays = 1 - float(self.rate)
+        kept = jax.random.bernoulli(self.make_rng("dropout"), np.float32(stays), X.shape)
+        return jnp.where(kept, X / stays, jnp.zeros_like(X))
 
 
 class MSSA(nn.Module):

@@ -13,6 +13,7 @@ from jax.ad_checkpoint import checkpoint_name as keep
 from jax.nn import initializers as init
 from jax.typing import DTypeLike
 
+from crate_jax.models.derivatives import wide
 from crate_jax.models.layers import Attended, read, times
 
 # As timm starts linear maps and positions; biases start at zero. It cuts the distribution at ±2, a
@@ -44,7 +45,7 @@ def mhsa(
 
     Returns:
         The update (B, N, d); seen is ``attention`` (B, K, N, N), whose rows sum to one. All of the
-        tokens' dtype, which the weights share; scores and softmax are float32.
+        tokens' dtype, which the weights share; scores and softmax are of dtype `wide`.
     """
     qkv_BxNx3xKxp = times(Y_BxNxd, W_qkv_dx3xKxp)
     if b_qkv_3xKxp is not None:
@@ -52,7 +53,7 @@ def mhsa(
     qkv_3xBxKxNxp = keep(qkv_BxNx3xKxp.transpose(2, 0, 3, 1, 4), "subspace_tokens")
     q_BxKxNxp, k_BxKxNxp, v_BxKxNxp = qkv_3xBxKxNxp
     S_BxKxNxN = jnp.einsum(
-        "bknp,bkmp->bknm", q_BxKxNxp, k_BxKxNxp, preferred_element_type=jnp.float32
+        "bknp,bkmp->bknm", q_BxKxNxp, k_BxKxNxp, preferred_element_type=wide(q_BxKxNxp.dtype)
     )
     S_BxKxNxN *= q_BxKxNxp.shape[-1] ** -0.5
     if mask is not None:

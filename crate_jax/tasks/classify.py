@@ -105,7 +105,7 @@ class Classify(Task):
 
     def init(self, key: Array) -> tuple[Params, Extra]:
         """The model's parameters; its other collections, or () if it has none."""
-        images = jnp.zeros((1, *self.model.input_shape))
+        images = jnp.zeros((1, *self.model.input_shape), jnp.float32)
         variables = dict(self.model.init(key, images, train=False))
         params = variables.pop("params")
         return params, variables or ()
@@ -197,7 +197,8 @@ def rank_of_label(logits_BxY: Array, labels_B: Array) -> Array:
     another class either way.
     """
     own_Bx1 = jnp.take_along_axis(logits_BxY, labels_B[:, None], axis=1)
-    classes_1xY, labels_Bx1 = jnp.arange(logits_BxY.shape[1])[None], labels_B[:, None]
+    labels_Bx1 = labels_B[:, None].astype(jnp.int32)
+    classes_1xY = jnp.arange(logits_BxY.shape[1], dtype=jnp.int32)[None]
     tied_BxY = (logits_BxY == own_Bx1) & (classes_1xY < labels_Bx1)
     ahead_BxY = (~(logits_BxY <= own_Bx1) | tied_BxY) & (classes_1xY != labels_Bx1)
     rank_B = jnp.sum(ahead_BxY, axis=1, dtype=jnp.int32)

@@ -21,8 +21,8 @@ def cross_entropy(logits_BxY: Array, labels_B: Array, *, label_smoothing: float 
     """
     z_BxY = logits_BxY.astype(jnp.float32)
     if labels_B.ndim == 2:
-        target_B = jnp.sum(labels_B * z_BxY, axis=1)
+        target_B = jnp.sum(labels_B.astype(jnp.float32) * z_BxY, axis=1)
     else:
         target_B = jnp.take_along_axis(z_BxY, labels_B[:, None], axis=1)[:, 0]
     loss_B = jax.nn.logsumexp(z_BxY, axis=1) - (1 - label_smoothing) * target_B
-    return loss_B - label_smoothing * z_BxY.mean(axis=1)
+    return (loss_B - label_smoothing * z_BxY.mean(axis=1)).astype(jnp.float32)

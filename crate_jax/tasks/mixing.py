@@ -4,6 +4,7 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 
 Mix = Callable[[Array, Array, Array], tuple[Array, Array]]
@@ -39,12 +40,13 @@ def make_mix(
     probability = switch if mixup_alpha and cutmix_alpha else float(cutmix_alpha > 0)
 
     def mix(key: Array, images_BxHxWxc: Array, labels_B: Array) -> tuple[Array, Array]:
+        images_BxHxWxc = images_BxHxWxc.astype(jnp.float32)
         _, H, W, _ = images_BxHxWxc.shape
         choose, blend, cut = jax.random.split(key, 3)
         keep_HxW = jnp.where(
-            jax.random.bernoulli(choose, probability),
+            jax.random.bernoulli(choose, np.float32(probability)),
             _cutmix_share(cut, H, W, cutmix_alpha or 1.0),
-            jnp.full((H, W), jax.random.beta(blend, mixup_alpha or 1.0, mixup_alpha or 1.0)),
+            jnp.full((H, W), _beta(blend, mixup_alpha or 1.0)),
         )
         keep = keep_HxW[None, :, :, None]
         targets_BxY = jax.nn.one_hot(labels_B, num_classes, dtype=jnp.float32)
@@ -58,13 +60,18 @@ def make_mix(
 def _cutmix_share(key: Array, H: int, W: int, alpha: float) -> Array:
     """1 where an image keeps its pixel, 0 in the box (H, W), float32."""
     size, middle_y, middle_x = jax.random.split(key, 3)
-    side = jnp.sqrt(1 - jax.random.beta(size, alpha, alpha))  # of the box, as a share
+    side = jnp.sqrt(1 - _beta(size, alpha))  # of the box, as a share
 
     def inside(key: Array, length: int) -> Array:
         half = jnp.floor(side * length) / 2
-        middle = jax.random.randint(key, (), 0, length).astype(jnp.float32)
+        middle = jax.random.randint(key, (), 0, length, jnp.int32).astype(jnp.float32)
         places = jnp.arange(length, dtype=jnp.float32) + 0.5
         return (places > middle - half) & (places < middle + half)
 
     box_HxW = inside(middle_y, H)[:, None] & inside(middle_x, W)[None, :]
     return 1 - box_HxW.astype(jnp.float32)
+
+
+def _beta(key: Array, alpha: float) -> Array:
+    """A draw of Beta(α, α), float32."""
+    return jax.random.beta(key, alpha, alpha, dtype=jnp.float32)

@@ -32,13 +32,15 @@ def make_train_step(
     schedule: optax.Schedule | None = None,
     accumulate_steps: int = 1,
     ema_decay: float = 0.0,
-    axis_name: str | None = None,
+    axis_name: str | tuple[str, ...] | None = None,
 ) -> StepFunction:
     """Build ``train_step(state, batch, key) -> (state, metrics)``.
 
     The batch is the task's; the key is the same at every step. Wrap the step in `jax.jit` (with
-    shardings, for a mesh), or in `jax.pmap` with `axis_name`; gradients and metrics are then means
-    over the whole batch either way.
+    shardings, for a mesh), or in `jax.shard_map` or `jax.pmap` with `axis_name`; gradients and
+    metrics are then means over the whole batch in each of them. In a `jax.shard_map` it makes no
+    difference whether ``check_vma`` is on, nor whether the task's loss is the mean over the devices
+    already.
 
     Args:
         task: says what is done to the batch and what the loss is.
@@ -48,15 +50,17 @@ def make_train_step(
             more than one, what dropout drops depends on the size of the mesh's ``data``; and
             statistics of a batch are those of a micro-batch on one row of the mesh.
         ema_decay: of the averaged parameters in the state, when it keeps any.
-        axis_name: the `jax.pmap` axis to average over.
+        axis_name: the axis, or axes, of `jax.shard_map` or `jax.pmap` to average over.
 
     Returns:
         The step. Metrics are float32 scalars: ``loss`` and the task's own, ``grad_norm`` (before
         clipping), ``param_norm`` (after the update), ``lr``.
 
     Raises:
-        ValueError: micro-batches of a task whose loss is no mean over rows.
+        ValueError: micro-batches of a task whose loss is no mean over rows; and, from the step, a
+            loss that varies along an axis of a `jax.shard_map` that ``axis_name`` leaves out.
     """
+    axes = (axis_name,) if isinstance(axis_name, str) else axis_name or ()
     if accumulate_steps > 1 and not task.by_row:
         raise ValueError(
             f"optim.accumulate_steps must be 1 for {type(task).__name__}, whose loss is no mean "
@@ -64,19 +68,24 @@ def make_train_step(
         )
 
     def train_step(state: TrainState, batch: Batch, key: Array) -> tuple[TrainState, Scalars]:
-        batch_key, key = _keys(key, state.step, axis_name)
+        batch_key, key = _keys(key, state.step, axes)
         # Before the batch is cut: who is mixed with whom depends neither on micro-batches nor on
         # the number of processes.
         batch = task.on_device(batch, batch_key)
         grads, (extra, metrics) = _mean_gradient(
-            _gradient_of(task, state.extra), state.params, batch, key, accumulate_steps
+            _gradient_of(task, state.extra, axes),
+            _apart(state.params, axes),
+            batch,
+            key,
+            accumulate_steps,
         )
-        if axis_name is not None:
-            grads, metrics = jax.lax.pmean((grads, metrics), axis_name)
-            extra = jax.tree.map(functools.partial(_all_mean, axis_name=axis_name), extra)
+        _check_axes(metrics["loss"], axes)
+        if axes:
+            grads, metrics = jax.lax.pmean((grads, metrics), axes)
+            extra = jax.tree.map(functools.partial(_all_mean, axes=axes), extra)
         new = _updated(state, grads, tx, ema_decay)
         new = dataclasses.replace(new, extra=task.after(new.params, extra, new.step))
-        metrics |= {"grad_norm": optax.tree.norm(grads), "param_norm": optax.tree.norm(new.params)}
+        metrics |= {"grad_norm": _norm(grads), "param_norm": _norm(new.params)}
         if schedule is not None:
             with jax.numpy_dtype_promotion("standard"):  # optax mixes integer counts and floats
                 metrics["lr"] = jnp.asarray(schedule(state.step), jnp.float32)
@@ -85,23 +94,48 @@ def make_train_step(
     return train_step
 
 
-def _keys(key: Array, step: Array, axis_name: str | None) -> tuple[Array, Array]:
+def _keys(key: Array, step: Array, axes: tuple[str, ...]) -> tuple[Array, Array]:
     """The keys of a step: of the whole batch, and of the loss."""
     batch_key, key = stream(key, "mix", step), stream(key, "dropout", step)
-    if axis_name is None:
+    if not axes:
         return batch_key, key
-    i = jax.lax.axis_index(axis_name)
+    i = jax.lax.axis_index(axes)
     return jax.random.fold_in(batch_key, i), jax.random.fold_in(key, i)
 
 
-def _gradient_of(task: Task, extra: Extra) -> GradFunction:
-    """The gradient of a task's loss, with the extra that a step starts from."""
+def _gradient_of(task: Task, extra: Extra, axes: tuple[str, ...]) -> GradFunction:
+    """The gradient of a task's loss on a device, with the extra that a step starts from."""
 
     def loss_fn(params: Params, batch: Batch, key: Array) -> tuple[Array, tuple[Extra, Scalars]]:
         loss, (new_extra, scalars) = task.loss(params, extra, batch, key)
-        return loss, (new_extra, {"loss": loss} | scalars)
+        return _apart(loss, axes), (new_extra, {"loss": loss} | scalars)
 
     return jax.grad(loss_fn, has_aux=True)
+
+
+def _apart(tree: PyTree, axes: tuple[str, ...]) -> PyTree:
+    """Arrays as if every device had its own, for their types in a `jax.shard_map`.
+
+    Of parameters that are the same everywhere JAX takes the sum over the devices for the gradient,
+    in every layer. Of these it takes that of a device's own loss, as in a `jax.pmap`, and the mean
+    over the devices is taken once. A loss that is their mean already has the same gradient then.
+    """
+
+    def cast(x: Array) -> Array:
+        same = tuple(axis for axis in axes if axis not in jax.typeof(x).mat.varying)
+        return jax.lax.pcast(x, same, to="varying")
+
+    return jax.tree.map(cast, tree)
+
+
+def _check_axes(loss: Array, axes: tuple[str, ...]) -> None:
+    """Refuse to sum up the gradients of devices whose mean nobody asked for."""
+    missing = sorted(jax.typeof(loss).mat.varying - set(axes))
+    if missing:
+        raise ValueError(
+            "axis_name must name the axes of jax.shard_map along which the loss varies; got "
+            f"{', '.join(axes) or 'none'}. Add {', '.join(missing)}."
+        )
 
 
 def _updated(
@@ -113,7 +147,7 @@ def _updated(
     params = optax.apply_updates(state.params, updates)
     ema_params = state.ema_params
     if ema_params is not None:
-        ema_params = optax.incremental_update(params, ema_params, 1 - ema_decay)
+        ema_params = optax.incremental_update(params, ema_params, 1 - float(ema_decay))
     return TrainState(state.step + 1, params, opt_state, ema_params, state.extra)
 
 
@@ -128,7 +162,7 @@ def _mean_gradient(
     if micro_batches == 1:
         return grad_fn(params, batch, key)
     groups, rows = _groups(), (-1, micro_batches)
-    keys = jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(micro_batches))
+    keys = jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(micro_batches, dtype=jnp.int32))
     run = grad_fn
     if groups > 1:
         # A sum over `data` after every micro-batch would send the gradient that many times. So
@@ -152,8 +186,7 @@ def _mean_gradient(
     # once.
     micro = (jax.tree.map(split, batch), keys)
     first = jax.tree.map(lambda x: x[0], micro)
-    shapes = jax.eval_shape(run, params, *first)
-    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+    zeros = jax.tree.map(jnp.zeros_like, jax.eval_shape(run, params, *first))
     total, _ = jax.lax.scan(add, zeros, micro)
     if groups > 1:
         total = jax.tree.map(_mean_of_groups, total)
@@ -170,9 +203,16 @@ def _mean_of_groups(x: Array) -> Array:
     return x.mean(axis=0) if jnp.issubdtype(x.dtype, jnp.floating) else x[0]
 
 
-def _all_mean(x: Array, axis_name: str) -> Array:
-    """The mean over the devices of a `jax.pmap`; whole numbers are equal on all of them."""
-    return jax.lax.pmean(x, axis_name) if jnp.issubdtype(x.dtype, jnp.floating) else x
+def _all_mean(x: Array, axes: tuple[str, ...]) -> Array:
+    """The mean over the devices; whole numbers are equal on all of them."""
+    if jnp.issubdtype(x.dtype, jnp.floating):
+        return jax.lax.pmean(x, axes)
+    return jax.lax.pmax(x, axes) if jax.typeof(x).mat.varying else x
+
+
+def _norm(tree: PyTree) -> Array:
+    """The norm of all values together, added up in float32."""
+    return optax.tree.norm(jax.tree.map(lambda x: x.astype(jnp.float32), tree))
 
 
 def _groups() -> int:
