@@ -11,6 +11,8 @@ import jax.numpy as jnp
 from jax import Array
 from jax.core import Tracer
 
+from crate_jax import placement
+
 
 def coding_rate(Z: Array, *, eps: float) -> Array:
     """Lossy coding rate of the tokens: R(Z) = ½ logdet(I + d/(N ε²) Z Zᵀ).
@@ -62,9 +64,8 @@ def subspace_coding_rate(Z: Array, U: Array, *, eps: float) -> Array:
             f"U must be (d, K, p) with d = {Z.shape[-1]} as in Z; got {U.shape}. "
             "Take one layer of blocks/mssa/U."
         )
-    V_xNxKxp = jnp.einsum(
-        "...nd,dkp->...nkp", Z.astype(jnp.float32), U.astype(jnp.float32), precision="highest"
-    )
+    Z, U = Z.astype(jnp.float32), placement.whole(U.astype(jnp.float32))
+    V_xNxKxp = jnp.einsum("...nd,dkp->...nkp", Z, U, precision="highest")
     return projected_coding_rate(V_xNxKxp, eps=eps)
 
 
@@ -128,7 +129,7 @@ def sparse_rate_reduction(Z: Array, U: Array, *, lmbda: float, eps: float) -> Ar
         ValueError: as `subspace_coding_rate`.
     """
     nonzero = jnp.count_nonzero(Z, axis=(-2, -1)).astype(jnp.float32)
-    return rate_reduction(Z, U, eps=eps) - lmbda * nonzero
+    return (rate_reduction(Z, U, eps=eps) - lmbda * nonzero).astype(jnp.float32)
 
 
 def sparsity(Z: Array) -> Array:
@@ -159,7 +160,9 @@ def _half_logdet(X_xNxd: Array, scale: float) -> Array:
     n = min(X_xNxd.shape[-2:])
     X_xmxn = X_xNxd if X_xNxd.shape[-1] == n else jnp.swapaxes(X_xNxd, -2, -1)
     I_xnxn = jnp.broadcast_to(jnp.eye(n, dtype=X_xmxn.dtype), (*X_xmxn.shape[:-2], n, n))
-    R_xnxn = jnp.linalg.qr(jnp.concatenate([scale**0.5 * X_xmxn, I_xnxn], axis=-2), mode="r")
+    scaled_xmxn = (scale**0.5 * X_xmxn).astype(X_xmxn.dtype)
+    joined = jnp.concatenate([scaled_xmxn, placement.beside(I_xnxn, X_xmxn)], axis=-2)
+    R_xnxn = jnp.linalg.qr(joined, mode="r")
     return jnp.log(jnp.abs(jnp.diagonal(R_xnxn, axis1=-2, axis2=-1))).sum(-1)
 
 

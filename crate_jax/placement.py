@@ -31,8 +31,10 @@ def reshape(X: Array, shape: tuple[int, ...]) -> Array:
 
 
 def beside(X: Array, other: Array) -> Array:
-    """X, which every device has whole, shared as another array on axis 0; so they can be joined."""
+    """X, which every device has whole, shared as another array is along the axes as long as its."""
     if not is_shared(other):
         return X
     mesh, spec = jax.typeof(other).sharding.mesh, jax.typeof(other).sharding.spec
-    return jax.sharding.reshard(X, NamedSharding(mesh, PartitionSpec(spec[0])))
+    lengths = zip(spec, X.shape, other.shape, strict=True)
+    spec = PartitionSpec(*(axis if length == theirs else None for axis, length, theirs in lengths))
+    return jax.sharding.reshard(X, NamedSharding(mesh, spec))

@@ -186,18 +186,19 @@ def read(
 ) -> Array:
     """A parameter of a module as the equations take it: cast, and whole on every device.
 
-    The parameter itself starts as float32, and devices of an ``fsdp`` axis may share it, or those
-    of Explicit axes. It is gathered here because the compiler, left to itself, splits the product as the weight is split, and then
-    the activations of the whole batch travel in every layer. No name keeps what is returned: saving
-    it would keep a full copy of every layer's weights on every device.
+    The parameter itself is float32, and devices may share it. It is gathered here because the
+    compiler, left to itself, splits the product as the weight is split, and then the activations of
+    the whole batch travel in every layer. No name keeps what is returned: saving it would keep a
+    full copy of every layer's weights on every device.
     """
-    return _whole(parameter(module, name, initialise, shape).astype(dtype))
+    weight = module.param(name, initialise, shape, jnp.float32).astype(dtype)
+    return _whole(placement.whole(weight))
 
 
 def parameter(
     module: nn.Module, name: str, initialise: Callable[..., Array], shape: tuple[int, ...]
 ) -> Array:
-    """A parameter of a module as it is, float32 from the start whatever JAX's default is."""
+    """A parameter of a module as it is: float32, unless its user made another of it."""
     return placement.whole(module.param(name, initialise, shape, jnp.float32))
 
 
@@ -216,7 +217,7 @@ def _whole(weight: Array) -> Array:
 class LayerNorm(nn.Module):
     """PyTorch's LayerNorm over the last axis: `crate_jax.models.derivatives.normalise`.
 
-    Parameters scale and bias start as float32, and so is the computation; the result is of `dtype`.
+    Parameters scale and bias are float32, and so is the computation; the result is of `dtype`.
     """
 
     dtype: DTypeLike = jnp.float32
@@ -266,6 +267,7 @@ class Dropout(nn.Module):
             return X
         stays = 1 - float(self.rate)
         kept = jax.random.bernoulli(self.make_rng("dropout"), np.float32(stays), X.shape)
+        kept = placement.beside(kept, X)
         return jnp.where(kept, X / stays, jnp.zeros_like(X))
 
 

@@ -79,7 +79,7 @@ def make_train_step(
             key,
             accumulate_steps,
         )
-        _check_axes(metrics["loss"], axes)
+        _check_axes(metrics["loss"], state.params, axes)
         if axes:
             grads, metrics = jax.lax.pmean((grads, metrics), axes)
             extra = jax.tree.map(functools.partial(_all_mean, axes=axes), extra)
@@ -128,9 +128,10 @@ def _apart(tree: PyTree, axes: tuple[str, ...]) -> PyTree:
     return jax.tree.map(cast, tree)
 
 
-def _check_axes(loss: Array, axes: tuple[str, ...]) -> None:
-    """Refuse to sum up the gradients of devices whose mean nobody asked for."""
-    missing = sorted(jax.typeof(loss).mat.varying - set(axes))
+def _check_axes(loss: Array, params: Params, axes: tuple[str, ...]) -> None:
+    """Refuse to sum up the gradients of devices that have the same parameters, and no mean."""
+    own = [jax.typeof(x).mat.varying for x in jax.tree.leaves(params)]
+    missing = sorted(jax.typeof(loss).mat.varying.difference(axes, frozenset.intersection(*own)))
     if missing:
         raise ValueError(
             "axis_name must name the axes of jax.shard_map along which the loss varies; got "
