@@ -51,7 +51,7 @@ class Classify(Task):
 
     def __post_init__(self) -> None:
         """Refuse a model without classes."""
-        if self.model.num_classes == 0:
+        if getattr(self.model, "num_classes", None) == 0:
             raise ValueError(
                 "model.num_classes must be at least 1 for a classifier; got 0, features. Leave it "
                 "unset: it is that of the data."
