@@ -136,8 +136,8 @@ class TrainConfig:
     init_method: str = option(
         "right",
         "how kernels and positions of init_weights are resized; crate_alpha: as its official "
-        "fine-tuning",
-        choices=("right", "crate_alpha"),
+        "fine-tuning; official_maps: positions as behind the published attention maps",
+        choices=("right", "crate_alpha", "official_maps"),
     )
     log_every_steps: int = option(50, "steps between two lines of metrics", low=1)
     log_objective_every_steps: int = option(

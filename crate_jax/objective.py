@@ -32,7 +32,7 @@ def coding_rate(Z: Array, *, eps: float) -> Array:
         Rate in nats (...), float32.
 
     Raises:
-        ValueError: ``Z`` has fewer than two axes, or ``eps`` is not positive.
+        ValueError: ``Z`` has fewer than two axes or no token, or ``eps`` is not positive.
     """
     _check_tokens(Z, eps)
     N, d = Z.shape[-2:]
@@ -56,7 +56,8 @@ def subspace_coding_rate(Z: Array, U: Array, *, eps: float) -> Array:
         Rate in nats (...), float32.
 
     Raises:
-        ValueError: the shapes of ``Z`` and ``U`` do not fit, or ``eps`` is not positive.
+        ValueError: the shapes of ``Z`` and ``U`` do not fit, there is no token, or ``eps`` is not
+            positive.
     """
     _check_tokens(Z, eps)
     if U.ndim != 3 or U.shape[0] != Z.shape[-1]:
@@ -80,7 +81,7 @@ def projected_coding_rate(V: Array, *, eps: float) -> Array:
         Rate in nats (...), float32.
 
     Raises:
-        ValueError: ``V`` has fewer than three axes, or ``eps`` is not positive.
+        ValueError: ``V`` has fewer than three axes or no token, or ``eps`` is not positive.
     """
     if V.ndim < 3:
         raise ValueError(f"V must be (..., N, K, p); got shape {V.shape}. Project Z by U first.")
@@ -145,7 +146,7 @@ def sparsity(Z: Array) -> Array:
         Share in [0, 1] (...), float32.
 
     Raises:
-        ValueError: ``Z`` has fewer than two axes.
+        ValueError: ``Z`` has fewer than two axes or no token.
     """
     _check_tokens(Z, 1.0)
     return jnp.mean(jnp.equal(Z, 0), axis=(-2, -1), dtype=jnp.float32)
@@ -169,5 +170,7 @@ def _half_logdet(X_xNxd: Array, scale: float) -> Array:
 def _check_tokens(Z: Array, eps: float) -> None:
     if Z.ndim < 2:
         raise ValueError(f"Z must be (..., N, d); got shape {Z.shape}. Add the token axis.")
+    if not (Z.shape[-2] and Z.shape[-1]):
+        raise ValueError(f"Z must hold tokens; got shape {Z.shape}. N and d must be at least 1.")
     if not isinstance(eps, Tracer) and not eps > 0:
         raise ValueError(f"eps must be > 0; got {eps}. The paper's figures use eps**2 = 0.01.")

@@ -249,3 +249,13 @@ def test_errors_name_the_rule(call, message):
     Z, U, _, _ = draw(5, 8, 2, 3)
     with pytest.raises(ValueError, match=message):
         call(Z, U)
+
+
+@pytest.mark.parametrize("shape", [(0, 4), (4, 0), (2, 0, 3)])
+def test_no_token_has_no_rate(shape):
+    Z, message = jnp.zeros(shape), r"^Z must hold tokens; got shape"
+    for measure in (lambda: objective.coding_rate(Z, eps=0.1), lambda: sparsity(Z)):
+        with pytest.raises(ValueError, match=message):
+            measure()
+    none = jnp.zeros((0, 5, 4))  # no image, each of five tokens
+    assert objective.coding_rate(none, eps=0.1).shape == sparsity(none).shape == (0,)

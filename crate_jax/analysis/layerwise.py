@@ -35,24 +35,28 @@ def layerwise(
     Args:
         model: a model of `crate_jax.create_model`.
         params: its parameters.
-        images: (B, H, W, C), normalised; B >= 2 for a standard deviation.
+        images: (B, H, W, C), normalised, B >= 1.
         definition: "paper" or "official_code".
         eps: quantisation precision ε; both sources use ε² = 0.01.
 
     Returns:
         Arrays (L,), float32. With MSSA: ``coding_rate_mean`` and ``coding_rate_std`` (R^c in nats,
-        over the images, unbiased). With ISTA: ``zero_fraction``. By the paper's definition also
-        ``rate_mean`` (R), and with MSSA ``rate_reduction_mean`` (ΔR), in nats.
+        over the images, unbiased; of one image the deviation is NaN). With ISTA: ``zero_fraction``.
+        By the paper's definition also ``rate_mean`` (R), and with MSSA ``rate_reduction_mean``
+        (ΔR), in nats. Their gradients are finite: zero where the rates of all images are equal, and
+        at a zero token, which has no direction.
 
     Raises:
-        ValueError: an unknown definition, the official one of a model without MSSA, or images that
-            do not fit the model.
+        ValueError: an unknown definition, the official one of a model without MSSA, no image, or
+            images that do not fit the model.
     """
     _check(definition, model)
     exact = model.clone(dtype=jnp.float32)
     token_tap = "z_half" if definition == "paper" else "subspace_tokens"
     names = [name for name in (token_tap, "ista") if name in model.tap_names]
     _, seen = taps(exact, params, images, names=names)
+    if not len(images):
+        raise ValueError(f"images must be at least one; got {images.shape}. A mean needs some.")
     values, compressed_LxB = {}, None
     if "subspace_tokens" in model.tap_names:
         compressed_LxB = _compressed(params, seen, eps)
@@ -63,7 +67,7 @@ def layerwise(
             values["rate_reduction_mean"] = (rate_LxB - compressed_LxB).mean(axis=1)
     if compressed_LxB is not None:
         values["coding_rate_mean"] = compressed_LxB.mean(axis=1)
-        values["coding_rate_std"] = compressed_LxB.std(axis=1, ddof=1)
+        values["coding_rate_std"] = _deviation(compressed_LxB)
     if "ista" in seen:
         values["zero_fraction"] = sparsity(seen["ista"]).mean(axis=1)
     return values
@@ -94,5 +98,17 @@ def _compressed(params: Params, seen: dict[str, Array], eps: float) -> Array:
 
 def _unit_length(W_BxNxKxp: Array) -> Array:
     """Each token of each subspace scaled to length one; a zero token stays zero."""
-    length = jnp.linalg.norm(W_BxNxKxp, axis=-1, keepdims=True)
-    return W_BxNxKxp / jnp.maximum(length, 1e-12)
+    length = _root(jnp.square(W_BxNxKxp).sum(axis=-1, keepdims=True))
+    return jnp.where(length > 0, W_BxNxKxp / jnp.maximum(length, 1e-12), 0)
+
+
+def _deviation(values_LxB: Array) -> Array:
+    """The unbiased standard deviation over the images (L,); NaN for one image."""
+    if values_LxB.shape[1] < 2:
+        return jnp.full_like(values_LxB[:, 0], jnp.nan)
+    return _root(values_LxB.var(axis=1, ddof=1))
+
+
+def _root(squares: Array) -> Array:
+    """The square root of values >= 0, with a gradient of zero at zero, where it has none."""
+    return jnp.where(squares > 0, jnp.sqrt(jnp.where(squares > 0, squares, 1)), 0)

@@ -1,14 +1,18 @@
 """One forward pass that returns named per-layer tensors."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 
 from jax import Array
 
+from crate_jax.models.block import chosen_taps
 from crate_jax.models.classifier import ImageClassifier, Params
 
 
 def taps(
-    model: ImageClassifier, params: Params, images: Array, names: Sequence[str] | None = None
+    model: ImageClassifier,
+    params: Params,
+    images: Array,
+    names: str | Iterable[str] | None = None,
 ) -> tuple[Array, dict[str, Array]]:
     """Run the model and return what its layers computed on the way.
 
@@ -16,7 +20,7 @@ def taps(
         model: a model of `crate_jax.create_model`.
         params: its parameters.
         images: (B, H, W, C), normalised.
-        names: out of ``model.tap_names``; only these are stored. Those of a CRATE are
+        names: out of ``model.tap_names``, or one; only these are stored. Those of a CRATE are
             ``subspace_tokens`` (L, B, N, K, p), ``attention`` (L, B, K, N, N), ``mssa``,
             ``z_half``, ``ista`` and ``out`` (L, B, N, d). None: all of them.
 
@@ -27,10 +31,8 @@ def taps(
         KeyError: an unknown name.
         ValueError: no name, or images that do not fit the model.
     """
-    names = model.tap_names if names is None else names
-    if not names:
+    chosen = model.tap_names if names is None else chosen_taps(names, model.tap_names)
+    if not chosen:
         raise ValueError(f"names must hold at least one of {', '.join(model.tap_names)}; got none.")
-    found = model.apply(
-        {"params": params}, images, train=False, taps=tuple(names), method="forward"
-    )
+    found = model.apply({"params": params}, images, train=False, taps=chosen, method="forward")
     return found  # type: ignore[return-value]

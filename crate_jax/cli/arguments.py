@@ -43,8 +43,9 @@ def add_model(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--method",
-        help="how --fit resizes patches and positions: right (the default), or crate_alpha, as "
-        "CRATE-α's official fine-tuning does",
+        help="how --fit resizes patches and positions: right (the default); crate_alpha, as "
+        "CRATE-α's official fine-tuning does; or official_maps, positions as behind the published "
+        "attention maps",
     )
 
 

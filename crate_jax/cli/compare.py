@@ -106,6 +106,11 @@ def _compare(args: argparse.Namespace) -> "tuple[Comparison, Json]":
 
     fits = functools.partial(load_fitted, fit=args.fit, method=resize_method(args))
     params, model, fitted = fits(args.weights, named_model(args))
+    if not model.num_classes:
+        raise ValueError(
+            "model.num_classes must be at least 1 for its PyTorch twin; got 0, features. Set it by "
+            "--model and --model-kwargs."
+        )
     reference = params
     if args.reference:
         reference = fits(args.reference, model).params

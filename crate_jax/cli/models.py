@@ -56,7 +56,8 @@ def summary(args: argparse.Namespace) -> Json:
     from crate_jax.models import cost
     from crate_jax.models.zoo import create_model
 
-    overrides = {k: getattr(args, k) for k in ("image_size", "num_classes") if getattr(args, k)}
+    stated = {name: getattr(args, name) for name in ("image_size", "num_classes")}
+    overrides = {name: value for name, value in stated.items() if value is not None}
     model = create_model(args.model, **overrides)
     return {
         "model": args.model,

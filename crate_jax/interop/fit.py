@@ -125,7 +125,8 @@ def fit_params(
     channels the scale and bias of the patches' LayerNorm, where the model has one, first go into
     the projection behind it, which computes the same; then its kernel is resized, or summed over
     the channels for a grey image and repeated in turn, times old / new, for any other number, so
-    that a grey image keeps its tokens. A head that is missing starts anew.
+    that a grey image keeps its tokens. A head that is missing starts anew; a model without classes
+    has none.
 
     Args:
         params: parameter tree of ``source``, with or without ``head``.
@@ -133,7 +134,9 @@ def fit_params(
         model: the model wanted: another image size, patch size, number of channels or of classes.
         method: of resizing; "right": the kernel by the pseudo-inverse of a bicubic resizing
             (`resize_patch_kernel`), positions bicubically; "crate_alpha": both bilinearly, as
-            CRATE-α's official fine-tuning.
+            CRATE-α's official fine-tuning; "official_maps": positions as in the notebook behind the
+            published attention maps, which resamples those of an equal grid too
+            (`resize_positions_as_official_maps`), the kernel as "right".
         key: of the new head; None: ``jax.random.key(0)``.
 
     Returns:
@@ -148,7 +151,11 @@ def fit_params(
         raise ValueError(f"method must be one of {', '.join(METHODS)}; got {method}. Choose one.")
     flat = {path: np.asarray(leaf) for path, leaf in flatten(params).items()}
     report = _fit_patches(flat, source, model, method) + _fit_grid(flat, source, model, method)
-    if "head/kernel" not in flat:
+    if not model.num_classes:
+        kept = {path: leaf for path, leaf in flat.items() if not path.startswith("head/")}
+        report += ["head: left out"] if len(kept) < len(flat) else []
+        flat = kept
+    elif "head/kernel" not in flat:
         flat |= _new_head(model, jax.random.key(0) if key is None else key)
         report.append(f"head: new, for {model.num_classes} classes")
     theirs, ours = architecture(source), architecture(model)
@@ -196,15 +203,15 @@ def _fit_grid(
 ) -> list[str]:
     """The positions for another grid, put into ``flat``; what was done."""
     old, new = source.grid, model.grid
-    if old == new:
+    if old == new and method != "official_maps":
         return []
     flat[_POSITIONS] = resized_positions(flat[_POSITIONS], old, new, method)
-    how = "bicubic" if method == "right" else "linear"
+    how = {"right": "bicubic", "crate_alpha": "linear", "official_maps": "as official maps"}[method]
     return [f"{_POSITIONS}: {_size(old)} to {_size(new)} patches, {how}"]
 
 
 def _by(method: str, resized: bool, name: str) -> str:
-    return f", {name}" if resized and method != "right" else ""
+    return f", {name}" if resized and method == "crate_alpha" else ""
 
 
 def _new_head(model: ImageClassifier, key: jax.Array) -> Arrays:

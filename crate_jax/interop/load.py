@@ -47,7 +47,8 @@ def load_weights(
             of the patches resized, summed or repeated), and ``pool``, ``eta``, ``lmbda`` where the
             file, or its names, state others (the model's are used). Each change is logged at INFO;
             see `crate_jax.interop.fit.fit_params`.
-        method: how positions and patches are resized: "right" or "crate_alpha".
+        method: how positions and patches are resized: "right", "crate_alpha" or "official_maps",
+            which resamples positions of the same grid too and so needs ``image_size`` in ``fit``.
         key: of a new head; None: ``jax.random.key(0)``.
 
     Returns:
@@ -94,6 +95,11 @@ def load_fitted(
         ValueError: also where there is no model, and the file states none.
     """
     path = Path(path)
+    if method == "official_maps" and "image_size" not in fit:
+        raise ValueError(
+            "fit must have image_size for the method official_maps, which resizes positions; got "
+            f"{', '.join(fit) or 'nothing'}. Ask to fit image_size."
+        )
     contents = read_contents(path)
     if model is None:
         if not contents.fields:
@@ -102,8 +108,11 @@ def load_fitted(
     layout = recognise(contents.arrays, model)
     left = layout.set_aside(contents.arrays)
     report = contents.left + ([left_aside(left)] if left else [])
-    skip = ("head",) if "head" in fit else ()
+    headless = getattr(model, "num_classes", None) == 0
+    skip = ("head",) if "head" in fit or headless else ()
     unused = {*left, *layout.in_groups(contents.arrays, skip)}
+    if headless and len(unused) > len(left):
+        report.append("head: left aside, for the model has none (num_classes=0)")
     arrays = {name: array for name, array in contents.arrays.items() if name not in unused}
     contents = contents._replace(arrays=arrays)
 

@@ -4,22 +4,28 @@
 bicubically. "crate_alpha" is what CRATE-α's official fine-tuning does, to follow it: both
 bilinearly, the kernel as if it were an image. Its fine-tuning for CLIPA resizes the positions, the
 class token's row among them, as if they lay in a row; here they lie on their grid either way.
+"official_maps" resizes positions as the notebook behind the published attention maps does, also to
+the size that they have; a kernel as "right" does.
 """
 
 import jax
 import numpy as np
 
-from crate_jax.models.embedding import resize_patch_kernel, resize_positions
+from crate_jax.models.embedding import (
+    resize_patch_kernel,
+    resize_positions,
+    resize_positions_as_official_maps,
+)
 
 Size = tuple[int, int]
 
-METHODS = ("right", "crate_alpha")
+METHODS = ("right", "crate_alpha", "official_maps")
 
 
 def resized_kernel(kernel_hxwxcxd: np.ndarray, new: Size, method: str) -> np.ndarray:
     """The linear map of a patch for patches of another size: (height, width, c, d) float32."""
     h, w = kernel_hxwxcxd.shape[:2]
-    if method == "right":
+    if method != "crate_alpha":
         return resize_patch_kernel(kernel_hxwxcxd, (h, w), new)
     shape = (*new, *kernel_hxwxcxd.shape[2:])
     return np.asarray(jax.image.resize(kernel_hxwxcxd.astype(np.float32), shape, "bilinear"))
@@ -29,6 +35,8 @@ def resized_positions(pos_Mxd: np.ndarray, old: Size, new: Size, method: str) ->
     """Positions (new height · width + 1, d) of another grid; the class token's row stays."""
     if method == "right":
         return np.asarray(resize_positions(pos_Mxd, old, new))
+    if method == "official_maps":
+        return np.asarray(resize_positions_as_official_maps(pos_Mxd, old, new))
     grid = pos_Mxd[1:].reshape(*old, -1)
     for axis, size in enumerate(new):
         grid = _zoom(grid, axis, size)

@@ -7,7 +7,7 @@ The parts are handed in, each a module with its pure function: MSSA and ISTA mak
 model of the family is, is a choice of parts, of the sign, of the residual and of the order.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -175,6 +175,19 @@ def tap_names(attention: Part, nonlinearity: Part | None) -> tuple[str, ...]:
     """What a block of these parts can show, in the order of computation (attention first)."""
     second = () if nonlinearity is None else ("z_half", nonlinearity.name)
     return (*attention.taps, attention.name, *second, "out")
+
+
+def chosen_taps(names: str | Iterable[str], known: Sequence[str]) -> tuple[str, ...]:
+    """Some of the known taps, each once, in the order of computation; a single text is one name.
+
+    Raises:
+        KeyError: an unknown name.
+    """
+    wanted = (names,) if isinstance(names, str) else tuple(names)
+    for name in wanted:
+        if name not in known:
+            raise KeyError(f"taps must be among {', '.join(known)}; got {name}.")
+    return tuple(name for name in known if name in wanted)
 
 
 def stack(

@@ -1,14 +1,15 @@
 """What the image classifiers of the family share: images → tokens → blocks → one token → logits."""
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, ClassVar
 
 import flax.linen as nn
 import jax.numpy as jnp
 from jax import Array
 
-from crate_jax.models.block import Block, Context, Part, stack, tap_names
+from crate_jax.models.block import Block, Context, Part, chosen_taps, stack, tap_names
+from crate_jax.models.images import check_images
 from crate_jax.models.layers import Dropout, LayerNorm, Linear
 from crate_jax.models.variants import ImageFields
 from crate_jax.options import option_of
@@ -29,10 +30,20 @@ class ImageClassifier(ImageFields, nn.Module):
     `attention_part`, `nonlinearity_part` and `embed`, and overrides what differs of `block_fields`,
     `drop_path_rates`, `pooled` and `head`. Parameters are float32; the computation is in ``dtype``,
     with norms, softmax and logits in float32. Layers are stacked on axis 0 of every leaf under
-    ``blocks``.
+    ``blocks``. A model of ``num_classes=0`` has no head: its logits are what a head would read.
     """
 
     EPSILON: ClassVar[float] = 1e-5  # of the LayerNorms of blocks and head
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        """Mark what a subclass overrides of the helpers here as the helpers are marked.
+
+        Flax would record what they return, modules among it, under ``capture_intermediates``.
+        """
+        for name, method in vars(cls).items():
+            if hasattr(getattr(ImageClassifier, name, None), "nowrap"):
+                nn.nowrap(method)
+        super().__init_subclass__(**options)
 
     @property
     def attention_part(self) -> Part:
@@ -44,27 +55,33 @@ class ImageClassifier(ImageFields, nn.Module):
         """The second half of a block."""
         raise TypeError("a model must say what its nonlinearity is")
 
+    @nn.nowrap
     def embed(self) -> nn.Module:
         """From images (B, H, W, c) to tokens (B, N, d); to be made in a compact method."""
         raise TypeError("a model must say how it embeds images")
 
+    @nn.nowrap
     def block_fields(self) -> dict[str, Any]:
         """Fields of `Block` that are not its defaults."""
         return {}
 
+    @nn.nowrap
     def drop_path_rates(self) -> Array | None:
         """The rate of stochastic depth of every layer (L,); None: no half is ever skipped."""
         return None
 
+    @nn.nowrap
     def pooled(self, Z_BxNxd: Array) -> Array:
         """What the head reads, (B, d) float32, normalised by ``head_norm``."""
         pooled_Bxd = Z_BxNxd[:, 0] if self.pool == "cls" else Z_BxNxd.mean(axis=1)
         return self.head_norm()(pooled_Bxd)
 
+    @nn.nowrap
     def head_norm(self) -> nn.Module:
         """The LayerNorm before the head."""
         return LayerNorm(jnp.float32, self.backward, self.EPSILON, name="head_norm")
 
+    @nn.nowrap
     def head(self) -> nn.Module:
         """From a normalised token (B, d) to logits (B, Y)."""
         return Linear(self.num_classes, name="head")
@@ -114,33 +131,98 @@ class ImageClassifier(ImageFields, nn.Module):
             train: whether dropout and stochastic depth act; they need a "dropout" key.
 
         Returns:
-            Logits (B, Y), float32.
+            Logits (B, Y), float32; of a model without a head the features (B, d) of `forward_head`.
 
         Raises:
             ValueError: a field or the images break a rule.
         """
         return self.forward(images_BxHxWxc, train=train)[0]
 
-    @nn.compact
     def forward(
-        self, images_BxHxWxc: Array, *, train: bool, taps: Sequence[str] = ()
+        self, images_BxHxWxc: Array, *, train: bool, taps: str | Iterable[str] = ()
     ) -> tuple[Array, dict[str, Array]]:
         """Classify images, and return what the layers computed on the way.
 
         Args:
             images_BxHxWxc: as for a call.
             train: likewise.
-            taps: names out of `tap_names`; each costs the memory of its array for every layer.
+            taps: names out of `tap_names`, or one; each costs the memory of its array for every
+                layer.
 
         Returns:
-            Logits (B, Y), float32, and {name: array} with the layers on axis 0:
+            Logits as of a call, and {name: array} with the layers on axis 0:
             ``subspace_tokens`` (L, B, N, K, p), ``attention`` (L, B, K, N, N), others (L, B, N, d).
 
         Raises:
             ValueError: a field or the images break a rule.
             KeyError: an unknown tap.
         """
-        self._check(images_BxHxWxc, taps)
+        names = chosen_taps(taps, self.tap_names)
+
+        def compute() -> tuple[Array, dict[str, Array]]:
+            Z_BxNxd, seen = self._tokens(images_BxHxWxc, train, names)
+            return self._read(Z_BxNxd, pre_logits=False), seen
+
+        return self._with_layers(compute)
+
+    def forward_features(self, images_BxHxWxc: Array, *, train: bool) -> Array:
+        """Tokens as they come out of the last block; no norm follows in the blocks.
+
+        The last LayerNorm belongs to the head and acts on the one token that `forward_head` reads.
+        timm's method of this name has normalised every token of a ViT by it: with ``pool`` cls its
+        class token is what ``forward_head(tokens, pre_logits=True)`` returns.
+
+        Args:
+            images_BxHxWxc: as for a call.
+            train: likewise.
+
+        Returns:
+            Tokens (B, N, d) in the model's dtype, the class token first.
+
+        Raises:
+            ValueError: a field or the images break a rule.
+        """
+        return self._with_layers(lambda: self._tokens(images_BxHxWxc, train, ())[0])
+
+    def forward_head(self, Z_BxNxd: Array, *, pre_logits: bool = False) -> Array:
+        """What a call makes of the tokens of `forward_features`.
+
+        Args:
+            Z_BxNxd: tokens of the last block.
+            pre_logits: stop before the head.
+
+        Returns:
+            Logits (B, Y), float32. With ``pre_logits``, and of a model without a head, the features
+            that a head reads: the pooled token, normalised, (B, d) float32.
+
+        Raises:
+            ValueError: a field breaks a rule, or these are no tokens of the model.
+        """
+        if Z_BxNxd.ndim != 3 or Z_BxNxd.shape[-1] != self.width:
+            raise ValueError(
+                f"tokens must be (B, N, {self.width}) for this model; got {Z_BxNxd.shape}. "
+                "Take those of forward_features."
+            )
+        return self._with_layers(lambda: self._read(Z_BxNxd, pre_logits))
+
+    @nn.compact
+    def _with_layers(self, compute: Callable[[], Any]) -> Any:
+        """What a function returns that makes layers; Flax has one method of a module make them."""
+        for field in dataclasses.fields(self):
+            choices = option_of(field).choices if "option" in field.metadata else ()
+            value = getattr(self, field.name)
+            if choices and isinstance(value, str) and value not in choices:
+                raise ValueError(
+                    f"model.{field.name} must be one of {', '.join(choices)}; got {value}."
+                )
+        return compute()
+
+    @nn.nowrap
+    def _tokens(
+        self, images_BxHxWxc: Array, train: bool, taps: tuple[str, ...]
+    ) -> tuple[Array, dict[str, Array]]:
+        """Tokens after the last block, and the taps."""
+        check_images(images_BxHxWxc, self.input_shape)
         Z_BxNxd = self.embed()(images_BxHxWxc)
         Z_BxNxd = Dropout(self.dropout, train)(Z_BxNxd)
         blocks = stack(
@@ -155,26 +237,13 @@ class ImageClassifier(ImageFields, nn.Module):
             epsilon=self.EPSILON,
             dropout=self.dropout,
             train=train,
-            taps=tuple(taps),
+            taps=taps,
             **self.block_fields(),
         )
-        Z_BxNxd, seen = blocks(Z_BxNxd, self.drop_path_rates(), Context())
-        return self.head()(self.pooled(Z_BxNxd)), seen
+        return blocks(Z_BxNxd, self.drop_path_rates(), Context())
 
-    def _check(self, images_BxHxWxc: Array, taps: Sequence[str]) -> None:
-        """Every rule that a later shape error would state less clearly."""
-        for field in dataclasses.fields(self):
-            choices = option_of(field).choices if "option" in field.metadata else ()
-            value = getattr(self, field.name)
-            if choices and isinstance(value, str) and value not in choices:
-                raise ValueError(
-                    f"model.{field.name} must be one of {', '.join(choices)}; got {value}."
-                )
-        if images_BxHxWxc.ndim != 4 or images_BxHxWxc.shape[1:] != self.input_shape:
-            raise ValueError(
-                f"images must be (B, {', '.join(map(str, self.input_shape))}) for this model; got "
-                f"{images_BxHxWxc.shape}. Resize them, or set image_size and in_channels."
-            )
-        for name in taps:
-            if name not in self.tap_names:
-                raise KeyError(f"taps must be among {', '.join(self.tap_names)}; got {name}.")
+    @nn.nowrap
+    def _read(self, Z_BxNxd: Array, pre_logits: bool) -> Array:
+        """Logits, or the features that they are computed from."""
+        pooled_Bxd = self.pooled(Z_BxNxd)
+        return pooled_Bxd if pre_logits or not self.num_classes else self.head()(pooled_Bxd)

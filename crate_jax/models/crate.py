@@ -25,7 +25,7 @@ class Crate(CrateFields, ImageClassifier):
     Attributes:
         image_size: pixels, a side or (height, width).
         patch_size: pixels, a side or (height, width); divides image_size.
-        num_classes: Y, the number of logits.
+        num_classes: Y, the number of logits; 0: no head, and features (B, d) in their place.
         width: d, the length of a token.
         depth: L, the number of layers.
         num_heads: K, the number of subspaces.

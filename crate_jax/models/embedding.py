@@ -60,6 +60,53 @@ def resize_positions(
     return jnp.concatenate([pos_Nxd[:1], resized_RxCxd.reshape(new[0] * new[1], -1)])
 
 
+def resize_positions_as_official_maps(
+    pos_Nxd: Array | np.ndarray, old: tuple[int, int], new: tuple[int, int]
+) -> Array:
+    """`resize_positions` as the official notebook of attention maps resizes them.
+
+    The cubic has a = −3/4, without smoothing, and a patch of the new grid lies at (i + ½) n /
+    (m + 0.1) − ½ of the old one for n → m patches: PyTorch's ``interpolate(…, scale_factor=(m +
+    0.1) / n, mode="bicubic")``. So a grid of the same size is resampled too.
+    Source: the notebooks of arXiv 2308.16271.
+    Differs from official: an oblong grid lies as its tokens do, by rows. There the grid is made for
+    (columns, rows); a call with that as ``new`` gives those positions, entry for entry.
+
+    Args:
+        pos_Nxd: as for `resize_positions`.
+        old: likewise.
+        new: likewise.
+
+    Returns:
+        Positions (new height · width + 1, d), of the input's dtype.
+    """
+    grid_RxCxd = jnp.asarray(pos_Nxd[1:]).reshape(*old, -1)
+    rows_rxR, columns_cxC = (_cubic_weights(n, m) for n, m in zip(old, new, strict=True))
+    resized_rxcxd = jnp.einsum(
+        "rR,RCd,cC->rcd",
+        rows_rxR,
+        grid_RxCxd.astype(jnp.float32),
+        columns_cxC,
+        precision="highest",
+    )
+    patches_Pxd = resized_rxcxd.reshape(new[0] * new[1], -1).astype(grid_RxCxd.dtype)
+    return jnp.concatenate([pos_Nxd[:1], patches_Pxd])
+
+
+def _cubic_weights(n: int, m: int) -> np.ndarray:
+    """From n values in a row to m of them (m, n), float32; beyond the ends the last one counts."""
+    at_m = (np.arange(m) + 0.5) * n / (m + 0.1) - 0.5
+    weights_mxn = np.zeros((m, n))
+    for step in (-1, 0, 1, 2):
+        place_m = np.floor(at_m) + step
+        x_m = np.abs(at_m - place_m)
+        near_m = 1.25 * x_m**3 - 2.25 * x_m**2 + 1
+        far_m = -0.75 * (x_m**3 - 5 * x_m**2 + 8 * x_m - 4)
+        inside_m = np.clip(place_m, 0, n - 1).astype(int)
+        np.add.at(weights_mxn, (np.arange(m), inside_m), np.where(x_m <= 1, near_m, far_m))
+    return weights_mxn.astype(np.float32)
+
+
 def resize_patch_kernel(
     kernel_hxwxcxd: np.ndarray, old: tuple[int, int], new: tuple[int, int]
 ) -> np.ndarray:

@@ -23,7 +23,9 @@ class ImageFields:
 
     image_size: Size = option(..., "pixels: a side, or height and width", low=1, lengths=(1, 2))
     patch_size: Size = option(..., "pixels, likewise; divides image_size", low=1, lengths=(1, 2))
-    num_classes: int = option(..., "Y, the number of logits; of the data set if unset", low=1)
+    num_classes: int = option(
+        ..., "Y, the number of logits; of the data set if unset; 0: no head, features", low=0
+    )
     width: int = option(..., "d, the length of a token", low=1)
     depth: int = option(..., "L, the number of layers", low=1)
     num_heads: int = option(..., "K, the number of subspaces", low=1)

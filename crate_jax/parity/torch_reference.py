@@ -40,4 +40,8 @@ def from_flax_model(model: ImageClassifier) -> Twin:
             f"model must be one with a PyTorch twin ({known}); got {type(model).__name__}. "
             "Compare it with its own family's program."
         )
+    if not model.num_classes:
+        raise ValueError(
+            "model.num_classes must be at least 1 for its PyTorch twin; got 0, features. Set it."
+        )
     return TWINS[type(model)](model)

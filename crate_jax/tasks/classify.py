@@ -49,6 +49,14 @@ class Classify(Task):
     cutmix_alpha: float = 0.0
     mix_switch: float = 0.5
 
+    def __post_init__(self) -> None:
+        """Refuse a model without classes."""
+        if getattr(self.model, "num_classes", None) == 0:
+            raise ValueError(
+                "model.num_classes must be at least 1 for a classifier; got 0, features. Leave it "
+                "unset: it is that of the data."
+            )
+
     headline: ClassVar[str] = "top1"
     higher_is_better: ClassVar[bool] = True
     by_row: ClassVar[bool] = True
@@ -181,9 +189,17 @@ class Classify(Task):
         return layerwise(self.model, params, self.normalized(batch["image"]))
 
     def normalized(self, images: Array) -> Array:
-        """What the model takes: stored pixels normalised, floats as they are."""
-        if images.dtype != jnp.uint8:
+        """What the model takes: stored pixels normalised, floats as they are.
+
+        Raises:
+            ValueError: images are neither.
+        """
+        if jnp.issubdtype(images.dtype, jnp.floating):
             return images
+        if images.dtype != jnp.uint8:
+            raise ValueError(
+                f"images must be uint8 pixels or normalised floats; got {images.dtype}. Scale them."
+            )
         return normalize(images, mean=self.mean, std=self.std)
 
 

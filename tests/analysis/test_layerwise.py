@@ -7,6 +7,7 @@ import pytest
 
 from crate_jax import Crate, ViT
 from crate_jax.analysis import layerwise, taps
+from crate_jax.analysis.layerwise import _unit_length
 from crate_jax.analysis.report import draw_layerwise
 from crate_jax.models.cost import abstract_parameters
 
@@ -159,3 +160,44 @@ def test_the_official_definition_needs_mssa(images):
     model, _ = MEASURED["vit"]
     with pytest.raises(ValueError, match=r"^definition must be paper for a model without MSSA, .*"):
         layerwise(model, some_params(model), images, definition="official_code")
+
+
+# --- where a norm is zero -------------------------------------------------------------------------
+
+
+def test_gradients_at_zero_tokens_and_at_equal_images(tiny_model, tiny_params, images):
+    """A head that maps to zero: its tokens have no direction. Equal images: no deviation."""
+    blocks = tiny_params["blocks"]
+    U_LxdxKxp = blocks["mssa"]["U"].at[0, :, 1].set(0.0)
+    params = tiny_params | {"blocks": blocks | {"mssa": blocks["mssa"] | {"U": U_LxdxKxp}}}
+    same = jnp.broadcast_to(images[:1], images.shape)
+
+    @jax.jit
+    def gradients(params, images):
+        def total(params):
+            measures = layerwise(tiny_model, params, images, definition="official_code")
+            return sum(values.sum() for values in measures.values())
+
+        return jax.value_and_grad(total)(params)
+
+    for several in (images, same):
+        value, found = gradients(params, several)
+        assert np.isfinite(value)
+        assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(found))
+    assert np.abs(found["blocks"]["mssa"]["U"]).max() > 1e-3
+
+
+def test_the_length_of_a_token_and_its_gradient():
+    """d(w/‖w‖) projects on what is orthogonal to w: of (3, 4), (16, −12; −12, 9)/125."""
+    W = jnp.array([[3.0, 4.0], [0.0, 0.0]])[None, :, None]
+    np.testing.assert_allclose(_unit_length(W)[0, :, 0], [[0.6, 0.8], [0, 0]], rtol=1e-6)
+    jacobian = jax.jit(jax.jacobian(_unit_length))(W)[0, :, 0, :, 0, :, 0]
+    np.testing.assert_allclose(jacobian[0, :, 0], np.array([[16, -12], [-12, 9]]) / 125, atol=1e-7)
+    np.testing.assert_array_equal(jacobian[1], 0)
+
+
+def test_one_image_has_no_deviation(tiny_model, tiny_params, images, by_paper):
+    one = jax.jit(lambda p, x: layerwise(tiny_model, p, x))(tiny_params, images[:1])
+    assert np.isnan(one["coding_rate_std"]).all()
+    assert all(np.isfinite(one[name]).all() for name in PAPER - {"coding_rate_std"})
+    assert set(one) == set(by_paper)

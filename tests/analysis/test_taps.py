@@ -57,3 +57,38 @@ def test_unknown_and_missing_names(tiny_model, tiny_params, tiny_images):
         taps(tiny_model, tiny_params, tiny_images, names=("ista", "qkv"))
     with pytest.raises(ValueError, match=r"^names must hold at least one of subspace_tokens, "):
         taps(tiny_model, tiny_params, tiny_images, names=())
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        "attention",
+        ("attention", "attention"),
+        {"attention"},
+        {"attention": 0}.keys(),
+        (name for name in ["attention"]),
+    ],
+    ids=lambda names: type(names).__name__,
+)
+def test_one_name_however_it_is_given(names, seen, tiny_model, tiny_params, tiny_images):
+    logits, one = taps(tiny_model, tiny_params, tiny_images, names=names)
+    assert set(one) == {"attention"}
+    np.testing.assert_allclose(one["attention"], seen[1]["attention"], atol=2e-6)
+    np.testing.assert_allclose(logits, seen[0], atol=2e-6)
+
+
+def test_the_model_takes_one_name_too(tiny_model, tiny_params, tiny_images):
+    def forward(names):
+        return tiny_model.apply(
+            {"params": tiny_params}, tiny_images, train=False, taps=names, method="forward"
+        )
+
+    assert set(forward("z_half")[1]) == {"z_half"}
+    assert forward(())[1] == {}
+    with pytest.raises(KeyError, match=r"taps must be among subspace_tokens, .*; got z\."):
+        forward("z")
+
+
+def test_an_iterator_without_names_is_none(tiny_model, tiny_params, tiny_images):
+    with pytest.raises(ValueError, match=r"^names must hold at least one of .*; got none\."):
+        taps(tiny_model, tiny_params, tiny_images, names=iter(()))

@@ -214,3 +214,39 @@ def test_weights_of_another_family_are_not_fitted(stated, params):
         fit_params(params, MODEL, vit)
     with pytest.raises(ValueError, match=r"family, crate, to be fitted; got those of vit\. "):
         fit_params(random_params(vit), vit, MODEL)
+
+
+# --- no head --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("file", ["official", "stated"])
+def test_a_model_of_features_leaves_the_head_aside_and_says_so(file, params, request):
+    model, path = MODEL.clone(num_classes=0), request.getfixturevalue(file)
+    loaded = load_fitted(path, model)
+    assert loaded.report == ["head: left aside, for the model has none (num_classes=0)"]
+    assert_equal_trees(loaded.params, {k: v for k, v in params.items() if k != "head"})
+    resized = load_fitted(path, model.clone(image_size=24), fit=("image_size", "head"))
+    assert set(resized.params) == set(loaded.params)
+    assert resized.report[1:] == ["embedding/pos_embedding: 4x4 to 6x6 patches, bicubic"]
+    fitted, report = fit_params(params, MODEL, model)
+    assert report == ["head: left out"]
+    assert_equal_trees(fitted, loaded.params)
+
+
+@pytest.mark.parametrize("suffix", [".safetensors", ".pth"])
+def test_features_are_saved_and_get_a_head_again(suffix, params, tmp_path):
+    if suffix == ".pth":
+        pytest.importorskip("torch")
+    model, path = MODEL.clone(num_classes=0), tmp_path / f"features{suffix}"
+    features = {name: of for name, of in params.items() if name != "head"}
+    save_weights(path, features, model)
+    again = load_fitted(path, model)
+    assert_equal_trees(again.params, features)
+    assert again.report == []
+    with pytest.raises(ValueError, match=r"these weights have no head; missing: .*Build it with n"):
+        load_weights(path, MODEL)
+    whole = load_fitted(path, MODEL, fit=("head",))
+    assert whole.report == ["head: new, for 5 classes"]
+    assert_equal_trees({k: v for k, v in whole.params.items() if k != "head"}, features)
+    if suffix == ".safetensors":  # the file states its model
+        assert load_fitted(path, None).model.num_classes == 0

@@ -9,7 +9,12 @@ from weights import random_params
 from crate_jax import Crate, load_weights, save_weights
 from crate_jax.interop.fit import _fit_patches, fit_params, source_model
 from crate_jax.interop.resize import resized_kernel, resized_positions
-from crate_jax.models.embedding import patchify, resize_patch_kernel, resize_positions
+from crate_jax.models.embedding import (
+    patchify,
+    resize_patch_kernel,
+    resize_positions,
+    resize_positions_as_official_maps,
+)
 
 MODEL = Crate(16, 4, 5, width=12, depth=2, num_heads=2)
 RNG = np.random.default_rng(5)
@@ -67,7 +72,9 @@ def test_a_file_is_fitted_as_crate_alpha_does(tmp_path):
         jax.image.resize(folded, (2, 2, 3, 12), "bilinear").reshape(12, 12),
         atol=1e-6,
     )
-    with pytest.raises(ValueError, match="method must be one of right, crate_alpha; got best"):
+    with pytest.raises(
+        ValueError, match="method must be one of right, crate_alpha, official_maps; got"
+    ):
         fit_params(params, MODEL, model, method="best")
 
 
@@ -98,3 +105,36 @@ def test_a_convolution_states_its_patch():
     assert source.image_size == (24, 18)
     source = source_model(found, declared, MODEL, ("in_channels",))
     assert (source.patch_size, source.in_channels, source.image_size) == ((4, 4), 1, (16, 16))
+
+
+@pytest.mark.parametrize(("old", "new"), [((4, 4), (7, 7)), ((3, 5), (4, 2)), ((2, 2), (2, 2))])
+def test_positions_of_official_maps_are_pytorchs(old, new):
+    """``interpolate`` with the factor (m + 0.1) / n, which is not m / n."""
+    torch = pytest.importorskip("torch")
+    pos = RNG.normal(size=(1 + old[0] * old[1], 6)).astype(np.float32)
+    grid = torch.from_numpy(pos[1:].reshape(1, *old, 6)).permute(0, 3, 1, 2)
+    factors = tuple((m + 0.1) / n for n, m in zip(old, new, strict=True))
+    resized = torch.nn.functional.interpolate(grid, scale_factor=factors, mode="bicubic")
+    expected = resized.permute(0, 2, 3, 1).reshape(-1, 6).numpy()
+    compiled = jax.jit(resize_positions_as_official_maps, static_argnums=(1, 2))
+    for resize in (resize_positions_as_official_maps, compiled):
+        ours = resize(pos, old, new)
+        np.testing.assert_array_equal(ours[0], pos[0])
+        np.testing.assert_allclose(ours[1:], expected, atol=2e-6)
+    half = resize_positions_as_official_maps(jnp.asarray(pos, jnp.bfloat16), old, new)
+    assert half.dtype == jnp.bfloat16
+    resized = resized_positions(pos, old, new, "official_maps")
+    np.testing.assert_array_equal(resized, resize_positions_as_official_maps(pos, old, new))
+
+
+def test_official_maps_leave_the_kernel_to_the_pseudo_inverse():
+    kernel = RNG.normal(size=(4, 6, 3, 5)).astype(np.float32)
+    ours = resized_kernel(kernel, (8, 3), "official_maps")
+    np.testing.assert_array_equal(ours, resize_patch_kernel(kernel, (4, 6), (8, 3)))
+
+
+def test_official_maps_need_positions_to_resize(tmp_path):
+    save_weights(tmp_path / "w.npz", random_params(MODEL), MODEL)
+    for fit, got in (((), "nothing"), (("head",), "head")):
+        with pytest.raises(ValueError, match=f"^fit must have image_size for .*; got {got}\\. "):
+            load_weights(tmp_path / "w.npz", MODEL, fit=fit, method="official_maps")

@@ -258,3 +258,11 @@ def test_the_family_of_a_model_is_that_of_its_class_or_of_one_that_it_extends():
     assert family_of(model) == architecture(model)["family"] == "vit"
     with pytest.raises(ValueError, match=r"known family, crate, crate_alpha, vit; got int\. Use"):
         family_of(3)
+
+
+def test_a_model_of_no_classes_is_one_of_features():
+    model = create_model("crate_tiny_patch16_224", num_classes=0)
+    assert count_parameters(model) == PARAMETERS["crate_tiny_patch16_224"] - 385 * 1000
+    assert from_architecture(architecture(model)).num_classes == 0
+    with pytest.raises(ValueError, match=r"^model\.num_classes must be >= 0; got -1"):
+        create_model("crate_tiny_patch16_224", num_classes=-1)

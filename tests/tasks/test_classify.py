@@ -319,3 +319,9 @@ def test_config_is_checked_before_data_is_opened(field, value, message):
     setattr(config, field, value)
     with pytest.raises(ValueError, match=message):
         set_up(config, "eval")
+
+
+def test_a_classifier_needs_classes():
+    message = r"^model\.num_classes must be at least 1 for a classifier; got 0, features\."
+    with pytest.raises(ValueError, match=message):
+        Classify.from_config(TrainConfig(model=ModelConfig(num_classes=0)))
