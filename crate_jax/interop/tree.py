@@ -1,6 +1,7 @@
 """Parameter trees by shape: what a model's are, and what shapes alone tell of a model."""
 
 import math
+from collections.abc import Mapping
 
 import jax
 from flax import traverse_util
@@ -53,8 +54,25 @@ def tree_of(model: ImageClassifier) -> Tree:
 
 
 def flatten(params: object) -> dict[str, jax.Array]:
-    """Leaves by path, a/b/c."""
-    return traverse_util.flatten_dict(params, sep="/")  # type: ignore[arg-type, return-value]
+    """Leaves by path, a/b/c, out of the boxes in which Flax's partitioning puts them.
+
+    Raises:
+        ValueError: it is no tree of arrays.
+    """
+    if not isinstance(params, Mapping):
+        raise ValueError(
+            f"params must be a mapping of arrays by name; got {type(params).__name__}. "
+            "Give variables['params']."
+        )
+    flat = traverse_util.flatten_dict(params, sep="/")  # type: ignore[arg-type]
+    leaves = {path: getattr(leaf, "value", leaf) for path, leaf in flat.items()}
+    for path, leaf in leaves.items():
+        if not hasattr(leaf, "shape") or isinstance(leaf, jax.ShapeDtypeStruct):
+            raise ValueError(
+                f"{path} must be an array; got {type(leaf).__name__}. "
+                "Give the parameters themselves."
+            )
+    return leaves
 
 
 def sizes(shapes: Shapes) -> dict[str, int]:
