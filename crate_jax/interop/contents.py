@@ -54,7 +54,7 @@ def read_contents(path: Path, own: Collection[str] = ()) -> Contents:
     if path.is_dir():
         if _is_run(path):
             return Contents(*_read_run(path), [])
-        if trees := orbax.find_trees(path):
+        if trees := orbax.find_trees(_checkpoints(path)):
             known = Known(own)
             arrays, said = orbax.read(trees, path, known)
             return Contents(bare_names(arrays, path, known), {}, said)
@@ -124,13 +124,20 @@ def _is_run(path: Path) -> bool:
 
     A folder for checkpoints that holds nothing else that is known counts as one.
     """
-    from crate_jax.checkpoint.manager import FOLDER
+    from crate_jax.checkpoint.folder import FOLDER
 
-    if FOLDER not in (path.name, path.parent.name) and not (path / FOLDER).is_dir():
+    inner = _checkpoints(path)
+    if FOLDER not in (inner.name, inner.parent.name):
         return False
-    folder = path.parent if path.parent.name == FOLDER and path.name.isdigit() else path
-    folder = folder / FOLDER if (folder / FOLDER).is_dir() else folder
-    return any(folder.glob("*/record")) or not orbax.find_trees(folder)
+    steps = inner if inner.name == FOLDER else inner.parent
+    return any(steps.glob("*/record")) or not orbax.find_trees(inner)
+
+
+def _checkpoints(path: Path) -> Path:
+    """The folder of checkpoints in a folder that has one; any other as it is."""
+    from crate_jax.checkpoint.folder import FOLDER
+
+    return path / FOLDER if (path / FOLDER).is_dir() else path
 
 
 def _read_run(path: Path) -> tuple[dict[str, np.ndarray], Json]:

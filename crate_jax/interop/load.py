@@ -109,7 +109,7 @@ def load_fitted(
         for name, array in contents.arrays.items()
         if not _is_float(array) and not layout.recognised([name])
     ]
-    report += [f"{left_aside(counters)}: of no floats, no parameters"] if counters else []
+    report += [f"{left_aside(counters)}: no floats, so no parameters"] if counters else []
     unused = {*left, *counters, *layout.in_groups(contents.arrays, skip)}
     arrays = {name: array for name, array in contents.arrays.items() if name not in unused}
     contents = contents._replace(arrays=arrays)

@@ -1,7 +1,7 @@
 """Trees that a user's program wrote with Orbax: a checkpointer's, or a manager's newest step."""
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,7 @@ def find_trees(folder: Path) -> dict[str, Path]:
         return {"": folder}
     inner = [each for each in folder.iterdir() if each.is_dir()]
     found = {each.name: each for each in inner if any((each / s).exists() for s in _SIGNS)}
-    steps = {int(n[0]): each for each in inner if (n := re.search(r"(?:^|_)(\d+)$", each.name))}
+    steps = {int(n[1]): each for each in inner if (n := re.search(r"(?:^|_)(\d+)$", each.name))}
     if steps and set(found.values()) <= set(steps.values()):
         return find_trees(steps[max(steps)])
     return found
@@ -74,10 +74,7 @@ def _shapes(folder: Path) -> Any:
     # Here, not above: Orbax is needed by those alone who read such a tree.
     import orbax.checkpoint as ocp
 
-    tree = ocp.PyTreeCheckpointHandler().metadata(folder).tree  # type: ignore[arg-type]
-    if not isinstance(tree, Mapping):
-        raise ValueError(f"it holds a {type(tree).__name__}, not a tree of names")
-    return tree
+    return ocp.PyTreeCheckpointHandler().metadata(folder).tree  # type: ignore[arg-type]
 
 
 def _restore(folder: Path, keys: Sequence[str], tree: Any) -> Any:

@@ -93,7 +93,7 @@ class _Dtype:
 
 
 class Array:
-    """A NumPy array or scalar.
+    """A NumPy array, which may be one of the weights.
 
     Attributes:
         value: the array; None: it holds no numbers.
@@ -106,25 +106,16 @@ class Array:
 
     def __setstate__(self, state: tuple) -> None:
         _, shape, dtype, fortran, data = state
-        self._read(dtype, data, shape, "F" if fortran else "C")
-
-    def _read(self, dtype: object, data: object, shape: tuple, order: str) -> None:
         kind = dtype.dtype() if isinstance(dtype, _Dtype) else None
         if kind is not None and isinstance(data, bytes):
-            self.value = np.frombuffer(data, kind).reshape(shape, order=order).copy()  # type: ignore[call-overload]
-
-
-class _Scalar(Array):
-    """``numpy.core.multiarray.scalar(dtype, bytes)``."""
-
-    def __init__(self, dtype: object = None, data: object = None):
-        self._read(dtype, data, (), "C")
+            values = np.frombuffer(data, kind)
+            self.value = values.reshape(shape, order="F" if fortran else "C").copy()
 
 
 _NUMPY = {
     "numpy": {"ndarray": Array, "dtype": _Dtype},
-    "numpy.core.multiarray": {"scalar": _Scalar, "_reconstruct": Array},
-    "numpy._core.multiarray": {"scalar": _Scalar, "_reconstruct": Array},
+    "numpy.core.multiarray": {"scalar": Aside, "_reconstruct": Array},
+    "numpy._core.multiarray": {"scalar": Aside, "_reconstruct": Array},
 }
 
 
