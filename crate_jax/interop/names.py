@@ -29,6 +29,11 @@ ENCLOSING = (
     *("ema", "ema_model", "model_ema", "ema_params", "averaged_model", "student", "teacher"),
 )
 
+_ANY_ARTEFACT, _ANY_PART = (
+    re.compile(rf"(?<![^./])(?:{'|'.join(parts)})[./]")
+    for parts in (ARTEFACTS, ARTEFACTS + ENCLOSING)
+)
+
 # Groups of entries beside the parameters that are the state of a training run.
 TRAINING_STATE = r"(opt|opt_state|optimizer|optimizers|chrono|scheduler|lr_scheduler|scaler)/.*"
 
@@ -54,7 +59,7 @@ class Known:
 
         An unknown name loses the parts that are PyTorch's alone.
         """
-        forms = list(_forms(name))
+        forms = _forms(name)
         for known in (self, _official()[1].fullmatch):
             for form in forms:
                 if known(form):
@@ -71,11 +76,17 @@ def _official() -> tuple[re.Pattern[str], re.Pattern[str]]:
     return re.compile(names), re.compile(aside)
 
 
-def _forms(name: str) -> Iterator[str]:
-    """A name as it stands, without PyTorch's parts, and without those of enclosing models too."""
-    yield name
-    for parts in (ARTEFACTS, ARTEFACTS + ENCLOSING):
-        yield re.sub(rf"(?<![^./])(?:{'|'.join(parts)})[./]", "", name)
+def _forms(name: str) -> list[str]:
+    """A name as it stands; without PyTorch's parts; and without those of enclosing models.
+
+    Of the latter first those in front, one after the other, and then all.
+    """
+    forms = [name, _ANY_ARTEFACT.sub("", name)]
+    rest = name
+    while found := _ANY_PART.match(rest):
+        rest = rest[found.end() :]
+        forms.append(rest)
+    return [*forms, _ANY_PART.sub("", name)]
 
 
 def bare_names(state: Mapping[str, _Value], path: object, known: Known) -> dict[str, _Value]:
@@ -173,4 +184,4 @@ def flat(tree: Mapping, before: str = "") -> Iterator[tuple[str, object]]:
 
 def _has_known(tree: Mapping, known: Known, *, deep: bool) -> bool:
     """Whether a name is known, less PyTorch's parts; with ``deep``, less all parts that wrap it."""
-    return any(known(form) for name, _ in flat(tree) for form in list(_forms(name))[: 2 + deep])
+    return any(known(f) for name, _ in flat(tree) for f in _forms(name)[: None if deep else 2])

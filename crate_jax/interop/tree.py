@@ -1,5 +1,6 @@
 """Parameter trees by shape: what a model's are, and what shapes alone tell of a model."""
 
+import functools
 import math
 from collections.abc import Mapping
 
@@ -44,6 +45,15 @@ def tree_of(model: ImageClassifier) -> Tree:
             "model must have an input_shape, by which its parameters are known; "
             f"{type(model).__name__} has none. Add the property, (H, W, c)."
         )
+    try:
+        return _tree_of(model)
+    except TypeError:  # a field that cannot be hashed, such as a list
+        return _tree_of.__wrapped__(model)
+
+
+@functools.lru_cache(maxsize=16)
+def _tree_of(model: ImageClassifier) -> Tree:
+    """Tracing a model takes a good part of the time that a small file takes."""
     leaves = jax.tree_util.tree_leaves_with_path(abstract_parameters(model))
     shapes = {
         jax.tree_util.keystr(path, simple=True, separator="/"): tuple(leaf.shape)
