@@ -56,8 +56,8 @@ ROOMS = {
     "checkpoint": ["digest", "best", "record", "folder", "engine", "manager", "reading"],
     "analysis": ["taps", "layerwise", "report"],
     "interop": [
-        *["safetensors", "npz", "pth", "layouts", "tree", "faults", "resize", "fit"],
-        *["convert", "contents", "load", "save"],
+        *["layouts", "names", "kinds", "pickled", "safetensors", "npz", "msgpack", "orbax", "pth"],
+        *["folders", "tree", "faults", "resize", "fit", "convert", "contents", "load", "save"],
     ],
     "parity": [
         *["twin", "crate", "crate_alpha", "vit"],

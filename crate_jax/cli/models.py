@@ -12,15 +12,23 @@ def add_convert(subparsers: Subparsers) -> None:
     """The flags of `convert`."""
     parser = subparsers.add_parser("convert", help="weights from one kind of file to another")
     parser.add_argument(
-        "--from", dest="source", required=True, help="a weights file, a run or one of its steps"
+        "--from",
+        dest="source",
+        required=True,
+        help="a weights file of any kind, a run or one of its steps, a tree of Orbax, or a folder "
+        "with model.safetensors or pytorch_model.bin",
     )
     parser.add_argument(
-        "--to", dest="target", required=True, help="FILE.safetensors, .npz, .pth or .pt"
+        "--to",
+        dest="target",
+        required=True,
+        help="FILE.safetensors, .npz, .pth, .pt or .bin (a bare state dict), .ckpt (Lightning's "
+        "form), or .pth.tar (that of the official scripts)",
     )
     parser.add_argument(
         "--layout",
         help="whose names to write: official for CRATE; torch, jax or clipa for CRATE-α; timm or "
-        "crate_baseline for ViT; default: our own paths, and in .pth files the first that fits",
+        "crate_baseline for ViT; default: our own paths, and in PyTorch files the first that fits",
     )
     add_model(parser)
     parser.set_defaults(function=convert)

@@ -4,9 +4,7 @@ A file is recognised by its content; its suffix counts for nothing.
 """
 
 import re
-import zipfile
-from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Collection
 from pathlib import Path
 from typing import NamedTuple
 
@@ -14,13 +12,15 @@ import numpy as np
 
 from crate_jax.config import from_dict
 from crate_jax.files import Json
-from crate_jax.interop import npz, pth, safetensors
+from crate_jax.interop import msgpack, npz, orbax, pth, safetensors
+from crate_jax.interop.folders import pieces, weights_file
+from crate_jax.interop.kinds import kind_of, not_there
 from crate_jax.interop.layouts.layout import Arrays
-from crate_jax.interop.tree import flatten
+from crate_jax.interop.names import TRAINING_STATE, Known, bare_names, left_aside
+from crate_jax.interop.tree import flatten, tree_of
 from crate_jax.models.zoo import architecture, build_model, from_architecture
 
-# What big_vision's training files hold beside ``params/…``: the optimizer's state and the clock.
-TRAINING_STATE = r"(opt|chrono)/.*"
+_STATE = "the state of a training run"
 
 
 class Contents(NamedTuple):
@@ -29,7 +29,8 @@ class Contents(NamedTuple):
     Attributes:
         arrays: by official name, or by path in our tree (``blocks/ista/D``), without wrappers.
         fields: of the model, as far as the file states them; see `architecture`.
-        left: one line for each kind of entries that are no weights and were left aside.
+        left: one line for each kind of entries that are no weights and were left aside, and for
+            each choice among several sets of weights.
     """
 
     arrays: Arrays
@@ -37,69 +38,65 @@ class Contents(NamedTuple):
     left: list[str]
 
 
-def read_contents(path: Path) -> Contents:
-    """All weights in a file or in a run's checkpoint.
+def read_contents(path: Path, own: Collection[str] = ()) -> Contents:
+    """All weights in a file, in a folder of such, or in a run's checkpoint.
+
+    Args:
+        path: of the file or folder.
+        own: the paths of the tree of the model that the weights are for.
 
     Raises:
         FileNotFoundError: there is nothing at ``path``.
         ValueError: it is no file of weights and no run, or it is damaged.
     """
     if not path.exists():
-        raise FileNotFoundError(f"weights must be a file or a run's folder; got {path}, not there.")
-    fields, left = {}, []
+        raise FileNotFoundError(not_there(path))
     if path.is_dir():
-        arrays, fields = _read_run(path)
-    elif (kind := kind_of(path)) == "torch":
-        arrays = pth.read_checkpoint(path)
+        if _is_run(path):
+            return Contents(*_read_run(path), [])
+        if trees := orbax.find_trees(_checkpoints(path)):
+            known = Known(own)
+            arrays, said = orbax.read(trees, path, known)
+            return Contents(bare_names(arrays, path, known), {}, said)
+        path = weights_file(path)
+    if (part := re.search(r"-\d+-of-(\d+)\.\w+$", path.name)) and int(part[1]) > 1:
+        raise ValueError(
+            f"{path} must hold all weights; it is one of {int(part[1])} pieces. Name their folder, "
+            "or the file that ends in .index.json."
+        )
+    return _read_file(path, kind_of(path), own)
+
+
+def _read_file(path: Path, kind: str, own: Collection[str]) -> Contents:
+    """What a file of a kind holds; of an index, its pieces hold."""
+    arrays: Arrays = {}
+    if kind == "index":
+        parts = [_read_file(each, kind_of(each), own) for each in pieces(path)]
+        for part in parts:
+            if twice := arrays.keys() & part.arrays.keys():
+                raise ValueError(
+                    f"{path} must name each parameter once; got {min(twice)} twice, in two pieces. "
+                    "Remove one."
+                )
+            arrays |= part.arrays
+        lines = dict.fromkeys(line for part in parts for line in part.left)
+        return Contents(arrays, parts[0].fields, list(lines))
+    known, fields, said = Known(own), {}, []
+    if kind in ("torch", "msgpack"):
+        arrays, said = (pth if kind == "torch" else msgpack).read(path, known)
     elif kind == "safetensors":
         arrays, fields = safetensors.read(path)
-        fields = fields and architecture(from_architecture(fields))
+        if fields:
+            model = from_architecture(fields)
+            fields = architecture(model)
+            known = Known(own or tree_of(model).shapes)
     else:
         arrays, left = npz.read(path, leave=TRAINING_STATE)
-    lines = [f"{left_aside(left)}: the state of a training run"] if left else []
-    return Contents(pth.bare_names(arrays, path), fields, lines)
-
-
-def left_aside(names: Iterable[str]) -> str:
-    """Entries in words, counted by the first part of their names."""
-    groups = Counter(re.split(r"[/.]", name)[0] for name in names)
-    told = ", ".join(f"{name} ({count})" for name, count in groups.items())
-    return f"left aside {told}"
-
-
-def kind_of(path: Path) -> str:
-    """Which program wrote a file, by its content: "torch", "npz" or "safetensors".
-
-    Raises:
-        ValueError: it is of no kind that is known.
-    """
-    with path.open("rb") as file:
-        head = file.read(1024)
-    # Behind the length of a JSON header, which may begin like any other kind of file.
-    if head[8:9] == b"{" and int.from_bytes(head[:8], "little") < 2**32:
-        return "safetensors"
-    if head.startswith(b"PK"):
-        names = _zip_names(path, head)
-        if not names or any(name.endswith(".npy") for name in names):
-            return "npz"
-        if any(name.endswith("data.pkl") for name in names):
-            return "torch"
-    if head[:1] == b"\x80":  # a pickle, as PyTorch wrote its files before they were zip archives
-        return "torch"
-    raise ValueError(
-        f"{path} must be a whole PyTorch, safetensors or .npz file, or the folder of a run; its "
-        "content is none of these. It may be truncated: copy it again."
-    )
-
-
-def _zip_names(path: Path, head: bytes) -> list[str]:
-    """The names in a zip archive; of a truncated one the first."""
-    try:
-        with zipfile.ZipFile(path) as archive:
-            return archive.namelist()
-    except zipfile.BadZipFile:
-        length = int.from_bytes(head[26:28], "little")
-        return [head[30 : 30 + length].decode("utf-8", "replace")]
+        said = [f"{left_aside(left)}: {_STATE}"] if left else []
+    left = [name for name in arrays if re.fullmatch(TRAINING_STATE, name) and not known(name)]
+    said += [f"{left_aside(left)}: {_STATE}"] if left else []
+    arrays = {name: array for name, array in arrays.items() if name not in left}
+    return Contents(bare_names(arrays, path, known), fields, said)
 
 
 def find_run(path: str | Path) -> tuple[Path, str]:
@@ -120,6 +117,27 @@ def find_run(path: str | Path) -> tuple[Path, str]:
             f"without {FOLDER}/ in it. Give the run's --workdir."
         )
     return workdir, "latest"
+
+
+def _is_run(path: Path) -> bool:
+    """Whether a folder is a run of ours, or one of its steps: ours have a record beside the state.
+
+    A folder for checkpoints that holds nothing else that is known counts as one.
+    """
+    from crate_jax.checkpoint.folder import FOLDER
+
+    inner = _checkpoints(path)
+    if FOLDER not in (inner.name, inner.parent.name):
+        return False
+    steps = inner if inner.name == FOLDER else inner.parent
+    return any(steps.glob("*/record")) or not orbax.find_trees(inner)
+
+
+def _checkpoints(path: Path) -> Path:
+    """The folder of checkpoints in a folder that has one; any other as it is."""
+    from crate_jax.checkpoint.folder import FOLDER
+
+    return path / FOLDER if (path / FOLDER).is_dir() else path
 
 
 def _read_run(path: Path) -> tuple[dict[str, np.ndarray], Json]:

@@ -11,12 +11,13 @@ import numpy as np
 from flax import traverse_util
 
 from crate_jax.files import Json
-from crate_jax.interop.contents import Contents, left_aside, read_contents
+from crate_jax.interop.contents import Contents, read_contents
 from crate_jax.interop.convert import check_implied, foreign_family, recognise
 from crate_jax.interop.faults import faults, mismatch
 from crate_jax.interop.fit import fit_params, source_model
 from crate_jax.interop.layouts.forms import Shape
 from crate_jax.interop.layouts.layout import Arrays, Layout
+from crate_jax.interop.names import left_aside
 from crate_jax.interop.tree import sizes, tree_of
 from crate_jax.models.classifier import ImageClassifier, Params
 from crate_jax.models.zoo import architecture, from_architecture
@@ -94,13 +95,13 @@ def load_fitted(
     Raises:
         ValueError: also where there is no model, and the file states none.
     """
-    path = Path(path)
+    path, fit = Path(path), (fit,) if isinstance(fit, str) else fit
     if method == "official_maps" and "image_size" not in fit:
         raise ValueError(
             "fit must have image_size for the method official_maps, which resizes positions; got "
             f"{', '.join(fit) or 'nothing'}. Ask to fit image_size."
         )
-    contents = read_contents(path)
+    contents = read_contents(path, tree_of(model).shapes if model else ())
     if model is None:
         if not contents.fields:
             raise ValueError(f"{path} must state its model; it does not. Name the model.")
@@ -110,9 +111,16 @@ def load_fitted(
     report = contents.left + ([left_aside(left)] if left else [])
     headless = getattr(model, "num_classes", None) == 0
     skip = ("head",) if "head" in fit or headless else ()
-    unused = {*left, *layout.in_groups(contents.arrays, skip)}
-    if headless and len(unused) > len(left):
+    counters = [
+        name
+        for name, array in contents.arrays.items()
+        if not _is_float(array) and not layout.recognised([name])
+    ]
+    report += [f"{left_aside(counters)}: no floats, so no parameters"] if counters else []
+    head = layout.in_groups(contents.arrays, skip)
+    if headless and head:
         report.append("head: left aside, for the model has none (num_classes=0)")
+    unused = {*left, *counters, *head}
     arrays = {name: array for name, array in contents.arrays.items() if name not in unused}
     contents = contents._replace(arrays=arrays)
 
@@ -168,11 +176,16 @@ def _check_fit(
         )
 
 
+def _is_float(array: np.ndarray) -> bool:
+    """Whether an array is of floats; NumPy's archives hand back bfloat16 as two bytes, untyped."""
+    return array.dtype == np.dtype("V2") or jnp.issubdtype(array.dtype, jnp.floating)
+
+
 def _as_float32(array: np.ndarray, name: str, path: Path) -> np.ndarray:
-    """Any float as float32; NumPy's archives hand back bfloat16 as two bytes without a type."""
-    if array.dtype.kind == "V" and array.dtype.itemsize == 2 and array.dtype != jnp.bfloat16:
+    """Any float as float32."""
+    if array.dtype == np.dtype("V2"):
         array = array.view(jnp.bfloat16)
-    if not jnp.issubdtype(array.dtype, jnp.floating):
+    if not _is_float(array):
         raise ValueError(
             f"{name} must be of floats; got {array.dtype} in {path}. Save the weights alone."
         )

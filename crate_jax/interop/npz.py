@@ -8,6 +8,8 @@ from pathlib import Path
 
 import numpy as np
 
+from crate_jax.interop.kinds import not_whole
+
 
 def read(path: str | Path, leave: str = "") -> tuple[dict[str, np.ndarray], list[str]]:
     """All arrays by name.
@@ -37,10 +39,8 @@ def read(path: str | Path, leave: str = "") -> tuple[dict[str, np.ndarray], list
             f"{path} must hold named arrays of numbers; {reason}. Save it with numpy.savez."
         ) from None
     except (zipfile.BadZipFile, zlib.error, EOFError, OSError, KeyError) as error:
-        raise ValueError(
-            f"{path} must be a whole .npz file; reading it ended in a {type(error).__name__}. "
-            "It may be truncated: copy it again."
-        ) from None
+        ended = f"a {type(error).__name__}"
+        raise ValueError(not_whole(path, "a whole .npz file", ended)) from None
 
 
 def write(path: Path, arrays: Mapping[str, np.ndarray]) -> None:

@@ -1,81 +1,193 @@
 """PyTorch files: opening, unwrapping and writing them. Needs PyTorch; nothing else here does."""
 
-import argparse
+import contextlib
+import pickletools
 import re
+import threading
+import warnings
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import ModuleType
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING
 
 import numpy as np
+
+from crate_jax.interop.kinds import not_whole
+from crate_jax.interop.layouts.layout import Arrays
+from crate_jax.interop.names import Known, bare_names, unwrap
+from crate_jax.interop.pickled import Array, Aside, stand_ins
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-_Value = TypeVar("_Value")
+_LOCK = threading.RLock()
 
-# Where training scripts put the state dict, and what PyTorch's wrappers and Flax put before names.
-WRAPPERS = ("state_dict", "model", "net")
-PREFIXES = ("module.", "_orig_mod.", "params/")
+# How a file is written, by the end of its name: the key that holds the state dict, and what stands
+# before every name in it. The official scripts read the last: ``torch.load(f)["state_dict"]`` into
+# a model under DataParallel.
+FORMS = {
+    **dict.fromkeys((".pth", ".pt", ".bin"), ("", "")),
+    ".ckpt": ("state_dict", ""),
+    ".pth.tar": ("state_dict", "module."),
+}
 
 
-def read_checkpoint(path: str | Path) -> dict[str, np.ndarray]:
-    """The state dict in a PyTorch file, whatever wraps it.
+def read_checkpoint(path: str | Path) -> Arrays:
+    """The state dict in a PyTorch file under bare names, whatever wraps it.
 
-    Descends through ``state_dict``, ``model`` and ``net`` (what lies beside them is the state of a
-    training run), and strips ``module.`` and ``_orig_mod.`` from the names. Weights are data: only
-    tensors and plain values are unpickled, and a file that asks for anything else is refused.
+    Raises:
+        ValueError, FileNotFoundError: as `read`; or two names become the same.
+    """
+    known = Known()
+    return bare_names(read(path, known)[0], path, known)
+
+
+def read(path: str | Path, known: Known) -> tuple[Arrays, list[str]]:
+    """The state dict in a PyTorch file, whatever wraps it; see `unwrap`.
+
+    Weights are data: only tensors, plain values and the harmless classes of
+    `crate_jax.interop.pickled` are unpickled, and a file that asks for anything else is refused.
 
     Args:
         path: a file written by `torch.save`.
+        known: the names that are known.
 
     Returns:
-        Arrays by official name; floating ones are float32.
+        Arrays by the names in the file, floating ones float32; and one line for each choice that
+        was made.
 
     Raises:
         ValueError: PyTorch is missing, or the file holds no state dict that can be read.
         FileNotFoundError: there is no such file.
     """
+    content = _open(path)
+    if isinstance(content, Aside):
+        raise ValueError(_unsafe(path, f"{type(content).__module__}.{type(content).__name__}"))
+    found = unwrap(content, path, known)
+    arrays = {k: _to_numpy(v, k, path) for k, v in found.state.items() if _is_array(v)}
+    others = [key for key in found.state if key not in arrays]
+    if others and not arrays:
+        raise ValueError(
+            f"{path} must hold only tensors; got {type(found.state[others[0]]).__name__} at "
+            f"{others[0]}. Save model.state_dict()."
+        )
+    return arrays, found.said
+
+
+def _open(path: str | Path) -> object:
+    """What `torch.save` wrote."""
     torch = _torch(path)
     if not Path(path).is_file():
         raise FileNotFoundError(f"{path} must be a file; got none there. Check the path.")
     try:
-        # Training scripts save their flags beside the weights; a Namespace holds values, no code.
-        with torch.serialization.safe_globals([argparse.Namespace]), open(path, "rb") as file:
+        with _allowed(torch), open(path, "rb") as file, warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of another protocol of pickles, which is tried
             # Mapped, not read, where the format allows: every array is copied once, into its place.
             # PyTorch goes by the suffix of a name, so that this one must not be seen.
             mapped = zipfile.is_zipfile(path) and Path(path).suffix != ".safetensors"
             source = path if mapped else file
-            state = torch.load(source, map_location="cpu", weights_only=True, mmap=mapped)
+            return torch.load(source, map_location="cpu", weights_only=True, mmap=mapped)
     # A KeyError, EOFError, struct.error, RuntimeError or UnpicklingError, by where the damage is.
     except Exception as error:
         raise ValueError(_refusal(path, error)) from None
-    return {name: _to_numpy(value) for name, value in _unwrap(state, str(path)).items()}
+
+
+@contextlib.contextmanager
+def _allowed(torch: ModuleType) -> Iterator[None]:
+    """PyTorch takes the stand-ins, before whatever this process allows under their names."""
+    ours = stand_ins()
+    names = {(each.__module__, each.__qualname__) for each in ours}
+    with _LOCK:  # one list for all of the process
+        before = torch.serialization.get_safe_globals()
+        others = [x for x in before if _named(x) not in names]
+        torch.serialization.clear_safe_globals()
+        torch.serialization.add_safe_globals([*others, *ours])
+        try:
+            yield
+        finally:
+            torch.serialization.clear_safe_globals()
+            torch.serialization.add_safe_globals(before)
+
+
+def _named(allowed: object) -> tuple[str, str]:
+    """Module and name of what is allowed, a class or a function, or a pair of it and its name."""
+    if isinstance(allowed, tuple):
+        module, _, name = str(allowed[1]).rpartition(".")
+        return module, name
+    return getattr(allowed, "__module__", ""), getattr(allowed, "__qualname__", "")
 
 
 def _refusal(path: str | Path, error: Exception) -> str:
     """Why a file was not read: it wants to run something, or it is damaged or no PyTorch file."""
-    wanted = re.search(r"GLOBAL (\S+)", str(error))
-    if wanted:
+    text = str(error)
+    if "DTensor" in text:
+        return _sharded(path, "an entry")
+    if wanted := re.search(r"GLOBAL (\S+)", text):
+        return _unsafe(path, wanted[1])
+    if "TorchScript" in text:
         return (
-            f"{path} must hold tensors alone; it asks to run or build {wanted[1]}, which is "
-            "refused. Ask its author for the state dict alone."
+            f"{path} must hold tensors alone; it is a TorchScript archive, which is a program. "
+            "Save the state_dict() of what torch.jit.load gives."
         )
+    if re.search(r"Can only|unrecognized function", text):
+        return _unsafe(path, "an object of its own")
+    remedy = ""
+    if "Unsupported operand" in text or "Invalid magic number" in text:
+        remedy = (
+            "It is a pickle of another kind, which could run code, or truncated: save the state "
+            "dict with torch.save, or arrays with numpy.savez."
+        )
+    return not_whole(path, "a whole PyTorch file", f"a {type(error).__name__}", remedy)
+
+
+def _unsafe(path: str | Path, wanted: str) -> str:
+    """A file asks for something that is not data."""
+    module = any(name.startswith("torch.nn.modules.") for name in _globals(path))
     return (
-        f"{path} must be a whole PyTorch file; reading it ended in a {type(error).__name__}. "
-        "It may be truncated: copy it again."
+        f"{path} must hold tensors alone; it asks to run or build {wanted}, which is refused. "
+        + (
+            "It holds a whole model: where it was made, save model.state_dict() instead."
+            if module
+            else "Ask its author for the state dict alone."
+        )
     )
 
 
-def write_checkpoint(path: str | Path, state: Mapping[str, np.ndarray]) -> None:
-    """Write a bare state dict that the official model's ``load_state_dict(strict=True)`` takes.
+def _globals(path: str | Path) -> set[str]:
+    """What the pickle in an archive names, module.name; nothing for an older or a damaged file."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            name = next(name for name in archive.namelist() if name.endswith("data.pkl"))
+            opcodes = pickletools.genops(archive.read(name))
+            return {str(arg).replace(" ", ".") for op, arg, _ in opcodes if op.name == "GLOBAL"}
+    except (OSError, zipfile.BadZipFile, StopIteration, ValueError):
+        return set()
+
+
+def _sharded(path: object, name: str) -> str:
+    return (
+        f"{path} must hold whole tensors; {name} is a DTensor, a part on each device. Save full "
+        "ones: get_model_state_dict(model, options=StateDictOptions(full_state_dict=True))."
+    )
+
+
+def write_checkpoint(path: str | Path, state: Mapping[str, np.ndarray], form: str = ".pth") -> None:
+    """Write a state dict.
+
+    Args:
+        path: of the file.
+        state: arrays by official name.
+        form: one of `FORMS`; the state dict of ".pth" is what the official model's
+            ``load_state_dict(strict=True)`` takes.
 
     Raises:
         ValueError: PyTorch is missing.
     """
     torch = _torch(path)
-    torch.save({name: torch.from_numpy(array) for name, array in state.items()}, path)
+    wrapper, prefix = FORMS[form]
+    tensors = {prefix + name: torch.from_numpy(array) for name, array in state.items()}
+    torch.save({wrapper: tensors} if wrapper else tensors, path)
 
 
 def _torch(path: str | Path) -> ModuleType:
@@ -87,43 +199,27 @@ def _torch(path: str | Path) -> ModuleType:
     return torch
 
 
-def _unwrap(state: object, path: str) -> dict[str, "Tensor"]:
-    """The innermost mapping from names to tensors, with bare names."""
-    while isinstance(state, Mapping):
-        inner = next((state[k] for k in WRAPPERS if isinstance(state.get(k), Mapping)), None)
-        if inner is None:
-            break
-        state = inner
-    if not isinstance(state, Mapping):
-        raise ValueError(
-            f"{path} must hold a state dict, bare or under {', '.join(WRAPPERS)}; got "
-            f"{type(state).__name__}. Save model.state_dict()."
-        )
-    for key, value in state.items():
-        if not hasattr(value, "detach"):
-            raise ValueError(
-                f"{path} must hold only tensors; got {type(value).__name__} at {key}. "
-                "Save model.state_dict()."
-            )
-    return bare_names(state, path)
+def _is_array(value: object) -> bool:
+    """Whether a value is a tensor or an array of numbers."""
+    return hasattr(value, "detach") or getattr(value, "value", None) is not None
 
 
-def bare_names(state: Mapping[str, _Value], path: str | Path) -> dict[str, _Value]:
-    """The same entries without what wrappers put before their names.
-
-    Raises:
-        ValueError: two names become the same.
-    """
-    prefixes, bare = re.compile(rf"^({'|'.join(map(re.escape, PREFIXES))})+"), {}
-    for key, value in state.items():
-        name = prefixes.sub("", str(key))
-        if name in bare:
-            raise ValueError(f"{path} must name each parameter once; got {name} twice. Remove one.")
-        bare[name] = value
-    return bare
-
-
-def _to_numpy(tensor: "Tensor") -> np.ndarray:
+def _to_numpy(value: "Tensor | Array", name: str, path: object) -> np.ndarray:
     """A tensor as an array; half precision, which NumPy lacks in part, as float32."""
-    tensor = tensor.detach()
+    if isinstance(value, Array):
+        return np.asarray(value.value)
+    tensor = value.detach()
+    if hasattr(tensor, "to_local"):
+        raise ValueError(_sharded(path, name))
+    wrong = {
+        "quantised, with a scale beside its numbers": tensor.is_quantized,
+        "on the meta device, without numbers": tensor.is_meta,
+        f"of the layout {tensor.layout}": tensor.layout.__str__() != "torch.strided",
+    }
+    for what, is_so in wrong.items():
+        if is_so:
+            raise ValueError(
+                f"{name} must be a plain tensor; the one in {path} is {what}. "
+                "Save the state dict of the model in float32."
+            )
     return (tensor.float() if tensor.is_floating_point() else tensor).numpy()

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from crate_jax.files import Json
+from crate_jax.interop.kinds import not_whole
 
 METADATA_KEY = "crate_jax"
 
@@ -27,12 +28,14 @@ def read(path: str | Path) -> tuple[dict[str, np.ndarray], Json]:
             metadata = file.metadata() or {}
             arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
         return arrays, json.loads(metadata.get(METADATA_KEY, "{}"))
+    except AttributeError as error:  # of a type that NumPy lacks
+        raise ValueError(
+            f"{path} must be of float64, float32, float16 or bfloat16; reading it ended in: "
+            f"{error}. Save the weights in one of these."
+        ) from None
     except (SafetensorError, OSError, TypeError, json.JSONDecodeError) as error:
         reason = str(error).strip().split("\n")[0]
-        raise ValueError(
-            f"{path} must be a whole safetensors file; reading it ended in: {reason}. "
-            "It may be truncated: copy it again."
-        ) from None
+        raise ValueError(not_whole(path, "a whole safetensors file", reason)) from None
 
 
 def write(path: Path, arrays: Mapping[str, np.ndarray], fields: Json) -> None:

@@ -1,6 +1,5 @@
 """A model's parameters into files."""
 
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -9,12 +8,12 @@ from crate_jax.files import written_aside
 from crate_jax.interop import npz, pth, safetensors
 from crate_jax.interop.convert import find_layout
 from crate_jax.interop.faults import faults
-from crate_jax.interop.layouts.layout import Arrays
 from crate_jax.interop.tree import flatten, tree_of
 from crate_jax.models.classifier import ImageClassifier, Params
 from crate_jax.models.zoo import architecture, has_family
 
-_TORCH = (".pth", ".pt")
+# How a file may be written, by the end of its name.
+SUFFIXES = (".npz", ".safetensors", *pth.FORMS)
 
 
 def save_weights(
@@ -27,10 +26,13 @@ def save_weights(
     """Write a model's parameters to a file, whole or not at all; float32, bit for bit.
 
     Args:
-        path: ``.safetensors`` (with the model's configuration as metadata), ``.npz``, or ``.pth``
-            or ``.pt`` (a bare state dict, which the official model's ``load_state_dict`` takes).
-            What is there is replaced at the end.
-        params: the parameter tree, arrays of any kind that this process holds whole.
+        path: its end, in any case, tells the kind: ``.safetensors`` (with the model's configuration
+            as metadata); ``.npz``; ``.pth``, ``.pt`` or ``.bin`` (a bare state dict, which the
+            official model's ``load_state_dict`` takes); ``.ckpt`` (that under ``state_dict``, as
+            Lightning has it); or ``.pth.tar`` (likewise, every name behind ``module.``, as the
+            official scripts read it). What is there is replaced at the end.
+        params: the parameter tree, arrays of any kind that this process holds whole, in the boxes
+            of Flax's partitioning or not.
         model: the model they belong to.
         layout: whose names and shapes: one of `crate_jax.interop.layouts`; None: the paths of our
             tree, and in PyTorch files the first layout of the model's family that agrees with it.
@@ -48,25 +50,26 @@ def save_weights(
             f"params must be those of the model and nothing else; got {wrong}. "
             "Save them with the model that they were trained with."
         )
-    write = _writer(path, model)
-    if layout is not None or write is pth.write_checkpoint:
-        names = find_layout(model, layout, torch=write is pth.write_checkpoint)
+    suffix = _suffix(path)
+    torch = suffix in pth.FORMS
+    if layout is not None or torch:
+        names = find_layout(model, layout, torch=torch)
         official = names.to_official(arrays, tree)
         arrays = {names.prefix + name: array for name, array in official.items()}
     with written_aside(path) as aside:
-        write(aside, arrays)
+        if torch:
+            pth.write_checkpoint(aside, arrays, suffix)
+        elif suffix == ".npz":
+            npz.write(aside, arrays)
+        else:
+            safetensors.write(aside, arrays, architecture(model) if has_family(model) else {})
 
 
-def _writer(path: Path, model: ImageClassifier) -> Callable[[Path, Arrays], None]:
-    """How to write a file of this suffix."""
-
-    def write_safetensors(aside: Path, arrays: Arrays) -> None:
-        safetensors.write(aside, arrays, architecture(model) if has_family(model) else {})
-
-    writers = {".npz": npz.write, ".safetensors": write_safetensors}
-    writers |= dict.fromkeys(_TORCH, pth.write_checkpoint)
-    if path.suffix.lower() not in writers:
-        raise ValueError(
-            f"weights must be written as {', '.join(writers)}; got {path}. Change its suffix."
-        )
-    return writers[path.suffix.lower()]
+def _suffix(path: Path) -> str:
+    """Which of the known suffixes a name ends in."""
+    for suffix in SUFFIXES:
+        if path.name.lower().endswith(suffix):
+            return suffix
+    raise ValueError(
+        f"weights must be written as {', '.join(SUFFIXES)}; got {path}. Change its suffix."
+    )

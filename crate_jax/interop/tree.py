@@ -1,6 +1,8 @@
 """Parameter trees by shape: what a model's are, and what shapes alone tell of a model."""
 
+import functools
 import math
+from collections.abc import Mapping
 
 import jax
 from flax import traverse_util
@@ -43,6 +45,15 @@ def tree_of(model: ImageClassifier) -> Tree:
             "model must have an input_shape, by which its parameters are known; "
             f"{type(model).__name__} has none. Add the property, (H, W, c)."
         )
+    try:
+        return _tree_of(model)
+    except TypeError:  # a field that cannot be hashed, such as a list
+        return _tree_of.__wrapped__(model)
+
+
+@functools.lru_cache(maxsize=16)
+def _tree_of(model: ImageClassifier) -> Tree:
+    """Tracing a model takes a good part of the time that a small file takes."""
     leaves = jax.tree_util.tree_leaves_with_path(abstract_parameters(model))
     shapes = {
         jax.tree_util.keystr(path, simple=True, separator="/"): tuple(leaf.shape)
@@ -53,8 +64,25 @@ def tree_of(model: ImageClassifier) -> Tree:
 
 
 def flatten(params: object) -> dict[str, jax.Array]:
-    """Leaves by path, a/b/c."""
-    return traverse_util.flatten_dict(params, sep="/")  # type: ignore[arg-type, return-value]
+    """Leaves by path, a/b/c, out of the boxes in which Flax's partitioning puts them.
+
+    Raises:
+        ValueError: it is no tree of arrays.
+    """
+    if not isinstance(params, Mapping):
+        raise ValueError(
+            f"params must be a mapping of arrays by name; got {type(params).__name__}. "
+            "Give variables['params']."
+        )
+    flat = traverse_util.flatten_dict(params, sep="/")  # type: ignore[arg-type]
+    leaves = {path: getattr(leaf, "value", leaf) for path, leaf in flat.items()}
+    for path, leaf in leaves.items():
+        if not hasattr(leaf, "shape") or isinstance(leaf, jax.ShapeDtypeStruct):
+            raise ValueError(
+                f"{path} must be an array; got {type(leaf).__name__}. "
+                "Give the parameters themselves."
+            )
+    return leaves
 
 
 def sizes(shapes: Shapes) -> dict[str, int]:

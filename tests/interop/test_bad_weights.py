@@ -219,8 +219,8 @@ def test_what_is_no_weights_file(tmp_path, refuse):
 def refuse_target(tmp_path, refuse):
     """A good source and a target of an unknown kind (the last --to counts)."""
     np.savez(tmp_path / "good.npz", **random_state(MODEL))
-    line = refuse(tmp_path / "good.npz", f"--to={tmp_path / 'w.pth.tar'}", *KWARGS)
-    assert not (tmp_path / "w.pth.tar").exists()
+    line = refuse(tmp_path / "good.npz", f"--to={tmp_path / 'w.tar'}", *KWARGS)
+    assert not (tmp_path / "w.tar").exists()
     return line
 
 

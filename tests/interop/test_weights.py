@@ -44,7 +44,7 @@ def test_our_formats_round_trip(tmp_path, name, suffix):
     assert [p.name for p in tmp_path.iterdir()] == [path.name]
 
 
-@pytest.mark.parametrize("suffix", [".pth", ".pt"])
+@pytest.mark.parametrize("suffix", [".pth", ".pt", ".bin", ".ckpt", ".pth.tar", ".b.PTH.TAR"])
 @pytest.mark.parametrize("name", MODELS)
 def test_pytorch_files_round_trip(torch, tmp_path, name, suffix):
     params = random_params(MODELS[name])
@@ -70,6 +70,28 @@ def test_an_official_checkpoint_comes_back_as_it_was(torch, tmp_path, name):
     for key, value in official.items():
         assert written[key].dtype == torch.float32 and torch.equal(written[key], value), key
     from_flax_model(model).load_state_dict(written, strict=True)
+
+
+def test_what_other_programs_read_of_pytorch_files(torch, tmp_path):
+    """The official scripts: ``torch.load(f)["state_dict"]`` into a model under DataParallel."""
+    from crate_jax.parity.torch_reference import from_flax_model
+
+    official = torch.nn.DataParallel(from_flax_model(MODEL))
+    expected = {name: torch.tensor(value) for name, value in random_state(MODEL).items()}
+    for name, keys, prefix in (
+        ("w.pth.tar", ["state_dict"], "module."),
+        ("w.ckpt", ["state_dict"], ""),
+        ("w.bin", [], ""),
+    ):
+        save_weights(tmp_path / name, random_params(MODEL), MODEL)
+        written = torch.load(tmp_path / name, weights_only=True)
+        for key in keys:
+            assert list(written) == [key]
+            written = written[key]
+        assert written.keys() == {prefix + key for key in expected}
+        for key, value in expected.items():
+            assert torch.equal(written[prefix + key], value)
+        (official if prefix else official.module).load_state_dict(written, strict=True)
 
 
 def test_safetensors_state_their_model(tmp_path):
@@ -207,7 +229,7 @@ def test_what_save_refuses_leaves_the_file_as_it_was(tmp_path):
         with pytest.raises(ValueError, match=r"head/bias \(5,\) instead of \(9,\)"):
             save_weights(tmp_path / name, params, MODEL.clone(num_classes=9))
         assert (tmp_path / name).read_text() == "before"
-    for name in ("w.pth.tar", "w.bin", "w"):
+    for name in ("w.tar", "w.h5", "w"):
         with pytest.raises(ValueError, match=r"must be written as \.npz, \.safetensors, \.pth"):
             save_weights(tmp_path / name, params, MODEL)
     with pytest.raises(FileNotFoundError, match="must lie in an existing folder"):

@@ -81,6 +81,12 @@ class Layout:
     head: str = ""
     implies: Mapping[str, Implied] = dataclasses.field(default_factory=dict)
 
+    @property
+    def names(self) -> str:
+        """Pattern of the names in the table and of the head's."""
+        patterns = [_regex(pattern) for pattern, _ in self.table.values()]
+        return "|".join(patterns + [self.head] * bool(self.head))
+
     def recognised(self, names: Iterable[str]) -> int:
         """How many of the names are in the table."""
         known = re.compile("|".join(_regex(pattern) for pattern, _ in self.table.values()))

@@ -1,0 +1,33 @@
+"""Flax's msgpack files: a tree of arrays, as `flax.serialization.to_bytes` writes it."""
+
+from pathlib import Path
+
+import numpy as np
+
+from crate_jax.interop.kinds import not_whole
+from crate_jax.interop.layouts.layout import Arrays
+from crate_jax.interop.names import Known, unwrap
+
+
+def read(path: Path, known: Known) -> tuple[Arrays, list[str]]:
+    """The parameters by path: a bare tree, that of a model's variables, or of a train state.
+
+    Args:
+        path: of the file.
+        known: the names that are known.
+
+    Returns:
+        Arrays by the paths in the file; and one line for each choice that was made, see `unwrap`.
+
+    Raises:
+        ValueError: it is damaged, or holds no tree of arrays.
+    """
+    from flax import serialization
+
+    try:
+        content = serialization.msgpack_restore(path.read_bytes())
+    except Exception as error:  # msgpack has several classes of its own
+        text = str(error) or type(error).__name__
+        raise ValueError(not_whole(path, "a whole msgpack file of Flax", text)) from None
+    found = unwrap(content, path, known)
+    return {k: v for k, v in found.state.items() if isinstance(v, np.ndarray)}, found.said
