@@ -18,6 +18,7 @@ from crate_jax.interop import npz, pth, safetensors
 from crate_jax.interop.layouts.layout import Arrays
 from crate_jax.interop.tree import flatten
 from crate_jax.models.zoo import architecture, build_model, from_architecture
+from crate_jax.tasks.task import CLASSES
 
 # What big_vision's training files hold beside ``params/…``: the optimizer's state and the clock.
 TRAINING_STATE = r"(opt|chrono)/.*"
@@ -30,11 +31,13 @@ class Contents(NamedTuple):
         arrays: by official name, or by path in our tree (``blocks/ista/D``), without wrappers.
         fields: of the model, as far as the file states them; see `architecture`.
         left: one line for each kind of entries that are no weights and were left aside.
+        class_names: in the order of the model's outputs; () where the file does not name them.
     """
 
     arrays: Arrays
     fields: Json
     left: list[str]
+    class_names: tuple[str, ...] = ()
 
 
 def read_contents(path: Path) -> Contents:
@@ -56,8 +59,31 @@ def read_contents(path: Path) -> Contents:
         fields = fields and architecture(from_architecture(fields))
     else:
         arrays, left = npz.read(path, leave=TRAINING_STATE)
+    names = read_class_names(path)
+    if names and not path.is_dir():
+        arrays.pop(npz.NAMES, None)
     lines = [f"{left_aside(left)}: the state of a training run"] if left else []
-    return Contents(pth.bare_names(arrays, path), fields, lines)
+    return Contents(pth.bare_names(arrays, path), fields, lines, names)
+
+
+def read_class_names(path: str | Path) -> tuple[str, ...]:
+    """The names of the classes, in the order of the outputs, that a file or run states.
+
+    Little is read but these. PyTorch's files name none.
+
+    Raises:
+        FileNotFoundError, ValueError: as `read_contents`.
+    """
+    from crate_jax.checkpoint.reading import read_facts
+
+    path, names = Path(path), []
+    if path.is_dir():
+        names = read_facts(find_run(path)[0]).get(CLASSES, [])
+    elif path.exists() and (kind := kind_of(path)) != "torch":
+        names = (safetensors if kind == "safetensors" else npz).read_names(path)
+    if not (isinstance(names, list) and all(isinstance(name, str) for name in names)):
+        raise ValueError(f"{path} must name its classes as text; got {names}. Convert it again.")
+    return tuple(names)
 
 
 def left_aside(names: Iterable[str]) -> str:
