@@ -93,7 +93,6 @@ def test_a_file_names_its_classes(tmp_path):
         assert loaded.class_names == read_class_names(tmp_path / name) == names
         assert loaded.report == []
         assert_equal_trees(loaded.params, params)
-        assert load_fitted(tmp_path / name, MODEL, fit=("head",)).class_names == ()
         assert_equal_trees(load_weights(tmp_path / name, MODEL), params)
     save_weights(tmp_path / "w.npz", params, MODEL)
     assert load_fitted(tmp_path / "w.npz", MODEL).class_names == ()
