@@ -3,6 +3,7 @@
 A file is recognised by its content; its suffix counts for nothing.
 """
 
+import contextlib
 import re
 import zipfile
 from collections import Counter
@@ -72,15 +73,17 @@ def read_class_names(path: str | Path) -> tuple[str, ...]:
     Little is read but these. PyTorch's files name none.
 
     Raises:
-        FileNotFoundError, ValueError: as `read_contents`.
+        ValueError: the file is damaged, or its names are no text.
     """
     from crate_jax.checkpoint.reading import read_facts
 
+    readers = {"safetensors": safetensors.read_names, "npz": npz.read_names}
     path, names = Path(path), []
     if path.is_dir():
-        names = read_facts(find_run(path)[0]).get(CLASSES, [])
-    elif path.exists() and (kind := kind_of(path)) != "torch":
-        names = (safetensors if kind == "safetensors" else npz).read_names(path)
+        with contextlib.suppress(ValueError):  # it is no run
+            names = read_facts(find_run(path)[0]).get(CLASSES, [])
+    elif path.exists() and (reader := readers.get(kind_of(path))):
+        names = reader(path)
     if not (isinstance(names, list) and all(isinstance(name, str) for name in names)):
         raise ValueError(f"{path} must name its classes as text; got {names}. Convert it again.")
     return tuple(names)

@@ -99,7 +99,8 @@ def listing_of(what: str, *parts: np.ndarray | str) -> str:
     digest = hashlib.sha256()
     for part in parts:
         data = part.encode() if isinstance(part, str) else part.tobytes()
-        digest.update(len(data).to_bytes(8, "little") + data)
+        digest.update(len(data).to_bytes(8, "little"))
+        digest.update(data)
     return f"{digest.hexdigest()[:16]} of {what}"
 
 
