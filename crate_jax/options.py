@@ -7,7 +7,7 @@ import numbers
 import operator
 import types
 import typing
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -144,6 +144,27 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
     known = sorted(known)
     near = difflib.get_close_matches(name, known, n=1, cutoff=0.52)
     return f"Did you mean {near[0]}?" if near else f"Known: {', '.join(known)}."
+
+
+def listed(names: Iterable[object], most: int = 6) -> str:
+    """Names in a line: all of a few, else the first and how many there are."""
+    words = [str(name) for name in names]
+    rest = f", … ({len(words)} in all)" if len(words) > most else ""
+    return ", ".join(words[:most]) + rest
+
+
+def difference(old: Sequence[object], new: Sequence[object]) -> str:
+    """In what a list of names differs from an older one, in words; "" where they are equal."""
+    before, after = set(old), set(new)
+    lost, more = [n for n in old if n not in after], [n for n in new if n not in before]
+    if lost or more:
+        parts = [f"without {listed(lost)}" if lost else "", f"with {listed(more)}" if more else ""]
+        return ", ".join(filter(None, parts))
+    moved = [(was, now) for was, now in zip(old, new, strict=False) if was != now]
+    if not moved:
+        return "" if len(old) == len(new) else f"{len(new)} names in place of {len(old)}"
+    was, now = (listed(names) for names in zip(*moved, strict=True))
+    return f"in the order {now}, where it was {was}"
 
 
 def unknown(path: str, part: str, known: Iterable[str], owner: str = "") -> KeyError:

@@ -53,7 +53,9 @@ ROOMS = {
     ],
     "data": ["rows", "stores", "images", "loader"],
     "tasks": ["losses", "pixels", "mixing", "task", "classify"],
-    "checkpoint": ["digest", "best", "record", "folder", "engine", "manager", "reading"],
+    "checkpoint": [
+        *["digest", "best", "record", "shapes", "folder", "engine", "manager", "reading"],
+    ],
     "analysis": ["taps", "layerwise", "report"],
     "interop": [
         *["layouts", "names", "kinds", "pickled", "safetensors", "npz", "msgpack", "orbax", "pth"],

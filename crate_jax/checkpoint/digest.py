@@ -1,6 +1,7 @@
 """Fingerprints of arrays, to find the bytes that changed between a save and a restore."""
 
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -27,9 +28,14 @@ def digest(tree: PyTree) -> dict[str, int]:
         {"params/head/bias": fingerprint}, on the host; the same on every process.
     """
     leaves, _ = jax.tree.flatten_with_path(tree)
-    paths = [jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in leaves]
+    paths = [path_of(path) for path, _ in leaves]
     found = np.asarray(_fingerprints([leaf for _, leaf in leaves]))
     return dict(zip(paths, found.tolist(), strict=True))
+
+
+def path_of(keys: tuple[Any, ...]) -> str:
+    """The name of a leaf, such as ``params/head/bias``, whatever containers it is in."""
+    return jax.tree_util.keystr(keys, simple=True, separator="/")
 
 
 def changed(tree: PyTree, expected: dict[str, int]) -> list[str]:

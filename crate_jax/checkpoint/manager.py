@@ -9,7 +9,6 @@ with them and compared. This module knows pytrees and paths alone.
 import contextlib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
@@ -18,8 +17,9 @@ from orbax.checkpoint.checkpoint_manager import METRIC_ITEM_NAME
 from crate_jax.checkpoint.best import UNSAID, Best
 from crate_jax.checkpoint.digest import changed, digest
 from crate_jax.checkpoint.engine import for_reading, for_writing
-from crate_jax.checkpoint.folder import FOLDER, no_checkpoint, set_aside, sweep
+from crate_jax.checkpoint.folder import FOLDER, no_checkpoint, set_aside, sweep, unwritable
 from crate_jax.checkpoint.record import DIGEST, best_of, is_whole, seal, unseal
+from crate_jax.checkpoint.shapes import OtherTreeError, check_fits, saved_shapes
 from crate_jax.files import Json
 from crate_jax.parallel import PyTree, all_agree
 
@@ -127,7 +127,7 @@ class Checkpointer:
             # force: the loop decides when; Orbax has no interval of its own to keep.
             self._manager.save(step, args=items, metrics=metrics, force=True)
         except Exception as error:  # tensorstore's ValueErrors as well as OSErrors
-            raise self._unwritable(error) from error
+            raise unwritable(self.directory, self.steps, error) from error
         self._saving = step
         if failure is not None:
             raise failure
@@ -144,12 +144,13 @@ class Checkpointer:
             The state and the record.
 
         Raises:
-            ValueError: the step cannot be read, holds another tree, or is not what was saved.
+            OtherTreeError: the step holds another tree, or arrays of other shapes.
+            ValueError: it cannot be read, or is not what was saved.
         """
         items = ocp.args.Composite(
             state=ocp.args.StandardRestore(abstract_state), record=ocp.args.JsonRestore()
         )
-        restored = self._read(step, items)
+        restored = self._read(step, items, abstract_state)
         return restored["state"], self._checked(step, restored["state"], restored["record"])
 
     def restore_newest(self, abstract_state: PyTree) -> tuple[PyTree, Json, list[str]]:
@@ -166,6 +167,7 @@ class Checkpointer:
             The state, the record, and what is wrong with each step that was set aside.
 
         Raises:
+            OtherTreeError: as `restore`; none is renamed, for none is known to be damaged.
             ValueError: no step can be read; none is renamed.
             jax.errors.JaxRuntimeError: this process cannot read a step, and another does not say
                 whether it can: it waits for this one within Orbax, or is lost.
@@ -175,6 +177,8 @@ class Checkpointer:
             found = None
             try:
                 found = self.restore(step, abstract_state)
+            except OtherTreeError:
+                raise
             except ValueError as error:
                 problems[step] = str(error)
             wait_s = AGREEMENT_S if found is None else READING_S
@@ -198,11 +202,11 @@ class Checkpointer:
             The branches and the record.
 
         Raises:
-            ValueError: as `restore`.
+            OtherTreeError, ValueError: as `restore`.
         """
         part = ocp.args.PyTreeRestore(item=item, restore_args=restore_args, partial_restore=True)
         items = ocp.args.Composite(state=part, record=ocp.args.JsonRestore())
-        restored = self._read(step, items)
+        restored = self._read(step, items, item, part=True)
         return restored["state"], self._checked(step, restored["state"], restored["record"])
 
     def metrics(self, step: int) -> dict[str, float]:
@@ -230,11 +234,9 @@ class Checkpointer:
     def saved_shapes(self, step: int) -> PyTree:
         """The tree of a step's state as `jax.ShapeDtypeStruct` leaves; nothing else is read."""
         try:
-            folder: Any = self.directory / str(step) / "state"
-            tree = ocp.PyTreeCheckpointHandler().metadata(folder).tree
+            return saved_shapes(self.directory, step)
         except Exception as error:
             raise self._unreadable(step, error) from error
-        return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), tree)
 
     def wait(self) -> None:
         """Block until the save that was started is on disk.
@@ -248,7 +250,7 @@ class Checkpointer:
         except Exception as error:  # tensorstore's ValueErrors as well as OSErrors
             sweep(self.directory, step)
             self._manager.reload()  # or it would keep the failed step in mind, and drop a good one
-            raise self._unwritable(error) from error
+            raise unwritable(self.directory, self.steps, error) from error
 
     def close(self) -> None:
         """Finish the saves and release the directory; failures are `wait`'s to report."""
@@ -263,9 +265,16 @@ class Checkpointer:
         """
         return self._manager.reached_preemption(step)
 
-    def _read(self, step: int, items: ocp.args.Composite) -> Mapping[str, PyTree]:
+    def _read(
+        self, step: int, items: ocp.args.Composite, wanted: PyTree = None, *, part: bool = False
+    ) -> Mapping[str, PyTree]:
         try:
+            if wanted is not None:
+                self._manager.wait_until_finished()  # a save under way has no shapes yet
+                check_fits(self.directory, step, wanted, part=part)
             return self._manager.restore(step, args=items)
+        except OtherTreeError:
+            raise
         except jax.errors.JaxRuntimeError as error:
             if jax.process_count() > 1:  # another process is gone, which says nothing of the step
                 raise
@@ -274,8 +283,7 @@ class Checkpointer:
             raise self._unreadable(step, error) from error
 
     def _checked(self, step: int, tree: PyTree, record: Json) -> Json:
-        """The record as it was saved, once it and the tree have been compared with that."""
-        # Runs of the first days have neither checksum nor digest.
+        """The record, once it and the tree are compared with what was saved, if that is known."""
         if not is_whole(record):
             raise ValueError(self._damage(step, "its record is not what was saved"))
         if DIGEST in record and tree and (paths := changed(tree, record[DIGEST])):
@@ -290,11 +298,3 @@ class Checkpointer:
         remedy = f"Use another step: {others}." if others else "Train anew."
         where = f"step {step} in {self.directory}"
         return f"checkpoint must be readable; {where} is not ({reason}). {remedy}"
-
-    def _unwritable(self, error: Exception) -> OSError:
-        reason = str(error).strip().split("\n")[0].rpartition(": ")[2]
-        kept = f"Intact: {', '.join(map(str, self.steps))}" if self.steps else "There is none yet"
-        return OSError(
-            f"{self.directory} must take checkpoints; it did not ({reason}). {kept}. Free or mount "
-            "the disk, and run again."
-        )

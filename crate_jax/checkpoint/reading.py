@@ -6,7 +6,9 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
+from crate_jax.checkpoint.folder import FOLDER
 from crate_jax.checkpoint.manager import Checkpointer
+from crate_jax.checkpoint.record import FACTS, newest
 from crate_jax.files import Json
 from crate_jax.parallel import PyTree
 
@@ -83,6 +85,15 @@ def read_params(workdir: str | Path, step: str | int) -> tuple[PyTree, Json]:
         return found[name], record
     finally:
         reader.close()
+
+
+def read_facts(workdir: str | Path) -> Json:
+    """What a run says of its outputs and of its data; {} if an older version wrote all of it.
+
+    A run goes on with the same data alone, so what one of its records says holds for all.
+    """
+    directory = Path(workdir) / FOLDER
+    return (newest(directory, FACTS) if directory.is_dir() else None) or {}
 
 
 def inspect(workdir: str | Path) -> list[Json]:

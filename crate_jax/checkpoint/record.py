@@ -16,6 +16,7 @@ from crate_jax.checkpoint.best import UNSAID, Best
 from crate_jax.files import Json
 
 DIGEST, METRICS, BEST, CHECKSUM = "digest", "metrics", "best", "checksum"
+FACTS = "facts"  # of outputs and data; whoever trains puts them into the record
 
 
 def seal(
@@ -48,14 +49,20 @@ def read_from_disk(directory: Path, step: int | str) -> Json:
 
 
 def best_of(directory: Path) -> Best:
-    """What a run's newest record says its best is by; a damaged one does not count."""
+    """What a run's newest record says its best is by."""
+    found = newest(directory, BEST)
+    return UNSAID if found is None else Best(**found)
+
+
+def newest(directory: Path, entry: str) -> Json | None:
+    """An entry of the newest record that has it, or None; a damaged record does not count."""
     steps = sorted((int(p.name) for p in directory.iterdir() if p.name.isdigit()), reverse=True)
     for step in steps:
         with contextlib.suppress(ValueError, OSError):
             record = read_from_disk(directory, step)
-            if BEST in record and is_whole(record):
-                return Best(**record[BEST])
-    return UNSAID
+            if entry in record and is_whole(record):
+                return record[entry]
+    return None
 
 
 def _with_checksum(record: Json) -> Json:

@@ -126,19 +126,20 @@ def override_data(data: DataConfig, args: argparse.Namespace) -> None:
             setattr(data, field, value)
 
 
-def saved_config(workdir: str | Path, step: str) -> tuple[TrainConfig, int]:
-    """The config in a run's checkpoint, and the number of that checkpoint.
+def saved_run(workdir: str | Path, step: str) -> tuple[TrainConfig, Json, int]:
+    """The config in a run's checkpoint, the facts of its task, and the number of the checkpoint.
 
     Raises:
         FileNotFoundError, ValueError, KeyError: there is none, or it cannot be read.
     """
     from crate_jax.checkpoint.manager import Checkpointer
+    from crate_jax.checkpoint.reading import read_facts
 
     reader = Checkpointer(workdir, read_only=True)
     try:
         number = reader.resolve(step)
         config = from_dict(reader.restore_record(number)["config"])
         config.parallel = ParallelConfig()  # of the machine it was trained on
-        return config, number
+        return config, read_facts(workdir), number
     finally:
         reader.close()

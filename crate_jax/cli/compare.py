@@ -4,6 +4,7 @@ import argparse
 import contextlib
 import functools
 import sys
+from collections.abc import Sequence
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
@@ -19,7 +20,7 @@ from crate_jax.cli.arguments import (
     named_model,
     override_data,
     resize_method,
-    saved_config,
+    saved_run,
 )
 from crate_jax.config import DataConfig, OptimConfig
 from crate_jax.files import Json
@@ -105,7 +106,7 @@ def _compare(args: argparse.Namespace) -> "tuple[Comparison, Json]":
     from crate_jax.tasks.losses import cross_entropy
 
     fits = functools.partial(load_fitted, fit=args.fit, method=resize_method(args))
-    params, model, fitted = fits(args.weights, named_model(args))
+    params, model, fitted, classes = fits(args.weights, named_model(args))
     if not model.num_classes:
         raise ValueError(
             "model.num_classes must be at least 1 for its PyTorch twin; got 0, features. Set it by "
@@ -114,7 +115,7 @@ def _compare(args: argparse.Namespace) -> "tuple[Comparison, Json]":
     reference = params
     if args.reference:
         reference = fits(args.reference, model).params
-    images, labels, inputs = _inputs(args, model)
+    images, labels, inputs = _inputs(args, model, classes)
     model = model.clone(dtype=jnp.dtype(args.dtype))
     found = compare_both(
         model,
@@ -185,7 +186,7 @@ def train_steps(
 
 
 def _inputs(
-    args: argparse.Namespace, model: "ImageClassifier"
+    args: argparse.Namespace, model: "ImageClassifier", classes: Sequence[str]
 ) -> tuple[np.ndarray, np.ndarray, str]:
     """Normalised images (B, H, W, c), labels (B,), and what they are in words."""
     from crate_jax.interop import find_run
@@ -194,17 +195,20 @@ def _inputs(
         raise ValueError("compare must get one of --images and --dataset. Leave one out.")
     data, is_run = default_data(model), Path(args.weights).is_dir()
     if is_run:
-        data = saved_config(*find_run(args.weights))[0].data
+        data = saved_run(*find_run(args.weights))[0].data
     override_data(data, args)
     if args.images or args.dataset or is_run:
-        return _stored_images(args, model, data)
+        return _stored_images(args, model, data, classes)
     rng, batch_size = np.random.default_rng(0), args.batch_size or 8
     images = rng.normal(size=(batch_size, *model.input_shape)).astype(np.float32)
     return images, rng.integers(0, model.num_classes, batch_size), "seeded normal noise"
 
 
 def _stored_images(
-    args: argparse.Namespace, model: "ImageClassifier", data: DataConfig
+    args: argparse.Namespace,
+    model: "ImageClassifier",
+    data: DataConfig,
+    classes: Sequence[str],
 ) -> tuple[np.ndarray, np.ndarray, str]:
     """The same for --images, or for the first of a split."""
     import jax.numpy as jnp
@@ -222,6 +226,7 @@ def _stored_images(
             train=False,
             image_shape=model.input_shape,
             num_classes=model.num_classes,
+            classes=classes,
         )
     if rows.num_classes != model.num_classes:
         raise ValueError(

@@ -37,11 +37,16 @@ def add_convert(subparsers: Subparsers) -> None:
 def convert(args: argparse.Namespace) -> Json:
     """Weights from one kind of file to another, through a model that they fit."""
     from crate_jax.interop import load_fitted, save_weights
+    from crate_jax.interop.save import holds_class_names
     from crate_jax.models.cost import count_parameters
 
     method = resize_method(args)
-    params, model, fitted = load_fitted(args.source, named_model(args), fit=args.fit, method=method)
-    save_weights(args.target, params, model, layout=args.layout)
+    loaded = load_fitted(args.source, named_model(args), fit=args.fit, method=method)
+    params, model, fitted, names = loaded
+    if names and not holds_class_names(args.target):
+        fitted = [*fitted, f"left aside the names of {len(names)} classes, for a bare state dict"]
+        names = ()
+    save_weights(args.target, params, model, layout=args.layout, class_names=names)
     return {
         "from": args.source,
         "to": args.target,

@@ -13,7 +13,7 @@ from crate_jax.cli.arguments import (
     model_kwargs,
     override_data,
     resize_method,
-    saved_config,
+    saved_run,
 )
 from crate_jax.config import ModelConfig, TrainConfig
 from crate_jax.files import Json
@@ -41,16 +41,16 @@ def evaluate(args: argparse.Namespace) -> Json:
     _check_evaluate(args)
     step: int | None = None
     if args.workdir:
-        config, step = saved_config(args.workdir, args.step or "latest")
+        config, facts, step = saved_run(args.workdir, args.step or "latest")
     else:
-        config = _config_of_model(args)
+        config, facts = _config_of_model(args), _stated_facts(args)
     override_data(config.data, args)
     config.eval_batch_size = args.batch_size or config.eval_batch_size
-    run = set_up(config, "eval")
+    run = set_up(config, "eval", facts=facts)
     if step is None:
         params, extra, fitted = _load_weights(args, run)
     else:
-        params, extra, fitted = *_restore(args.workdir, run, step), []
+        params, extra, fitted = *_restore(args.workdir, run, step), _unsaid(facts)
     inputs = {"dataset": config.data.dataset, "split": config.data.eval_split}
     return inputs | {"step": step, "fitted": fitted} | evaluate_split(run, params, extra)
 
@@ -80,6 +80,14 @@ def _config_of_model(args: argparse.Namespace) -> TrainConfig:
     return TrainConfig(model=ModelConfig(name=args.model, **kwargs), data=default_data(model))
 
 
+def _stated_facts(args: argparse.Namespace) -> Json:
+    """What --weights says of its outputs, unless they are to be new."""
+    from crate_jax.interop import read_class_names
+    from crate_jax.tasks.task import CLASSES
+
+    return {} if "head" in args.fit else {CLASSES: read_class_names(args.weights)}
+
+
 def _load_weights(args: argparse.Namespace, run: "Run") -> "tuple[Params, Extra, list[str]]":
     """Parameters and extra of --weights, and what was made to fit."""
     from crate_jax.interop import load_fitted
@@ -93,6 +101,11 @@ def _load_weights(args: argparse.Namespace, run: "Run") -> "tuple[Params, Extra,
             "in no weights file. Give a run: --workdir=DIR."
         )
     return loaded.params, extra, loaded.report
+
+
+def _unsaid(facts: Json) -> list[str]:
+    """What is taken on trust where a run says nothing of what it was trained on."""
+    return [] if facts else ["nothing: an older version began the run, classes are by number"]
 
 
 def _restore(workdir: str, run: "Run", step: int) -> "tuple[Params, Extra]":
@@ -123,8 +136,8 @@ def report(args: argparse.Namespace) -> Json:
     from crate_jax.analysis.report import by_layer, draw_layerwise
     from crate_jax.training.run import inspect_split, set_up
 
-    config, step = saved_config(args.workdir, args.step)
-    run = set_up(config, "eval")
+    config, facts, step = saved_run(args.workdir, args.step)
+    run = set_up(config, "eval", facts=facts)
     scalars, _ = inspect_split(run, *_restore(args.workdir, run, step))
     values = by_layer(scalars)
     if not values:

@@ -1,6 +1,6 @@
 """Weights in and out of files, ours and other programs'."""
 
-from crate_jax.interop.contents import find_run
+from crate_jax.interop.contents import find_run, read_class_names
 from crate_jax.interop.convert import from_state_dict, to_state_dict
 from crate_jax.interop.load import load_fitted, load_weights
 from crate_jax.interop.save import save_weights
@@ -10,6 +10,7 @@ __all__ = [
     "from_state_dict",
     "load_fitted",
     "load_weights",
+    "read_class_names",
     "save_weights",
     "to_state_dict",
 ]

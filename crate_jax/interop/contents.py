@@ -3,6 +3,7 @@
 A file is recognised by its content; its suffix counts for nothing.
 """
 
+import contextlib
 import re
 from collections.abc import Collection
 from pathlib import Path
@@ -19,6 +20,7 @@ from crate_jax.interop.layouts.layout import Arrays
 from crate_jax.interop.names import TRAINING_STATE, Known, bare_names, left_aside
 from crate_jax.interop.tree import flatten, tree_of
 from crate_jax.models.zoo import architecture, build_model, from_architecture
+from crate_jax.tasks.task import CLASSES
 
 _STATE = "the state of a training run"
 
@@ -31,11 +33,13 @@ class Contents(NamedTuple):
         fields: of the model, as far as the file states them; see `architecture`.
         left: one line for each kind of entries that are no weights and were left aside, and for
             each choice among several sets of weights.
+        class_names: in the order of the model's outputs; () where the file does not name them.
     """
 
     arrays: Arrays
     fields: Json
     left: list[str]
+    class_names: tuple[str, ...] = ()
 
 
 def read_contents(path: Path, own: Collection[str] = ()) -> Contents:
@@ -51,6 +55,11 @@ def read_contents(path: Path, own: Collection[str] = ()) -> Contents:
     """
     if not path.exists():
         raise FileNotFoundError(not_there(path))
+    return _read(path, own)._replace(class_names=read_class_names(path))
+
+
+def _read(path: Path, own: Collection[str]) -> Contents:
+    """All but the names of classes."""
     if path.is_dir():
         if _is_run(path):
             return Contents(*_read_run(path), [])
@@ -91,12 +100,35 @@ def _read_file(path: Path, kind: str, own: Collection[str]) -> Contents:
             fields = architecture(model)
             known = Known(own or tree_of(model).shapes)
     else:
-        arrays, left = npz.read(path, leave=TRAINING_STATE)
+        arrays, left = npz.read(path, leave=f"{TRAINING_STATE}|{npz.NAMES}")
+        left = [name for name in left if name != npz.NAMES]
         said = [f"{left_aside(left)}: {_STATE}"] if left else []
     left = [name for name in arrays if re.fullmatch(TRAINING_STATE, name) and not known(name)]
     said += [f"{left_aside(left)}: {_STATE}"] if left else []
     arrays = {name: array for name, array in arrays.items() if name not in left}
     return Contents(bare_names(arrays, path, known), fields, said)
+
+
+def read_class_names(path: str | Path) -> tuple[str, ...]:
+    """The names of the classes, in the order of the outputs, that a file or run states.
+
+    Little is read but these. PyTorch's files name none.
+
+    Raises:
+        ValueError: the file is damaged, or its names are no text.
+    """
+    from crate_jax.checkpoint.reading import read_facts
+
+    readers = {"safetensors": safetensors.read_names, "npz": npz.read_names}
+    path, names = Path(path), []
+    if path.is_dir():
+        with contextlib.suppress(ValueError):  # it is no run
+            names = read_facts(find_run(path)[0]).get(CLASSES, [])
+    elif path.exists() and (reader := readers.get(kind_of(path))):
+        names = reader(path)
+    if not (isinstance(names, list) and all(isinstance(name, str) for name in names)):
+        raise ValueError(f"{path} must name its classes as text; got {names}. Convert it again.")
+    return tuple(names)
 
 
 def find_run(path: str | Path) -> tuple[Path, str]:

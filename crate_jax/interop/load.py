@@ -1,7 +1,7 @@
 """Weights from files and runs into the parameters of a model."""
 
 import logging
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -21,6 +21,8 @@ from crate_jax.interop.names import left_aside
 from crate_jax.interop.tree import sizes, tree_of
 from crate_jax.models.classifier import ImageClassifier, Params
 from crate_jax.models.zoo import architecture, from_architecture
+from crate_jax.options import difference, listed
+from crate_jax.tasks.task import CLASSES
 
 
 def load_weights(
@@ -75,11 +77,13 @@ class Loaded(NamedTuple):
         params: the parameter tree.
         model: the model they are for.
         report: what was left aside and what had to be fitted, one line each.
+        class_names: in the order of the outputs; () where the file names none, or the head is new.
     """
 
     params: Params
     model: ImageClassifier
     report: list[str]
+    class_names: tuple[str, ...] = ()
 
 
 def load_fitted(
@@ -89,11 +93,22 @@ def load_fitted(
     fit: Collection[str] = (),
     method: str = "right",
     key: jax.Array | None = None,
+    facts: Json | None = None,
 ) -> Loaded:
     """`load_weights` for a program that reports; without a model, the one that the file states.
 
+    Args:
+        path: as for `load_weights`, and so are `model`, `fit`, `method` and `key`.
+        model: likewise.
+        fit: likewise.
+        method: likewise.
+        key: likewise.
+        facts: of the data that the model is for, see `crate_jax.tasks.task.Task.facts`. A head that
+            is kept must be one for its classes.
+
     Raises:
-        ValueError: also where there is no model, and the file states none.
+        ValueError: also where there is no model, and the file states none; or where the file names
+            the classes of a head that is kept, and the facts name others.
     """
     path, fit = Path(path), (fit,) if isinstance(fit, str) else fit
     if method == "official_maps" and "image_size" not in fit:
@@ -102,6 +117,8 @@ def load_fitted(
             f"{', '.join(fit) or 'nothing'}. Ask to fit image_size."
         )
     contents = read_contents(path, tree_of(model).shapes if model else ())
+    class_names = () if "head" in fit else contents.class_names
+    _check_classes(path, class_names, (facts or {}).get(CLASSES, ()))
     if model is None:
         if not contents.fields:
             raise ValueError(f"{path} must state its model; it does not. Name the model.")
@@ -136,9 +153,19 @@ def load_fitted(
     _check_finite(flat, path)
     params = traverse_util.unflatten_dict(flat, sep="/")
     if not fit:
-        return Loaded(params, model, report)
+        return Loaded(params, model, report, class_names)
     params, fitted = fit_params(params, source, model, method=method, key=key)
-    return Loaded(params, model, report + fitted)
+    return Loaded(params, model, report + fitted, class_names)
+
+
+def _check_classes(path: Path, stated: Sequence[str], wanted: Sequence[str]) -> None:
+    """An output must go on to mean what it meant."""
+    if stated and wanted and list(stated) != list(wanted):
+        raise ValueError(
+            f"{path} must be weights for the classes {listed(wanted)}; its head is for "
+            f"{listed(stated)}: the data is {difference(stated, wanted)}. Ask for a new head "
+            "(fit: head), or rename the classes."
+        )
 
 
 def _declared(tree_shapes: Mapping[str, Shape]) -> Json:

@@ -3,12 +3,24 @@
 import re
 import zipfile
 import zlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 
 from crate_jax.interop.kinds import not_whole
+
+NAMES = "class_names"  # the entry of text that names the classes
+
+
+def read_names(path: Path) -> list[str]:
+    """The names of classes that `write` put into an archive; [] if there are none.
+
+    Raises:
+        ValueError: as `read`.
+    """
+    found, _ = read(path, leave=rf"(?!{NAMES}$).*")
+    return found[NAMES].tolist() if NAMES in found and found[NAMES].dtype.kind == "U" else []
 
 
 def read(path: str | Path, leave: str = "") -> tuple[dict[str, np.ndarray], list[str]]:
@@ -43,7 +55,8 @@ def read(path: str | Path, leave: str = "") -> tuple[dict[str, np.ndarray], list
         raise ValueError(not_whole(path, "a whole .npz file", ended)) from None
 
 
-def write(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
-    """Write arrays by name, uncompressed: random weights do not shrink."""
+def write(path: Path, arrays: Mapping[str, np.ndarray], class_names: Sequence[str] = ()) -> None:
+    """Write arrays by name, uncompressed: random weights do not shrink; and names of classes."""
+    names = {NAMES: np.array(class_names, np.str_)} if class_names else {}
     with path.open("wb") as file:  # given a name, NumPy would append .npz to it
-        np.savez(file, allow_pickle=False, **arrays)
+        np.savez(file, allow_pickle=False, **arrays, **names)

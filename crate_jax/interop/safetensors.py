@@ -1,7 +1,7 @@
 """Safetensors: named arrays, and the model's configuration in the file's metadata."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +9,8 @@ import numpy as np
 from crate_jax.files import Json
 from crate_jax.interop.kinds import not_whole
 
-METADATA_KEY = "crate_jax"
+# Of the model's configuration, and of the names of its classes: both hold JSON.
+METADATA_KEY, NAMES_KEY = "crate_jax", "crate_jax.class_names"
 
 
 def read(path: str | Path) -> tuple[dict[str, np.ndarray], Json]:
@@ -34,15 +35,38 @@ def read(path: str | Path) -> tuple[dict[str, np.ndarray], Json]:
             f"{error}. Save the weights in one of these."
         ) from None
     except (SafetensorError, OSError, TypeError, json.JSONDecodeError) as error:
-        reason = str(error).strip().split("\n")[0]
-        raise ValueError(not_whole(path, "a whole safetensors file", reason)) from None
+        raise _damaged(path, error) from None
 
 
-def write(path: Path, arrays: Mapping[str, np.ndarray], fields: Json) -> None:
-    """Write arrays by name, with the fields of their model as metadata."""
+def _damaged(path: str | Path, error: Exception) -> ValueError:
+    reason = str(error).strip().split("\n")[0]
+    return ValueError(not_whole(path, "a whole safetensors file", reason))
+
+
+def read_names(path: Path) -> object:
+    """The names of classes that `write` put into a file; [] if there are none.
+
+    Raises:
+        ValueError: the file is damaged or of another kind.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="numpy") as file:
+            return json.loads((file.metadata() or {}).get(NAMES_KEY, "[]"))
+    except (SafetensorError, OSError, TypeError, json.JSONDecodeError) as error:
+        raise _damaged(path, error) from None
+
+
+def write(
+    path: Path, arrays: Mapping[str, np.ndarray], fields: Json, class_names: Sequence[str] = ()
+) -> None:
+    """Write arrays by name; the fields of their model and the names of its classes as metadata."""
     from safetensors.numpy import save_file
 
     metadata = {"format": "flax", METADATA_KEY: json.dumps(dict(fields))}
+    if class_names:
+        metadata[NAMES_KEY] = json.dumps(list(class_names))
     # The library writes the memory of an array as it lies.
     contiguous = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
     save_file(contiguous, path, metadata=metadata)

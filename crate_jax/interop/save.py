@@ -1,5 +1,6 @@
 """A model's parameters into files."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -22,24 +23,28 @@ def save_weights(
     model: ImageClassifier,
     *,
     layout: str | None = None,
+    class_names: Sequence[str] = (),
 ) -> None:
     """Write a model's parameters to a file, whole or not at all; float32, bit for bit.
 
     Args:
         path: its end, in any case, tells the kind: ``.safetensors`` (with the model's configuration
-            as metadata); ``.npz``; ``.pth``, ``.pt`` or ``.bin`` (a bare state dict, which the
-            official model's ``load_state_dict`` takes); ``.ckpt`` (that under ``state_dict``, as
-            Lightning has it); or ``.pth.tar`` (likewise, every name behind ``module.``, as the
-            official scripts read it). What is there is replaced at the end.
+            and the names of its classes as metadata); ``.npz`` (with these names as the entry
+            ``class_names``); ``.pth``, ``.pt`` or ``.bin`` (a bare state dict, which the official
+            model's ``load_state_dict`` takes); ``.ckpt`` (that under ``state_dict``, as Lightning
+            has it); or ``.pth.tar`` (likewise, every name behind ``module.``, as the official
+            scripts read it). What is there is replaced at the end.
         params: the parameter tree, arrays of any kind that this process holds whole, in the boxes
             of Flax's partitioning or not.
         model: the model they belong to.
         layout: whose names and shapes: one of `crate_jax.interop.layouts`; None: the paths of our
             tree, and in PyTorch files the first layout of the model's family that agrees with it.
+        class_names: of the model's outputs, in their order; (): none are written.
 
     Raises:
-        ValueError: the kind of file or the layout is not known, PyTorch is missing, or the tree is
-            not that of the model; every fault is named.
+        ValueError: the kind of file or the layout is not known, PyTorch is missing, the tree is not
+            that of the model (every fault is named), or names of classes are not as many as the
+            model's outputs, or the kind of file does not hold them.
         FileNotFoundError: there is no such folder.
     """
     path, tree = Path(path), tree_of(model)
@@ -52,6 +57,16 @@ def save_weights(
         )
     suffix = _suffix(path)
     torch = suffix in pth.FORMS
+    if class_names and torch:
+        raise ValueError(
+            f"class_names must be () for PyTorch's files; got {len(class_names)} for {path}. "
+            "Write .safetensors or .npz, or leave them out."
+        )
+    if class_names and len(class_names) != model.num_classes:
+        raise ValueError(
+            f"class_names must be one for each of the {model.num_classes} outputs of the model; "
+            f"got {len(class_names)}. Name all of them, or none."
+        )
     if layout is not None or torch:
         names = find_layout(model, layout, torch=torch)
         official = names.to_official(arrays, tree)
@@ -60,9 +75,15 @@ def save_weights(
         if torch:
             pth.write_checkpoint(aside, arrays, suffix)
         elif suffix == ".npz":
-            npz.write(aside, arrays)
+            npz.write(aside, arrays, class_names)
         else:
-            safetensors.write(aside, arrays, architecture(model) if has_family(model) else {})
+            fields = architecture(model) if has_family(model) else {}
+            safetensors.write(aside, arrays, fields, class_names)
+
+
+def holds_class_names(path: str | Path) -> bool:
+    """Whether the kind of file that `save_weights` writes to a path can name classes."""
+    return _suffix(Path(path)) not in pth.FORMS
 
 
 def _suffix(path: Path) -> str:

@@ -12,11 +12,12 @@ from jax import Array
 from crate_jax.analysis import layerwise
 from crate_jax.config import TrainConfig
 from crate_jax.data.rows import Rows
+from crate_jax.files import Json
 from crate_jax.models.zoo import build_model
 from crate_jax.tasks.losses import cross_entropy
 from crate_jax.tasks.mixing import make_mix
 from crate_jax.tasks.pixels import normalize
-from crate_jax.tasks.task import Batch, Extra, Images, Params, Scalars, Task
+from crate_jax.tasks.task import CLASSES, Batch, Extra, Images, Params, Scalars, Task
 
 # What the objective is measured on, layer by layer.
 _MEASURED_TAP = "z_half"
@@ -84,6 +85,19 @@ class Classify(Task):
                 disagrees with the data, or the classes of two splits differ.
             KeyError, FileNotFoundError: the config names what does not exist.
         """
+        return cls.reopen(config, *splits, facts={})
+
+    @classmethod
+    def reopen(
+        cls, config: TrainConfig, *splits: tuple[str, bool], facts: Json
+    ) -> tuple[Self, tuple[Rows, ...]]:
+        """Where the facts name classes, the model has those, and labels are numbered by name.
+
+        A split may have them in another order, or some of them only.
+
+        Raises:
+            ValueError, KeyError, FileNotFoundError: as `open`, or a class is not among those.
+        """
         # Here, because a machine that only trains on arrays has none of the libraries.
         from crate_jax.data.images.labelled import open_labelled_images
         from crate_jax.data.stores.sources import check_same_classes
@@ -91,11 +105,16 @@ class Classify(Task):
         task = cls.from_config(config)
         # Sizes that do not fit together fail here, before any data is read.
         jax.eval_shape(task.init, jax.random.key(0))
-        shape, classes = task.model.input_shape, task.model.num_classes
+        shape, named = task.model.input_shape, facts.get(CLASSES, ())
         opened = []
         for split, train in splits:
             rows = open_labelled_images(
-                config.data, split, train=train, image_shape=shape, num_classes=classes
+                config.data,
+                split,
+                train=train,
+                image_shape=shape,
+                num_classes=len(named) or task.model.num_classes,
+                classes=named,
             )
             if config.model.num_classes not in (None, rows.num_classes):
                 raise ValueError(
@@ -103,8 +122,20 @@ class Classify(Task):
                     f"got {config.model.num_classes}. Leave model.num_classes unset."
                 )
             opened.append(rows)
-            check_same_classes(opened[0].source, rows.source)
+            if not named:
+                check_same_classes(opened[0].source, rows.source)
         return cls.from_config(config, opened[0].num_classes), tuple(opened)
+
+    def facts(self, rows: Rows) -> Json:
+        """``classes``, names in the order of the outputs; ``examples``; ``listing``: what is known.
+
+        The listing changes with what the files are called, and with their labels; for TFDS, with
+        the version and the shards.
+        """
+        images: Any = rows  # LabelledImages
+        classes, listing = {CLASSES: list(images.class_names)}, {"listing": images.listing}
+        known = classes | super().facts(rows) | listing
+        return {name: value for name, value in known.items() if value}
 
     def blank(self) -> Batch:
         """A black image of class 0."""

@@ -11,6 +11,7 @@ from jax import Array
 
 from crate_jax.config import TrainConfig
 from crate_jax.data.rows import Rows
+from crate_jax.files import Json
 from crate_jax.parallel import PyTree
 
 Batch = dict[str, Array]  # rows on axis 0 of every array
@@ -19,12 +20,14 @@ Extra = PyTree  # of arrays that no gradient reaches: (), running statistics, a 
 Scalars = dict[str, Array]  # by the name under which they are logged
 Images = dict[str, Array]  # likewise; (n, H, W, c), uint8, or floats in [0, 1]
 
+CLASSES = "classes"  # which of a task's facts names the outputs of a classifier, in their order
+
 
 class Task(Protocol):
     """A frozen dataclass of static fields; all methods but `open` are pure and run inside jit.
 
-    A class that derives from this one inherits what a simple objective has no use for: `on_device`,
-    `after` and `inspect`.
+    A class that derives from this one inherits what a simple objective has no use for: `reopen`,
+    `facts`, `on_device`, `after` and `inspect`.
 
     Attributes:
         headline: the metric of evaluation by which checkpoints are compared, such as ``top1``.
@@ -64,6 +67,34 @@ class Task(Protocol):
             ValueError, KeyError, FileNotFoundError: config or data break a rule.
         """
         ...
+
+    @classmethod
+    def reopen(
+        cls, config: TrainConfig, *splits: tuple[str, bool], facts: Json
+    ) -> tuple[Self, tuple[Rows, ...]]:
+        """`open` for what was trained already: outputs mean what its facts say, not the data.
+
+        Args:
+            config: of the run.
+            *splits: as for `open`.
+            facts: of `facts`, as a checkpoint or a file states them, perhaps some or none of them.
+
+        Raises:
+            ValueError, KeyError, FileNotFoundError: as `open`, or the rows do not go with the
+                facts.
+        """
+        del facts
+        return cls.open(config, *splits)
+
+    def facts(self, rows: Rows) -> Json:
+        """What outputs mean, and on which rows they are trained, as JSON values by name.
+
+        Every checkpoint records them. A run goes on only where those that it recorded are the same.
+
+        Args:
+            rows: of training.
+        """
+        return {"examples": len(rows)}
 
     def blank(self) -> Batch:
         """A batch of one row of zeros, as the loader hands it out: shapes and dtypes."""

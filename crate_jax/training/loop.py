@@ -23,6 +23,7 @@ import jax
 
 from crate_jax.checkpoint.best import Best
 from crate_jax.checkpoint.manager import Checkpointer
+from crate_jax.checkpoint.reading import FACTS, read_facts
 from crate_jax.config import TrainConfig, to_dict
 from crate_jax.data.loader import Batches
 from crate_jax.files import Json
@@ -50,7 +51,7 @@ from crate_jax.training.state import (
     replace_params,
     to_stored,
 )
-from crate_jax.training.workdir import Stopped, StopSignal, write_config
+from crate_jax.training.workdir import Stopped, StopSignal, check_facts, write_config
 
 # What XLA calls errors that are the program's own: another try would end the same.
 _OURS = ("INVALID_ARGUMENT", "UNIMPLEMENTED")
@@ -147,18 +148,29 @@ def _explained(error: Exception, run: Run, checkpointer: Checkpointer) -> Except
 
 def restore_or_init(run: Run, checkpointer: Checkpointer) -> tuple[TrainState, Shardings, Json]:
     """State, shardings and record: of the latest checkpoint, or of step 0."""
-    config = run.config
+    config, facts = run.config, run.task.facts(run.rows["train"])
     if checkpointer.latest_step is not None:
+        workdir = checkpointer.directory.parent
+        recorded = read_facts(workdir)
+        check_facts(recorded, facts, workdir)
         abstract, shardings = abstract_state(run.task, run.tx, run.key, run.mesh, ema=run.ema)
         stored, record, problems = checkpointer.restore_newest(to_stored(abstract))
         notes = [f"set aside: {problem}" for problem in problems]
+        unsaid = facts.keys() - recorded.keys()
+        if unsaid and record["step"] < run.total_steps:
+            notes.append(
+                f"the checkpoints in {workdir} do not say what they were trained on "
+                f"({', '.join(sorted(unsaid))}); from now on they will, and the data must stay so"
+            )
         return from_stored(stored), shardings, record | {"notes": notes}
     notes = []
     state, shardings = init_sharded(run.task, run.tx, run.key, run.mesh, ema=run.ema)
     if config.init_weights:
         model: Any = run.task.model  # the loop does not know what it is; who loads weights does
         fit, method = config.init_fit, config.init_method
-        loaded = load_fitted(config.init_weights, model, fit=fit, method=method, key=run.key)
+        loaded = load_fitted(
+            config.init_weights, model, fit=fit, method=method, key=run.key, facts=facts
+        )
         state = replace_params(state, loaded.params)
         notes = [f"{config.init_weights} fitted: {change}" for change in loaded.report]
     return state, shardings, {"step": 0, "summary": {}, "notes": notes}
@@ -185,6 +197,7 @@ def _steps(
 ) -> Json:
     """All steps after the restored one; returns the record of the last."""
     config, total = run.config, run.total_steps
+    facts = run.task.facts(run.rows["train"])
     # Gloo, which joins processes on CPUs, mixes up the collectives of two steps under way together.
     lockstep = jax.process_count() > 1 and jax.default_backend() == "cpu"
     stop_on_failed_save = config.on_failed_save == "stop"
@@ -235,6 +248,7 @@ def _steps(
                     "summary": dict(reporter.summary),
                     "ema": state.ema_params is not None,
                     "config": to_dict(config),
+                    FACTS: facts,
                 }
                 with jax.transfer_guard("allow"):  # Orbax copies to the host in a way of its own
                     try:

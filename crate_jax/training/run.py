@@ -21,6 +21,7 @@ from crate_jax.config import TrainConfig, did_you_mean, validate
 from crate_jax.data.loader import Batches, check_bad_share, eval_batches, train_batches
 from crate_jax.data.rows import Rows
 from crate_jax.evaluation.sums import add_up
+from crate_jax.files import Json
 from crate_jax.parallel import (
     Devices,
     PyTree,
@@ -86,6 +87,7 @@ def set_up(
     *splits: str,
     workdir: Path | None = None,
     devices: Devices | None = None,
+    facts: Json | None = None,
 ) -> Run:
     """Open data and build task and optimizer: all that can fail before anything is computed.
 
@@ -95,6 +97,7 @@ def set_up(
         workdir: of a run that trains: it must be free or belong to the config, and the processes of
             the run join.
         devices: those to use; None: all.
+        facts: of what was trained already, see `Task.reopen`; None: of nothing.
 
     Raises:
         ValueError, KeyError, FileNotFoundError: what the user can mend, in one line.
@@ -118,7 +121,7 @@ def set_up(
         check_batch_size("batch_size", config.batch_size, shards)
     if "eval" in splits:
         check_batch_size("eval_batch_size", config.eval_batch_size, mesh.devices.size)
-    task, rows = _open(config, splits)
+    task, rows = _open(config, splits, facts)
     schedule, total_steps = optax.constant_schedule(config.optim.lr), 0
     if "train" in rows:
         steps_per_epoch = max(1, len(rows["train"]) // config.batch_size)
@@ -138,13 +141,17 @@ def set_up(
     )
 
 
-def _open(config: TrainConfig, splits: Sequence[str]) -> tuple[Task, dict[str, Rows]]:
+def _open(
+    config: TrainConfig, splits: Sequence[str], facts: Json | None
+) -> tuple[Task, dict[str, Rows]]:
     """The task, and the rows of some splits."""
     kind = TASKS[config.task]
     if not splits:
         return kind.from_config(config), {}
     names = {"train": config.data.train_split, "eval": config.data.eval_split}
-    task, rows = kind.open(config, *((names[split], split == "train") for split in splits))
+    asked = [(names[split], split == "train") for split in splits]
+    make = kind.open if facts is None else functools.partial(kind.reopen, facts=facts)
+    task, rows = make(config, *asked)
     return task, dict(zip(splits, rows, strict=True))
 
 
@@ -240,14 +247,10 @@ def make_inspect(run: Run) -> InspectProgram:
     measure = jax.jit(run.task.inspect)
 
     def inspect(params: Params, extra: Extra, batch: Batch) -> tuple[Scalars, Images]:
-        local = jax.tree.map(_own_copy, gather(params, extra, batch))
-        return measure(*local)
+        gathered = gather(params, extra, batch)
+        return measure(*jax.tree.map(lambda x: x.addressable_data(0), gathered))
 
     return inspect
-
-
-def _own_copy(x: Array) -> Array:
-    return x.addressable_data(0)
 
 
 def place_on_mesh(run: Run, tree: PyTree) -> PyTree:

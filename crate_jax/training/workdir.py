@@ -11,7 +11,8 @@ from types import FrameType
 from typing import Any
 
 from crate_jax.config import TrainConfig, differences, from_dict, to_dict
-from crate_jax.files import written_aside
+from crate_jax.files import Json, written_aside
+from crate_jax.options import difference, listed
 
 
 def check_workdir(config: TrainConfig, workdir: Path) -> None:
@@ -44,6 +45,30 @@ def check_workdir(config: TrainConfig, workdir: Path) -> None:
         raise ValueError(
             f"{field} must stay {old} in {workdir}, which belongs to that config; got {new}. "
             "Choose another --workdir."
+        )
+
+
+def check_facts(recorded: Json, found: Json, workdir: Path) -> None:
+    """Refuse rows that are not those a run was trained on; see `crate_jax.tasks.task.Task.facts`.
+
+    Args:
+        recorded: by the run's checkpoints; what an older version did not record is not compared.
+        found: of the data as it is.
+        workdir: the run's directory.
+
+    Raises:
+        ValueError: they differ; both are named.
+    """
+    for name, new in found.items():
+        old = recorded.get(name, new)
+        if old == new:
+            continue
+        was, now = str(old), str(new)
+        if isinstance(old, list) and isinstance(new, list):
+            was, now = listed(old), f"{listed(new)} ({difference(old, new)})"
+        raise ValueError(
+            f"data.{name} must stay {was} in {workdir}, which is trained on that; got {now}. "
+            "Restore the data set, or choose another --workdir."
         )
 
 

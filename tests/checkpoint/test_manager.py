@@ -17,6 +17,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from crate_jax.checkpoint.best import Best
 from crate_jax.checkpoint.manager import FOLDER, Checkpointer
 from crate_jax.checkpoint.reading import inspect, read_params, restore_params
+from crate_jax.checkpoint.shapes import OtherTreeError
 from crate_jax.parallel import make_mesh, replicated, state_shardings
 
 
@@ -55,6 +56,9 @@ def assert_same_bits(found, expected):
 def small(step):
     """A state that says which step it is of."""
     return {"params": {"w": jnp.full((4,), step, jnp.float32)}, "step": jnp.int32(step)}
+
+
+F32_5, F16_4 = jax.ShapeDtypeStruct((5,), jnp.float32), jax.ShapeDtypeStruct((4,), jnp.float16)
 
 
 def small_abstract():
@@ -369,25 +373,48 @@ def test_unreadable_step(tmp_path, damage):
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 @pytest.mark.parametrize(
-    "wanted",
+    "change, odd",
     [
-        {"params": {"w": (5,)}, "step": ()},
-        {"params": {"w": (4,)}},
-        {"params": {"w": (4,)}, "step": (), "more": ()},
-        {"params": {"v": (4,)}, "step": ()},
+        ({"params": {"w": F32_5}}, "params/w float32(4,), wanted is float32(5,)"),
+        ({"params": {"w": F16_4}}, "params/w float32(4,), wanted is float16(4,)"),
+        ({"step": {}}, "step int32(), wanted is none"),
+        ({"more": F32_5}, "more not at all, wanted is float32(5,)"),
+        ({"params": {"v": F32_5}}, "params/v not at all, wanted is float32(5,)"),
     ],
-    ids=["shape", "leaf missing", "leaf more", "other name"],
+    ids=["shape", "dtype", "leaf missing", "leaf more", "other name"],
 )
-def test_another_tree(tmp_path, wanted):
-    checkpointer = write(tmp_path, [0.1])
-    tree = jax.tree.map(
-        lambda shape: jax.ShapeDtypeStruct(shape, jnp.int32 if shape == () else jnp.float32),
-        wanted,
-        is_leaf=lambda x: isinstance(x, tuple),
+def test_another_tree_is_no_damage(tmp_path, change, odd):
+    """It is refused by the first leaf that differs; the steps stay where they are."""
+    checkpointer = write(tmp_path, [0.1, 0.2])
+    before, tree = listing(tmp_path), small_abstract() | change
+    message = (
+        f"checkpoint must hold what is to be restored; step 2 in {tmp_path / FOLDER} has {odd}. "
+        "Use the config and the data that the run was trained with."
     )
-    with pytest.raises(ValueError) as caught:
-        checkpointer.restore(1, tree)
-    assert_unreadable(caught, tmp_path, 1)
+    reads = [lambda: checkpointer.restore(2, tree), lambda: checkpointer.restore_newest(tree)]
+    if "params" in change:
+        reads.append(lambda: restore_params(tmp_path, tree["params"]))
+    for read in reads:
+        with pytest.raises(OtherTreeError) as caught:
+            read()
+        assert str(caught.value) == message
+    assert listing(tmp_path) == before
+    assert_same_bits(checkpointer.restore_newest(small_abstract())[0], small(2))
+    checkpointer.close()
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_a_tree_that_is_not_the_saved_one_is_damage(tmp_path):
+    """The record says, under a checksum, which arrays there were."""
+    write(tmp_path, [0.1, 0.2]).close()
+    path = tmp_path / FOLDER / "2/state/_METADATA"
+    metadata = json.loads(path.read_text())
+    del metadata["tree_metadata"]["('params', 'w')"]
+    path.write_text(json.dumps(metadata))
+    checkpointer = Checkpointer(tmp_path)
+    state, _, (problem,) = checkpointer.restore_newest(small_abstract())
+    assert "step 2 in" in problem and "is not (its tree is not what was saved)" in problem
+    assert_same_bits(state, small(1))
     checkpointer.close()
 
 

@@ -8,6 +8,7 @@ import pytest
 
 from crate_jax import CrateAlpha, load_weights, save_weights
 from crate_jax.cli.main import main
+from crate_jax.interop import read_class_names
 from crate_jax.interop.convert import find_layout
 from crate_jax.models.cost import abstract_parameters
 
@@ -47,6 +48,19 @@ def test_method_and_layout_reach_the_file(weights, capsys):
             prefix = find_layout(larger, "jax").prefix
             assert f"{prefix}head/kernel" in file and "blocks/mssa/U" not in file
     assert np.abs(positions[0] - positions[1]).max() > 1e-3
+
+
+@pytest.mark.parametrize("suffix", ["safetensors", "npz", "pth"])
+def test_names_of_classes_go_along_where_they_can(weights, capsys, suffix):
+    params, names = load_weights(weights, MODEL), ("ant", "bee", "cat")
+    save_weights(weights, params, MODEL, class_names=names)
+    target = weights.with_name(f"x.{suffix}")
+    assert main(["convert", f"--from={weights}", f"--to={target}"]) == 0
+    result = json.loads(capsys.readouterr().out.splitlines()[-1])
+    held = suffix != "pth"
+    assert read_class_names(target) == (names if held else ())
+    told = [] if held else ["left aside the names of 3 classes, for a bare state dict"]
+    assert result["fitted"] == told
 
 
 def test_mistakes_are_one_line(weights, capsys):

@@ -14,7 +14,7 @@ from weights import MODEL, MODELS, assert_equal_trees, random_params, random_sta
 from crate_jax import Crate, load_weights, save_weights
 from crate_jax.checkpoint.manager import Checkpointer
 from crate_jax.config import ModelConfig, TrainConfig, to_dict
-from crate_jax.interop import load_fitted
+from crate_jax.interop import load_fitted, read_class_names
 from crate_jax.models.zoo import architecture
 
 GOLDEN = Path(__file__).parent.parent / "golden"
@@ -105,6 +105,35 @@ def test_safetensors_state_their_model(tmp_path):
     save_weights(tmp_path / "w.npz", params, model)
     with pytest.raises(ValueError, match=r"w\.npz must state its model; it does not\. Name the"):
         load_fitted(tmp_path / "w.npz", None)
+
+
+def test_a_file_names_its_classes(tmp_path):
+    params, names = random_params(MODEL), ("ant", "bee", "Käfer, gelb", "\n", "5")
+    for name, layout in (("w.safetensors", None), ("w.npz", None), ("o.npz", "official")):
+        save_weights(tmp_path / name, params, MODEL, layout=layout, class_names=names)
+        loaded = load_fitted(tmp_path / name, MODEL)
+        assert loaded.class_names == read_class_names(tmp_path / name) == names
+        assert loaded.report == []
+        assert_equal_trees(loaded.params, params)
+        assert_equal_trees(load_weights(tmp_path / name, MODEL), params)
+    save_weights(tmp_path / "w.npz", params, MODEL)
+    assert load_fitted(tmp_path / "w.npz", MODEL).class_names == ()
+    with pytest.raises(ValueError, match=r"one for each of the 5 outputs of the model; got 4\. N"):
+        save_weights(tmp_path / "w.npz", params, MODEL, class_names=names[:4])
+    with pytest.raises(
+        ValueError, match=r"class_names must be \(\) for a bare state dict; got 5 f"
+    ):
+        save_weights(tmp_path / "w.pth", params, MODEL, class_names=names)
+    assert not (tmp_path / "w.pth").exists()
+
+
+def test_names_that_are_no_text_are_refused(tmp_path):
+    from safetensors.numpy import save_file
+
+    arrays = random_state(MODEL)
+    save_file(arrays, tmp_path / "w.safetensors", metadata={"crate_jax.class_names": "[1, 2]"})
+    with pytest.raises(ValueError, match=r"must name its classes as text; got \[1, 2\]\. Convert"):
+        load_weights(tmp_path / "w.safetensors", MODEL)
 
 
 def test_constants_that_differ_are_refused_or_taken_on_request(tmp_path):

@@ -9,6 +9,7 @@ import pytest
 
 from crate_jax.checkpoint.best import Best
 from crate_jax.checkpoint.manager import Checkpointer
+from crate_jax.checkpoint.reading import read_facts
 from crate_jax.config import from_dict
 from crate_jax.training.loop import train
 
@@ -21,7 +22,8 @@ def lines_of(workdir):
     return [{k: v for k, v in line.items() if k not in CLOCK} for line in found]
 
 
-def test_a_run_begun_before_states_had_an_extra_ends_as_it_would_have(tmp_path):
+def test_a_run_begun_before_states_had_an_extra_ends_as_it_would_have(tmp_path, capsys):
+    """It says that it did not say what it was trained on; its next checkpoint does."""
     with tarfile.open(RUN) as tar:
         tar.extractall(tmp_path, filter="data")
     workdir = tmp_path / "run_before_tasks"
@@ -30,7 +32,13 @@ def test_a_run_begun_before_states_had_an_extra_ends_as_it_would_have(tmp_path):
     assert (reader.steps, reader.best) == ([4], Best("test/top1", higher=True))
     reader.close()
     config = from_dict(json.loads((workdir / "config.json").read_text()))
+    assert read_facts(workdir) == {}
     assert train(config, workdir)["step"] == 8
+    said = "do not say what they were trained on (classes, examples, listing); from now on they"
+    assert said in capsys.readouterr().err
+    facts = read_facts(workdir)
+    assert (facts["classes"], facts["examples"]) == ([*"0123456789"], 1500)
+    assert facts["listing"].endswith(" of version and shards")
     found = lines_of(workdir)
     later = [line for line in found if line["step"] > 4]
     assert len(later) == 6  # four of training, one of the objective, one of evaluation

@@ -1,6 +1,7 @@
 """Rows of an image and its label."""
 
 import dataclasses
+import functools
 from collections.abc import Mapping, Sequence
 
 import jax
@@ -9,7 +10,7 @@ import numpy as np
 from crate_jax.config import DataConfig
 from crate_jax.data.images.pipeline import Pipeline, make_pipeline
 from crate_jax.data.rows import BadExampleError, Row, good_row
-from crate_jax.data.stores.sources import Source, open_source
+from crate_jax.data.stores.sources import Source, check_known_classes, open_source
 
 
 @dataclasses.dataclass(frozen=True)
@@ -19,10 +20,13 @@ class LabelledImages:
     Attributes:
         source: where the images are stored.
         pipeline: from a stored image to pixels.
+        classes: names in whose order rows number the classes of the source, which are among them;
+            (): as the source numbers them.
     """
 
     source: Source
     pipeline: Pipeline
+    classes: tuple[str, ...] = ()
 
     @property
     def name(self) -> str:
@@ -40,12 +44,25 @@ class LabelledImages:
     @property
     def num_classes(self) -> int:
         """Labels are in [0, num_classes)."""
-        return self.source.num_classes
+        return len(self.classes) or self.source.num_classes
 
     @property
     def class_names(self) -> tuple[str, ...]:
         """Of every class, where they are known."""
-        return self.source.class_names
+        return self.classes or self.source.class_names
+
+    @property
+    def listing(self) -> str:
+        """Another one where other images lie, or in another order; "" if the store has none."""
+        return self.source.listing
+
+    @functools.cached_property
+    def _labels(self) -> list[int]:
+        """Of each class of the source, its label in rows."""
+        if not (self.classes and self.source.class_names):
+            return list(range(self.source.num_classes))
+        numbers = {name: number for number, name in enumerate(self.classes)}
+        return [numbers[name] for name in self.source.class_names]
 
     def __len__(self) -> int:
         return len(self.source)
@@ -68,16 +85,21 @@ class LabelledImages:
         if "name" in example:
             name += f" ({example['name']})"
         label = int(example["label"])
-        if not 0 <= label < self.num_classes:
-            raise BadExampleError(
-                f"{name} must have a label of 0 … {self.num_classes - 1}; got {label}. Mend it."
-            )
+        if not 0 <= label < self.source.num_classes:
+            last = self.source.num_classes - 1
+            raise BadExampleError(f"{name} must have a label of 0 … {last}; got {label}. Mend it.")
         pixels = self.pipeline(example["image"], rng, name=name)
-        return {"image": pixels, "label": np.array(label, np.int32)}
+        return {"image": pixels, "label": np.array(self._labels[label], np.int32)}
 
 
 def open_labelled_images(
-    data: DataConfig, split: str, *, train: bool, image_shape: Sequence[int], num_classes: int
+    data: DataConfig,
+    split: str,
+    *,
+    train: bool,
+    image_shape: Sequence[int],
+    num_classes: int,
+    classes: Sequence[str] = (),
 ) -> LabelledImages:
     """The images of a split; one row is made at once, so that what does not fit fails here.
 
@@ -87,14 +109,18 @@ def open_labelled_images(
         train: whether data.train_transforms or data.eval_transforms are applied.
         image_shape: (H, W, c) that the model takes.
         num_classes: of synthetic images; stored ones have their own.
+        classes: names of a model's outputs, by which the labels are numbered; (): as they are.
 
     Raises:
         BadExampleError: the first row is bad, and data.on_bad_example is "raise".
         FileNotFoundError, KeyError, ValueError: as `open_source` and `make_pipeline`; or the
-            transforms do not lead to `image_shape`, or no row is good.
+            transforms do not lead to `image_shape`, no row is good, or a class of the split is not
+            among `classes`.
     """
     pipeline = make_pipeline(data, image_shape, train=train)
     source = open_source(data, split, image_shape=image_shape, num_classes=num_classes)
-    rows = LabelledImages(source, pipeline)
+    if classes:
+        check_known_classes(source, classes)
+    rows = LabelledImages(source, pipeline, tuple(classes))
     good_row(rows, 0, np.random.default_rng(0), skip=data.on_bad_example == "skip")
     return rows

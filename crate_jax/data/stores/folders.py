@@ -12,6 +12,7 @@ from crate_jax.data.stores.examples import (
     IMAGE_SUFFIXES,
     Example,
     Source,
+    listing_of,
     pack_names,
     unpack_name,
 )
@@ -72,4 +73,5 @@ def open_folder(data: DataConfig, split: str, **_: object) -> Source:
     images = folder_images(root, lambda path: number.get(path.split("/")[0], -1))
     inside = images.labels >= 0  # what lies in no class's folder is no example
     examples = FolderImages(root, images.names[inside], images.labels[inside])
-    return Source(root, examples, len(classes), tuple(classes))
+    listing = listing_of("names and labels", examples.names, examples.labels)
+    return Source(root, examples, len(classes), tuple(classes), listing)

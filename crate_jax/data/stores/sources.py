@@ -3,13 +3,13 @@
 from collections.abc import Callable, Sequence
 
 from crate_jax.config import DataConfig, did_you_mean
-from crate_jax.data.stores.examples import Source, check_same_classes
+from crate_jax.data.stores.examples import Source, check_known_classes, check_same_classes
 from crate_jax.data.stores.folders import open_folder
 from crate_jax.data.stores.synthetic import open_synthetic
 from crate_jax.data.stores.tars import open_tar
 from crate_jax.data.stores.tfds import UnknownDatasetError, open_digits, open_tfds
 
-__all__ = ["STORES", "Source", "check_same_classes", "open_source"]
+__all__ = ["STORES", "Source", "check_known_classes", "check_same_classes", "open_source"]
 
 
 # Of (data, split, image_shape=, num_classes=); stored images have a shape and classes of their own.

@@ -16,6 +16,7 @@ from crate_jax.data.stores.examples import (
     IMAGE_SUFFIXES,
     Example,
     Source,
+    listing_of,
     pack_names,
     unpack_name,
 )
@@ -112,7 +113,8 @@ def open_tar(data: DataConfig, split: str, **_: object) -> Source:
         labels, classes = _folder_labels(path, names, folders)
     offset, length = arrays["places"].T
     images = TarImages(path, arrays["names"], offset, length, np.array(labels, np.int32))
-    return Source(path, images, len(classes), tuple(classes))
+    listing = listing_of("names and labels", images.names, images.labels)
+    return Source(path, images, len(classes), tuple(classes), listing)
 
 
 def _index(path: str) -> dict[str, np.ndarray]:

@@ -10,7 +10,7 @@ from typing import Any, Protocol, TextIO
 
 from crate_jax.config import DataConfig, did_you_mean
 from crate_jax.data.stores import storage, tfrecord
-from crate_jax.data.stores.examples import Example, Source
+from crate_jax.data.stores.examples import Example, Source, listing_of
 
 Builder = Any  # tfds.core.DatasetBuilder, which takes seconds to import
 
@@ -80,7 +80,10 @@ def _open_split(builder: Builder, data: DataConfig, split: str) -> Source:
             f"{name} must hold {length} examples; TFDS reads {len(examples)} of "
             f"{builder.data_path}. Prepare it again with file_format='array_record'."
         )
-    return Source(name, examples, label.num_classes or 0, tuple(label.names or ()))
+    shards = builder.info.splits[split].file_instructions if length else []
+    taken = [(shard.skip, shard.take) for shard in shards]
+    listing = listing_of("version and shards", f"{builder.info.full_name} {taken}")
+    return Source(name, examples, label.num_classes or 0, tuple(label.names or ()), listing)
 
 
 def _random_access(builder: Builder, data: DataConfig, split: str, name: str) -> Records:

@@ -82,6 +82,8 @@ def test_every_format_gives_the_same_pixels_and_labels(stored, files):
         source = open_split(*stored[kind])
         assert (len(source), source.num_classes) == (COUNT, 3), kind
         assert source.class_names == ("ant", "bee", "cat"), kind
+        ending = "names and labels" if kind == "tar" else "version and shards"
+        assert source.listing.endswith(f" of {ending}"), kind
         found = everything(source)
         assert found.keys() == expected.keys(), kind
         for name, (pixels, label) in found.items():

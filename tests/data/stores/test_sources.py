@@ -12,7 +12,13 @@ from stored import write_tfds
 
 from crate_jax.config import DataConfig
 from crate_jax.data.images.decode import decode_image
-from crate_jax.data.stores.sources import Source, check_same_classes, open_source
+from crate_jax.data.stores.sources import (
+    Source,
+    check_known_classes,
+    check_same_classes,
+    open_source,
+)
+from crate_jax.options import difference
 
 
 def open_split(dataset, data_dir, split="train", *, download=False, shape=(8, 8, 3), classes=4):
@@ -141,6 +147,50 @@ def test_splits_whose_labels_mean_something_else(folder):
         ValueError, match=r"x/4 must have the 3 classes of x/3; it has 4, their num"
     ):
         check_same_classes(*numbered)
+    named = [Source(f"x/{c[0]}", [], 3, tuple(c)) for c in (["a", "b", "c"], ["c", "b", "a"])]
+    with pytest.raises(ValueError, match=r"it has 3, in the order c, a, where it was a, c\. Add"):
+        check_same_classes(*named)
+
+
+def test_classes_that_a_model_does_not_know_are_named():
+    split = Source("x/test", [], 3, ("b", "0_a", "c"))
+    check_known_classes(split, ["0_a", "b", "c", "d"])
+    message = r"x/test must have classes that the model knows; 0_a is not among a, b, c\. Rename"
+    with pytest.raises(ValueError, match=message):
+        check_known_classes(split, ["a", "b", "c"])
+    many = [str(i) for i in range(1000)]
+    message = r"b, 0_a, c are not among 0, 1, 2, 3, 4, 5, … \(1000 in all\)\. Rename them, or"
+    with pytest.raises(ValueError, match=message):
+        check_known_classes(split, many)
+    unnamed = Source("x/test", [], 3)
+    check_known_classes(unnamed, ["a", "b", "c"])  # by number: nothing else is known
+    with pytest.raises(ValueError, match=r"the 2 classes of the model; it has 3, without names\."):
+        check_known_classes(unnamed, ["a", "b"])
+
+
+@pytest.mark.parametrize(
+    ("new", "words"),
+    [
+        ("abc", ""),
+        ("ab", "without c"),
+        ("abcd", "with d"),
+        ("abd", "without c, with d"),
+        ("acb", "in the order c, b, where it was b, c"),
+        ("abcc", "4 names in place of 3"),
+    ],
+)
+def test_how_names_differ_is_told_in_words(new, words):
+    assert difference("abc", new) == words
+
+
+def test_the_listing_of_a_folder_goes_by_names_and_classes(folder, tmp_path):
+    before = open_split("folder", folder).listing
+    shutil.copytree(folder, tmp_path / "copy")
+    assert open_split("folder", tmp_path / "copy").listing == before
+    (tmp_path / "copy/train/ant/2.JPEG").rename(tmp_path / "copy/train/ant/3.JPEG")
+    assert open_split("folder", tmp_path / "copy").listing != before
+    (tmp_path / "copy/train/ant/3.JPEG").rename(tmp_path / "copy/train/zebra/2.JPEG")
+    assert open_split("folder", tmp_path / "copy").listing != before
 
 
 def test_folder_without_data_dir():
