@@ -20,7 +20,7 @@ from crate_jax.checkpoint.digest import changed, digest
 from crate_jax.checkpoint.engine import for_reading, for_writing
 from crate_jax.checkpoint.folder import FOLDER, no_checkpoint, set_aside, sweep
 from crate_jax.checkpoint.record import DIGEST, best_of, is_whole, seal, unseal
-from crate_jax.files import Json
+from crate_jax.files import Json, expanded
 from crate_jax.parallel import PyTree, all_agree
 
 # Seconds for which a process that has read a step waits for the others to have read it, and one
@@ -52,7 +52,7 @@ class Checkpointer:
         keep_best: int = 1,
         read_only: bool = False,
     ):
-        self.directory = Path(workdir).absolute() / FOLDER
+        self.directory = Path(expanded(workdir, "workdir")).absolute() / FOLDER
         self._saving: int | None = None
         there = self.directory.is_dir()
         if read_only and not there:

@@ -3,7 +3,7 @@
 import argparse
 import sys
 
-from crate_jax.cli.arguments import Subparsers, add_model, named_model, resize_method
+from crate_jax.cli.arguments import Subparsers, add_model, named_model, path, resize_method
 from crate_jax.cli.flags import parse_config
 from crate_jax.files import Json
 
@@ -12,10 +12,14 @@ def add_convert(subparsers: Subparsers) -> None:
     """The flags of `convert`."""
     parser = subparsers.add_parser("convert", help="weights from one kind of file to another")
     parser.add_argument(
-        "--from", dest="source", required=True, help="a weights file, a run or one of its steps"
+        "--from",
+        dest="source",
+        type=path,
+        required=True,
+        help="a weights file, a run or one of its steps",
     )
     parser.add_argument(
-        "--to", dest="target", required=True, help="FILE.safetensors, .npz, .pth or .pt"
+        "--to", dest="target", type=path, required=True, help="FILE.safetensors, .npz, .pth or .pt"
     )
     parser.add_argument(
         "--layout",

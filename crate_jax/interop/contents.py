@@ -13,7 +13,7 @@ from typing import NamedTuple
 import numpy as np
 
 from crate_jax.config import from_dict
-from crate_jax.files import Json
+from crate_jax.files import Json, expanded
 from crate_jax.interop import npz, pth, safetensors
 from crate_jax.interop.layouts.layout import Arrays
 from crate_jax.interop.tree import flatten
@@ -110,7 +110,7 @@ def find_run(path: str | Path) -> tuple[Path, str]:
     """
     from crate_jax.checkpoint.manager import FOLDER
 
-    path = Path(path)
+    path = Path(expanded(path, "weights"))
     if path.parent.name == FOLDER and path.name.isdigit():
         return path.parent.parent, path.name
     workdir = path.parent if path.name == FOLDER else path

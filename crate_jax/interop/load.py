@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import traverse_util
 
-from crate_jax.files import Json
+from crate_jax.files import Json, expanded
 from crate_jax.interop.contents import Contents, left_aside, read_contents
 from crate_jax.interop.convert import check_implied, foreign_family, recognise
 from crate_jax.interop.faults import faults, mismatch
@@ -93,7 +93,7 @@ def load_fitted(
     Raises:
         ValueError: also where there is no model, and the file states none.
     """
-    path = Path(path)
+    path = Path(expanded(path, "weights"))
     contents = read_contents(path)
     if model is None:
         if not contents.fields:

@@ -25,7 +25,7 @@ from crate_jax.checkpoint.best import Best
 from crate_jax.checkpoint.manager import Checkpointer
 from crate_jax.config import TrainConfig, to_dict
 from crate_jax.data.loader import Batches
-from crate_jax.files import Json
+from crate_jax.files import Json, expanded
 from crate_jax.interop import load_fitted
 from crate_jax.parallel import LostProcess, Shardings, replicated
 from crate_jax.tasks.task import Scalars
@@ -86,7 +86,7 @@ def train(config: TrainConfig, workdir: str | Path) -> Json:
         LostProcess: another process of the run has ended.
     """
     start = time.perf_counter()
-    workdir = Path(workdir)
+    workdir = Path(expanded(workdir, "workdir"))
     run = set_up(config, "train", "eval", workdir=workdir)
     checkpointer = open_checkpoints(run, workdir)
     try:
