@@ -24,12 +24,8 @@ _Recipe = TypeVar("_Recipe")
 class DataConfig:
     """Where the examples come from and what happens to each on its way to the device."""
 
-    dataset: str = option(
-        "digits", "digits, folder, tar, synthetic, or any TFDS name", identity=True
-    )
-    data_dir: str | None = option(
-        None, "TFDS directory or folder root; unset: TFDS's own default", path=True
-    )
+    dataset: str = option("digits", "digits, folder, tar, synthetic, or a TFDS name", identity=True)
+    data_dir: str | None = option(None, "TFDS directory or folder root; unset: TFDS's", path=True)
     train_split: str = option(
         "train", "TFDS split syntax, or a folder under data_dir", identity=True
     )
@@ -131,9 +127,7 @@ class TrainConfig:
     eval_batch_size: int = option(256, "examples per evaluation step over all devices", low=1)
     total_epochs: float = option(1.0, "length of the run, epochs", above=0)
     total_steps: int | None = option(None, "in optimizer steps; overrides total_epochs", low=1)
-    init_weights: str | None = option(
-        None, "start from this file or run; unset: from scratch", path=True
-    )
+    init_weights: str | None = option(None, "file or run to start from; unset: scratch", path=True)
     init_fit: tuple[str, ...] = option(
         (), "what of init_weights may differ: head, image_size, patch_size, in_channels, …"
     )
@@ -213,8 +207,7 @@ def get_field(config: TrainConfig | Section, path: str) -> object:
 def validate(config: TrainConfig) -> TrainConfig:
     """Check every rule that needs nothing but the config, and return the config.
 
-    Names that a flag gave as one string, ``a,b``, become several. In paths the home directory takes
-    the place of ``~``.
+    Names given as one string, ``a,b``, become several, and ``~`` in a path the home directory.
 
     Raises:
         ValueError: a field breaks its rule; the message names it, the rule, the value and the
