@@ -52,7 +52,9 @@ ROOMS = {
     ],
     "data": ["rows", "stores", "images", "loader"],
     "tasks": ["losses", "pixels", "mixing", "task", "classify"],
-    "checkpoint": ["digest", "best", "record", "folder", "engine", "manager", "reading"],
+    "checkpoint": [
+        *["digest", "best", "record", "folder", "owner", "engine", "manager", "reading"],
+    ],
     "analysis": ["taps", "layerwise", "report"],
     "interop": [
         *["safetensors", "npz", "pth", "layouts", "tree", "faults", "resize", "fit"],

@@ -50,7 +50,7 @@ from crate_jax.training.state import (
     replace_params,
     to_stored,
 )
-from crate_jax.training.workdir import Stopped, StopSignal, write_config
+from crate_jax.training.workdir import Stopped, StopSignal, check_workdir, write_config
 
 # What XLA calls errors that are the program's own: another try would end the same.
 _OURS = ("INVALID_ARGUMENT", "UNIMPLEMENTED")
@@ -81,7 +81,7 @@ def train(config: TrainConfig, workdir: str | Path) -> Json:
         ValueError, KeyError, FileNotFoundError: the config, the data or the workdir break a rule.
         FloatingPointError: a metric of a step is not finite.
         OSError: a checkpoint could not be written, and config.on_failed_save is "stop" or it is the
-            last one.
+            last one; or another process owns the workdir.
         Stopped: SIGINT or SIGTERM; the state is saved.
         LostProcess: another process of the run has ended.
     """
@@ -90,6 +90,7 @@ def train(config: TrainConfig, workdir: str | Path) -> Json:
     run = set_up(config, "train", "eval", workdir=workdir)
     checkpointer = open_checkpoints(run, workdir)
     try:
+        check_workdir(config, workdir)  # again: another start may have come before the lock
         record = _run(run, checkpointer, workdir)
     except jax.errors.JaxRuntimeError as error:
         raise _explained(error, run, checkpointer) from error
