@@ -69,7 +69,7 @@ ROOMS = {
         *["run", "loop"],
     ],
     "planning": ["chips", "collectives", "plan"],
-    "cli": ["mistakes", "flags", "running", "arguments", "main"],
+    "cli": ["mistakes", "recipes", "flags", "running", "arguments", "train", "main"],
 }
 # Above the package; nothing inside it may import them.
 ROOF = ("train", "configs", "benchmarks", "tests")

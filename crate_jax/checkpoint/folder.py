@@ -37,7 +37,7 @@ def no_checkpoint(directory: Path) -> FileNotFoundError:
     """The error of a reader who finds none."""
     return FileNotFoundError(
         f"workdir must hold a checkpoint; {directory.parent} has none. "
-        f"Train first: python train.py --workdir={directory.parent}"
+        f"Train first: python -m crate_jax train --workdir={directory.parent}"
     )
 
 

@@ -249,7 +249,7 @@ def test_best_without_any_metric(tmp_path):
 def test_no_checkpoint(tmp_path):
     message = (
         f"workdir must hold a checkpoint; {tmp_path} has none. "
-        f"Train first: python train.py --workdir={tmp_path}"
+        f"Train first: python -m crate_jax train --workdir={tmp_path}"
     )
     for prepare in (lambda: None, lambda: (tmp_path / FOLDER).mkdir()):
         prepare()
