@@ -75,14 +75,19 @@ def compare(new: dict[str, Any], old: dict[str, Any]) -> tuple[list[str], bool]:
     return lines, good
 
 
+def path(text: str) -> Path:
+    """A path; ~ is the home directory."""
+    return Path(text).expanduser()
+
+
 def main() -> None:
     """Compare, print, and end with 1 if the new result is worse."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
-    parser.add_argument("new", type=Path, help="what step.py has just written")
+    parser.add_argument("new", type=path, help="what step.py has just written")
     parser.add_argument(
-        "committed", type=Path, nargs="?", help="default: of that name, in benchmarks/results"
+        "committed", type=path, nargs="?", help="default: of that name, in benchmarks/results"
     )
     args = parser.parse_args()
     committed = args.committed or RESULTS / args.new.name

@@ -9,6 +9,7 @@ is on disk, and ``restore_s`` reading it back, digest compared. Medians, lowest 
 rounds, after one round that compiles. The last line is JSON.
 """
 
+import os
 import tempfile
 import time
 from typing import Any
@@ -48,7 +49,11 @@ def measure(checkpointer: Checkpointer, step: int, state: Any, abstract: Any) ->
 def main() -> None:
     """Save and restore in turns, print."""
     parser = command_line(__doc__, model="crate_large_patch16_224", rounds=5)
-    parser.add_argument("--folder", help="where to write; default: the folder of temporary files")
+    parser.add_argument(
+        "--folder",
+        type=os.path.expanduser,
+        help="where to write; default: the folder of temporary files",
+    )
     args = parser.parse_args()
     task = Classify(crate_jax.create_model(args.model))
     mesh, tx, key = make_mesh(), optax.adamw(1e-3), jax.random.key(0)

@@ -66,7 +66,7 @@ def json_file(text: str) -> Path:
     """A path that ends in .json."""
     if not text.endswith(".json"):
         raise argparse.ArgumentTypeError(f"must end in .json; got {text}.")
-    return Path(text)
+    return Path(text).expanduser()
 
 
 def child(*arguments: object, **environment: str) -> Result:

@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from crate_jax.files import Json
+from crate_jax.files import Json, expanded
 from crate_jax.models.variants import ModelConfig, check_family, values_of
 from crate_jax.models.variants import overrides as overrides
 from crate_jax.models.variants import renamed as renamed
@@ -24,10 +24,8 @@ _Recipe = TypeVar("_Recipe")
 class DataConfig:
     """Where the examples come from and what happens to each on its way to the device."""
 
-    dataset: str = option(
-        "digits", "digits, folder, tar, synthetic, or any TFDS name", identity=True
-    )
-    data_dir: str | None = option(None, "TFDS directory or folder root; unset: TFDS's own default")
+    dataset: str = option("digits", "digits, folder, tar, synthetic, or a TFDS name", identity=True)
+    data_dir: str | None = option(None, "TFDS directory or folder root; unset: TFDS's", path=True)
     train_split: str = option(
         "train", "TFDS split syntax, or a folder under data_dir", identity=True
     )
@@ -57,7 +55,7 @@ class DataConfig:
     max_bad_share: float = option(0.01, "of the examples that may be skipped", low=0, high=1)
     check_crc: bool = option(False, "whether TFRecord checksums are verified at each read")
     index_dir: str | None = option(
-        None, "where indices of TFRecord and tar files are kept; unset: beside the files"
+        None, "where indices of TFRecord and tar files are kept; unset: beside the files", path=True
     )
 
 
@@ -129,7 +127,7 @@ class TrainConfig:
     eval_batch_size: int = option(256, "examples per evaluation step over all devices", low=1)
     total_epochs: float = option(1.0, "length of the run, epochs", above=0)
     total_steps: int | None = option(None, "in optimizer steps; overrides total_epochs", low=1)
-    init_weights: str | None = option(None, "start from this file or run; unset: from scratch")
+    init_weights: str | None = option(None, "file or run to start from; unset: scratch", path=True)
     init_fit: tuple[str, ...] = option(
         (), "what of init_weights may differ: head, image_size, patch_size, in_channels, …"
     )
@@ -209,7 +207,7 @@ def get_field(config: TrainConfig | Section, path: str) -> object:
 def validate(config: TrainConfig) -> TrainConfig:
     """Check every rule that needs nothing but the config, and return the config.
 
-    Names that a flag gave as one string, ``a,b``, become several.
+    Names given as one string, ``a,b``, become several, and ``~`` in a path the home directory.
 
     Raises:
         ValueError: a field breaks its rule; the message names it, the rule, the value and the
@@ -221,6 +219,8 @@ def validate(config: TrainConfig) -> TrainConfig:
         check(path, field, value, f"Set --config.{path}.")
         if field.type == tuple[str, ...]:
             setattr(section, field.name, _split(value))
+        if option_of(field).path and value is not None:
+            setattr(section, field.name, expanded(value, path))
     check_family(config.model)
     if config.optim.schedule == "official_readme" and config.optim.end_lr:
         raise ValueError(

@@ -1,4 +1,4 @@
-"""Files that are written whole or not at all."""
+"""Paths as a person writes them, and files that are written whole or not at all."""
 
 import contextlib
 import os
@@ -8,6 +8,37 @@ from typing import Any
 
 # Values that JSON can hold, by name: the record of a checkpoint, the result of a command.
 Json = dict[str, Any]
+
+
+def expanded(path: str | os.PathLike[str], name: str) -> str:
+    """A path in which ``~`` or ``~USER`` at the start has become that home directory.
+
+    Everything else stays as it is: ``gs://…``, and ``$VARIABLES``, which are the shell's.
+
+    Args:
+        path: of a flag, of a field of a config, or of a call.
+        name: of that flag, field or argument, for the error.
+
+    Raises:
+        ValueError: there is no such user.
+    """
+    text = os.fspath(path)
+    if not text.startswith("~"):
+        # pathlib makes ~ of ./~, which would become the home directory when it is read again.
+        return os.path.abspath(text) if str(Path(text)).startswith("~") else text
+    found = os.path.expanduser(text)
+    if found == text:
+        raise ValueError(
+            f"{name} must name a user's home after ~; got {text}. Correct the user's name, or "
+            "give an absolute path."
+        )
+    return found
+
+
+def cache_folder() -> str:
+    """Where this project keeps what can be made again: ``crate_jax`` below XDG_CACHE_HOME."""
+    base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    return os.path.join(expanded(base, "XDG_CACHE_HOME"), "crate_jax")
 
 
 @contextlib.contextmanager
@@ -26,7 +57,7 @@ def written_aside(path: str | Path) -> Iterator[Path]:
         FileNotFoundError: there is no such folder.
         IsADirectoryError: the path itself is one.
     """
-    path = Path(path)
+    path = Path(expanded(path, "the file"))
     if not path.parent.is_dir():
         raise FileNotFoundError(
             f"{path} must lie in an existing folder; there is no {path.parent}. Make it first."

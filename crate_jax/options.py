@@ -38,6 +38,7 @@ class Option:
         lengths: how many entries a tuple may have; (): any number.
         identity: whether another value makes a run another run.
         how: whether a model's field says only how it computes, and not what.
+        path: whether it is a path: `crate_jax.config.validate` puts the home directory for ~.
     """
 
     help: str
@@ -49,6 +50,7 @@ class Option:
     lengths: tuple[int, ...] = ()
     identity: bool = False
     how: bool = False
+    path: bool = False
 
     @property
     def bounds(self) -> list[tuple[str, float]]:

@@ -3,7 +3,6 @@
 import re
 import shlex
 import subprocess
-import sys
 import tomllib
 
 import pytest
@@ -12,6 +11,7 @@ from command import ROOT
 
 from crate_jax.cli import main as cli
 from crate_jax.cli.flags import config_flag, parse_config
+from crate_jax.cli.recipes import DEFAULT
 from crate_jax.config import TrainConfig, get_field, validate
 
 DOCS = sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md")])
@@ -55,13 +55,16 @@ COMMANDS = [
 
 def check(program, arguments, monkeypatch):
     """Parse a command as it would be, up to where it would begin to work."""
+    if program == "crate_jax" and arguments[:1] == ["train"]:
+        assert cli.parse(arguments).config_flags == arguments[1:]
+        program, arguments = "train.py", arguments[1:]
     if program == "train.py":
-        monkeypatch.setattr(sys, "argv", ["train.py", *arguments])
+        argv = ["train.py", *arguments]
         monkeypatch.chdir(ROOT)
         values = flags.FlagValues()
-        config = config_flag("configs/digits.py", sys.argv, values)
+        config = config_flag(DEFAULT, argv, values)
         flags.DEFINE_string("workdir", None, "", flag_values=values)
-        assert values(sys.argv) == ["train.py"]
+        assert values(argv) == ["train.py"]
         validate(config.value)
         return
     args = cli.parse(arguments)
@@ -104,6 +107,7 @@ def test_commands_are_found_wherever_they_stand():
         ("train.py", ["--config=configs/imagenet1k.py:huge"], KeyError),
         ("train.py", ["--config.optim.optimizer=adam"], ValueError),
         ("train.py", ["--work=x"], flags.Error),
+        ("crate_jax", ["train", "--config=imagenet1k:huge"], KeyError),
         ("crate_jax", ["checkpoint", "runs/x"], SystemExit),
         ("crate_jax", ["checkpoints", "--workdir=runs/x"], SystemExit),
     ],
@@ -143,4 +147,4 @@ def test_a_container_file_names_what_exists(path):
     assert set(extras.split(",")) <= set(project["optional-dependencies"])
     assert name(path) in text
     # What the build of the package reads must be in the image.
-    assert {project["readme"], *project["license-files"]} <= set(text.split())
+    assert {project["readme"], *project["license-files"], "setup.py"} <= set(text.split())

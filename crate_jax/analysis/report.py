@@ -6,6 +6,8 @@ from pathlib import Path
 import numpy as np
 from jax.typing import ArrayLike
 
+from crate_jax.files import expanded
+
 
 def by_layer(scalars: Mapping[str, ArrayLike]) -> dict[str, np.ndarray]:
     """The measures of the objective, an array (L,) each.
@@ -62,4 +64,4 @@ def draw_layerwise(values: Mapping[str, np.ndarray], path: str | Path, *, title:
         axes.grid(alpha=0.3)
         axes.spines[["top", "right"]].set_visible(False)
     figure.suptitle(title, fontsize=11)
-    figure.savefig(path)
+    figure.savefig(expanded(path, "path"))

@@ -37,7 +37,17 @@ def no_checkpoint(directory: Path) -> FileNotFoundError:
     """The error of a reader who finds none."""
     return FileNotFoundError(
         f"workdir must hold a checkpoint; {directory.parent} has none. "
-        f"Train first: python train.py --workdir={directory.parent}"
+        f"Train first: python -m crate_jax train --workdir={directory.parent}"
+    )
+
+
+def unwritable(directory: Path, steps: list[int], error: Exception) -> OSError:
+    """The error of a save that could not be written; these steps stay."""
+    reason = str(error).strip().split("\n")[0].rpartition(": ")[2]
+    kept = f"Intact: {', '.join(map(str, steps))}" if steps else "There is none yet"
+    return OSError(
+        f"{directory} must take checkpoints; it did not ({reason}). {kept}. Free or mount the "
+        "disk, and run again."
     )
 
 

@@ -18,9 +18,10 @@ from crate_jax.checkpoint.best import UNSAID, Best
 from crate_jax.checkpoint.digest import changed, digest
 from crate_jax.checkpoint.engine import for_reading, for_writing
 from crate_jax.checkpoint.folder import FOLDER, no_checkpoint, set_aside, sweep, unwritable
+from crate_jax.checkpoint.owner import own_together
 from crate_jax.checkpoint.record import DIGEST, best_of, is_whole, seal, unseal
 from crate_jax.checkpoint.shapes import OtherTreeError, check_fits, saved_shapes
-from crate_jax.files import Json
+from crate_jax.files import Json, expanded
 from crate_jax.parallel import PyTree, all_agree
 
 # Seconds for which a process that has read a step waits for the others to have read it, and one
@@ -37,10 +38,11 @@ class Checkpointer:
             highest test/top1.
         keep_latest: how many of the newest are kept.
         keep_best: how many of the best are kept besides.
-        read_only: open without ever writing or deleting.
+        read_only: never write or delete; else this process owns the workdir until `close`.
 
     Raises:
         FileNotFoundError: read_only, and there is no checkpoint.
+        OSError: not read_only, and another process owns the workdir, or it cannot be written to.
     """
 
     def __init__(
@@ -52,8 +54,9 @@ class Checkpointer:
         keep_best: int = 1,
         read_only: bool = False,
     ):
-        self.directory = Path(workdir).absolute() / FOLDER
+        self.directory = Path(expanded(workdir, "workdir")).absolute() / FOLDER
         self._saving: int | None = None
+        self._owner = None if read_only else own_together(self.directory.parent)
         there = self.directory.is_dir()
         if read_only and not there:
             raise no_checkpoint(self.directory)
@@ -100,7 +103,7 @@ class Checkpointer:
     def save(
         self, step: int, state: PyTree, record: Json, metrics: dict[str, float] | None = None
     ) -> None:
-        """Start writing a step; one that exists already is left as it is.
+        """Start writing a step.
 
         Args:
             step: optimizer steps done.
@@ -109,11 +112,14 @@ class Checkpointer:
             metrics: of the evaluation at this very step, if there was one.
 
         Raises:
+            FileExistsError: the step is there already.
             OSError: this save could not be started, or the one before could not be finished (this
                 one is then under way). Earlier steps are intact.
         """
         if step in self._manager.all_steps():
-            return
+            raise FileExistsError(
+                f"step must be new; {self.directory} holds {step} already. Go on from that one."
+            )
         failure: OSError | None = None
         try:
             self.wait()
@@ -257,6 +263,8 @@ class Checkpointer:
         with contextlib.suppress(OSError):  # or it would take the place of what ended the run
             self.wait()
         self._manager.close()
+        if self._owner:
+            self._owner.release()
 
     def reached_preemption(self, step: int) -> bool:
         """Whether some process was told to end; true at the same step on all of them.

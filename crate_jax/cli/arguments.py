@@ -14,12 +14,20 @@ from crate_jax.config import (
     TrainConfig,
     from_dict,
 )
-from crate_jax.files import Json
+from crate_jax.files import Json, expanded
 
 if TYPE_CHECKING:  # imported where it is used, with JAX
     from crate_jax.models.classifier import ImageClassifier
 
 Subparsers = argparse._SubParsersAction  # what `add_subparsers` gives; argparse hides its name
+
+
+def path(text: str) -> str:
+    """The type of a flag that names a file or folder: ~ is the home directory."""
+    try:
+        return expanded(text, "the path")
+    except ValueError as error:  # of which argparse would not tell the words
+        raise argparse.ArgumentTypeError(str(error)) from error
 
 
 def add_model(parser: argparse.ArgumentParser) -> None:
@@ -52,7 +60,9 @@ def add_model(parser: argparse.ArgumentParser) -> None:
 def add_data(parser: argparse.ArgumentParser) -> None:
     """Which examples, and what happens to them."""
     parser.add_argument("--dataset", help="digits, folder, tar, synthetic or a TFDS name")
-    parser.add_argument("--data_dir", help="where the data set is prepared, or a folder's root")
+    parser.add_argument(
+        "--data_dir", type=path, help="where the data set is prepared, or a folder's root"
+    )
     parser.add_argument("--split", help="default: the run's, or test")
     parser.add_argument("--batch_size", type=int, help="examples per step over all devices")
     parser.add_argument(

@@ -19,6 +19,7 @@ from crate_jax.cli.arguments import (
     default_data,
     named_model,
     override_data,
+    path,
     resize_method,
     saved_run,
 )
@@ -37,11 +38,13 @@ def add_compare(subparsers: Subparsers) -> None:
     """The flags of `compare`."""
     parser = subparsers.add_parser("compare", help="ours against PyTorch, layer by layer")
     parser.add_argument(
-        "--weights", required=True, help="a weights file, a run or one of its steps"
+        "--weights", type=path, required=True, help="a weights file, a run or one of its steps"
     )
-    parser.add_argument("--reference", help="PyTorch's weights; default: the same")
+    parser.add_argument("--reference", type=path, help="PyTorch's weights; default: the same")
     add_model(parser)
-    parser.add_argument("--images", help="a folder of images; default: the run's, or seeded noise")
+    parser.add_argument(
+        "--images", type=path, help="a folder of images; default: the run's, or seeded noise"
+    )
     add_data(parser)
     parser.add_argument(
         "--dtype", choices=("float32", "bfloat16"), default="float32", help="of our computation"
@@ -62,7 +65,9 @@ def add_compare(subparsers: Subparsers) -> None:
         action="store_true",
         help="also train PyTorch in float64: how far rounding alone carries a training",
     )
-    parser.add_argument("--html", help="also write the comparison as a page to this file")
+    parser.add_argument(
+        "--html", type=path, help="also write the comparison as a page to this file"
+    )
     parser.set_defaults(function=compare)
 
 

@@ -1,24 +1,23 @@
-"""The flags of a recipe: --config=FILE.py[:VARIANT], and --config.FIELD=VALUE for every field."""
+"""The flags of a recipe: --config=RECIPE[:VARIANT], and --config.FIELD=VALUE for every field."""
 
 import dataclasses
 import functools
-import runpy
 import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import TypeVar
 
 import absl.flags
 
 from crate_jax.cli.mistakes import complain, raised_here, text
-from crate_jax.config import TrainConfig, did_you_mean, get_field, renamed
+from crate_jax.cli.recipes import load_recipe
+from crate_jax.config import TrainConfig, get_field, renamed
 
 _Parsed = TypeVar("_Parsed")
 
 
-def define_config_flag(default: str) -> absl.flags.FlagHolder:
-    """`config_flag` for `sys.argv`; a mistake ends the process with one line and status 2."""
-    return _exit_if_wrong(functools.partial(config_flag, default, sys.argv, absl.flags.FLAGS))
+def define_config_flag(default: str, argv: list[str]) -> absl.flags.FlagHolder:
+    """`config_flag` for absl's FLAGS; a mistake ends the process with one line and status 2."""
+    return _exit_if_wrong(functools.partial(config_flag, default, argv, absl.flags.FLAGS))
 
 
 def parse_flags(argv: list[str]) -> list[str]:
@@ -57,7 +56,7 @@ def config_flag(
     its family, and what the recipe says of a model holds where that family has the field.
 
     Args:
-        default: path of the recipe when `argv` names none.
+        default: the recipe when `argv` names none.
         argv: the command line, the program's name first.
         values: where to define the flags.
 
@@ -77,7 +76,7 @@ def config_flag(
         name, separator, value = flag.lstrip("-").removeprefix("no").partition("=")
         if flag.startswith("-") and (name == "config" or name.startswith("config.")):
             given[name] = value if separator else following
-    config = _recipe(given.pop("config", default))
+    config = load_recipe(given.pop("config", default))
     if model := given.get("config.model.name"):
         config.model = renamed(config.model, model)
     for name in given:
@@ -90,28 +89,13 @@ def config_flag(
     holder = config_flags.DEFINE_config_dataclass(
         "config",
         config,
-        "Recipe: FILE.py[:VARIANT].",
+        "Recipe: NAME[:VARIANT] or FILE.py[:VARIANT].",
         flag_values=values,
         sys_argv=argv,
         parse_fn=recipe,
     )
     values["config"].default_as_str = repr(default)  # for --help, which would print all of it
     return holder
-
-
-def _recipe(path: str) -> TrainConfig:
-    """The config of FILE.py or FILE.py:VARIANT."""
-    file, separator, variant = path.partition(":")
-    if not Path(file).is_file():
-        recipes = [str(Path(file).parent / p.name) for p in Path(file).parent.glob("*.py")]
-        raise FileNotFoundError(
-            f"--config must be a recipe file; got {file}. " + did_you_mean(file, recipes)
-        )
-    try:
-        get_config = runpy.run_path(file)["get_config"]
-    except (SyntaxError, KeyError) as error:
-        raise ValueError(f"--config must be a recipe; {file} is none ({error}).") from error
-    return get_config(variant) if separator else get_config()
 
 
 def _exit_if_wrong(parse: Callable[[], _Parsed]) -> _Parsed:

@@ -10,9 +10,11 @@ from crate_jax.cli.models import add_convert, add_plan, add_summary
 from crate_jax.cli.prepare import add_prepare
 from crate_jax.cli.running import run_command
 from crate_jax.cli.runs import add_checkpoints, add_evaluate, add_report
+from crate_jax.cli.train import add_train, train
 
 # In the order in which --help lists them.
 COMMANDS = (
+    add_train,
     add_evaluate,
     add_convert,
     add_prepare,
@@ -27,6 +29,8 @@ COMMANDS = (
 def main(argv: list[str] | None = None) -> int:
     """`python -m crate_jax COMMAND …`; returns the exit status."""
     args = parse(argv)
+    if args.function is train:  # absl's, as it ends the process itself
+        train(args.config_flags)
     return run_command(lambda: args.function(args))
 
 
@@ -37,7 +41,9 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     for add in COMMANDS:
         add(subparsers)
     args, rest = parser.parse_known_args(argv)
-    if rest and not (args.command == "plan" and all(x.startswith("--config.") for x in rest)):
+    own_flags = args.command == "train"
+    fields = args.command == "plan" and all(x.startswith("--config.") for x in rest)
+    if rest and not (own_flags or fields):
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     args.config_flags = rest
     return args

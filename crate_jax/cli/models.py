@@ -3,7 +3,7 @@
 import argparse
 import sys
 
-from crate_jax.cli.arguments import Subparsers, add_model, named_model, resize_method
+from crate_jax.cli.arguments import Subparsers, add_model, named_model, path, resize_method
 from crate_jax.cli.flags import parse_config
 from crate_jax.files import Json
 
@@ -14,6 +14,7 @@ def add_convert(subparsers: Subparsers) -> None:
     parser.add_argument(
         "--from",
         dest="source",
+        type=path,
         required=True,
         help="a weights file of any kind, a run or one of its steps, a tree of Orbax, or a folder "
         "with model.safetensors or pytorch_model.bin",
@@ -21,6 +22,7 @@ def add_convert(subparsers: Subparsers) -> None:
     parser.add_argument(
         "--to",
         dest="target",
+        type=path,
         required=True,
         help="FILE.safetensors, .npz, .pth, .pt or .bin (a bare state dict), .ckpt (Lightning's "
         "form), or .pth.tar (that of the official scripts)",

@@ -3,7 +3,7 @@
 import argparse
 import sys
 
-from crate_jax.cli.arguments import Subparsers
+from crate_jax.cli.arguments import Subparsers, path
 from crate_jax.files import Json
 
 
@@ -13,10 +13,18 @@ def add_prepare(subparsers: Subparsers) -> None:
         "prepare", help="a folder or ImageNet's tar files as a TFDS data set of array_record files"
     )
     parser.add_argument(
-        "--from", dest="source", required=True, help="holds a folder or a tar file for each split"
+        "--from",
+        dest="source",
+        type=path,
+        required=True,
+        help="holds a folder or a tar file for each split",
     )
     parser.add_argument(
-        "--to", dest="target", required=True, help="what data.data_dir will be; may be half done"
+        "--to",
+        dest="target",
+        type=path,
+        required=True,
+        help="what data.data_dir will be; may be half done",
     )
     parser.add_argument(
         "--name", help="what data.dataset will be, NAME or NAME:VERSION; ImageNet's own has one"

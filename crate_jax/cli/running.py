@@ -15,7 +15,7 @@ import absl.logging
 import jax
 
 from crate_jax.cli.mistakes import complain, raised_here, text
-from crate_jax.files import Json
+from crate_jax.files import Json, cache_folder, expanded
 from crate_jax.parallel import LostProcess
 
 TRY_AGAIN = 75  # EX_TEMPFAIL of sysexits.h; schedulers restart on any status but 0
@@ -80,12 +80,15 @@ def enable_compilation_cache() -> None:
     One folder for each kind of processor: code compiled for one may not run on another that
     shares the home directory.
     """
-    if not jax.config.values["jax_compilation_cache_dir"]:
-        base = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    given = jax.config.values["jax_compilation_cache_dir"]
+    if given:
+        given = expanded(given, "JAX_COMPILATION_CACHE_DIR")
+        jax.config.update("jax_compilation_cache_dir", given)
+    else:
         cpuinfo = Path("/proc/cpuinfo")
         lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else [platform.processor()]
         features = sorted({x for x in lines if x.startswith(("flags", "Features", "model name"))})
         kind = f"{platform.machine()}-{zlib.crc32(repr(features).encode()):08x}"
-        jax.config.update("jax_compilation_cache_dir", str(Path(base) / "crate_jax" / kind))
+        jax.config.update("jax_compilation_cache_dir", str(Path(cache_folder()) / kind))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)

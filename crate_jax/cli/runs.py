@@ -12,6 +12,7 @@ from crate_jax.cli.arguments import (
     default_data,
     model_kwargs,
     override_data,
+    path,
     resize_method,
     saved_run,
 )
@@ -26,9 +27,13 @@ if TYPE_CHECKING:  # imported where they are used
 def add_evaluate(subparsers: Subparsers) -> None:
     """The flags of `evaluate`."""
     parser = subparsers.add_parser("evaluate", help="exact metrics over a split, such as top-1")
-    parser.add_argument("--workdir", help="a run; its newest checkpoint unless --step says else")
+    parser.add_argument(
+        "--workdir", type=path, help="a run; its newest checkpoint unless --step says else"
+    )
     parser.add_argument("--step", help="latest, best or a number (with --workdir)")
-    parser.add_argument("--weights", help="a weights file or run (with --model and --dataset)")
+    parser.add_argument(
+        "--weights", type=path, help="a weights file or run (with --model and --dataset)"
+    )
     add_model(parser)
     add_data(parser)
     parser.set_defaults(function=evaluate)
@@ -125,9 +130,9 @@ def _abstract(run: "Run") -> "tuple[Params, Extra]":
 def add_report(subparsers: Subparsers) -> None:
     """The flags of `report`."""
     parser = subparsers.add_parser("report", help="draw a run's layer-wise objective")
-    parser.add_argument("--workdir", required=True, help="a run")
+    parser.add_argument("--workdir", type=path, required=True, help="a run")
     parser.add_argument("--step", default="latest", help="latest, best or a number")
-    parser.add_argument("--output", help="a picture file; default WORKDIR/layerwise.png")
+    parser.add_argument("--output", type=path, help="a picture file; default WORKDIR/layerwise.png")
     parser.set_defaults(function=report)
 
 
@@ -157,7 +162,7 @@ def add_checkpoints(subparsers: Subparsers) -> None:
     parser = subparsers.add_parser(
         "checkpoints", help="a run's checkpoints: steps, sizes, metrics, and whether each is intact"
     )
-    parser.add_argument("run", help="a run's directory")
+    parser.add_argument("run", type=path, help="a run's directory")
     parser.set_defaults(function=checkpoints)
 
 

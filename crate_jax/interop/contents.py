@@ -12,7 +12,7 @@ from typing import NamedTuple
 import numpy as np
 
 from crate_jax.config import from_dict
-from crate_jax.files import Json
+from crate_jax.files import Json, expanded
 from crate_jax.interop import msgpack, npz, orbax, pth, safetensors
 from crate_jax.interop.folders import pieces, weights_file
 from crate_jax.interop.kinds import kind_of, not_there
@@ -139,7 +139,7 @@ def find_run(path: str | Path) -> tuple[Path, str]:
     """
     from crate_jax.checkpoint.manager import FOLDER
 
-    path = Path(path)
+    path = Path(expanded(path, "weights"))
     if path.parent.name == FOLDER and path.name.isdigit():
         return path.parent.parent, path.name
     workdir = path.parent if path.name == FOLDER else path

@@ -26,7 +26,7 @@ from crate_jax.checkpoint.manager import Checkpointer
 from crate_jax.checkpoint.reading import FACTS, read_facts
 from crate_jax.config import TrainConfig, to_dict
 from crate_jax.data.loader import Batches
-from crate_jax.files import Json
+from crate_jax.files import Json, expanded
 from crate_jax.interop import load_fitted
 from crate_jax.parallel import LostProcess, Shardings, replicated
 from crate_jax.tasks.task import Scalars
@@ -51,7 +51,13 @@ from crate_jax.training.state import (
     replace_params,
     to_stored,
 )
-from crate_jax.training.workdir import Stopped, StopSignal, check_facts, write_config
+from crate_jax.training.workdir import (
+    Stopped,
+    StopSignal,
+    check_facts,
+    check_workdir,
+    write_config,
+)
 
 # What XLA calls errors that are the program's own: another try would end the same.
 _OURS = ("INVALID_ARGUMENT", "UNIMPLEMENTED")
@@ -82,15 +88,16 @@ def train(config: TrainConfig, workdir: str | Path) -> Json:
         ValueError, KeyError, FileNotFoundError: the config, the data or the workdir break a rule.
         FloatingPointError: a metric of a step is not finite.
         OSError: a checkpoint could not be written, and config.on_failed_save is "stop" or it is the
-            last one.
+            last one; or another process owns the workdir.
         Stopped: SIGINT or SIGTERM; the state is saved.
         LostProcess: another process of the run has ended.
     """
     start = time.perf_counter()
-    workdir = Path(workdir)
+    workdir = Path(expanded(workdir, "workdir"))
     run = set_up(config, "train", "eval", workdir=workdir)
     checkpointer = open_checkpoints(run, workdir)
     try:
+        check_workdir(config, workdir)  # again: another start may have come before the lock
         record = _run(run, checkpointer, workdir)
     except jax.errors.JaxRuntimeError as error:
         raise _explained(error, run, checkpointer) from error

@@ -213,10 +213,11 @@ def test_a_damaged_record_does_not_say_what_is_best(tmp_path):
     reader.close()
 
 
-def test_existing_step_is_left_as_it_is(tmp_path):
+def test_existing_step_is_left_as_it_is_and_that_is_said(tmp_path):
     checkpointer = write(tmp_path, [0.5, 0.6])
     before = listing(tmp_path / FOLDER)
-    checkpointer.save(2, small(99), {"step": 99}, {"test/top1": 0.99})
+    with pytest.raises(FileExistsError, match=r"^step must be new; .*/checkpoints holds 2 already"):
+        checkpointer.save(2, small(99), {"step": 99}, {"test/top1": 0.99})
     checkpointer.wait()
     assert listing(tmp_path / FOLDER) == before
     state, record = checkpointer.restore(2, small_abstract())
@@ -252,7 +253,7 @@ def test_best_without_any_metric(tmp_path):
 def test_no_checkpoint(tmp_path):
     message = (
         f"workdir must hold a checkpoint; {tmp_path} has none. "
-        f"Train first: python train.py --workdir={tmp_path}"
+        f"Train first: python -m crate_jax train --workdir={tmp_path}"
     )
     for prepare in (lambda: None, lambda: (tmp_path / FOLDER).mkdir()):
         prepare()
@@ -550,12 +551,12 @@ def test_nothing_is_set_aside_where_nothing_is_whole(tmp_path):
     write_noise(tmp_path, 2).close()
     for step in "12":
         truncate(tmp_path / FOLDER / step / "state/manifest.ocdbt")
-    before = listing(tmp_path)
+    before = listing(tmp_path / FOLDER)
     checkpointer = Checkpointer(tmp_path)
     with pytest.raises(ValueError, match=r"^checkpoint must be readable; step 2 in") as caught:
         checkpointer.restore_newest(jax.eval_shape(lambda: noise(0)))
     assert_unreadable(caught, tmp_path, 2)
-    assert listing(tmp_path) == before
+    assert listing(tmp_path / FOLDER) == before
     checkpointer.close()
 
 
@@ -575,7 +576,7 @@ def test_flipped_bit_is_found_by_readers_of_parameters(tmp_path):
 def test_second_damage_of_a_step_gets_a_name_of_its_own(tmp_path):
     for _ in range(2):
         checkpointer = Checkpointer(tmp_path)
-        for step in (1, 2):
+        for step in {1, 2} - set(checkpointer.steps):
             checkpointer.save(step, noise(step), {})
         checkpointer.close()
         flip_one_bit(tmp_path / FOLDER / "2")

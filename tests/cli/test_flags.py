@@ -1,7 +1,5 @@
 """The flags of a recipe: types, the model's name before its fields, one line for each mistake."""
 
-import sys
-
 import pytest
 from absl import flags
 from command import ROOT
@@ -133,10 +131,9 @@ def test_a_recipe_that_sets_a_wrong_field_is_a_mistake(tmp_path):
         parsed(f"--config={recipe}")
 
 
-def test_a_mistake_ends_the_process_with_one_line(monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", ["train.py", "--config.model.widht=3"])
+def test_a_mistake_ends_the_process_with_one_line(capsys):
     with pytest.raises(SystemExit) as caught:
-        define_config_flag(DIGITS)
+        define_config_flag(DIGITS, ["train.py", "--config.model.widht=3"])
     err = capsys.readouterr().err
     assert caught.value.code == 2 and err.startswith("error: model.widht must name a field of ")
     assert err.count("\n") == 1
@@ -145,12 +142,11 @@ def test_a_mistake_ends_the_process_with_one_line(monkeypatch, capsys):
     assert "the command line must hold flags alone; got x" in capsys.readouterr().err
 
 
-def test_a_bug_keeps_its_trace(monkeypatch, tmp_path):
+def test_a_bug_keeps_its_trace(tmp_path):
     recipe = tmp_path / "recipe.py"
     recipe.write_text("def get_config():\n    return {}['x']\n")
-    monkeypatch.setattr(sys, "argv", ["train.py", f"--config={recipe}"])
     with pytest.raises(KeyError, match="x"):
-        define_config_flag(DIGITS)
+        define_config_flag(DIGITS, ["train.py", f"--config={recipe}"])
 
 
 def test_the_help_names_the_recipe_and_not_all_of_it():

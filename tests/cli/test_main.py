@@ -193,12 +193,31 @@ def test_report_draws_the_run(trained):
 
 def test_train_without_flags_starts():
     """The bare command gets past its flags; CI runs it to the end."""
-    process = start("train.py", "--help")
-    out, _ = process.communicate(timeout=100)
-    assert "--workdir" in out and "--config" in out
-    process = start("-c", "import sys; sys.argv = ['train.py']; import train; print(train._CONFIG)")
-    out, err = process.communicate(timeout=100)
-    assert process.returncode == 0, err
+    status, out, err = run("train.py", "--help")
+    assert status == 0, err
+    assert "--workdir" in out and "--config" in out and "--config.optim.lr=0.002: peak" in out
+
+
+def test_the_package_trains_from_anywhere(trained, tmp_path):
+    """With the recipe's name alone, and what train.py began: the two are the same program."""
+    shutil.copytree(trained[0], tmp_path / "runs" / "digits")
+    (tmp_path / "flags").write_text("--config.total_steps=8\n")
+    done = subprocess.run(
+        [sys.executable, "-m", "crate_jax", "train", *TINY, "--flagfile=flags"],
+        cwd=tmp_path,
+        env=environment() | {"PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=200,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "runs/digits is complete at step 8. Nothing to do." in done.stderr
+    clock = ("seconds",)
+    found = json.loads(done.stdout)
+    assert {k: v for k, v in found.items() if k not in clock} == {
+        k: v for k, v in trained[1].items() if k not in clock
+    }
+    assert {p.name for p in tmp_path.iterdir()} == {"runs", "flags"}
 
 
 @pytest.mark.parametrize(

@@ -13,9 +13,12 @@ import numpy as np
 import pytest
 from stored import convert, encode_crops, write_array_record, write_folder
 
+import crate_jax.checkpoint.owner as owner_module
 import crate_jax.config as config_module
+import crate_jax.training.loop as loop_module
 import crate_jax.training.run as run_module
 from crate_jax.checkpoint.manager import Checkpointer
+from crate_jax.checkpoint.owner import Owner
 from crate_jax.checkpoint.reading import restore_params
 from crate_jax.config import DataConfig, OptimConfig, ParallelConfig, TrainConfig
 from crate_jax.data.stores.sources import open_source
@@ -24,6 +27,7 @@ from crate_jax.options import option_of
 from crate_jax.parallel import start_processes
 from crate_jax.training.loop import open_checkpoints, restore_or_init, train
 from crate_jax.training.run import evaluate_split, set_up
+from crate_jax.training.workdir import write_config
 
 
 def metrics_of(workdir):
@@ -321,6 +325,33 @@ def test_every_field_of_the_config_is_read(four_steps, tiny_config, tmp_path, ph
     # total_steps stands in for total_epochs here; name is read by train.py, see test_cli; the
     # section of the model by build_model.
     assert unread - read == {("TrainConfig", name) for name in ("total_epochs", "name")}
+
+
+def test_a_workdir_with_an_owner_is_left_alone(tiny_config, tmp_path, monkeypatch):
+    monkeypatch.setattr(owner_module, "WAIT_S", 0.1)
+    owner = Owner(tmp_path)
+    before = sorted(p.name for p in tmp_path.iterdir())
+    with pytest.raises(OSError, match=r"^workdir must have one owner at a time; .* belongs to pro"):
+        train(tiny_config(), tmp_path)
+    assert sorted(p.name for p in tmp_path.iterdir()) == before
+    owner.release()
+
+
+def test_of_two_starts_at_once_the_second_belongs_to_the_config_of_the_first(
+    tiny_config, tmp_path, monkeypatch
+):
+    other = tiny_config(model__depth=3)
+
+    def after_the_other(run, workdir):
+        write_config(other, workdir)
+        return open_checkpoints(run, workdir)
+
+    monkeypatch.setattr(loop_module, "open_checkpoints", after_the_other)
+    with pytest.raises(ValueError, match=r"^model\.depth must stay 3 in"):
+        train(tiny_config(), tmp_path)
+    assert json.loads((tmp_path / "config.json").read_text())["model"]["depth"] == 3
+    assert not (tmp_path / "metrics.jsonl").exists()
+    Owner(tmp_path).release()  # it is free again
 
 
 def test_a_bucket_is_no_workdir(tiny_config):

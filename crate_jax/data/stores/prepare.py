@@ -14,7 +14,7 @@ import numpy as np
 from crate_jax.config import DataConfig
 from crate_jax.data.stores import storage, tars
 from crate_jax.data.stores.sources import STORES, Source, check_same_classes, open_source
-from crate_jax.files import Json, written_aside
+from crate_jax.files import Json, expanded, written_aside
 
 # Examples a file: about 140 MB of ImageNet, whose training split then has TFDS's 1,025 files.
 SHARD_EXAMPLES = 1250
@@ -56,6 +56,7 @@ def prepare(
         ValueError, FileNotFoundError: there is nothing to prepare, splits differ in their classes,
             a name does not fit, the target holds something else, or the source has changed.
     """
+    source_dir, target_dir = expanded(source_dir, "--from"), expanded(target_dir, "--to")
     if storage.is_remote(target_dir):
         raise ValueError(f"--to must be a local folder; got {target_dir}. Copy the result there.")
     sources = _open_splits(source_dir)

@@ -17,7 +17,7 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from crate_jax.config import DataConfig
-from crate_jax.files import written_aside
+from crate_jax.files import cache_folder, expanded, written_aside
 
 # Of what the arrays of an index mean; another number makes them all anew.
 INDEX_VERSION = 2
@@ -68,12 +68,13 @@ def data_folder(data: DataConfig) -> str:
         raise ValueError(
             f"data.data_dir must be set for a {data.dataset}. Set --config.data.data_dir=ROOT."
         )
-    if not is_folder(data.data_dir):
+    folder = expanded(data.data_dir, "data.data_dir")
+    if not is_folder(folder):
         raise FileNotFoundError(
-            f"data.data_dir must be an existing directory; got {data.data_dir}. "
+            f"data.data_dir must be an existing directory; got {folder}. "
             "Set --config.data.data_dir."
         )
-    return data.data_dir
+    return folder
 
 
 def join(folder: str, *parts: str) -> str:
@@ -219,10 +220,10 @@ def cached_index(
         states = list(pool.map(file_state, files))
     described = np.array(f"{INDEX_VERSION} {list(zip(files, states, strict=True))}")
     name = f".crate_jax_index_{hashlib.sha256(repr(files).encode()).hexdigest()[:16]}.npz"
-    cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-    chosen = (
-        [os.path.expanduser(index_dir)] if index_dir else [beside, f"{cache}/crate_jax/indices"]
-    )
+    if index_dir:
+        chosen = [expanded(index_dir, "data.index_dir")]
+    else:
+        chosen = [beside, f"{cache_folder()}/indices"]
     folders = [Path(folder) for folder in chosen if not is_remote(folder)]
     for folder in folders:
         arrays = _read_index(folder / name)

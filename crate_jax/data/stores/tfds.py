@@ -162,10 +162,9 @@ def _prepared(make: Callable[..., Builder], data: DataConfig, report: TextIO) ->
     import tensorflow_datasets as tfds
     from tensorflow_datasets.core import registered
 
-    if data.data_dir is not None:
-        storage.data_folder(data)
+    folder = None if data.data_dir is None else storage.data_folder(data)
     try:
-        builder = make(data_dir=data.data_dir)
+        builder = make(data_dir=folder)
     except tfds.core.DatasetNotFoundError as error:
         raise UnknownDatasetError(data.dataset, registered.list_imported_builders()) from error
     except (AssertionError, ValueError) as error:  # of the version; of the spelling or the config
@@ -182,13 +181,13 @@ def _prepared(make: Callable[..., Builder], data: DataConfig, report: TextIO) ->
             f"{_where_it_may_be(data, builder)}, or let TFDS download and prepare it with "
             "--config.data.download=True."
         )
-    builder = make(data_dir=data.data_dir, file_format="array_record")
+    builder = make(data_dir=folder, file_format="array_record")
     try:
         with contextlib.redirect_stdout(report):
             builder.download_and_prepare()
     except OSError:
         # Another process of this run, say, has been quicker: the same files are there.
-        builder = make(data_dir=data.data_dir)
+        builder = make(data_dir=folder)
         if not builder.is_prepared():
             raise
     except ImportError as error:
