@@ -27,7 +27,7 @@ def main(argv: list[str]) -> None:
         enable_compilation_cache()
         return train(_CONFIG.value, _WORKDIR.value or f"runs/{_CONFIG.value.name}")
 
-    sys.exit(run_command(command))
+    sys.exit(run_command(command, kept=True))
 
 
 if __name__ == "__main__":

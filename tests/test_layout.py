@@ -14,12 +14,15 @@ ROOT = Path(__file__).parent.parent
 
 # Lowest first: a file imports only from floors below its own.
 FLOORS = [
+    "errors",
+    "streams",
     "files",
     "options",
     "models.variants",  # the families' fields, which the section of the model has too
     "config",
     "objective",
     "models",
+    "machine",
     "parallel",
     "analysis",
     "data",
@@ -50,7 +53,7 @@ ROOMS = {
         "cost",
         "zoo",
     ],
-    "data": ["rows", "stores", "images", "loader"],
+    "data": ["rows", "stores", "images", "workers", "loader"],
     "tasks": ["losses", "pixels", "mixing", "task", "classify"],
     "checkpoint": ["digest", "best", "record", "folder", "engine", "manager", "reading"],
     "analysis": ["taps", "layerwise", "report"],

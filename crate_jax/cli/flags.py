@@ -10,8 +10,10 @@ from typing import TypeVar
 
 import absl.flags
 
-from crate_jax.cli.mistakes import complain, raised_here, text
+from crate_jax.cli.mistakes import complain, text
 from crate_jax.config import TrainConfig, did_you_mean, get_field, renamed
+from crate_jax.errors import is_mistake
+from crate_jax.streams import secure_streams
 
 _Parsed = TypeVar("_Parsed")
 
@@ -108,16 +110,21 @@ def _recipe(path: str) -> TrainConfig:
             f"--config must be a recipe file; got {file}. " + did_you_mean(file, recipes)
         )
     try:
-        get_config = runpy.run_path(file)["get_config"]
-    except (SyntaxError, KeyError) as error:
+        get_config = runpy.run_path(file).get("get_config")
+    except SyntaxError as error:
+        if error.filename not in (file, None):  # of what the recipe imports, and None of no text
+            raise
         raise ValueError(f"--config must be a recipe; {file} is none ({error}).") from error
+    if get_config is None:
+        raise ValueError(f"--config must be a recipe; {file} is none: it has no get_config.")
     return get_config(variant) if separator else get_config()
 
 
 def _exit_if_wrong(parse: Callable[[], _Parsed]) -> _Parsed:
+    secure_streams()
     try:
         return parse()
-    except (absl.flags.Error, ValueError, KeyError, OSError) as error:
-        if not isinstance(error, absl.flags.Error | OSError) and not raised_here(error):
+    except Exception as error:
+        if not isinstance(error, absl.flags.Error) and not is_mistake(error):
             raise
         sys.exit(complain(text(error)))
