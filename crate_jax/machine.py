@@ -25,13 +25,13 @@ def explained(error: Exception) -> str | None:
             f"the program must fit into memory; it does not ({first_line(error)}). Lower the batch "
             "size, end other programs, or take a machine with more."
         )
+    if not isinstance(error, RuntimeError | AssertionError):
+        return None
     if found := _DEAD_WORKER.search(str(error)):
         return _worker_ended(int(found[1]))
     if "Disallowed " in str(error):
         return _forbidden_transfers()
-    if isinstance(error, RuntimeError | AssertionError):  # JAX's, where it finds no device
-        return _no_device(error)
-    return None
+    return _no_device(error)
 
 
 def lacks_memory(error: Exception) -> bool:
@@ -116,9 +116,10 @@ def _no_device(error: Exception) -> str | None:
         except Exception as again:
             reason = str(again)  # nothing, of an AssertionError
     asked = jax.config.values["jax_platforms"] or "nothing set"
-    reason = first_line(error).partition(" (set JAX_PLATFORMS")[0] if reason else "none"
+    said = first_line(error).partition(" (set JAX_PLATFORMS")[0]  # whose remedy is another
+    detail = f" ({said})" if reason else ""
     return (
-        f"JAX_PLATFORMS must name devices that this machine has; JAX finds none with {asked} "
-        f"({reason}). Set JAX_PLATFORMS=cpu to run on the CPU, or unset it. A GPU needs its driver "
+        f"JAX_PLATFORMS must name devices that this machine has; JAX finds none with {asked}"
+        f"{detail}. Set JAX_PLATFORMS=cpu to run on the CPU, or unset it. A GPU needs its driver "
         "and pip install 'crate-jax[cuda]', a TPU pip install 'crate-jax[tpu]'."
     )

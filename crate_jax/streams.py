@@ -6,6 +6,7 @@ Whoever watches may leave at any time, and no step and no checkpoint depends on 
 import atexit
 import contextlib
 import errno
+import io
 import os
 import sys
 from collections.abc import Callable, Iterable
@@ -16,6 +17,14 @@ _GONE = {
     *(errno.EPIPE, errno.EIO, errno.EBADF, errno.ENXIO),
     *(errno.ECONNRESET, errno.ESHUTDOWN, errno.ENOTCONN),
 }
+
+
+class Nowhere(io.TextIOBase):
+    """What stands for a standard stream that a program was started without."""
+
+    def write(self, text: str, /) -> int:
+        """Take a text, and forget it."""
+        return len(text)
 
 
 class Tolerant:
@@ -30,7 +39,7 @@ class Tolerant:
         failure: why text was dropped, if somebody still reads the stream.
     """
 
-    def __init__(self, stream: TextIO, *, redirect: bool = False):
+    def __init__(self, stream: TextIO | Nowhere, *, redirect: bool = False):
         self._stream, self._redirect, self._gone = stream, redirect, False
         self.failure: OSError | None = None
 
@@ -100,7 +109,7 @@ def tolerant(stream: TextIO | None) -> TextIO:
     """A stream that drops what cannot be written; of None, everything."""
     if isinstance(stream, Tolerant):
         return cast(TextIO, stream)
-    return cast(TextIO, Tolerant(stream or open(os.devnull, "w")))
+    return cast(TextIO, Tolerant(stream or Nowhere()))
 
 
 def secure_streams() -> None:
@@ -109,7 +118,7 @@ def secure_streams() -> None:
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name)
         if not isinstance(stream, Tolerant):
-            stream = Tolerant(stream or open(os.devnull, "w"), redirect=True)  # noqa: SIM115
+            stream = Tolerant(stream or Nowhere(), redirect=True)
             setattr(sys, name, stream)
             atexit.register(stream.finish)
 

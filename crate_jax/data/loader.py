@@ -26,6 +26,8 @@ MAX_AHEAD, ON_DEVICE = 32, 2
 # Pieces of one worker: in its hands, in its queue, and two in those of the process that asked.
 IN_TRANSIT = 4
 LOGGED_BAD_EXAMPLES = 10
+# Rows of a stream without an end: Grain divides their number as a float, and more would round up.
+ENDLESS = 2**52
 
 _log = logging.getLogger("crate_jax")
 _log.setLevel(logging.WARNING)
@@ -70,7 +72,7 @@ def train_batches(
     load = _LoadForTraining(rows, skip=data.on_bad_example == "skip")
     stream = grain.MapDataset.range(len(rows)).seed(seed % 2**32).shuffle().repeat()
     # Random numbers are drawn by the position in the stream, hence before it is shared out.
-    stream = stream.random_map(load)[examples_seen:][process_index::process_count]
+    stream = stream.random_map(load)[examples_seen:ENDLESS][process_index::process_count]
     return Batches(stream, rows, data, batch_size // process_count, sharding)
 
 
