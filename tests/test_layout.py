@@ -55,7 +55,9 @@ ROOMS = {
     ],
     "data": ["rows", "stores", "images", "workers", "loader"],
     "tasks": ["losses", "pixels", "mixing", "task", "classify"],
-    "checkpoint": ["digest", "best", "record", "folder", "engine", "manager", "reading"],
+    "checkpoint": [
+        *["faults", "digest", "best", "record", "folder", "engine", "manager", "reading"],
+    ],
     "analysis": ["taps", "layerwise", "report"],
     "interop": [
         *["safetensors", "npz", "pth", "layouts", "tree", "faults", "resize", "fit"],

@@ -7,6 +7,7 @@ with them and compared. This module knows pytrees and paths alone.
 """
 
 import contextlib
+import functools
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -18,8 +19,10 @@ from orbax.checkpoint.checkpoint_manager import METRIC_ITEM_NAME
 from crate_jax.checkpoint.best import UNSAID, Best
 from crate_jax.checkpoint.digest import changed, digest
 from crate_jax.checkpoint.engine import for_reading, for_writing
+from crate_jax.checkpoint.faults import DamagedStepError, damages, refusals
 from crate_jax.checkpoint.folder import FOLDER, no_checkpoint, set_aside, sweep
 from crate_jax.checkpoint.record import DIGEST, best_of, is_whole, seal, unseal
+from crate_jax.errors import first_line
 from crate_jax.files import Json
 from crate_jax.parallel import PyTree, all_agree
 
@@ -123,11 +126,9 @@ class Checkpointer:
             state=ocp.args.StandardSave(state),
             record=ocp.args.JsonSave(seal(record, digest(state), metrics, self.best)),
         )
-        try:
+        with refusals(self._unwritable):
             # force: the loop decides when; Orbax has no interval of its own to keep.
             self._manager.save(step, args=items, metrics=metrics, force=True)
-        except Exception as error:  # tensorstore's ValueErrors as well as OSErrors
-            raise self._unwritable(error) from error
         self._saving = step
         if failure is not None:
             raise failure
@@ -175,7 +176,7 @@ class Checkpointer:
             found = None
             try:
                 found = self.restore(step, abstract_state)
-            except ValueError as error:
+            except DamagedStepError as error:
                 problems[step] = str(error)
             wait_s = AGREEMENT_S if found is None else READING_S
             if all_agree(found is not None, wait_s=wait_s) and found is not None:
@@ -213,7 +214,7 @@ class Checkpointer:
         """
         found = self._manager.metrics(step)
         if found is None and (self.directory / str(step) / METRIC_ITEM_NAME).exists():
-            raise ValueError(self._damage(step, "its metrics cannot be read"))
+            raise DamagedStepError(self._damage(step, "its metrics cannot be read"))
         return dict(found or {})
 
     def restore_record(self, step: int) -> Json:
@@ -229,11 +230,9 @@ class Checkpointer:
 
     def saved_shapes(self, step: int) -> PyTree:
         """The tree of a step's state as `jax.ShapeDtypeStruct` leaves; nothing else is read."""
-        try:
-            folder: Any = self.directory / str(step) / "state"
+        folder: Any = self.directory / str(step) / "state"
+        with damages(functools.partial(self._unreadable, step)):
             tree = ocp.PyTreeCheckpointHandler().metadata(folder).tree
-        except Exception as error:
-            raise self._unreadable(step, error) from error
         return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), tree)
 
     def wait(self) -> None:
@@ -243,12 +242,13 @@ class Checkpointer:
             OSError: it could not be written; what it left behind is removed, earlier steps stay.
         """
         step, self._saving = self._saving, None
-        try:
-            self._manager.wait_until_finished()
-        except Exception as error:  # tensorstore's ValueErrors as well as OSErrors
-            sweep(self.directory, step)
-            self._manager.reload()  # or it would keep the failed step in mind, and drop a good one
-            raise self._unwritable(error) from error
+        with refusals(self._unwritable):
+            try:
+                self._manager.wait_until_finished()
+            except Exception:
+                sweep(self.directory, step)
+                self._manager.reload()  # or it would keep the failed step, and drop a good one
+                raise
 
     def close(self) -> None:
         """Finish the saves and release the directory; failures are `wait`'s to report."""
@@ -264,26 +264,20 @@ class Checkpointer:
         return self._manager.reached_preemption(step)
 
     def _read(self, step: int, items: ocp.args.Composite) -> Mapping[str, PyTree]:
-        try:
+        with damages(functools.partial(self._unreadable, step)):
             return self._manager.restore(step, args=items)
-        except jax.errors.JaxRuntimeError as error:
-            if jax.process_count() > 1:  # another process is gone, which says nothing of the step
-                raise
-            raise self._unreadable(step, error) from error
-        except Exception as error:  # Orbax raises bare Exceptions, and KeyErrors and JSON errors
-            raise self._unreadable(step, error) from error
 
     def _checked(self, step: int, tree: PyTree, record: Json) -> Json:
         """The record as it was saved, once it and the tree have been compared with that."""
         # Runs of the first days have neither checksum nor digest.
-        if not is_whole(record):
-            raise ValueError(self._damage(step, "its record is not what was saved"))
+        if not isinstance(record, dict) or not is_whole(record):
+            raise DamagedStepError(self._damage(step, "its record is not what was saved"))
         if DIGEST in record and tree and (paths := changed(tree, record[DIGEST])):
-            raise ValueError(self._damage(step, f"{paths[0]} is not what was saved"))
+            raise DamagedStepError(self._damage(step, f"{paths[0]} is not what was saved"))
         return unseal(record)
 
-    def _unreadable(self, step: int, error: Exception) -> ValueError:
-        return ValueError(self._damage(step, str(error).strip().split("\n")[0][:200]))
+    def _unreadable(self, step: int, error: Exception) -> DamagedStepError:
+        return DamagedStepError(self._damage(step, first_line(error)))
 
     def _damage(self, step: int, reason: str) -> str:
         others = ", ".join(str(other) for other in self.steps if other != step)
