@@ -4,6 +4,7 @@ import errno
 import io
 import json
 import os
+import signal
 import subprocess
 import sys
 
@@ -15,6 +16,7 @@ from crate_jax.cli.main import main
 from crate_jax.cli.running import run_command
 from crate_jax.streams import Tolerant, failure, tolerant
 from crate_jax.training.progress import Progress
+from crate_jax.training.workdir import StopSignal
 
 
 class Failing(io.StringIO):
@@ -91,6 +93,17 @@ def test_a_line_that_cannot_be_written_is_still_a_mistakes_status(monkeypatch):
     assert main(["summary", "crate_tyni_patch16_224"]) == 2
 
 
+@pytest.mark.parametrize("nohup", [False, True])
+def test_a_terminal_that_goes_asks_a_run_to_stop(nohup):
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN if nohup else signal.SIG_DFL)
+    try:
+        with StopSignal() as stop:
+            signal.raise_signal(signal.SIGHUP)
+            assert stop.at(1) == (None if nohup else "SIGHUP")
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
 SUMMARY = f"{sys.executable} -m crate_jax summary crate_tiny_patch16_224"
 
 
@@ -114,7 +127,6 @@ def shell(line, **options):
         (f"{SUMMARY} | head -c 0", 0),
         (f"{SUMMARY} >&- 2>&- <&-", 0),
         (f"{SUMMARY} >/dev/full 2>/dev/full", 2),
-        (f"{sys.executable} -m crate_jax --help | head -c 0", 0),
     ],
 )
 def test_commands_end_quietly(line, status):

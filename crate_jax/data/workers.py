@@ -12,11 +12,13 @@ from crate_jax.machine import check_shared_memory
 def end_with_parent(worker_index: int, worker_count: int) -> None:
     """Let a worker end when its program is killed, and only then.
 
-    It would wait for ever to hand over a batch. Ctrl-C, and the SIGTERM of many schedulers, reach
-    all processes; they are the program's to act on, which needs its workers to end the step.
+    It would wait for ever to hand over a batch. Ctrl-C, the SIGHUP of a terminal that goes, and the
+    SIGTERM of many schedulers reach all processes; they are the program's to act on, which needs
+    its workers to end the step.
     """
-    for stop in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(stop, signal.SIG_IGN)
+    for name in ("SIGINT", "SIGTERM", "SIGHUP"):
+        if hasattr(signal, name):  # Windows has not all
+            signal.signal(getattr(signal, name), signal.SIG_IGN)
     parent = multiprocessing.parent_process()
 
     def wait() -> None:
