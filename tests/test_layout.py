@@ -14,6 +14,8 @@ ROOT = Path(__file__).parent.parent
 
 # Lowest first: a file imports only from floors below its own.
 FLOORS = [
+    "errors",
+    "streams",
     "files",
     "options",
     "models.variants",  # the families' fields, which the section of the model has too
@@ -21,6 +23,7 @@ FLOORS = [
     "placement",
     "objective",
     "models",
+    "machine",
     "parallel",
     "analysis",
     "data",
@@ -51,10 +54,10 @@ ROOMS = {
         "cost",
         "zoo",
     ],
-    "data": ["rows", "stores", "images", "loader"],
+    "data": ["rows", "stores", "images", "workers", "loader"],
     "tasks": ["losses", "pixels", "mixing", "task", "classify"],
     "checkpoint": [
-        *["digest", "best", "record", "shapes", "folder", "owner"],
+        *["faults", "digest", "best", "record", "shapes", "folder", "owner"],
         *["engine", "manager", "reading"],
     ],
     "analysis": ["taps", "layerwise", "report"],

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
+from jax.typing import ArrayLike
 
 from crate_jax.parallel import PyTree
 
@@ -22,14 +23,14 @@ def digest(tree: PyTree) -> dict[str, int]:
     devices; each of them reads its own share.
 
     Args:
-        tree: of arrays of at most 32 bits an element, on devices or not.
+        tree: of arrays, on devices or not; 64 bits count as two elements of 32.
 
     Returns:
         {"params/head/bias": fingerprint}, on the host; the same on every process.
     """
     leaves, _ = jax.tree.flatten_with_path(tree)
     paths = [path_of(path) for path, _ in leaves]
-    found = np.asarray(_fingerprints([leaf for _, leaf in leaves]))
+    found = np.asarray(_fingerprints([_halved(leaf) for _, leaf in leaves]))
     return dict(zip(paths, found.tolist(), strict=True))
 
 
@@ -48,6 +49,13 @@ def changed(tree: PyTree, expected: dict[str, int]) -> list[str]:
     return [path for path, value in digest(tree).items() if expected.get(path) != value]
 
 
+def _halved(leaf: ArrayLike) -> ArrayLike:
+    """An array on the host of 64 bits an element as one of 32, which JAX takes in any mode."""
+    if isinstance(leaf, Array) or (host := np.asarray(leaf)).itemsize < 8:
+        return leaf
+    return host[..., None].view(np.uint32)
+
+
 @jax.jit
 def _fingerprints(leaves: list[Array]) -> Array:
     return jnp.stack([_fingerprint(leaf) for leaf in leaves])
@@ -56,6 +64,8 @@ def _fingerprints(leaves: list[Array]) -> Array:
 def _fingerprint(x: Array) -> Array:
     if x.dtype == jnp.bool_:
         x = x.astype(jnp.uint8)
+    if x.dtype.itemsize == 8:  # with another axis, of the halves, the low one first
+        x = jax.lax.bitcast_convert_type(x, jnp.uint32)
     bits = jax.lax.bitcast_convert_type(x, _UINT[x.dtype.itemsize]).astype(jnp.uint32)
     place = jnp.zeros(x.shape, jnp.uint32)
     for axis in range(x.ndim):  # not by reshaping, which would gather what is sharded

@@ -49,13 +49,3 @@ def unwritable(directory: Path, steps: list[int], error: Exception) -> OSError:
         f"{directory} must take checkpoints; it did not ({reason}). {kept}. Free or mount the "
         "disk, and run again."
     )
-
-
-def unwritable(directory: Path, intact: list[int], error: Exception) -> OSError:
-    """The error of a save that could not be written, which leaves those steps."""
-    reason = str(error).strip().split("\n")[0].rpartition(": ")[2]
-    kept = f"Intact: {', '.join(map(str, intact))}" if intact else "There is none yet"
-    return OSError(
-        f"{directory} must take checkpoints; it did not ({reason}). {kept}. Free or mount the "
-        "disk, and run again."
-    )

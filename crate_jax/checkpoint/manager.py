@@ -7,20 +7,22 @@ with them and compared. This module knows pytrees and paths alone.
 """
 
 import contextlib
+import functools
 from collections.abc import Mapping
 from pathlib import Path
 
-import jax
 import orbax.checkpoint as ocp
 from orbax.checkpoint.checkpoint_manager import METRIC_ITEM_NAME
 
 from crate_jax.checkpoint.best import UNSAID, Best
 from crate_jax.checkpoint.digest import changed, digest
 from crate_jax.checkpoint.engine import for_reading, for_writing
+from crate_jax.checkpoint.faults import DamagedStepError, damages, refusals
 from crate_jax.checkpoint.folder import FOLDER, no_checkpoint, set_aside, sweep, unwritable
 from crate_jax.checkpoint.owner import own_together
 from crate_jax.checkpoint.record import DIGEST, best_of, is_whole, seal, unseal
-from crate_jax.checkpoint.shapes import OtherTreeError, check_fits, saved_shapes
+from crate_jax.checkpoint.shapes import check_fits, saved_shapes
+from crate_jax.errors import first_line
 from crate_jax.files import Json, expanded
 from crate_jax.parallel import PyTree, all_agree
 
@@ -129,11 +131,9 @@ class Checkpointer:
             state=ocp.args.StandardSave(state),
             record=ocp.args.JsonSave(seal(record, digest(state), metrics, self.best)),
         )
-        try:
+        with refusals(self._unwritable):
             # force: the loop decides when; Orbax has no interval of its own to keep.
             self._manager.save(step, args=items, metrics=metrics, force=True)
-        except Exception as error:  # tensorstore's ValueErrors as well as OSErrors
-            raise unwritable(self.directory, self.steps, error) from error
         self._saving = step
         if failure is not None:
             raise failure
@@ -183,9 +183,7 @@ class Checkpointer:
             found = None
             try:
                 found = self.restore(step, abstract_state)
-            except OtherTreeError:
-                raise
-            except ValueError as error:
+            except DamagedStepError as error:
                 problems[step] = str(error)
             wait_s = AGREEMENT_S if found is None else READING_S
             if all_agree(found is not None, wait_s=wait_s) and found is not None:
@@ -223,7 +221,7 @@ class Checkpointer:
         """
         found = self._manager.metrics(step)
         if found is None and (self.directory / str(step) / METRIC_ITEM_NAME).exists():
-            raise ValueError(self._damage(step, "its metrics cannot be read"))
+            raise DamagedStepError(self._damage(step, "its metrics cannot be read"))
         return dict(found or {})
 
     def restore_record(self, step: int) -> Json:
@@ -239,10 +237,8 @@ class Checkpointer:
 
     def saved_shapes(self, step: int) -> PyTree:
         """The tree of a step's state as `jax.ShapeDtypeStruct` leaves; nothing else is read."""
-        try:
+        with damages(functools.partial(self._unreadable, step)):
             return saved_shapes(self.directory, step)
-        except Exception as error:
-            raise self._unreadable(step, error) from error
 
     def wait(self) -> None:
         """Block until the save that was started is on disk.
@@ -251,12 +247,13 @@ class Checkpointer:
             OSError: it could not be written; what it left behind is removed, earlier steps stay.
         """
         step, self._saving = self._saving, None
-        try:
-            self._manager.wait_until_finished()
-        except Exception as error:  # tensorstore's ValueErrors as well as OSErrors
-            sweep(self.directory, step)
-            self._manager.reload()  # or it would keep the failed step in mind, and drop a good one
-            raise unwritable(self.directory, self.steps, error) from error
+        with refusals(self._unwritable):
+            try:
+                self._manager.wait_until_finished()
+            except Exception:
+                sweep(self.directory, step)
+                self._manager.reload()  # or it would keep the failed step, and drop a good one
+                raise
 
     def close(self) -> None:
         """Finish the saves and release the directory; failures are `wait`'s to report."""
@@ -276,30 +273,25 @@ class Checkpointer:
     def _read(
         self, step: int, items: ocp.args.Composite, wanted: PyTree = None, *, part: bool = False
     ) -> Mapping[str, PyTree]:
-        try:
+        with damages(functools.partial(self._unreadable, step)):
             if wanted is not None:
                 self._manager.wait_until_finished()  # a save under way has no shapes yet
                 check_fits(self.directory, step, wanted, part=part)
             return self._manager.restore(step, args=items)
-        except OtherTreeError:
-            raise
-        except jax.errors.JaxRuntimeError as error:
-            if jax.process_count() > 1:  # another process is gone, which says nothing of the step
-                raise
-            raise self._unreadable(step, error) from error
-        except Exception as error:  # Orbax raises bare Exceptions, and KeyErrors and JSON errors
-            raise self._unreadable(step, error) from error
+
+    def _unwritable(self, error: Exception) -> OSError:
+        return unwritable(self.directory, self.steps, error)
 
     def _checked(self, step: int, tree: PyTree, record: Json) -> Json:
         """The record, once it and the tree are compared with what was saved, if that is known."""
-        if not is_whole(record):
-            raise ValueError(self._damage(step, "its record is not what was saved"))
+        if not isinstance(record, dict) or not is_whole(record):
+            raise DamagedStepError(self._damage(step, "its record is not what was saved"))
         if DIGEST in record and tree and (paths := changed(tree, record[DIGEST])):
-            raise ValueError(self._damage(step, f"{paths[0]} is not what was saved"))
+            raise DamagedStepError(self._damage(step, f"{paths[0]} is not what was saved"))
         return unseal(record)
 
-    def _unreadable(self, step: int, error: Exception) -> ValueError:
-        return ValueError(self._damage(step, str(error).strip().split("\n")[0][:200]))
+    def _unreadable(self, step: int, error: Exception) -> DamagedStepError:
+        return DamagedStepError(self._damage(step, first_line(error)))
 
     def _damage(self, step: int, reason: str) -> str:
         others = ", ".join(str(other) for other in self.steps if other != step)

@@ -6,6 +6,7 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
+from crate_jax.checkpoint.faults import DamagedStepError
 from crate_jax.checkpoint.folder import FOLDER
 from crate_jax.checkpoint.manager import Checkpointer
 from crate_jax.checkpoint.record import FACTS, newest
@@ -129,7 +130,7 @@ def _inspect(reader: Checkpointer, step: int) -> Json:
         found["metrics"] = reader.metrics(step)
         shapes = reader.saved_shapes(step)
         reader.restore_part(step, shapes, _as_numpy(shapes))
-    except (ValueError, OSError) as error:
+    except DamagedStepError as error:
         return found | {"intact": False, "problem": str(error)}
     return found | {"intact": True if reader.has_digest(step) else None}
 

@@ -7,12 +7,9 @@ import jax
 import orbax.checkpoint as ocp
 
 from crate_jax.checkpoint.digest import path_of
+from crate_jax.checkpoint.faults import OtherTreeError
 from crate_jax.checkpoint.record import DIGEST, is_whole, read_from_disk
 from crate_jax.parallel import PyTree
-
-
-class OtherTreeError(ValueError):
-    """What is to be restored is not what a checkpoint holds, which may well be whole."""
 
 
 def saved_shapes(directory: Path, step: int) -> PyTree:

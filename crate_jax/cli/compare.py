@@ -79,7 +79,9 @@ def compare(args: argparse.Namespace) -> Json:
     try:
         from crate_jax.parity.compare import TOLERANCES
         from crate_jax.parity.comparison import page, table
-    except ImportError:
+    except ModuleNotFoundError as error:
+        if error.name != "torch":
+            raise
         raise ValueError("compare needs PyTorch. pip install 'crate-jax[torch]'") from None
     with written_aside(args.html) if args.html else contextlib.nullcontext() as aside:
         found, conditions = _compare(args)

@@ -8,9 +8,11 @@ from typing import TypeVar
 
 import absl.flags
 
-from crate_jax.cli.mistakes import complain, raised_here, text
+from crate_jax.cli.mistakes import complain, text
 from crate_jax.cli.recipes import load_recipe
 from crate_jax.config import TrainConfig, get_field, renamed
+from crate_jax.errors import is_mistake
+from crate_jax.streams import secure_streams
 
 _Parsed = TypeVar("_Parsed")
 
@@ -99,9 +101,10 @@ def config_flag(
 
 
 def _exit_if_wrong(parse: Callable[[], _Parsed]) -> _Parsed:
+    secure_streams()
     try:
         return parse()
-    except (absl.flags.Error, ValueError, KeyError, OSError) as error:
-        if not isinstance(error, absl.flags.Error | OSError) and not raised_here(error):
+    except Exception as error:
+        if not isinstance(error, absl.flags.Error) and not is_mistake(error):
             raise
         sys.exit(complain(text(error)))

@@ -11,6 +11,7 @@ from crate_jax.cli.prepare import add_prepare
 from crate_jax.cli.running import run_command
 from crate_jax.cli.runs import add_checkpoints, add_evaluate, add_report
 from crate_jax.cli.train import add_train, train
+from crate_jax.streams import secure_streams
 
 # In the order in which --help lists them.
 COMMANDS = (
@@ -25,13 +26,17 @@ COMMANDS = (
     add_plan,
 )
 
+# Their work is in files when they end; a result that nobody can write down loses nothing.
+WRITERS = ("train", "convert", "prepare", "report")
+
 
 def main(argv: list[str] | None = None) -> int:
     """`python -m crate_jax COMMAND …`; returns the exit status."""
+    secure_streams()
     args = parse(argv)
     if args.function is train:  # absl's, as it ends the process itself
         train(args.config_flags)
-    return run_command(lambda: args.function(args))
+    return run_command(lambda: args.function(args), kept=args.command in WRITERS)
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:

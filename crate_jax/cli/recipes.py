@@ -35,9 +35,13 @@ def load_recipe(recipe: str) -> TrainConfig:
     if not file.is_file():
         raise _unknown(name)
     try:
-        get_config = runpy.run_path(str(file))["get_config"]
-    except (SyntaxError, KeyError) as error:
+        get_config = runpy.run_path(str(file)).get("get_config")
+    except SyntaxError as error:
+        if error.filename not in (str(file), None):  # of an import of the recipe, and None: no text
+            raise
         raise ValueError(f"--config must be a recipe; {file} is none ({error}).") from error
+    if get_config is None:
+        raise ValueError(f"--config must be a recipe; {file} is none: it has no get_config.")
     return get_config(variant) if separator else get_config()
 
 

@@ -14,24 +14,35 @@ import absl.flags
 import absl.logging
 import jax
 
-from crate_jax.cli.mistakes import complain, raised_here, text
+from crate_jax.cli.mistakes import complain, text
+from crate_jax.errors import is_mistake
 from crate_jax.files import Json, cache_folder, expanded
+from crate_jax.machine import explained
 from crate_jax.parallel import LostProcess
+from crate_jax.streams import failure, secure_streams
 
 TRY_AGAIN = 75  # EX_TEMPFAIL of sysexits.h; schedulers restart on any status but 0
 
 
-def run_command(command: Callable[[], Json]) -> int:
+def run_command(command: Callable[[], Json], *, kept: bool = False) -> int:
     """Run a command: its result is the last line of stdout, a user's mistake one line of stderr.
 
     A mistake is an error that this project raises itself, or one of the operating system about a
-    file; any other is a bug and keeps its trace.
+    file; the machine's own errors are told like it. Any other is a bug and keeps its trace.
+
+    A reader who leaves early, as ``head`` does, changes neither what is done nor the status: the
+    status says what the command did. A full disk behind stdout does where the result is lost.
+
+    Args:
+        command: returns the result.
+        kept: whether files hold what the command did, and nothing is lost with its result.
 
     Returns:
         Exit status: 0; 1 if the result says that something is not ``within_tolerance`` or not
         ``intact``; 2 for a mistake; `TRY_AGAIN` for a run that was told to stop and is saved, 130
         for a command that was interrupted otherwise.
     """
+    secure_streams()
     quiet_libraries()
     try:
         result = command()
@@ -42,9 +53,9 @@ def run_command(command: Callable[[], Json]) -> int:
         complain(str(error))
         _leave(TRY_AGAIN)
     except Exception as error:
-        mistake = isinstance(error, (ValueError, KeyError, OSError, FloatingPointError))
-        if mistake and (isinstance(error, OSError) or raised_here(error)):
-            status = complain(text(error))
+        line = text(error) if is_mistake(error) else explained(error)
+        if line is not None:
+            status = complain(line)
         elif jax.distributed.is_initialized():
             traceback.print_exc()
             status = 1
@@ -54,6 +65,9 @@ def run_command(command: Callable[[], Json]) -> int:
             _leave(status)
         return status
     sys.stdout.write(json.dumps(result) + "\n")
+    sys.stdout.flush()
+    if not kept and (lost := failure(sys.stdout)):
+        return complain(f"stdout must take the result; it did not ({lost}). Run again elsewhere.")
     return 0 if result.get("within_tolerance", True) and result.get("intact", True) else 1
 
 

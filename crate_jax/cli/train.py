@@ -39,7 +39,7 @@ def train(arguments: list[str]) -> NoReturn:
 
     def main(rest: list[str]) -> int:
         del rest
-        return run_command(command)
+        return run_command(command, kept=True)
 
     def command():
         from crate_jax.training.loop import train  # after the flags: --help needs no libraries

@@ -8,11 +8,6 @@ import dataclasses
 import functools
 import logging
 import math
-import multiprocessing
-import os
-import signal
-import sys
-import threading
 import time
 from typing import Any
 
@@ -23,12 +18,16 @@ from jax.sharding import Sharding
 
 from crate_jax.config import DataConfig
 from crate_jax.data.rows import BadExampleError, Row, Rows, good_row
+from crate_jax.data.workers import end_with_parent, make_ready
+from crate_jax.errors import judged
 
 # Most batches made ahead, however small they are, and how many more are on the devices.
 MAX_AHEAD, ON_DEVICE = 32, 2
 # Pieces of one worker: in its hands, in its queue, and two in those of the process that asked.
 IN_TRANSIT = 4
 LOGGED_BAD_EXAMPLES = 10
+# Rows of a stream without an end: Grain divides their number as a float, and more would round up.
+ENDLESS = 2**52
 
 _log = logging.getLogger("crate_jax")
 _log.setLevel(logging.WARNING)
@@ -67,12 +66,13 @@ def train_batches(
 
     Raises:
         BadExampleError: by the iterator, if data.on_bad_example is "raise".
-        ValueError: by the iterator, if more rows are bad than data.max_bad_share allows.
+        ValueError: by the iterator, if more rows are bad than data.max_bad_share allows; at once,
+            if shared memory is too small for the workers.
     """
     load = _LoadForTraining(rows, skip=data.on_bad_example == "skip")
     stream = grain.MapDataset.range(len(rows)).seed(seed % 2**32).shuffle().repeat()
     # Random numbers are drawn by the position in the stream, hence before it is shared out.
-    stream = stream.random_map(load)[examples_seen:][process_index::process_count]
+    stream = stream.random_map(load)[examples_seen:ENDLESS][process_index::process_count]
     return Batches(stream, rows, data, batch_size // process_count, sharding)
 
 
@@ -134,6 +134,7 @@ class _LoadForTraining(grain.transforms.RandomMap):
     rows: Rows
     skip: bool
 
+    @judged
     def random_map(self, element: int, rng: np.random.Generator) -> Row:
         row, is_own = good_row(self.rows, element, rng, skip=self.skip)
         return row | {"bad": np.array(-1 if is_own else element)}
@@ -146,6 +147,7 @@ class _LoadForEvaluation(grain.transforms.Map):
     rows: Rows
     skip: bool
 
+    @judged
     def map(self, element: int) -> Row:
         bad = -1
         if element < len(self.rows):
@@ -184,10 +186,10 @@ class Batches:
         threads = min(data.num_threads, ahead)
         made = stream.batch(piece).to_iter_dataset(grain.ReadOptions(threads, ahead))
         if data.num_workers:
-            _make_ready_for_workers()
+            make_ready(data.num_workers * IN_TRANSIT * piece * row_bytes)
             made = made.mp_prefetch(
                 grain.MultiprocessingOptions(data.num_workers, per_worker_buffer_size=1),
-                worker_init_fn=_end_with_parent,
+                worker_init_fn=end_with_parent,
             )
         if piece < batch_size:
             made = grain.experimental.RebatchIterDataset(made, batch_size)
@@ -215,6 +217,7 @@ class Batches:
         if hasattr(self._iterator, "close"):
             self._iterator.close()
 
+    @judged
     def _without_bad(self, batch: Row) -> Row:
         """Take the account of bad rows out of a batch: count, log the first, stop at many."""
         bad = batch.pop("bad")
@@ -265,36 +268,3 @@ def read_ahead(data: DataConfig, batch_size: int, row_bytes: int) -> tuple[int, 
 def to_device(batch: Row, sharding: Sharding) -> dict[str, jax.Array]:
     """This process's rows of a batch to its devices, as one global array a leaf."""
     return {k: jax.make_array_from_process_local_data(sharding, v) for k, v in batch.items()}
-
-
-def _end_with_parent(worker_index: int, worker_count: int) -> None:
-    """Let a worker end when its program is killed, and only then.
-
-    It would wait for ever to hand over a batch. Ctrl-C, and the SIGTERM of many schedulers, reach
-    all processes; they are the program's to act on, which needs its workers to end the step.
-    """
-    for stop in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(stop, signal.SIG_IGN)
-    parent = multiprocessing.parent_process()
-
-    def wait() -> None:
-        if parent is not None:
-            parent.join()
-            os._exit(1)
-
-    threading.Thread(target=wait, daemon=True).start()
-
-
-def _make_ready_for_workers() -> None:
-    """Do what Grain needs of a program that starts workers.
-
-    It reads an absl flag, also where a program uses none. And it leaves batches that workers have
-    ready when they end to Python's resource tracker, which frees them, but says so.
-    """
-    from absl import flags
-
-    if not flags.FLAGS.is_parsed():
-        flags.FLAGS.mark_as_parsed()
-    quiet = "ignore:resource_tracker:UserWarning"
-    if quiet not in sys.warnoptions:  # which multiprocessing hands to the tracker
-        sys.warnoptions.append(quiet)

@@ -26,8 +26,10 @@ from crate_jax.checkpoint.manager import Checkpointer
 from crate_jax.checkpoint.reading import FACTS, read_facts
 from crate_jax.config import TrainConfig, to_dict
 from crate_jax.data.loader import Batches
+from crate_jax.errors import first_line
 from crate_jax.files import Json, expanded
 from crate_jax.interop import load_fitted
+from crate_jax.machine import lacks_memory
 from crate_jax.parallel import LostProcess, Shardings, replicated
 from crate_jax.tasks.task import Scalars
 from crate_jax.training.progress import Reporter
@@ -99,7 +101,7 @@ def train(config: TrainConfig, workdir: str | Path) -> Json:
     try:
         check_workdir(config, workdir)  # again: another start may have come before the lock
         record = _run(run, checkpointer, workdir)
-    except jax.errors.JaxRuntimeError as error:
+    except (jax.errors.JaxRuntimeError, MemoryError) as error:
         raise _explained(error, run, checkpointer) from error
     finally:
         # After an error of this process alone it would wait for the others, and they for it.
@@ -139,16 +141,17 @@ def _run(run: Run, checkpointer: Checkpointer, workdir: Path) -> Json:
 
 def _explained(error: Exception, run: Run, checkpointer: Checkpointer) -> Exception:
     """What an error of XLA means to who started the run; the error itself where it is a bug."""
-    reason = str(error).strip().splitlines()[0]
-    if "RESOURCE_EXHAUSTED" in reason:
+    reason = first_line(error)
+    if lacks_memory(error):
         return ValueError(
-            f"a step must fit into the memory of a device; it does not ({reason[:200]}). Raise "
-            "optim.accumulate_steps, set model.remat=full, or split over more devices."
+            f"a step must fit into the memory of a device; it does not ({reason}). Raise "
+            "optim.accumulate_steps, set model.remat=full, or split over more devices; lower "
+            "eval_batch_size if it was evaluating."
         )
     if not run.distributed or reason.startswith(_OURS):
         return error
     return LostProcess(
-        f"all processes must stay; one was lost, or failed here ({reason[:200]}). Start all "
+        f"all processes must stay; one was lost, or failed here ({reason}). Start all "
         f"of them again: they go on after step {checkpointer.latest_step or 0}."
     )
 

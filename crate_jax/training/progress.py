@@ -11,6 +11,7 @@ import numpy as np
 
 from crate_jax.config import TrainConfig
 from crate_jax.files import Json
+from crate_jax.streams import tolerant
 from crate_jax.training.writer import MetricsWriter
 
 
@@ -160,12 +161,12 @@ class Progress:
 
     Args:
         total_steps: where the run ends.
-        stream: where to write; None writes nothing.
+        stream: where to write, as long as it takes what is written; None writes nothing.
     """
 
     def __init__(self, total_steps: int, stream: IO[str] | None = sys.stderr):
-        self._total, self._stream = total_steps, stream
-        self._live = bool(stream and stream.isatty())
+        self._total, self._stream = total_steps, tolerant(stream) if stream else None
+        self._live = bool(self._stream and self._stream.isatty())
         self._width = 0
 
     def update(

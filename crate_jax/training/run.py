@@ -22,6 +22,7 @@ from crate_jax.data.loader import Batches, check_bad_share, eval_batches, train_
 from crate_jax.data.rows import Rows
 from crate_jax.evaluation.sums import add_up
 from crate_jax.files import Json
+from crate_jax.machine import check_settings
 from crate_jax.parallel import (
     Devices,
     PyTree,
@@ -103,6 +104,7 @@ def set_up(
         ValueError, KeyError, FileNotFoundError: what the user can mend, in one line.
     """
     validate(config)
+    check_settings()
     if config.task not in TASKS:
         raise KeyError(
             f"task must be a known task; got {config.task}. " + did_you_mean(config.task, TASKS)

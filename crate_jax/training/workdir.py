@@ -88,8 +88,10 @@ class Stopped(KeyboardInterrupt):
 class StopSignal:
     """Turns the first SIGINT or SIGTERM into a request to stop; a second one ends the process.
 
+    So does a terminal's SIGHUP when it goes, unless that is ignored, as under nohup.
+
     Where `jax.distributed` runs, SIGTERM belongs to it: it tells all processes, and they agree on
-    a step. SIGINT is passed on to it as a SIGTERM.
+    a step. The others are passed on to it as a SIGTERM.
 
     Args:
         distributed: whether it runs.
@@ -103,7 +105,10 @@ class StopSignal:
     ):
         self._name: str | None = None
         self._reached = reached_preemption if distributed else None
-        self._signals = (signal.SIGINT,) if distributed else (signal.SIGINT, signal.SIGTERM)
+        self._signals = [signal.SIGINT] if distributed else [signal.SIGINT, signal.SIGTERM]
+        hangup = getattr(signal, "SIGHUP", None)  # Windows has none
+        if hangup and signal.getsignal(hangup) is signal.SIG_DFL:
+            self._signals.append(hangup)
         self._pass_on = distributed
         self._previous: dict[int, Any] = {}
 

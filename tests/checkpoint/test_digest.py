@@ -16,7 +16,7 @@ def fingerprint(x):
     """The same in Python's whole numbers, element by element."""
     x = x.astype(np.uint8) if x.dtype == bool else x
     total = 0
-    bits = x.view(f"u{x.dtype.itemsize}").ravel()
+    bits = np.ascontiguousarray(x).view(f"u{min(4, x.dtype.itemsize)}").ravel()
     for place, value in enumerate(bits.tolist()):
         h = value ^ (place * 0x9E3779B1 % U32)
         h = (h ^ (h >> 16)) * 0x85EBCA6B % U32
@@ -81,3 +81,17 @@ def test_part_of_a_tree_is_compared_by_its_paths():
     assert changed({"a": tree["a"]}, expected) == []
     assert changed({"half": arrays(3)["half"]}, expected) == ["half"]
     assert changed({"other": tree["half"]}, expected) == ["other"]
+
+
+@pytest.mark.parametrize("bit", [0, 31, 32, 63])
+def test_64_bits_count_as_two_elements_of_32_whatever_the_mode(bit):
+    rng = np.random.default_rng(4)
+    tree = {"f": rng.normal(size=(3, 5)), "i": rng.integers(-(2**62), 2**62, 4), "n": np.int64(-7)}
+    expected = {path: fingerprint(np.atleast_1d(x)) for path, x in tree.items()}
+    assert digest(tree) == expected
+    with jax.enable_x64(True):
+        on_device = jax.tree.map(jnp.asarray, tree)
+        assert on_device["f"].dtype == jnp.float64
+        assert digest(on_device) == digest(tree) == expected
+    tree["f"].view(np.uint64)[1, 2] ^= np.uint64(1 << bit)
+    assert changed(tree, expected) == ["f"]

@@ -15,9 +15,9 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 from crate_jax.checkpoint.best import Best
+from crate_jax.checkpoint.faults import OtherTreeError
 from crate_jax.checkpoint.manager import FOLDER, Checkpointer
 from crate_jax.checkpoint.reading import inspect, read_params, restore_params
-from crate_jax.checkpoint.shapes import OtherTreeError
 from crate_jax.parallel import make_mesh, replicated, state_shardings
 
 
@@ -494,6 +494,72 @@ def test_relative_workdir(tmp_path, monkeypatch):
     }
     found, _ = restore_params("run", small_abstract()["params"], "best")
     assert found["w"].tolist() == [1.0] * 4
+
+
+# --- what is no damage ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError(errno.EMFILE, "Too many open files"),
+        OSError(errno.EIO, "Input/output error"),
+        MemoryError(),
+        jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory"),
+        NameError("name 'x' is not defined"),
+        ImportError("no module"),
+    ],
+    ids=repr,
+)
+def test_a_failing_system_or_a_bug_is_no_damage(tmp_path, monkeypatch, error):
+    """Nothing is set aside, and what failed is what is told."""
+    write(tmp_path, [0.1, 0.2]).close()
+    checkpointer = Checkpointer(tmp_path)
+
+    def restore(*args, **options):
+        raise error
+
+    monkeypatch.setattr(checkpointer._manager, "restore", restore)
+    with pytest.raises(type(error)) as caught:
+        checkpointer.restore_newest(small_abstract())
+    assert caught.value is error
+    assert checkpointer.steps == [1, 2]
+    error = ValueError("UNAVAILABLE: Error opening file [OS error 116: ESTALE Stale file handle]")
+    with pytest.raises(OSError, match="ESTALE Stale file handle") as caught:
+        checkpointer.restore_newest(small_abstract())
+    assert caught.value.errno == errno.ESTALE
+    monkeypatch.undo()
+    assert checkpointer.restore_newest(small_abstract())[1] == {"step": 2}
+    checkpointer.close()
+
+
+def test_a_bug_while_a_step_is_written_is_no_full_disk(tmp_path, monkeypatch):
+    checkpointer = write(tmp_path, [0.1])
+
+    def save(*args, **options):
+        raise error
+
+    monkeypatch.setattr(checkpointer._manager, "save", save)
+    error = TypeError("Object of type X is not JSON serializable")
+    with pytest.raises(TypeError, match="not JSON serializable"):
+        checkpointer.save(2, small(2), {})
+    error = ValueError("RESOURCE_EXHAUSTED: Error writing [OS error 28: ENOSPC No space left]")
+    with pytest.raises(
+        OSError, match=r"must take checkpoints; it did not \(ENOSPC No space left\]"
+    ):
+        checkpointer.save(2, small(2), {})
+    monkeypatch.undo()
+    checkpointer.close()
+
+
+@pytest.mark.parametrize("text", ["null", '"x"', "[]"])
+def test_a_record_of_another_type_is_damage(tmp_path, text):
+    write(tmp_path, [0.1, 0.2]).close()
+    (tmp_path / FOLDER / "2/record/metadata").write_text(text)
+    checkpointer = Checkpointer(tmp_path)
+    _, record, problems = checkpointer.restore_newest(small_abstract())
+    assert record == {"step": 1} and len(problems) == 1
+    checkpointer.close()
 
 
 # --- going back to what is whole ------------------------------------------------------------------

@@ -21,6 +21,7 @@ from crate_jax.data.loader import eval_batches, read_ahead, to_device, train_bat
 from crate_jax.data.rows import BadExampleError
 from crate_jax.data.stores.sources import Source
 from crate_jax.data.stores.synthetic import SyntheticImages
+from crate_jax.errors import is_mistake
 from crate_jax.parallel import batch_sharding, make_mesh
 
 SHAPE = (6, 5, 3)
@@ -497,3 +498,43 @@ def test_batches_made_in_pieces_are_the_same(photos, workers):
     for name, part in zip(("image", "label"), expected, strict=True):
         assert [len(batch[name]) for batch in batches] == [230, 230]
         np.testing.assert_array_equal(np.concatenate([b[name] for b in batches]), part[:460])
+
+
+@dataclasses.dataclass(frozen=True)
+class Unmade:
+    """Rows that fail as a line of the package does."""
+
+    lines: str
+    name = "unmade/train"
+
+    @property
+    def shapes(self):
+        return {"x": jax.ShapeDtypeStruct((1,), np.float32)}
+
+    def __len__(self):
+        return 4
+
+    def row(self, index, rng):
+        names = {"__name__": "crate_jax.somewhere"}
+        exec(f"def f():\n {self.lines}", names)
+        return names["f"]()
+
+
+@pytest.mark.parametrize(
+    ("lines", "workers", "mistake"),
+    [
+        ("{4: 0}[8]", 1, False),
+        ("with open('/dev/null'): {4: 0}[8]", 0, False),
+        ("with open('/dev/null'): raise ValueError('data.x must be y')", 0, True),
+    ],
+)
+def test_a_bug_in_a_worker_is_no_mistake(lines, workers, mistake):
+    """Grain raises an error again in other frames, each of which has a ``raise``."""
+    data = DataConfig(num_threads=1, num_workers=workers)
+    with (
+        closing(train_batches(Unmade(lines), data, batch_size=2, seed=0)) as batches,
+        pytest.raises((KeyError, ValueError)) as caught,
+    ):
+        next(batches)
+    assert is_mistake(caught.value) == mistake
+    assert any(entry.name == "f" for entry in caught.traceback)  # which a bug shows

@@ -11,6 +11,7 @@ from typing import Any, Protocol, TextIO
 from crate_jax.config import DataConfig, did_you_mean
 from crate_jax.data.stores import storage, tfrecord
 from crate_jax.data.stores.examples import Example, Source, listing_of
+from crate_jax.errors import of_the_system
 
 Builder = Any  # tfds.core.DatasetBuilder, which takes seconds to import
 
@@ -127,7 +128,11 @@ def _as_data_source(
             f"data.dataset must be prepared as array_record, parquet or tfrecord; {name} is "
             f"{kind}. Prepare it again with file_format='array_record'."
         ) from error
+    except (ImportError, NameError, MemoryError):
+        raise
     except Exception as error:  # whatever pyarrow calls a damaged file; it reads all at once
+        if of_the_system(error):  # too many open files, say, which says nothing of these
+            raise
         reason = (str(error).splitlines() or [""])[0]
         raise ValueError(
             f"{name} must have whole files; {builder.data_path} does not open ({reason}). "

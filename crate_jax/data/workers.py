@@ -1,0 +1,51 @@
+"""The loader's worker processes: what they need of the program, and how they end."""
+
+import multiprocessing
+import os
+import signal
+import sys
+import threading
+
+from crate_jax.machine import check_shared_memory
+
+
+def end_with_parent(worker_index: int, worker_count: int) -> None:
+    """Let a worker end when its program is killed, and only then.
+
+    It would wait for ever to hand over a batch. Ctrl-C, the SIGHUP of a terminal that goes, and the
+    SIGTERM of many schedulers reach all processes; they are the program's to act on, which needs
+    its workers to end the step.
+    """
+    for name in ("SIGINT", "SIGTERM", "SIGHUP"):
+        if hasattr(signal, name):  # Windows has not all
+            signal.signal(getattr(signal, name), signal.SIG_IGN)
+    parent = multiprocessing.parent_process()
+
+    def wait() -> None:
+        if parent is not None:
+            parent.join()
+            os._exit(1)
+
+    threading.Thread(target=wait, daemon=True).start()
+
+
+def make_ready(need: int) -> None:
+    """Do what Grain needs of a program that starts workers.
+
+    It reads an absl flag, also where a program uses none. And it leaves batches that workers have
+    ready when they end to Python's resource tracker, which frees them, but says so.
+
+    Args:
+        need: bytes of shared memory that are filled at most.
+
+    Raises:
+        ValueError: less is free.
+    """
+    check_shared_memory(need)
+    from absl import flags
+
+    if not flags.FLAGS.is_parsed():
+        flags.FLAGS.mark_as_parsed()
+    quiet = "ignore:resource_tracker:UserWarning"
+    if quiet not in sys.warnoptions:  # which multiprocessing hands to the tracker
+        sys.warnoptions.append(quiet)
