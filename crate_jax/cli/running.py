@@ -15,7 +15,7 @@ import absl.logging
 import jax
 
 from crate_jax.cli.mistakes import complain, raised_here, text
-from crate_jax.files import Json
+from crate_jax.files import Json, raise_open_files
 from crate_jax.parallel import LostProcess
 
 TRY_AGAIN = 75  # EX_TEMPFAIL of sysexits.h; schedulers restart on any status but 0
@@ -33,6 +33,7 @@ def run_command(command: Callable[[], Json]) -> int:
         for a command that was interrupted otherwise.
     """
     quiet_libraries()
+    raise_open_files()
     try:
         result = command()
     except KeyboardInterrupt as error:

@@ -83,7 +83,7 @@ class Classify(Task):
         task = cls.from_config(config)
         # Sizes that do not fit together fail here, before any data is read.
         jax.eval_shape(task.init, jax.random.key(0))
-        shape, classes = task.model.input_shape, task.model.num_classes
+        shape, classes = task.model.input_shape, config.model.num_classes
         opened = []
         for split, train in splits:
             rows = open_labelled_images(
@@ -181,8 +181,8 @@ class Classify(Task):
         return layerwise(self.model, params, self.normalized(batch["image"]))
 
     def normalized(self, images: Array) -> Array:
-        """What the model takes: stored pixels normalised, floats as they are."""
-        if images.dtype != jnp.uint8:
+        """What the model takes: stored pixels (uint8) normalised, floats as they are."""
+        if jnp.issubdtype(images.dtype, jnp.floating):
             return images
         return normalize(images, mean=self.mean, std=self.std)
 
