@@ -32,10 +32,8 @@ class DataConfig:
         "train", "TFDS split syntax, or a folder under data_dir", identity=True
     )
     eval_split: str = option("test", "likewise")
-    image_key: str = option(
-        "image", "TFDS feature that is the image; a/b: b within a", identity=True
-    )
-    label_key: str = option("label", "TFDS feature that is the label, likewise", identity=True)
+    image_key: str = option("image", "TFDS feature; a/b: b within a", identity=True)
+    label_key: str = option("label", "likewise", identity=True)
     download: bool = option(False, "whether TFDS may download and prepare a missing data set")
     train_transforms: str = option(
         "", "name(arguments)|name(arguments), see data/images/augment.py", identity=True

@@ -63,3 +63,16 @@ def raise_open_files() -> int:
         except (OSError, ValueError):  # macOS allows fewer than it says
             return soft
     return max(soft, most)
+
+
+def check_open_files(needed: int, why: str) -> None:
+    """Refuse a limit of open files that is too low even when it is raised.
+
+    Raises:
+        OSError: fewer than `needed` files may be open.
+    """
+    if (limit := raise_open_files()) < needed:
+        raise OSError(
+            f"ulimit -n must be at least {needed} {why}; got {limit}. Raise it by ulimit -n "
+            f"{needed}; only an administrator raises the hard limit."
+        )

@@ -23,6 +23,7 @@ from jax.sharding import Sharding
 
 from crate_jax.config import DataConfig
 from crate_jax.data.rows import BadExampleError, Row, Rows, good_row
+from crate_jax.files import check_open_files
 
 # Most batches made ahead, however small they are, and how many more are on the devices.
 MAX_AHEAD, ON_DEVICE = 32, 2
@@ -184,7 +185,7 @@ class Batches:
         threads = min(data.num_threads, ahead)
         made = stream.batch(piece).to_iter_dataset(grain.ReadOptions(threads, ahead))
         if data.num_workers:
-            _make_ready_for_workers()
+            _make_ready_for_workers(data.num_workers)
             made = made.mp_prefetch(
                 grain.MultiprocessingOptions(data.num_workers, per_worker_buffer_size=1),
                 worker_init_fn=_end_with_parent,
@@ -285,16 +286,15 @@ def _end_with_parent(worker_index: int, worker_count: int) -> None:
     threading.Thread(target=wait, daemon=True).start()
 
 
-def _make_ready_for_workers() -> None:
-    """Do what Grain needs of a program that starts workers.
+def _make_ready_for_workers(workers: int) -> None:
+    """Do what Grain needs: allow open files, parse absl's flags, silence a tracker of Python's.
 
-    It reads an absl flag, also where a program uses none. And it leaves batches that workers have
-    ready when they end to Python's resource tracker, which frees them, but says so.
+    The tracker frees batches that workers have ready when they end, and would say so.
     """
     from absl import flags
 
+    check_open_files(64 + 32 * workers, f"with data.num_workers={workers}")
     if not flags.FLAGS.is_parsed():
         flags.FLAGS.mark_as_parsed()
-    quiet = "ignore:resource_tracker:UserWarning"
-    if quiet not in sys.warnoptions:  # which multiprocessing hands to the tracker
-        sys.warnoptions.append(quiet)
+    if (quiet := "ignore:resource_tracker:UserWarning") not in sys.warnoptions:
+        sys.warnoptions.append(quiet)  # multiprocessing hands them to the tracker

@@ -13,7 +13,7 @@ import numpy as np
 
 from crate_jax.data.stores.examples import Example
 from crate_jax.data.stores.tfrecord import FileInstruction
-from crate_jax.files import raise_open_files
+from crate_jax.files import check_open_files, raise_open_files
 
 # Readers of a split, as a part of the files that may be open: a run opens two splits, and more.
 PART = 3
@@ -67,12 +67,8 @@ def open_array_records(
         OSError: the system lets too few files be open.
     """
     paths = tuple(str(i.filename) for i in instructions)
-    limit = raise_open_files()
-    if limit < FEWEST_OPEN_FILES and len(paths) > limit // PART:
-        raise OSError(
-            f"ulimit -n must be at least {FEWEST_OPEN_FILES} to read the {len(paths)} files of "
-            f"{name}; got {limit}. Raise it: ulimit -n 4096, or ask who runs the machine."
-        )
+    if len(paths) > raise_open_files() // PART:
+        check_open_files(FEWEST_OPEN_FILES, f"to read the {len(paths)} files of {name}")
     first = np.array([i.skip for i in instructions], np.int64)
     end = np.cumsum(np.array([i.take for i in instructions], np.int64))
     return ArrayRecordExamples(paths, first, end, parse, Readers())

@@ -120,8 +120,8 @@ def _check_keys(data: DataConfig, flat: Mapping[str, Feature]) -> None:
     if flags:
         raise ValueError(
             f"data.dataset must have the features {data.image_key} and {data.label_key}; got "
-            f"{data.dataset}. It has {_listed(flat)}. Set {' and '.join(flags)} (without "
-            "config.data in commands that take --dataset), or choose another data set."
+            f"{data.dataset}. It has {_listed(flat)}. Set {' and '.join(flags)} (evaluate "
+            "and compare: --image_key, --label_key), or choose another data set."
         )
 
 
