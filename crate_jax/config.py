@@ -30,6 +30,8 @@ class DataConfig:
         "train", "TFDS split syntax, or a folder under data_dir", identity=True
     )
     eval_split: str = option("test", "likewise")
+    image_key: str = option("image", "TFDS feature; a/b: b within a", identity=True)
+    label_key: str = option("label", "likewise", identity=True)
     download: bool = option(False, "whether TFDS may download and prepare a missing data set")
     train_transforms: str = option(
         "", "name(arguments)|name(arguments), see data/images/augment.py", identity=True
@@ -55,7 +57,7 @@ class DataConfig:
     max_bad_share: float = option(0.01, "of the examples that may be skipped", low=0, high=1)
     check_crc: bool = option(False, "whether TFRecord checksums are verified at each read")
     index_dir: str | None = option(
-        None, "where indices of TFRecord and tar files are kept; unset: beside the files", path=True
+        None, "of TFRecord and tar indices; unset: beside the files", path=True
     )
 
 

@@ -1,10 +1,14 @@
-"""Paths as a person writes them, and files that are written whole or not at all."""
+"""Paths as a person writes them, files written whole or not at all, and how many may be open."""
 
 import contextlib
 import os
+import resource
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+
+# As many open files as a process asks for, where the system allows any number.
+MOST_OPEN_FILES = 65_536
 
 # Values that JSON can hold, by name: the record of a checkpoint, the result of a command.
 Json = dict[str, Any]
@@ -72,3 +76,34 @@ def written_aside(path: str | Path) -> Iterator[Path]:
         os.replace(aside, path)
     finally:
         aside.unlink(missing_ok=True)
+
+
+def raise_open_files() -> int:
+    """Raise this process's limit of open files as far as it may, and return it.
+
+    The soft limit, often 1,024, guards programs that `select` on files. Processes that are started
+    afterwards inherit it.
+    """
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft == resource.RLIM_INFINITY:
+        return MOST_OPEN_FILES
+    most = MOST_OPEN_FILES if hard == resource.RLIM_INFINITY else min(hard, MOST_OPEN_FILES)
+    if most > soft:
+        try:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
+        except (OSError, ValueError):  # macOS allows fewer than it says
+            return soft
+    return max(soft, most)
+
+
+def check_open_files(needed: int, why: str) -> None:
+    """Refuse a limit of open files that is too low even when it is raised.
+
+    Raises:
+        OSError: fewer than `needed` files may be open.
+    """
+    if (limit := raise_open_files()) < needed:
+        raise OSError(
+            f"ulimit -n must be at least {needed} {why}; got {limit}. Raise it by ulimit -n "
+            f"{needed}; only an administrator raises the hard limit."
+        )

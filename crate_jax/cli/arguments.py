@@ -64,6 +64,8 @@ def add_data(parser: argparse.ArgumentParser) -> None:
         "--data_dir", type=path, help="where the data set is prepared, or a folder's root"
     )
     parser.add_argument("--split", help="default: the run's, or test")
+    parser.add_argument("--image_key", help="TFDS feature that is the image; default: image")
+    parser.add_argument("--label_key", help="TFDS feature that is the label; default: label")
     parser.add_argument("--batch_size", type=int, help="examples per step over all devices")
     parser.add_argument(
         "--transforms", help="as data.eval_transforms; default: the run's, or " + IMAGENET_EVAL
@@ -126,11 +128,15 @@ def default_data(model: "ImageClassifier") -> DataConfig:
 
 def override_data(data: DataConfig, args: argparse.Namespace) -> None:
     """Write what the flags say of the data set and its preparation into a config section."""
+    if args.dataset not in (None, data.dataset):  # keys are those of one data set
+        data.image_key, data.label_key = DataConfig.image_key, DataConfig.label_key
     for field, value in (
         ("dataset", args.dataset),
         ("data_dir", args.data_dir),
         ("eval_transforms", args.transforms),
         ("eval_split", args.split),
+        ("image_key", args.image_key),
+        ("label_key", args.label_key),
     ):
         if value is not None:
             setattr(data, field, value)

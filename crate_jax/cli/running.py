@@ -16,7 +16,7 @@ import jax
 
 from crate_jax.cli.mistakes import complain, text
 from crate_jax.errors import is_mistake
-from crate_jax.files import Json, cache_folder, expanded
+from crate_jax.files import Json, cache_folder, expanded, raise_open_files
 from crate_jax.machine import explained
 from crate_jax.parallel import LostProcess
 from crate_jax.streams import failure, secure_streams
@@ -44,6 +44,7 @@ def run_command(command: Callable[[], Json], *, kept: bool = False) -> int:
     """
     secure_streams()
     quiet_libraries()
+    raise_open_files()
     try:
         result = command()
     except KeyboardInterrupt as error:

@@ -186,7 +186,7 @@ class Batches:
         threads = min(data.num_threads, ahead)
         made = stream.batch(piece).to_iter_dataset(grain.ReadOptions(threads, ahead))
         if data.num_workers:
-            make_ready(data.num_workers * IN_TRANSIT * piece * row_bytes)
+            make_ready(data.num_workers, data.num_workers * IN_TRANSIT * piece * row_bytes)
             made = made.mp_prefetch(
                 grain.MultiprocessingOptions(data.num_workers, per_worker_buffer_size=1),
                 worker_init_fn=end_with_parent,

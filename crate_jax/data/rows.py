@@ -1,16 +1,69 @@
 """What the loader loads: rows of arrays, whatever is in them."""
 
-from collections.abc import Mapping
-from typing import Protocol
+import errno
+import logging
+import time
+from collections.abc import Callable, Mapping
+from typing import Protocol, TypeVar
 
 import jax
 import numpy as np
 
 Row = dict[str, np.ndarray]
+_Read = TypeVar("_Read")
+
+# Seconds to wait before each further attempt at what the system failed to read: 16 in all.
+PATIENCE_S = (0.25, 0.5, 1.0, 2.0, 4.0, 8.0)
+# For causes that are not the disk's or the network's.
+REMEDIES = {
+    errno.EMFILE: "Raise the limit of open files: ulimit -n.",
+    errno.ENFILE: "Raise the machine's limit of open files: sysctl fs.file-max.",
+    errno.ENOMEM: "Lower data.num_workers, data.num_threads or data.prefetch_mib.",
+    errno.EACCES: "Let this user read it.",
+    errno.EPERM: "Let this user read it.",
+}
+
+_log = logging.getLogger("crate_jax")
 
 
 class BadExampleError(ValueError):
-    """A stored example cannot be read or is not what it should be; ``data.on_bad_example``."""
+    """A stored example does not decode or is not what it should be; ``data.on_bad_example``."""
+
+
+class FailingSystemError(OSError):
+    """A disk, network or machine fails: what cannot be read may be good, and is not skipped."""
+
+
+def patiently(read: Callable[[], _Read], name: str) -> _Read:
+    """What `read` gives; where the system fails, after some more attempts.
+
+    Errors of the system are `OSError` and `MemoryError`. A file that is not there is none: waiting
+    brings no file back.
+
+    Args:
+        read: called again after each pause of `PATIENCE_S`.
+        name: what errors and logs call that which is read.
+
+    Raises:
+        FailingSystemError: the last attempt failed too; the message names the cause.
+    """
+    for attempt, pause in enumerate((*PATIENCE_S, 0.0)):
+        try:
+            return read()
+        except FileNotFoundError:
+            raise
+        except (OSError, MemoryError) as error:
+            failed = error
+        cause = f"{type(failed).__name__}: {str(failed) or 'out of memory'}"
+        if not attempt:
+            _log.warning("%s cannot be read now (%s); it is tried again", name, cause)
+        time.sleep(pause)
+    code = errno.ENOMEM if isinstance(failed, MemoryError) else failed.errno
+    remedy = REMEDIES.get(code or 0, "Mend the disk or the network, then start again.")
+    raise FailingSystemError(
+        f"{name} must be readable; got {cause}, in {len(PATIENCE_S) + 1} attempts over "
+        f"{sum(PATIENCE_S):.0f} s. {remedy}"
+    ) from failed
 
 
 class Rows(Protocol):
@@ -36,6 +89,7 @@ class Rows(Protocol):
 
         Raises:
             BadExampleError: what is stored there is bad; the message names rows and index.
+            FailingSystemError: it cannot be read, and may be good.
         """
         ...
 
@@ -59,12 +113,15 @@ def good_row(rows: Rows, index: int, rng: np.random.Generator, *, skip: bool) ->
         BadExampleError: the row is bad, and may not be skipped.
         ValueError: no row is good.
     """
-    state = rng.bit_generator.state
+    state, first = rng.bit_generator.state, None
     for step in range(len(rows)):
         rng.bit_generator.state = state
         try:
             return rows.row((index + step) % len(rows), rng), step == 0
-        except BadExampleError:
+        except BadExampleError as error:
             if not skip:
                 raise
-    raise ValueError(f"{rows.name} must hold good examples; none can be read.")
+            first = first or error
+    raise ValueError(
+        f"{rows.name} must hold good examples; none can be read. The first: {first}"
+    ) from first

@@ -6,6 +6,7 @@ import signal
 import sys
 import threading
 
+from crate_jax.files import check_open_files
 from crate_jax.machine import check_shared_memory
 
 
@@ -29,19 +30,22 @@ def end_with_parent(worker_index: int, worker_count: int) -> None:
     threading.Thread(target=wait, daemon=True).start()
 
 
-def make_ready(need: int) -> None:
+def make_ready(workers: int, need: int) -> None:
     """Do what Grain needs of a program that starts workers.
 
     It reads an absl flag, also where a program uses none. And it leaves batches that workers have
     ready when they end to Python's resource tracker, which frees them, but says so.
 
     Args:
+        workers: how many there will be.
         need: bytes of shared memory that are filled at most.
 
     Raises:
         ValueError: less is free.
+        OSError: too few files may be open.
     """
     check_shared_memory(need)
+    check_open_files(64 + 32 * workers, f"with data.num_workers={workers}")
     from absl import flags
 
     if not flags.FLAGS.is_parsed():

@@ -113,7 +113,7 @@ class Classify(Task):
                 split,
                 train=train,
                 image_shape=shape,
-                num_classes=len(named) or task.model.num_classes,
+                num_classes=len(named) or config.model.num_classes,
                 classes=named,
             )
             if config.model.num_classes not in (None, rows.num_classes):

@@ -16,8 +16,13 @@ def normalize(images_BxHxWxc: Array, *, mean: tuple[float, ...], std: tuple[floa
         Normalised images, float32, same shape.
 
     Raises:
-        ValueError: mean or std has another number of values.
+        ValueError: the images are of another type, or mean or std has another number of values.
     """
+    if images_BxHxWxc.dtype != jnp.uint8:
+        raise ValueError(
+            f"images must be stored pixels (uint8) or normalised already (floats); got "
+            f"{images_BxHxWxc.dtype}. Scale them to 0 … 255 and convert them."
+        )
     c = images_BxHxWxc.shape[-1]
     for name, values in (("mean", mean), ("std", std)):
         if len(values) not in (1, c):

@@ -1,5 +1,6 @@
-"""Encoded images to pixels: JPEG by libjpeg-turbo, everything else by OpenCV."""
+"""Stored images to pixels: JPEG by libjpeg-turbo, other files by OpenCV, and arrays."""
 
+import re
 import struct
 
 import cv2
@@ -13,13 +14,18 @@ MAX_PIXELS = 2**27
 
 JPEG, PNG = b"\xff\xd8", b"\x89PNG\r\n\x1a\n"  # how files begin
 END = b"\xff\xd9"  # how a JPEG ends
+# How files of floats begin that OpenCV reads: PFM, Radiance.
+FLOATS = (b"Pf", b"PF", b"#?")
+# Of PGM and PPM: width, height and the level that is white, with comments between them.
+NETPBM = re.compile(rb"P[2356]" + 3 * rb"(?:\s+(?:#[^\n]*\n\s*)*)(\d+)")
 
 
 class EncodedImage:
     """The bytes of an image, decoded when and as far as its pixels are asked for.
 
     Grey images become RGB by repetition, colour images grey by luma; transparency is dropped and
-    the EXIF orientation ignored, as the usual ImageNet pipelines do.
+    the EXIF orientation ignored, as the usual ImageNet pipelines do. Of 16 bits the upper 8 count,
+    as for libpng and tf.image.decode_png.
 
     Args:
         data: the file's bytes: JPEG, PNG, WebP or any other format that OpenCV reads.
@@ -33,7 +39,8 @@ class EncodedImage:
     Raises:
         ValueError: channels is neither 1 nor 3.
         BadExampleError: the header says none or more than `MAX_PIXELS` pixels; or, by `shape`,
-            `pixels` and `window`, the bytes are no image.
+            `pixels` and `window`, the bytes are no image, or one of other than 8 or 16 bits.
+        MemoryError: by the same, OpenCV gets too little memory.
     """
 
     def __init__(self, data: bytes, *, channels: int, name: str = "image", fast: bool = False):
@@ -118,14 +125,86 @@ class EncodedImage:
         buffer = np.frombuffer(self._data, np.uint8)
         try:
             image = cv2.imdecode(buffer, mode | cv2.IMREAD_IGNORE_ORIENTATION)
-        except cv2.error:  # no bytes at all, or a header that promises more than OpenCV allows
+        except cv2.error as error:  # no bytes, or a header that promises more than OpenCV allows
+            if error.code == cv2.Error.StsNoMem:
+                raise MemoryError(error.err) from error
             image = None
+        if other := _other_levels(self._data, decoded=image is not None):
+            raise BadExampleError(
+                f"{self._name} must have levels of 8 or 16 bits; got {other}. Save it as PNG."
+            )
         if image is None:
             raise BadExampleError(
                 f"{self._name} must be an image; its {len(self._data)} bytes do not decode. "
                 "Remove or replace it."
             )
         return image.reshape(*image.shape[:2], self._channels)
+
+
+def array_pixels(image: np.ndarray, *, channels: int, name: str = "image") -> np.ndarray:
+    """The pixels of a stored array, as an encoded image has them.
+
+    Of uint16 the upper 8 bits count, floats from 0 to 1 become levels from 0 to 255 (rounded), and
+    False and True are 0 and 255. Grey images become RGB and colour images grey.
+
+    Args:
+        image: (H, W) or (H, W, c).
+        channels: c of the result; 1 and 3 are made of each other.
+        name: what an error calls the image.
+
+    Returns:
+        (H, W, channels), uint8.
+
+    Raises:
+        ValueError: the array has another type, rank or number of channels.
+        BadExampleError: it has none or more than `MAX_PIXELS` pixels, or floats beyond 0 and 1.
+    """
+    if image.ndim not in (2, 3):
+        raise ValueError(
+            f"{name} must be an array of (height, width, channels); got {image.shape}. "
+            "Choose another feature, or store single images."
+        )
+    pixels = image if image.ndim == 3 else image[:, :, None]
+    height, width, found = pixels.shape
+    if not 0 < height * width <= MAX_PIXELS:
+        raise BadExampleError(
+            f"{name} must have 1 … {MAX_PIXELS} pixels; it has {height}x{width}. Remove or "
+            "shrink it."
+        )
+    if found != channels and {found, channels} != {1, 3}:
+        raise ValueError(
+            f"{name} must have {channels} channels, as model.in_channels says; got {found}. "
+            f"Set --config.model.in_channels={found}, or store it otherwise."
+        )
+    pixels = _levels(pixels, name)
+    if found == channels:
+        return pixels
+    code = cv2.COLOR_GRAY2RGB if found == 1 else cv2.COLOR_RGB2GRAY
+    return cv2.cvtColor(np.ascontiguousarray(pixels), code).reshape(height, width, channels)
+
+
+def _levels(image: np.ndarray, name: str) -> np.ndarray:
+    """Values of any type as uint8."""
+    kind, size = image.dtype.kind, image.dtype.itemsize
+    if kind == "u" and size == 1:
+        return image
+    if kind == "u" and size == 2:
+        return (image >> 8).astype(np.uint8)
+    if kind == "b":
+        return image.astype(np.uint8) * np.uint8(255)
+    if kind != "f":
+        raise ValueError(
+            f"{name} must hold pixels of uint8, uint16, bool or floats; got {image.dtype}. "
+            "Store levels from 0 to 255 as uint8."
+        )
+    levels = np.rint(image.astype(np.float32) * 255)
+    low, high = float(levels.min()), float(levels.max())  # not a number if there is one
+    if not 0 <= low <= high <= 255:
+        raise BadExampleError(
+            f"{name} must hold floats from 0 to 1; got {low / 255:.4g} … {high / 255:.4g} "
+            f"({image.dtype}). Scale them, or store levels from 0 to 255 as uint8."
+        )
+    return levels.astype(np.uint8)
 
 
 def decode_image(data: bytes, *, channels: int, name: str = "image") -> np.ndarray:
@@ -145,6 +224,24 @@ def _declared_size(data: bytes) -> tuple[int, int] | None:
         except (ValueError, KeyError):  # KeyError: of a header without a frame
             return None
     return None
+
+
+def _other_levels(data: bytes, *, decoded: bool) -> str | None:
+    """Of an image that is of neither 8 nor 16 bits: what it is of, in words.
+
+    OpenCV takes some for pixels of 8 bits as they are, which would be all but black.
+    """
+    if data.startswith(FLOATS):
+        return "floats"
+    if (header := NETPBM.match(data)) and int(header[3]) not in (255, 65535):
+        return f"levels up to {int(header[3])}"
+    if decoded:
+        return None
+    try:
+        image = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_UNCHANGED)
+    except cv2.error:
+        return None
+    return None if image is None or image.dtype in (np.uint8, np.uint16) else str(image.dtype)
 
 
 def _shortened(data: bytes, rows: int) -> bytearray | None:

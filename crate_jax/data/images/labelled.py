@@ -9,7 +9,7 @@ import numpy as np
 
 from crate_jax.config import DataConfig
 from crate_jax.data.images.pipeline import Pipeline, make_pipeline
-from crate_jax.data.rows import BadExampleError, Row, good_row
+from crate_jax.data.rows import BadExampleError, Row, good_row, patiently
 from crate_jax.data.stores.sources import Source, check_known_classes, open_source
 
 
@@ -71,13 +71,27 @@ class LabelledImages:
         """Read, check, decode and transform one image.
 
         Raises:
-            BadExampleError: it cannot be read, is no image, or its label is out of range; the
+            BadExampleError: it is damaged, not there, no image, or its label is out of range; the
                 message names data set, split, index and, where there is one, file.
+            FailingSystemError: disk, network or machine fail, for as long as `patiently` waits.
         """
-        name = f"{self.name}[{index}]"
+        name, before = f"{self.name}[{index}]", rng and rng.bit_generator.state
+
+        def attempt() -> Row:
+            if rng:
+                rng.bit_generator.state = before
+            return self._row(index, rng, name)
+
+        return patiently(attempt, name)
+
+    def _row(self, index: int, rng: np.random.Generator, name: str) -> Row:
+        """`row`, as far as one attempt comes."""
         try:
             example = self.source.examples[index]
         except Exception as error:  # whatever a reader of files calls a damaged one
+            system = isinstance(error, OSError | MemoryError)
+            if system and not isinstance(error, FileNotFoundError):
+                raise
             lines = str(error).strip().splitlines() or [""]
             raise BadExampleError(
                 f"{name} must be readable; got {type(error).__name__}: {lines[0]} Restore its file."
@@ -98,7 +112,7 @@ def open_labelled_images(
     *,
     train: bool,
     image_shape: Sequence[int],
-    num_classes: int,
+    num_classes: int | None,
     classes: Sequence[str] = (),
 ) -> LabelledImages:
     """The images of a split; one row is made at once, so that what does not fit fails here.
@@ -108,7 +122,7 @@ def open_labelled_images(
         split: as `open_source` takes it.
         train: whether data.train_transforms or data.eval_transforms are applied.
         image_shape: (H, W, c) that the model takes.
-        num_classes: of synthetic images; stored ones have their own.
+        num_classes: of synthetic images and of integer labels, as `open_source` takes it.
         classes: names of a model's outputs, by which the labels are numbered; (): as they are.
 
     Raises:

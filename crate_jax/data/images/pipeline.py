@@ -7,7 +7,7 @@ import numpy as np
 
 from crate_jax.config import DataConfig
 from crate_jax.data.images.augment import UnfitImageError, random_resized_crop
-from crate_jax.data.images.decode import EncodedImage
+from crate_jax.data.images.decode import EncodedImage, array_pixels
 from crate_jax.data.images.transform_spec import Transform, parse_transforms
 from crate_jax.data.rows import BadExampleError
 
@@ -34,7 +34,7 @@ class Pipeline:
         """Decode and transform; the same image and generator state give the same pixels.
 
         Args:
-            image: encoded bytes, or pixels (H, W, c), uint8.
+            image: encoded bytes, or pixels (H, W) or (H, W, c) of a type that `array_pixels` takes.
             rng: of the transforms.
             name: what errors call the image.
 
@@ -44,12 +44,17 @@ class Pipeline:
         Raises:
             BadExampleError: the bytes do not decode, or the image is too long or too small for a
                 transform.
-            ValueError: the transforms do not lead to `image_shape`.
+            ValueError: the image is neither, or the transforms do not lead to `image_shape`.
         """
-        pixels = image
-        if isinstance(pixels, bytes):
-            channels = self.image_shape[-1]
-            pixels = EncodedImage(pixels, channels=channels, name=name, fast=self.fast)
+        channels = self.image_shape[-1]
+        if isinstance(image, bytes):
+            pixels = EncodedImage(image, channels=channels, name=name, fast=self.fast)
+        elif isinstance(image, np.ndarray):
+            pixels = array_pixels(image, channels=channels, name=name)
+        else:
+            raise ValueError(
+                f"{name} must be bytes or a NumPy array; got {type(image).__name__}. Convert it."
+            )
         for transform in self.transforms:
             if isinstance(pixels, EncodedImage) and transform.func is not random_resized_crop:
                 pixels = pixels.pixels()

@@ -15,7 +15,7 @@ IMAGE_SUFFIXES = (
 
 
 class Example(TypedDict):
-    """An image, as encoded bytes or as pixels (H, W, c) uint8, its label, and its file's name."""
+    """An image, as encoded bytes or as an array (H, W, c), its label, and its file's name."""
 
     image: bytes | np.ndarray
     label: int

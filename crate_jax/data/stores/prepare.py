@@ -1,6 +1,7 @@
 """Write a folder or ImageNet's tar files as a TFDS data set in array_record files."""
 
 import contextlib
+import functools
 import hashlib
 import os
 import re
@@ -12,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from crate_jax.config import DataConfig
+from crate_jax.data.rows import patiently
 from crate_jax.data.stores import storage, tars
 from crate_jax.data.stores.sources import STORES, Source, check_same_classes, open_source
 from crate_jax.files import Json, expanded, written_aside
@@ -234,7 +236,8 @@ def _write_shard(path: Path, source: Source, indices: np.ndarray, features: Any)
         writer: Any = ArrayRecordWriter(str(aside), "group_size:1")
         try:
             for index in indices.tolist():
-                example = source.examples[index]
+                name = f"{source.name}[{index}]"
+                example = patiently(functools.partial(source.examples.__getitem__, index), name)
                 record = {
                     "image": example["image"],  # the bytes as they are
                     "label": np.int64(example["label"]),

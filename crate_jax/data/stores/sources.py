@@ -25,22 +25,35 @@ STORES: dict[str, Opener] = {
 
 
 def open_source(
-    data: DataConfig, split: str, *, image_shape: Sequence[int], num_classes: int
+    data: DataConfig, split: str, *, image_shape: Sequence[int], num_classes: int | None
 ) -> Source:
     """Open one split; nothing is read but what is needed to count and find its examples.
 
     Args:
-        data: reads dataset, data_dir, download, on_bad_example, check_crc and index_dir.
+        data: reads dataset, data_dir, image_key, label_key, download, on_bad_example, check_crc and
+            index_dir.
         split: a TFDS split, such as ``train[:90%]``, or a folder or tar file below data_dir.
         image_shape: (H, W, c) of synthetic images; stored ones have their own.
-        num_classes: of synthetic images, likewise.
+        num_classes: of synthetic images, likewise; and of integer labels, which do not say how many
+            classes there are. None: not known.
 
     Raises:
         FileNotFoundError: the directory, split or prepared data set does not exist.
         KeyError: TFDS knows no such data set; the nearest name is suggested.
+        OSError: the system lets too few files be open.
         ValueError: the data set is not one of images with labels, holds another number of examples
-            than it says, is cut off (unless bad examples are skipped), or is empty.
+            than it says, is cut off (unless bad examples are skipped), or is empty; keys are set
+            for what has none.
     """
+    for field, key, default in (
+        ("image", data.image_key, "image"),
+        ("label", data.label_key, "label"),
+    ):
+        if data.dataset in STORES and key != default:
+            raise ValueError(
+                f"data.{field}_key must be {default} for {data.dataset}; got {key}. Leave it out: "
+                "it names a feature of a TFDS data set."
+            )
     opener = STORES.get(data.dataset, open_tfds)
     try:
         source = opener(data, split, image_shape=image_shape, num_classes=num_classes)

@@ -5,6 +5,7 @@ fsspec reads local files too, but slowly. It takes 58 instead of 29 µs for a fi
 cannot be read, and does not follow links. Hence `os` serves local paths.
 """
 
+import errno
 import functools
 import hashlib
 import io
@@ -176,14 +177,43 @@ def read_bytes(path: str, start: int = 0, length: int | None = None) -> bytes:
 
     The file is opened for each read: a data set of a thousand shards would else reach the limit of
     open files, and copies in worker processes have no file to share.
+
+    Raises:
+        FileNotFoundError: the file is missing from its folder.
+        OSError: the disk or the network fails, whatever the kind of bucket calls that; or the
+            folder is gone too, as that of a disk that is no longer mounted.
     """
-    if is_remote(path):
-        end = None if length is None else start + length
-        return _remote(path).cat_file(path, start=start, end=end)
+    try:
+        return _read_remote(path, start, length) if is_remote(path) else _read(path, start, length)
+    except FileNotFoundError as error:
+        folder = path.rpartition("/")[0] or "."
+        if is_folder(folder):
+            raise
+        raise OSError(errno.ENODEV, "its folder is gone", folder) from error
+
+
+def _read(path: str, start: int, length: int | None) -> bytes:
+    """`read_bytes` of a local file."""
     with open(path, "rb", buffering=0) as file:
         if start:
             file.seek(start)
-        return file.read(-1 if length is None else length) or b""
+        if length is None:
+            return file.readall()
+        data = file.read(length)
+        while len(data) < length and (more := file.read(length - len(data))):
+            data += more  # a network disk may give less than was asked for
+        return data
+
+
+def _read_remote(path: str, start: int, length: int | None) -> bytes:
+    """`read_bytes` of a bucket."""
+    try:
+        end = None if length is None else start + length
+        return _remote(path).cat_file(path, start=start, end=end)
+    except (OSError, MemoryError):
+        raise
+    except Exception as error:  # of aiohttp, gcsfs, google.auth, botocore: none is about contents
+        raise OSError(errno.EIO, f"{type(error).__name__}: {error}", path) from error
 
 
 def cached_index(

@@ -5,23 +5,17 @@ import dataclasses
 import functools
 import io
 import sys
-from collections.abc import Callable, Mapping
-from typing import Any, Protocol, TextIO
+from collections.abc import Callable, Sequence
+from typing import Any, TextIO
 
 from crate_jax.config import DataConfig, did_you_mean
 from crate_jax.data.stores import storage, tfrecord
-from crate_jax.data.stores.examples import Example, Source, listing_of
+from crate_jax.data.stores.array_record import open_array_records
+from crate_jax.data.stores.examples import Example, Examples, Source, listing_of
+from crate_jax.data.stores.features import ExampleParser, check_features, make_parser
 from crate_jax.errors import of_the_system
 
 Builder = Any  # tfds.core.DatasetBuilder, which takes seconds to import
-
-
-class Records(Protocol):
-    """Random access to the examples of a split as TFDS holds them."""
-
-    def __len__(self) -> int: ...
-
-    def __getitem__(self, index: int, /) -> tfrecord.Record: ...
 
 
 class UnknownDatasetError(KeyError):
@@ -32,12 +26,14 @@ class UnknownDatasetError(KeyError):
         self.known = known
 
 
-def open_tfds(data: DataConfig, split: str, **_: object) -> Source:
+def open_tfds(
+    data: DataConfig, split: str, *, num_classes: int | None = None, **_: object
+) -> Source:
     """A split of a data set that is prepared, or that TFDS may download; images stay encoded."""
     import tensorflow_datasets as tfds
 
     builder = _prepared(functools.partial(tfds.builder, data.dataset), data, sys.stderr)
-    return _open_split(builder, data, split)
+    return _open_split(builder, data, split, num_classes)
 
 
 def open_digits(data: DataConfig, split: str, **_: object) -> Source:
@@ -49,23 +45,19 @@ def open_digits(data: DataConfig, split: str, **_: object) -> Source:
     tfds.disable_progress_bar()  # it takes two seconds
     # scikit-learn has them: nothing is downloaded.
     data = dataclasses.replace(data, download=True)
-    return _open_split(_prepared(Digits, data, io.StringIO()), data, split)
+    return _open_split(_prepared(Digits, data, io.StringIO()), data, split, None)
 
 
-def _open_split(builder: Builder, data: DataConfig, split: str) -> Source:
+def _open_split(builder: Builder, data: DataConfig, split: str, num_classes: int | None) -> Source:
     """A split of a prepared data set, after its features and its length have been checked."""
-    import tensorflow_datasets as tfds
-
-    features = builder.info.features
-    if not {"image", "label"} <= set(features or ()):
+    try:
+        features = builder.info.features
+    except ImportError as error:
         raise ValueError(
-            f"data.dataset must have the features image and label; got {data.dataset}."
-        )
-    if not isinstance(label := features["label"], tfds.features.ClassLabel):
-        raise ValueError(
-            f"data.dataset must have a ClassLabel as its label; that of {data.dataset} is a "
-            f"{type(label).__name__}. Prepare it with tfds.features.ClassLabel."
-        )
+            f"data.dataset must be one of images; {data.dataset} has features that TFDS does not "
+            f"read without another package ({error.name}). Choose another."
+        ) from error
+    num_classes, class_names = check_features(data, features, num_classes)
     try:
         length = builder.info.splits[split].num_examples
     except ValueError as error:
@@ -84,22 +76,19 @@ def _open_split(builder: Builder, data: DataConfig, split: str) -> Source:
     shards = builder.info.splits[split].file_instructions if length else []
     taken = [(shard.skip, shard.take) for shard in shards]
     listing = listing_of("version and shards", f"{builder.info.full_name} {taken}")
-    return Source(name, examples, label.num_classes or 0, tuple(label.names or ()), listing)
+    return Source(name, examples, num_classes, class_names, listing)
 
 
-def _random_access(builder: Builder, data: DataConfig, split: str, name: str) -> Records:
-    """The examples of a split by index: ours of TFRecord, TFDS's of array_record and parquet."""
-    import tensorflow_datasets as tfds
-
-    features, file_format = builder.info.features, builder.info.file_format
+def _random_access(builder: Builder, data: DataConfig, split: str, name: str) -> Examples:
+    """The examples of a split by index: ours of TFRecord and array_record, TFDS's of parquet."""
+    file_format = builder.info.file_format
     kind = file_format.value if file_format else "unknown"
-    images = [key for key, f in features.items() if isinstance(f, tfds.features.Image)]
-    decoders = {key: tfds.decode.SkipDecoding() for key in images}
+    parse = make_parser(data, builder.info.features)
     if kind != "tfrecord":
-        return _as_data_source(builder, split, decoders, name, kind)
+        return _as_data_source(builder, split, parse, name, kind)
     examples = tfrecord.open_tfrecords(
         builder.info.splits[split].file_instructions,
-        functools.partial(features.deserialize_example_np, decoders=decoders),
+        parse,
         folder=str(builder.data_path),
         index_dir=data.index_dir,
         check_crc=data.check_crc,
@@ -113,16 +102,22 @@ def _random_access(builder: Builder, data: DataConfig, split: str, name: str) ->
 
 
 def _as_data_source(
-    builder: Builder, split: str, decoders: Mapping[str, object], name: str, kind: str
-) -> Records:
-    """TFDS's own random access to array_record and parquet."""
+    builder: Builder, split: str, parse: ExampleParser, name: str, kind: str
+) -> Examples:
+    """The examples of array_record and parquet files, which are read from a local disk alone."""
+    import tensorflow_datasets as tfds
+
     if storage.is_remote(str(builder.data_path)):
         raise ValueError(
             f"{name} must be local: {kind} files cannot be read from {builder.data_path}. "
             "Mount the bucket as a folder, or prepare the data set as TFRecord."
         )
+    if kind == "array_record":
+        instructions = builder.info.splits[split].file_instructions
+        return open_array_records(instructions, parse, name=name)
+    raw = tfds.decode.DeserializeMethod.RAW_BYTES
     try:
-        return builder.as_data_source(split, decoders=decoders)
+        return ParsedExamples(builder.as_data_source(split, deserialize_method=raw), parse)
     except NotImplementedError as error:
         raise ValueError(
             f"data.dataset must be prepared as array_record, parquet or tfrecord; {name} is "
@@ -141,22 +136,32 @@ def _as_data_source(
 
 
 @dataclasses.dataclass(frozen=True)
-class TfdsExamples:
-    """Examples of TFDS under the names that `Example` has."""
+class ParsedExamples:
+    """Examples of records that are held as bytes."""
 
-    examples: Records
+    records: Sequence[bytes]
+    parse: ExampleParser
+
+    def __len__(self) -> int:
+        return len(self.records)
+
+    def __getitem__(self, index: int) -> Example:
+        return self.parse(self.records[index])
+
+
+@dataclasses.dataclass(frozen=True)
+class TfdsExamples:
+    """Examples of TFDS; an index beyond the last ends a loop over them."""
+
+    examples: Examples
 
     def __len__(self) -> int:
         return len(self.examples)
 
     def __getitem__(self, index: int) -> Example:
         if index >= len(self):
-            raise IndexError(index)  # which ends a loop over the examples
-        example = self.examples[index]
-        found: Example = {"image": example["image"], "label": int(example["label"])}
-        if isinstance(name := example.get("file_name"), bytes):
-            found["name"] = name.decode(errors="replace")
-        return found
+            raise IndexError(index)
+        return self.examples[index]
 
 
 def _prepared(make: Callable[..., Builder], data: DataConfig, report: TextIO) -> Builder:

@@ -9,15 +9,14 @@ import dataclasses
 import struct
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 
 from crate_jax.data.stores import storage
+from crate_jax.data.stores.examples import Example
 
 _HEAD, _FOOT = 12, 4  # bytes before and after those of a record
-
-Record = dict[str, Any]  # an example by feature: an array, a number or the bytes of an image
 
 
 class FileInstruction(Protocol):
@@ -45,13 +44,13 @@ class TFRecordExamples:
     shard: np.ndarray
     offset: np.ndarray
     length: np.ndarray
-    parse: Callable[[bytes], Record]
+    parse: Callable[[bytes], Example]
     check_crc: bool
 
     def __len__(self) -> int:
         return len(self.shard)
 
-    def __getitem__(self, index: int) -> Record:
+    def __getitem__(self, index: int) -> Example:
         path, offset = self.paths[self.shard[index]], int(self.offset[index])
         if offset < 0:
             raise ValueError(f"{path} ends before this example")
@@ -66,7 +65,7 @@ class TFRecordExamples:
 
 def open_tfrecords(
     instructions: Sequence[FileInstruction],
-    parse: Callable[[bytes], Record],
+    parse: Callable[[bytes], Example],
     *,
     folder: str,
     index_dir: str | None,
