@@ -26,9 +26,7 @@ class DataConfig:
 
     dataset: str = option("digits", "digits, folder, tar, synthetic, or a TFDS name", identity=True)
     data_dir: str | None = option(None, "TFDS directory or folder root; unset: TFDS's", path=True)
-    train_split: str = option(
-        "train", "TFDS split syntax, or a folder under data_dir", identity=True
-    )
+    train_split: str = option("train", "TFDS split, or a folder under data_dir", identity=True)
     eval_split: str = option("test", "likewise")
     image_key: str = option("image", "TFDS feature; a/b: b within a", identity=True)
     label_key: str = option("label", "likewise", identity=True)

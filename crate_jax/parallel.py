@@ -203,7 +203,7 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
 def on_mesh(mesh: Mesh, function: Callable[_Arguments, _Result]) -> Callable[_Arguments, _Result]:
     """A function to jit, in which weights that the axis ``fsdp`` shares are gathered at their use.
 
-    See `crate_jax.models.layers.read`.
+    See `crate_jax.models.parameters.read`.
     """
 
     @functools.wraps(function)

@@ -43,6 +43,7 @@ ROOMS = {
     "models": [
         "variants",
         "derivatives",
+        "parameters",
         "layers",
         "block",
         "embedding",

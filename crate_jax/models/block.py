@@ -20,7 +20,8 @@ from jax.ad_checkpoint import checkpoint_policies as policies
 from jax.nn import initializers as init
 from jax.typing import DTypeLike
 
-from crate_jax.models.layers import Dropout, LayerNorm, parameter
+from crate_jax.models.layers import Dropout, LayerNorm
+from crate_jax.models.parameters import parameter
 
 # What the backward pass of a block keeps of its forward pass, besides its input; the equations give
 # these names. What has none is computed again. With "none" that is casts, the gathering of weights,

@@ -12,7 +12,8 @@ from jax.typing import DTypeLike
 from crate_jax.models.block import Part
 from crate_jax.models.classifier import ImageClassifier, pair
 from crate_jax.models.embedding import PatchEmbedding
-from crate_jax.models.layers import ISTA, MSSA, Linear, dictionary_init, read, relu, times, weak
+from crate_jax.models.layers import ISTA, MSSA, Linear, relu, times, weak
+from crate_jax.models.parameters import dictionary_init, read
 from crate_jax.models.variants import AlphaFields
 
 

@@ -11,7 +11,8 @@ from jax.nn import initializers as init
 from jax.typing import DTypeLike
 
 from crate_jax import placement
-from crate_jax.models.layers import LayerNorm, Linear, linear_kernel_init, parameter
+from crate_jax.models.layers import LayerNorm, Linear
+from crate_jax.models.parameters import linear_kernel_init, parameter
 
 
 def patchify(images_BxHxWxc: Array, patch_size: tuple[int, int]) -> Array:

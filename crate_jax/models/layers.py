@@ -10,7 +10,7 @@ Tokens are rows: where the paper writes D Z, this is ``Z @ D.T``. The letters, h
     D  dictionary, atoms as columns            H, W, c  image  h, w  patch    Y (an axis)  classes
 
 A weight is cast to the dtype of the computation, and gathered where devices share it, at one place:
-`read`. The equations take it as it then is. They name what the backward pass may keep of them
+`crate_jax.models.parameters.read`. The equations take it as it then is. They name what the backward pass may keep of them
 (``keep``); whether it does is decided at one place too, `crate_jax.models.block.REMAT`.
 """
 
@@ -25,11 +25,17 @@ import numpy as np
 from jax import Array
 from jax.ad_checkpoint import checkpoint_name as keep
 from jax.nn import initializers as init
-from jax.sharding import AxisType, PartitionSpec
 from jax.typing import DTypeLike
 
 from crate_jax import placement
 from crate_jax.models.derivatives import ATTEND, NORMALISE
+from crate_jax.models.parameters import (
+    dictionary_init,
+    linear_bias_init,
+    linear_kernel_init,
+    parameter,
+    read,
+)
 
 
 class Attended(NamedTuple):
@@ -159,59 +165,6 @@ def weak(number: float) -> float:
 def relu(X: Array) -> Array:
     """max(X, 0); of it the backward pass keeps a byte an entry."""
     return jnp.where(keep(X > 0, "active"), X, jnp.zeros((), X.dtype))
-
-
-# nn.Linear's defaults in PyTorch: weight and bias uniform in ±1/√fan_in.
-linear_kernel_init = init.variance_scaling(1 / 3, "fan_in", "uniform")
-# kaiming_uniform_ on D (d, m): uniform in ±√(6/d).
-dictionary_init = init.variance_scaling(2.0, "fan_in", "uniform")
-
-
-def linear_bias_init(fan_in: int) -> Callable[..., Array]:
-    """Uniform in ±1/√fan_in, as nn.Linear starts its bias; Flax's own default is zero."""
-
-    def initialise(key: Array, shape: tuple[int, ...], dtype: DTypeLike = jnp.float32) -> Array:
-        bound = fan_in**-0.5
-        return jax.random.uniform(key, shape, dtype, -bound, bound)
-
-    return initialise
-
-
-def read(
-    module: nn.Module,
-    name: str,
-    initialise: Callable[..., Array],
-    shape: tuple[int, ...],
-    dtype: DTypeLike,
-) -> Array:
-    """A parameter of a module as the equations take it: cast, and whole on every device.
-
-    The parameter itself is float32, and devices may share it. It is gathered here because the
-    compiler, left to itself, splits the product as the weight is split, and then the activations of
-    the whole batch travel in every layer. No name keeps what is returned: saving it would keep a
-    full copy of every layer's weights on every device.
-    """
-    weight = module.param(name, initialise, shape, jnp.float32).astype(dtype)
-    return _whole(placement.whole(weight))
-
-
-def parameter(
-    module: nn.Module, name: str, initialise: Callable[..., Array], shape: tuple[int, ...]
-) -> Array:
-    """A parameter of a module as it is: float32, unless its user made another of it."""
-    return placement.whole(module.param(name, initialise, shape, jnp.float32))
-
-
-def _whole(weight: Array) -> Array:
-    """The weight gathered over ``fsdp``; as it is where no such axis is around it.
-
-    `crate_jax.parallel.on_mesh` puts the axis around a function.
-    """
-    mesh = jax.sharding.get_abstract_mesh()
-    types = dict(zip(mesh.axis_names, mesh.axis_types, strict=True))
-    if types.get("fsdp") is not AxisType.Auto or mesh.shape["fsdp"] == 1:
-        return weight
-    return jax.lax.with_sharding_constraint(weight, PartitionSpec())
 
 
 class LayerNorm(nn.Module):

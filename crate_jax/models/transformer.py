@@ -14,7 +14,8 @@ from jax.nn import initializers as init
 from jax.typing import DTypeLike
 
 from crate_jax.models.derivatives import wide
-from crate_jax.models.layers import Attended, read, times
+from crate_jax.models.layers import Attended, times
+from crate_jax.models.parameters import read
 
 # As timm starts linear maps and positions; biases start at zero. It cuts the distribution at ±2, a
 # hundred deviations off, so nothing is cut.

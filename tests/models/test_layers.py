@@ -10,7 +10,8 @@ import pytest
 from crate_jax import Crate, objective
 from crate_jax.models import layers
 from crate_jax.models.derivatives import attend
-from crate_jax.models.layers import dictionary_init, ista_step, linear_bias_init, mssa
+from crate_jax.models.layers import ista_step, mssa
+from crate_jax.models.parameters import dictionary_init, linear_bias_init
 
 B, N, d, K, p = 2, 5, 6, 3, 4
 ETA, LMBDA = 0.2, 0.3

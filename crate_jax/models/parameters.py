@@ -1,0 +1,65 @@
+"""The parameters of modules: how they start, and how the equations get them."""
+
+from collections.abc import Callable
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jax.nn import initializers as init
+from jax.sharding import AxisType, PartitionSpec
+from jax.typing import DTypeLike
+
+from crate_jax import placement
+
+# nn.Linear's defaults in PyTorch: weight and bias uniform in ±1/√fan_in.
+linear_kernel_init = init.variance_scaling(1 / 3, "fan_in", "uniform")
+# kaiming_uniform_ on D (d, m): uniform in ±√(6/d).
+dictionary_init = init.variance_scaling(2.0, "fan_in", "uniform")
+
+
+def linear_bias_init(fan_in: int) -> Callable[..., Array]:
+    """Uniform in ±1/√fan_in, as nn.Linear starts its bias; Flax's own default is zero."""
+
+    def initialise(key: Array, shape: tuple[int, ...], dtype: DTypeLike = jnp.float32) -> Array:
+        bound = fan_in**-0.5
+        return jax.random.uniform(key, shape, dtype, -bound, bound)
+
+    return initialise
+
+
+def read(
+    module: nn.Module,
+    name: str,
+    initialise: Callable[..., Array],
+    shape: tuple[int, ...],
+    dtype: DTypeLike,
+) -> Array:
+    """A parameter of a module as the equations take it: cast, and whole on every device.
+
+    The parameter itself is float32, and devices may share it. It is gathered here because the
+    compiler, left to itself, splits the product as the weight is split, and then the activations of
+    the whole batch travel in every layer. No name keeps what is returned: saving it would keep a
+    full copy of every layer's weights on every device.
+    """
+    weight = module.param(name, initialise, shape, jnp.float32).astype(dtype)
+    return _whole(placement.whole(weight))
+
+
+def parameter(
+    module: nn.Module, name: str, initialise: Callable[..., Array], shape: tuple[int, ...]
+) -> Array:
+    """A parameter of a module as it is: float32, unless its user made another of it."""
+    return placement.whole(module.param(name, initialise, shape, jnp.float32))
+
+
+def _whole(weight: Array) -> Array:
+    """The weight gathered over ``fsdp``; as it is where no such axis is around it.
+
+    `crate_jax.parallel.on_mesh` puts the axis around a function.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    types = dict(zip(mesh.axis_names, mesh.axis_types, strict=True))
+    if types.get("fsdp") is not AxisType.Auto or mesh.shape["fsdp"] == 1:
+        return weight
+    return jax.lax.with_sharding_constraint(weight, PartitionSpec())
