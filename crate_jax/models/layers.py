@@ -10,8 +10,9 @@ Tokens are rows: where the paper writes D Z, this is ``Z @ D.T``. The letters, h
     D  dictionary, atoms as columns            H, W, c  image  h, w  patch    Y (an axis)  classes
 
 A weight is cast to the dtype of the computation, and gathered where devices share it, at one place:
-`crate_jax.models.parameters.read`. The equations take it as it then is. They name what the backward pass may keep of them
-(``keep``); whether it does is decided at one place too, `crate_jax.models.block.REMAT`.
+`crate_jax.models.parameters.read`. The equations take it as it then is. They name what the backward
+pass may keep of them (``keep``); whether it does is decided at one place too,
+`crate_jax.models.block.REMAT`.
 """
 
 import math
