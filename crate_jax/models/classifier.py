@@ -1,6 +1,7 @@
 """What the image classifiers of the family share: images → tokens → blocks → one token → logits."""
 
 import dataclasses
+import numbers
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, ClassVar
 
@@ -19,8 +20,8 @@ Params = Mapping[str, Any]  # the parameters of a model: arrays, or their shapes
 
 def pair(size: int | Sequence[int]) -> tuple[int, int]:
     """(height, width) of a size given as a side or as (height, width)."""
-    sides = (size,) if isinstance(size, int) else tuple(size)
-    return (sides[0], sides[-1])
+    sides = (size,) if isinstance(size, numbers.Integral) else tuple(size)
+    return (int(sides[0]), int(sides[-1]))
 
 
 class ImageClassifier(ImageFields, nn.Module):
@@ -28,7 +29,7 @@ class ImageClassifier(ImageFields, nn.Module):
 
     A model is a subclass with the fields of its family (`crate_jax.models.variants`) that gives
     `attention_part`, `nonlinearity_part` and `embed`, and overrides what differs of `block_fields`,
-    `drop_path_rates`, `pooled` and `head`. Parameters are float32; the computation is in ``dtype``,
+    `drop_path_rates`, `pooled` and `make_head`. Parameters are float32; the computation in ``dtype``,
     with norms, softmax and logits in float32. Layers are stacked on axis 0 of every leaf under
     ``blocks``. A model of ``num_classes=0`` has no head: its logits are what a head would read.
     """
@@ -74,15 +75,15 @@ class ImageClassifier(ImageFields, nn.Module):
     def pooled(self, Z_BxNxd: Array) -> Array:
         """What the head reads, (B, d) float32, normalised by ``head_norm``."""
         pooled_Bxd = Z_BxNxd[:, 0] if self.pool == "cls" else Z_BxNxd.mean(axis=1)
-        return self.head_norm()(pooled_Bxd)
+        return self.make_head_norm()(pooled_Bxd)
 
     @nn.nowrap
-    def head_norm(self) -> nn.Module:
+    def make_head_norm(self) -> nn.Module:
         """The LayerNorm before the head."""
         return LayerNorm(jnp.float32, self.backward, self.EPSILON, name="head_norm")
 
     @nn.nowrap
-    def head(self) -> nn.Module:
+    def make_head(self) -> nn.Module:
         """From a normalised token (B, d) to logits (B, Y)."""
         return Linear(self.num_classes, name="head")
 
@@ -246,4 +247,4 @@ class ImageClassifier(ImageFields, nn.Module):
     def _read(self, Z_BxNxd: Array, pre_logits: bool) -> Array:
         """Logits, or the features that they are computed from."""
         pooled_Bxd = self.pooled(Z_BxNxd)
-        return pooled_Bxd if pre_logits or not self.num_classes else self.head()(pooled_Bxd)
+        return pooled_Bxd if pre_logits or not self.num_classes else self.make_head()(pooled_Bxd)

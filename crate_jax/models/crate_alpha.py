@@ -136,7 +136,7 @@ class CrateAlpha(AlphaFields, ImageClassifier):
             name="embedding",
         )
 
-    def head(self) -> nn.Module:
+    def make_head(self) -> nn.Module:
         """Weights from N(0, 0.02²)."""
         start = init.normal(0.02)
         return Linear(self.num_classes, kernel_init=start, bias_init=init.zeros, name="head")

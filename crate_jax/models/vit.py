@@ -60,11 +60,11 @@ class ViT(VitFields, ImageClassifier):
 
     def pooled(self, Z_BxNxd: Array) -> Array:
         """The class token or the mean of the patches, normalised."""
-        norm = self.head_norm()
+        norm = self.make_head_norm()
         pooled_Bxd = Z_BxNxd[:, 0] if self.pool == "cls" else Z_BxNxd[:, 1:].mean(axis=1)
         pooled_Bxd = norm(pooled_Bxd)
         return norm(pooled_Bxd) if self.pool == "patches_twice" else pooled_Bxd
 
-    def head(self) -> nn.Module:
+    def make_head(self) -> nn.Module:
         """Weights from N(0, 0.02²), a bias of zero."""
         return Linear(self.num_classes, jnp.float32, kernel_init, bias_init=init.zeros, name="head")

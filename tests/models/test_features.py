@@ -190,7 +190,7 @@ def test_a_head_is_not_given_images(images):
 class OwnHead(Crate):
     """A model of another program, which overrides a helper without knowing of Flax's wrapping."""
 
-    def head(self):
+    def make_head(self):
         return Linear(2 * self.num_classes, name="head")
 
 

@@ -32,7 +32,7 @@ MODEL = CrateAlpha(**SIZES)
 class PyTorchPort(CrateAlpha):
     """With the head of the PyTorch port."""
 
-    def head_norm(self):
+    def make_head_norm(self):
         return LayerNorm(jnp.float32, self.backward, 1e-5, name="head_norm")
 
 

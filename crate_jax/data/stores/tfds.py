@@ -195,11 +195,16 @@ def _prepared(make: Callable[..., Builder], data: DataConfig, report: TextIO) ->
     try:
         with contextlib.redirect_stdout(report):
             builder.download_and_prepare()
-    except OSError:
+    except OSError as error:
         # Another process of this run, say, has been quicker: the same files are there.
-        builder = make(data_dir=folder)
+        target, builder = builder.data_path, make(data_dir=folder)
         if not builder.is_prepared():
-            raise
+            if error.filename is None:  # of the network, say
+                raise
+            raise OSError(
+                f"data.data_dir must take what TFDS prepares; {target} does not ({error}). Mend "
+                "it, or set --config.data.data_dir to another folder."
+            ) from error
     except ImportError as error:
         raise ValueError(
             f"data.dataset must be prepared; TFDS needs a package to prepare {data.dataset} "
