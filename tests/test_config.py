@@ -47,7 +47,7 @@ BOUNDS = {
     "checkpoint_every_steps": AT_LEAST_ZERO,
     "keep_latest": AT_LEAST_ONE,
     "keep_best": AT_LEAST_ZERO,
-    "model.num_classes": AT_LEAST_ONE,
+    "model.num_classes": AT_LEAST_ZERO,
     "model.width": AT_LEAST_ONE,
     "model.depth": AT_LEAST_ONE,
     "model.num_heads": AT_LEAST_ONE,
@@ -91,7 +91,7 @@ CHOICES = {
     "optim.schedule": (["cosine", "official_readme"], "cosin", "cosine"),
     "data.on_bad_example": (["raise", "skip"], "skipp", "skip"),
     "optim.mu_dtype": (["float32", "bfloat16"], "bfloat61", "bfloat16"),
-    "init_method": (["right", "crate_alpha"], "crate_alfa", "crate_alpha"),
+    "init_method": (["right", "crate_alpha", "official_maps"], "crate_alfa", "crate_alpha"),
     "on_failed_save": (["stop", "continue"], "contnue", "continue"),
 }
 # Free text, paths, switches and layouts: read, and checked, where they are used.

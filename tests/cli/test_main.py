@@ -161,6 +161,9 @@ def test_summary_by_value(capsys):
     rectangle = ["--image_size", "64", "32", "--num_classes", "10"]
     assert main(["summary", "crate_tiny_patch16_224", *rectangle]) == 0
     assert json.loads(capsys.readouterr().out.splitlines()[-1])["tokens"] == 9
+    assert main(["summary", "crate_base_patch16_224", "--num_classes", "0"]) == 0
+    without_a_head = json.loads(capsys.readouterr().out.splitlines()[-1])["parameters"]
+    assert without_a_head == 22_796_008 - 769 * 1000
 
 
 def test_checkpoints_lists_the_run(trained):

@@ -3,6 +3,7 @@
 The cases are told in tests/golden/README.md.
 """
 
+import functools
 import json
 from pathlib import Path
 from typing import NamedTuple
@@ -15,6 +16,7 @@ import pytest
 
 from crate_jax import ViT, analysis, load_weights, save_weights
 from crate_jax.interop import to_state_dict
+from crate_jax.models.layers import LayerNorm
 
 torch = pytest.importorskip("torch")  # the weights are PyTorch files
 
@@ -78,6 +80,23 @@ def test_embedding_and_features(case):
     features = features[:, 0] if case.model.pool == "cls" else features
     assert len(outputs["head_norm"]) == 1 + (case.model.pool == "patches_twice")
     assert relative(outputs["head_norm"][0], features) <= 1e-5
+
+
+def test_features_under_the_names_that_timm_has(case):
+    """timm normalises all tokens in forward_features; here the head does, after pooling."""
+    variables = {"params": case.params}
+    tokens = case.model.apply(variables, case.images, train=False, method="forward_features")
+    last = case.expected[f"layer{case.model.depth - 1:02d}/out"]
+    assert relative(tokens, last) <= 1e-5
+    head = functools.partial(case.model.apply, variables, tokens, method="forward_head")
+    assert relative(head(), case.expected["logits"]) <= 1e-5
+    if case.model.pool == "cls":
+        assert relative(head(pre_logits=True), case.expected["features"][:, 0]) <= 1e-5
+    else:  # what timm's forward_head would norm once more, is normed twice here
+        norm = LayerNorm(jnp.float32, epsilon=case.model.EPSILON)
+        features = jnp.asarray(case.expected["features"])
+        twice = norm.apply({"params": case.params["head_norm"]}, features)
+        assert relative(head(pre_logits=True), twice) <= 1e-5
 
 
 def test_every_layer(case):
