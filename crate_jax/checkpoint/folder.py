@@ -11,6 +11,22 @@ FOLDER = "checkpoints"  # below the run's workdir
 DAMAGED = "damaged-"  # what a step that was set aside is called
 
 
+def check_path(workdir: Path) -> None:
+    """Refuse a path that Orbax would take for a pattern of paths.
+
+    It finds what it has just written by one. Under such a name it would find nothing, or what
+    another run has written, and say that all is saved.
+
+    Raises:
+        ValueError: there is a ``[``, ``*``, ``?`` or backslash in it.
+    """
+    if odd := next((letter for letter in str(workdir) if letter in "[*?\\"), ""):
+        raise ValueError(
+            f"workdir must have no {odd} in its path, which checkpoints are found by as a pattern; "
+            f"got {workdir}. Choose another --workdir."
+        )
+
+
 def sweep(directory: Path, step: int | str | None) -> None:
     """Remove what unfinished saves have left, as far as that can be done.
 

@@ -18,6 +18,7 @@ from pathlib import Path
 import jax
 from filelock import BaseFileLock, FileLock, SoftFileLock, Timeout
 
+from crate_jax.checkpoint.folder import check_path
 from crate_jax.parallel import all_agree
 
 LOCK, MARKER, NOTE = ".owner.lock", ".owner.marker", ".owner.json"
@@ -71,7 +72,9 @@ def own_together(workdir: Path) -> Owner | None:
 
     Raises:
         OSError: as `Owner`, on every process.
+        ValueError: as `check_path`, likewise.
     """
+    check_path(workdir)
     owner = failure = None
     if jax.process_index() == 0:
         try:

@@ -29,9 +29,10 @@ class ImageClassifier(ImageFields, nn.Module):
 
     A model is a subclass with the fields of its family (`crate_jax.models.variants`) that gives
     `attention_part`, `nonlinearity_part` and `embed`, and overrides what differs of `block_fields`,
-    `drop_path_rates`, `pooled` and `make_head`. Parameters are float32; the computation in ``dtype``,
-    with norms, softmax and logits in float32. Layers are stacked on axis 0 of every leaf under
-    ``blocks``. A model of ``num_classes=0`` has no head: its logits are what a head would read.
+    `drop_path_rates`, `pooled` and `make_head`. Parameters are float32; the computation is in
+    ``dtype``, with norms, softmax and logits in float32. Layers are stacked on axis 0 of every leaf
+    under ``blocks``. A model of ``num_classes=0`` has no head: its logits are what a head would
+    read.
     """
 
     EPSILON: ClassVar[float] = 1e-5  # of the LayerNorms of blocks and head

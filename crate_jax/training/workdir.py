@@ -10,6 +10,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+from crate_jax.checkpoint.folder import check_path
 from crate_jax.config import TrainConfig, differences, from_dict, to_dict
 from crate_jax.files import Json, written_aside
 from crate_jax.options import difference, listed
@@ -22,13 +23,14 @@ def check_workdir(config: TrainConfig, workdir: Path) -> None:
     may change when it is resumed.
 
     Raises:
-        ValueError: workdir is no directory or a bucket, its config.json cannot be read, or a field
+        ValueError: workdir is no directory, a bucket or a pattern, its config.json cannot be read, or a field
             that makes a run what it is differs; the field is named.
     """
     if re.match(r"\w+:/", str(workdir)):  # pathlib has made gs://b/x gs:/b/x
         raise ValueError(
             f"workdir must be a directory; got {workdir}. Mount the bucket, or use a network share."
         )
+    check_path(workdir.absolute())
     if workdir.exists() and not workdir.is_dir():
         raise ValueError(f"workdir must be a directory; {workdir} is a file. Choose another.")
     path = workdir / "config.json"

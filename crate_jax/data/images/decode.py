@@ -12,6 +12,7 @@ from crate_jax.data.rows import BadExampleError
 # A header may promise any number of pixels; more than this is refused before memory is asked for.
 MAX_PIXELS = 2**27
 
+TIFF = (b"II*\0", b"MM\0*")
 JPEG, PNG = b"\xff\xd8", b"\x89PNG\r\n\x1a\n"  # how files begin
 END = b"\xff\xd9"  # how a JPEG ends
 # How files of floats begin that OpenCV reads: PFM, Radiance.
@@ -133,6 +134,11 @@ class EncodedImage:
             raise BadExampleError(
                 f"{self._name} must have levels of 8 or 16 bits; got {other}. Save it as PNG."
             )
+        if image is not None and _is_transparent_tiff(self._data):
+            raise BadExampleError(
+                f"{self._name} must be opaque to be read as TIFF; got transparent pixels, whose "
+                "colours are darkened by it. Save it as PNG."
+            )
         if image is None:
             raise BadExampleError(
                 f"{self._name} must be an image; its {len(self._data)} bytes do not decode. "
@@ -242,6 +248,14 @@ def _other_levels(data: bytes, *, decoded: bool) -> str | None:
     except cv2.error:
         return None
     return None if image is None or image.dtype in (np.uint8, np.uint16) else str(image.dtype)
+
+
+def _is_transparent_tiff(data: bytes) -> bool:
+    """Whether a TIFF has pixels that are not opaque: libtiff has multiplied their colours by it."""
+    if not data.startswith(TIFF):
+        return False
+    image = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_UNCHANGED)
+    return image is not None and image.ndim == 3 and image.shape[2] == 4 and image[..., 3].min() < 255
 
 
 def _shortened(data: bytes, rows: int) -> bytearray | None:

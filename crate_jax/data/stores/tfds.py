@@ -217,6 +217,8 @@ def _prepared(make: Callable[..., Builder], data: DataConfig, report: TextIO) ->
 def _where_it_may_be(data: DataConfig, builder: Builder) -> str:
     """A remedy for a data set that is not prepared: another version that is there, or none."""
     folder = str(builder.data_path).rpartition("/")[0]
+    if "[" in folder:
+        return "TFDS takes the [ in its path for a pattern: rename that folder"
     entries = storage.list_subfolders(folder) if storage.is_folder(folder) else []
     versions = [name for name in entries if name[0].isdigit()]
     if versions:
