@@ -23,8 +23,8 @@ def check_workdir(config: TrainConfig, workdir: Path) -> None:
     may change when it is resumed.
 
     Raises:
-        ValueError: workdir is no directory, a bucket or a pattern, its config.json cannot be read, or a field
-            that makes a run what it is differs; the field is named.
+        ValueError: workdir is no directory, a bucket or a pattern, its config.json cannot be read,
+            or a field that makes a run what it is differs; the field is named.
     """
     if re.match(r"\w+:/", str(workdir)):  # pathlib has made gs://b/x gs:/b/x
         raise ValueError(

@@ -1,5 +1,6 @@
 """A run's directory has one owner at a time, who is named, and none for longer than it lives."""
 
+import contextlib
 import errno
 import fcntl
 import json
@@ -13,6 +14,7 @@ import sys
 import threading
 import time
 
+import jax
 import jax.numpy as jnp
 import pytest
 from command import environment
@@ -21,6 +23,8 @@ from crate_jax.checkpoint import owner
 from crate_jax.checkpoint.manager import FOLDER, Checkpointer
 from crate_jax.checkpoint.owner import LOCK, MARKER, NOTE, Owner, own_together
 from crate_jax.checkpoint.reading import inspect
+from crate_jax.config import TrainConfig
+from crate_jax.training.workdir import check_workdir
 
 NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 # As another process takes the lock, without this project.
@@ -202,3 +206,23 @@ def test_a_checkpointer_that_writes_owns_and_one_that_reads_does_not(tmp_path):
     again = Checkpointer(tmp_path)
     assert not under_way.exists()
     again.close()
+
+
+@pytest.mark.parametrize(("name", "odd"), [("r[1]", "["), ("r*", "*"), ("r?", "?"), ("a\\b", "\\")])
+def test_a_path_that_is_a_pattern_is_refused(tmp_path, name, odd):
+    """Orbax would save there, find nothing of it, and say that all is well."""
+    rule = f"workdir must have no {re.escape(odd)} in its path"
+    for begin in (Checkpointer, lambda path: check_workdir(TrainConfig(), path)):
+        with pytest.raises(ValueError, match=rule):
+            begin(tmp_path / name)
+    assert not (tmp_path / name).exists()
+
+
+@pytest.mark.parametrize("name", ["lr=0.1,0.2", "a b", "50%", "é", "#1", "a{b}", "a]b"])
+def test_other_names_hold_what_is_saved(tmp_path, name):
+    state = {"params": {"w": jnp.arange(3.0)}}
+    with contextlib.closing(Checkpointer(tmp_path / name)) as writer:
+        writer.save(1, state, {"step": 1})
+    with contextlib.closing(Checkpointer(tmp_path / name, read_only=True)) as reader:
+        found, _ = reader.restore(1, jax.eval_shape(lambda: state))
+    assert found["params"]["w"].tolist() == [0, 1, 2]

@@ -255,7 +255,9 @@ def _is_transparent_tiff(data: bytes) -> bool:
     if not data.startswith(TIFF):
         return False
     image = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_UNCHANGED)
-    return image is not None and image.ndim == 3 and image.shape[2] == 4 and image[..., 3].min() < 255
+    return (
+        image is not None and image.ndim == 3 and image.shape[2] == 4 and image[..., 3].min() < 255
+    )
 
 
 def _shortened(data: bytes, rows: int) -> bytearray | None:

@@ -301,3 +301,22 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 100_000)
     )
     message, small = found.stdout.splitlines()
     assert message.startswith("here must be an image; its") and small == "True"
+
+
+@pytest.mark.parametrize("alpha", [0, 128, 254])
+def test_a_transparent_tiff_is_refused(alpha):
+    """Its reader darkens what is transparent, and the colours are lost."""
+    rgb = np.random.default_rng(0).integers(0, 256, (6, 7, 3), np.uint8)
+    image, encoded = Image.fromarray(rgb), io.BytesIO()
+    image.putalpha(alpha)
+    image.save(encoded, "TIFF")
+    with pytest.raises(BadExampleError, match=r"^image must be opaque to be read as TIFF"):
+        decode_image(encoded.getvalue(), channels=3)
+
+
+def test_an_opaque_tiff_with_alpha_is_read():
+    rgb = np.random.default_rng(0).integers(0, 256, (6, 7, 3), np.uint8)
+    image, encoded = Image.fromarray(rgb), io.BytesIO()
+    image.putalpha(255)
+    image.save(encoded, "TIFF")
+    np.testing.assert_array_equal(decode_image(encoded.getvalue(), channels=3), rgb)

@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import shutil
 import tarfile
 import types
 from pathlib import Path
@@ -99,6 +100,13 @@ BY_TENSORFLOW = bytes.fromhex(
     "14000000000000005e3d2915303132333435363738393031323334353637383996ffc02b"
 )
 RECORDS = [b"first", b"", b"0123456789" * 2]
+
+
+def test_a_path_that_tfds_takes_for_a_pattern_is_told(stored, tmp_path):
+    """TFDS looks for prepared files by a pattern, and finds none below such a folder."""
+    shutil.copytree(stored["array_record"][1], tmp_path / "a[b]")
+    with pytest.raises(FileNotFoundError, match=r"TFDS takes the \[ in its path for a pattern"):
+        open_split("photos", tmp_path / "a[b]")
 
 
 def test_framing_is_tensorflows(tmp_path):
