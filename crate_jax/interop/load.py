@@ -40,16 +40,18 @@ def load_weights(
     optimizer's state, the text tower of CLIPA.
 
     Args:
-        path: a PyTorch, safetensors or ``.npz`` file, recognised by its content, with official
-            names in any layout of the model's family (`crate_jax.interop.layouts`) under any of the
-            usual wrappers and prefixes, or with the paths of our tree; or the folder of a run (its
-            newest checkpoint), or of one of its steps, ``RUN/checkpoints/STEP``.
+        path: a PyTorch, safetensors, ``.npz`` or msgpack file, recognised by its content, with
+            official names in any layout of the model's family (`crate_jax.interop.layouts`) under
+            any of the usual wrappers and prefixes (`crate_jax.interop.names`), or with the paths of
+            our tree; a folder with such a file or its pieces (`crate_jax.interop.folders`); a tree
+            that Orbax wrote; or the folder of a run (its newest checkpoint), or of one of its
+            steps, ``RUN/checkpoints/STEP``. Averaged weights are taken before others.
         model: the model that the weights are for.
-        fit: what may differ between the two and is made to fit: ``head`` (always a new one),
-            ``image_size`` (positions resized), ``patch_size`` and ``in_channels`` (the projection
-            of the patches resized, summed or repeated), and ``pool``, ``eta``, ``lmbda`` where the
-            file, or its names, state others (the model's are used). Each change is logged at INFO;
-            see `crate_jax.interop.fit.fit_params`.
+        fit: what may differ between the two and is made to fit, one name or several: ``head``
+            (always a new one), ``image_size`` (positions resized), ``patch_size`` and
+            ``in_channels`` (the projection of the patches resized, summed or repeated), and
+            ``pool``, ``eta``, ``lmbda`` where the file, or its names, state others (the model's are
+            used). Each change is logged at INFO; see `crate_jax.interop.fit.fit_params`.
         method: how positions and patches are resized: "right", "crate_alpha" or "official_maps",
             which resamples positions of the same grid too and so needs ``image_size`` in ``fit``.
         key: of a new head; None: ``jax.random.key(0)``.

@@ -184,4 +184,10 @@ def flat(tree: Mapping, before: str = "") -> Iterator[tuple[str, object]]:
 
 def _has_known(tree: Mapping, known: Known, *, deep: bool) -> bool:
     """Whether a name is known, less PyTorch's parts; with ``deep``, less all parts that wrap it."""
-    return any(known(f) for name, _ in flat(tree) for f in _forms(name)[: None if deep else 2])
+    names = [name for name, leaf in flat(tree) if is_array(leaf)]
+    return any(known(form) for name in names for form in _forms(name)[: None if deep else 2])
+
+
+def is_array(leaf: object) -> bool:
+    """Whether a leaf is a tensor or an array, or stands for one."""
+    return hasattr(leaf, "shape")

@@ -10,7 +10,7 @@ from flax import traverse_util
 
 from crate_jax.interop.kinds import not_whole
 from crate_jax.interop.layouts.layout import Arrays
-from crate_jax.interop.names import Known, flat, left_aside, unwrap
+from crate_jax.interop.names import Known, flat, is_array, left_aside, unwrap
 
 _SIGNS = ("_METADATA", "manifest.ocdbt")  # a folder with one of these in it holds a tree
 
@@ -49,7 +49,7 @@ def read(trees: dict[str, Path], path: Path, known: Known) -> tuple[Arrays, list
     """
     content = {name: _read(path, _shapes, folder) for name, folder in trees.items()}
     found = unwrap(content.get("", content), path, known)
-    leaves = {name: leaf for name, leaf in found.state.items() if hasattr(leaf, "shape")}
+    leaves = {name: leaf for name, leaf in found.state.items() if is_array(leaf)}
     item, *keys = ("", *found.where) if "" in trees else (*found.where, *[""] * (not found.where))
     if not leaves or item not in trees:
         raise ValueError(
@@ -57,7 +57,7 @@ def read(trees: dict[str, Path], path: Path, known: Known) -> tuple[Arrays, list
             "Name the folder of the tree that has them."
         )
     arrays = _read(path, _restore, trees[item], keys, traverse_util.unflatten_dict(leaves, sep="/"))
-    return dict(flat(arrays)), found.said
+    return {name: np.asarray(leaf) for name, leaf in flat(arrays)}, found.said
 
 
 def _read(path: Path, how: Callable[..., Any], *args: Any) -> Any:

@@ -93,13 +93,15 @@ class _Dtype:
 
 
 class Array:
-    """A NumPy array, which may be one of the weights.
+    """A NumPy array, which may be one of the weights; one of no numbers has neither attribute.
 
     Attributes:
-        value: the array; None: it holds no numbers.
+        value: the array.
+        shape: of it.
     """
 
-    value: np.ndarray | None = None
+    value: np.ndarray
+    shape: tuple[int, ...]
 
     def __init__(self, *_: object):
         pass
@@ -110,6 +112,7 @@ class Array:
         if kind is not None and isinstance(data, bytes):
             values = np.frombuffer(data, kind)
             self.value = values.reshape(shape, order="F" if fortran else "C").copy()
+            self.shape = self.value.shape
 
 
 _NUMPY = {

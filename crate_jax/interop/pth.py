@@ -9,13 +9,13 @@ import zipfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import ModuleType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import numpy as np
 
 from crate_jax.interop.kinds import not_whole
 from crate_jax.interop.layouts.layout import Arrays
-from crate_jax.interop.names import Known, bare_names, unwrap
+from crate_jax.interop.names import Known, bare_names, is_array, unwrap
 from crate_jax.interop.pickled import Array, Aside, stand_ins
 
 if TYPE_CHECKING:
@@ -65,7 +65,7 @@ def read(path: str | Path, known: Known) -> tuple[Arrays, list[str]]:
     if isinstance(content, Aside):
         raise ValueError(_unsafe(path, f"{type(content).__module__}.{type(content).__name__}"))
     found = unwrap(content, path, known)
-    arrays = {k: _to_numpy(v, k, path) for k, v in found.state.items() if _is_array(v)}
+    arrays = {k: _to_numpy(v, k, path) for k, v in found.state.items() if is_array(v)}
     others = [key for key in found.state if key not in arrays]
     if others and not arrays:
         raise ValueError(
@@ -199,22 +199,17 @@ def _torch(path: str | Path) -> ModuleType:
     return torch
 
 
-def _is_array(value: object) -> bool:
-    """Whether a value is a tensor or an array of numbers."""
-    return hasattr(value, "detach") or getattr(value, "value", None) is not None
-
-
-def _to_numpy(value: "Tensor | Array", name: str, path: object) -> np.ndarray:
+def _to_numpy(value: object, name: str, path: object) -> np.ndarray:
     """A tensor as an array; half precision, which NumPy lacks in part, as float32."""
     if isinstance(value, Array):
-        return np.asarray(value.value)
-    tensor = value.detach()
+        return value.value
+    tensor = cast("Tensor", value).detach()
     if hasattr(tensor, "to_local"):
         raise ValueError(_sharded(path, name))
     wrong = {
         "quantised, with a scale beside its numbers": tensor.is_quantized,
         "on the meta device, without numbers": tensor.is_meta,
-        f"of the layout {tensor.layout}": tensor.layout.__str__() != "torch.strided",
+        f"of the layout {tensor.layout}": str(tensor.layout) != "torch.strided",
     }
     for what, is_so in wrong.items():
         if is_so:

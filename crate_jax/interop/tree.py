@@ -2,7 +2,8 @@
 
 import functools
 import math
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
+from typing import Any, cast
 
 import jax
 from flax import traverse_util
@@ -46,13 +47,13 @@ def tree_of(model: ImageClassifier) -> Tree:
             f"{type(model).__name__} has none. Add the property, (H, W, c)."
         )
     try:
-        return _tree_of(model)
+        return _tree_of(cast("Hashable", model))
     except TypeError:  # a field that cannot be hashed, such as a list
         return _tree_of.__wrapped__(model)
 
 
 @functools.lru_cache(maxsize=16)
-def _tree_of(model: ImageClassifier) -> Tree:
+def _tree_of(model: Any) -> Tree:
     """Tracing a model takes a good part of the time that a small file takes."""
     leaves = jax.tree_util.tree_leaves_with_path(abstract_parameters(model))
     shapes = {
@@ -75,7 +76,7 @@ def flatten(params: object) -> dict[str, jax.Array]:
             "Give variables['params']."
         )
     flat = traverse_util.flatten_dict(params, sep="/")  # type: ignore[arg-type]
-    leaves = {path: getattr(leaf, "value", leaf) for path, leaf in flat.items()}
+    leaves: dict[str, Any] = {path: getattr(leaf, "value", leaf) for path, leaf in flat.items()}
     for path, leaf in leaves.items():
         if not hasattr(leaf, "shape") or isinstance(leaf, jax.ShapeDtypeStruct):
             raise ValueError(

@@ -115,7 +115,7 @@ STATE = {NAME: np.ones((2, 2))}
         ({"teacher": STATE, "epoch": 3}, ("teacher",), []),
         ({"model": STATE, "ema": {"decay": 0.9, "shadow": [1]}, "model_ema": None}, ("model",), []),
         (
-            {"state_dict": STATE, "state_dict_ema": {f"module.{NAME}": 1}},
+            {"state_dict": STATE, "state_dict_ema": {f"module.{NAME}": STATE[NAME]}},
             ("state_dict_ema",),
             ["took state_dict_ema, averaged weights, and left aside state_dict"],
         ),
@@ -134,6 +134,6 @@ def test_where_the_weights_are(content, where, said):
 
 
 def test_several_sets_of_weights_none_of_which_comes_first():
-    both = {"student": STATE, "teacher": {f"module.{NAME}": 1}, "epoch": 3}
+    both = {"student": STATE, "teacher": {f"module.{NAME}": STATE[NAME]}, "epoch": 3}
     with pytest.raises(ValueError, match="must hold one set of weights; got student, teacher"):
         unwrap(both, "w", Known())
