@@ -14,6 +14,8 @@ SHARED_MEMORY = "/dev/shm"  # through which the loader's workers hand over batch
 
 # How XLA, CUDA and C++ say that memory is short.
 _NO_MEMORY = re.compile(r"RESOURCE_EXHAUSTED|OUT_OF_MEMORY|bad_alloc|[Oo]ut of memory")
+# How the loader of shared libraries does.
+_NO_ROOM = re.compile(r"failed to map segment|[Cc]annot allocate memory")
 # How Grain says that the system ended a worker, and with which signal.
 _DEAD_WORKER = re.compile(r"Worker process was terminated unexpectedly with exit code -(\d+)")
 
@@ -29,6 +31,11 @@ def explained(error: Exception) -> str | None:
         return None
     if found := _DEAD_WORKER.search(str(error)):
         return _worker_ended(int(found[1]))
+    if "can't start new thread" in str(error):
+        return (
+            "the system must let this program start threads; it refused one. Raise ulimit -u and "
+            "-v, or the container's --pids-limit, or lower --config.data.num_threads."
+        )
     if "Disallowed " in str(error):
         return _forbidden_transfers()
     return _no_device(error)
@@ -36,8 +43,11 @@ def explained(error: Exception) -> str | None:
 
 def lacks_memory(error: Exception) -> bool:
     """Whether memory is short, of this process or of a device."""
-    from_xla = isinstance(error, jax.errors.JaxRuntimeError)
-    return isinstance(error, MemoryError) or (from_xla and bool(_NO_MEMORY.search(str(error))))
+    if isinstance(error, jax.errors.JaxRuntimeError):
+        return bool(_NO_MEMORY.search(str(error)))
+    if isinstance(error, ImportError):
+        return bool(_NO_ROOM.search(str(error)))
+    return isinstance(error, MemoryError)
 
 
 def check_settings() -> None:

@@ -26,6 +26,8 @@ XLA = jax.errors.JaxRuntimeError
         (XLA("UNKNOWN: CUDA_ERROR_OUT_OF_MEMORY"), True),
         (XLA("INTERNAL: Check failed"), False),
         (ValueError("Out of memory"), False),
+        (ImportError("cv2.abi3.so: failed to map segment from shared object"), True),
+        (ImportError("cannot import name 'x'"), False),
         (IndexError(), False),
     ],
     ids=repr,
@@ -53,6 +55,11 @@ def test_a_worker_that_the_system_ended(code, start):
         RuntimeError(f"Worker process was terminated unexpectedly with exit code {code}. Search")
     )
     assert (line is None) if start is None else line.startswith(start)
+
+
+def test_a_thread_that_cannot_be_started():
+    assert "Raise ulimit -u and -v" in explained(RuntimeError("can't start new thread"))
+    assert explained(RuntimeError("another")) is None
 
 
 def test_a_device_that_is_not_there(monkeypatch):

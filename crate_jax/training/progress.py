@@ -5,7 +5,7 @@ import sys
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import IO
+from typing import TextIO
 
 import numpy as np
 
@@ -164,7 +164,7 @@ class Progress:
         stream: where to write, as long as it takes what is written; None writes nothing.
     """
 
-    def __init__(self, total_steps: int, stream: IO[str] | None = sys.stderr):
+    def __init__(self, total_steps: int, stream: TextIO | None = sys.stderr):
         self._total, self._stream = total_steps, tolerant(stream) if stream else None
         self._live = bool(self._stream and self._stream.isatty())
         self._width = 0

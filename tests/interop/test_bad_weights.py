@@ -269,7 +269,7 @@ def test_a_model_asked_for_wrongly(tmp_path, refuse, kwarg, message):
 def test_a_full_disk_leaves_the_old_file(tmp_path, refuse, monkeypatch):
     from crate_jax.interop import safetensors
 
-    def write(path, arrays, fields):
+    def write(path, arrays, fields, class_names):
         path.write_bytes(b"half")
         raise OSError(28, "No space left on device")
 

@@ -13,7 +13,7 @@ from toy import FOLLOWS, Regress, Together, TRUTH_4x2, Vectors
 import crate_jax.training.loop as loop
 from crate_jax.checkpoint.best import Best
 from crate_jax.checkpoint.manager import Checkpointer
-from crate_jax.checkpoint.reading import restore_trained
+from crate_jax.checkpoint.reading import inspect, restore_trained
 from crate_jax.config import DataConfig, OptimConfig, TrainConfig
 from crate_jax.tasks import TASKS
 from crate_jax.training.loop import train
@@ -81,6 +81,43 @@ def test_a_resumed_run_is_one_that_was_not_stopped(trained, tmp_path, capsys):
     assert "  mse 1." in trained_line and " examples/s  ETA " in trained_line
     assert any("step 8/8  test mse " in line for line in seen)
     assert not any("top1" in line for line in seen)
+
+
+class Precise(Regress):
+    """With parameters of 64 bits, which JAX has under JAX_ENABLE_X64."""
+
+    def init(self, key):
+        params, extra = super().init(key)
+        params, teacher = jax.tree.map(lambda x: x.astype(float), (params, extra["teacher"]))
+        return params, extra | {"teacher": teacher}
+
+
+@pytest.fixture
+def in_64_bits():
+    """As under JAX_ENABLE_X64: in all threads, also those in which Orbax reads."""
+    before = jax.config.values["jax_enable_x64"]
+    jax.config.update("jax_enable_x64", True)
+    with jax.numpy_dtype_promotion("standard"):
+        yield
+    jax.config.update("jax_enable_x64", before)
+
+
+def test_a_run_in_64_bits_is_saved_resumed_and_checked(tmp_path, monkeypatch, in_64_bits):
+    monkeypatch.setitem(TASKS, "regress", Precise)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loop.StopSignal, "at", lambda self, step: "SIGTERM" if step == 2 else None)
+        with pytest.raises(KeyboardInterrupt, match="SIGTERM at step 2 of 8"):
+            train(config(), tmp_path)
+    assert train(config(), tmp_path)["step"] == 8
+    run = set_up(config(), "eval")
+    params, extra, step = restore_trained(tmp_path, *jax.eval_shape(run.task.init, run.key))
+    assert step == 8 and params["kernel"].dtype == jnp.float64
+    assert extra["count"].dtype == jnp.int32
+    assert [line["step"] for line in lines_of(tmp_path) if "test/mse" in line] == [2, 4, 6, 8]
+    measured = evaluate_split(run, params, extra)["mse"]
+    assert lines_of(tmp_path)[-1]["test/mse"] == pytest.approx(measured, rel=1e-12)
+    jax.config.update("jax_enable_x64", False)  # who lists checkpoints need not have the setting
+    assert all(row["intact"] for row in inspect(tmp_path))
 
 
 def test_the_best_checkpoint_is_the_one_of_the_lowest_headline(tmp_path):
