@@ -372,6 +372,8 @@ def unusual():
         data_dir="images",
         train_split="a",
         eval_split="b",
+        image_key="photo",
+        label_key="kind",
         download=True,
         train_transforms="resize(8)",
         eval_transforms="resize(9)",

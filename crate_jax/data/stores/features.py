@@ -77,7 +77,7 @@ def _stored(feature: Feature) -> Any:
 
     info = feature.get_serialized_info()
     if isinstance(info, dict) and info["value"].shape:
-        info = info | {"value": TensorInfo(shape=(None,), dtype=info["value"].dtype)}
+        info = info | {"value": TensorInfo(shape=(None,), dtype=info["value"].np_dtype)}
     return info
 
 
