@@ -1,6 +1,7 @@
 """What the loader loads: rows of arrays, whatever is in them."""
 
 import errno
+import functools
 import logging
 import time
 from collections.abc import Callable, Mapping
@@ -56,7 +57,7 @@ def patiently(read: Callable[[], _Read], name: str) -> _Read:
             failed = error
         cause = f"{type(failed).__name__}: {str(failed) or 'out of memory'}"
         if not attempt:
-            _log.warning("%s cannot be read now (%s); it is tried again", name, cause)
+            _say(name, cause)
         time.sleep(pause)
     code = errno.ENOMEM if isinstance(failed, MemoryError) else failed.errno
     remedy = REMEDIES.get(code or 0, "Mend the disk or the network, then start again.")
@@ -64,6 +65,12 @@ def patiently(read: Callable[[], _Read], name: str) -> _Read:
         f"{name} must be readable; got {cause}, in {len(PATIENCE_S) + 1} attempts over "
         f"{sum(PATIENCE_S):.0f} s. {remedy}"
     ) from failed
+
+
+@functools.lru_cache(maxsize=1024)
+def _say(name: str, cause: str) -> None:
+    """Log once that something is tried again, however many threads and epochs read it."""
+    _log.warning("%s cannot be read now (%s); it is tried again", name, cause)
 
 
 class Rows(Protocol):

@@ -120,9 +120,7 @@ def test_a_file_names_its_classes(tmp_path):
     assert load_fitted(tmp_path / "w.npz", MODEL).class_names == ()
     with pytest.raises(ValueError, match=r"one for each of the 5 outputs of the model; got 4\. N"):
         save_weights(tmp_path / "w.npz", params, MODEL, class_names=names[:4])
-    with pytest.raises(
-        ValueError, match=r"class_names must be \(\) for PyTorch's files; got 5 f"
-    ):
+    with pytest.raises(ValueError, match=r"class_names must be \(\) for PyTorch's files; got 5 f"):
         save_weights(tmp_path / "w.pth", params, MODEL, class_names=names)
     assert not (tmp_path / "w.pth").exists()
 

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from crate_jax.config import IMAGENET_MEAN, IMAGENET_STD
+from crate_jax.tasks.classify import Classify
 from crate_jax.tasks.pixels import normalize
 
 
@@ -60,3 +61,19 @@ def test_wrong_number_of_values(name, values):
     assert str(caught.value) == (
         f"data.{name} must have one value, or one for each of 3 channels; got {values}."
     )
+
+
+@pytest.mark.parametrize("dtype", ["uint16", "int32", "bool"])
+def test_other_types_are_no_pixels(dtype):
+    images = jnp.zeros((1, 2, 2, 1), dtype)
+    message = rf"images must be stored pixels \(uint8\) or normalised already .*; got {dtype}\. Sc"
+    with pytest.raises(ValueError, match=message):
+        normalize(images, mean=(0.5,), std=(0.5,))
+    with pytest.raises(ValueError, match=message):
+        Classify(None).normalized(images)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_floats_are_normalised_already(dtype):
+    images = jnp.ones((1, 2, 2, 1), dtype)
+    assert Classify(None).normalized(images) is images

@@ -61,11 +61,24 @@ def make_parser(data: DataConfig, features: Feature) -> ExampleParser:
     wanted = {key: flat[key] for key in (data.image_key, data.label_key)}
     if isinstance(name := flat.get(FILE_NAME), tfds.Text):
         wanted[FILE_NAME] = name
-    parser = ExampleParserNp({key: f.get_serialized_info() for key, f in wanted.items()})
+    parser = ExampleParserNp({key: _stored(f) for key, f in wanted.items()})
     # TFDS keeps an image of floats as the PNG of their bytes, four channels a pixel.
     is_file = isinstance(image, tfds.Image) and image.np_dtype != np.float32
     decode = None if is_file else image.decode_example_np
     return ExampleParser(data.image_key, data.label_key, parser, decode)
+
+
+def _stored(feature: Feature) -> Any:
+    """How TFDS stores a feature; arrays of any size are flat, with their shape beside them.
+
+    TFDS's parser for NumPy takes their shape for known but for one side.
+    """
+    from tensorflow_datasets.core.features.feature import TensorInfo
+
+    info = feature.get_serialized_info()
+    if isinstance(info, dict) and info["value"].shape:
+        info = info | {"value": TensorInfo(shape=(None,), dtype=info["value"].np_dtype)}
+    return info
 
 
 def check_features(

@@ -181,7 +181,7 @@ def read_bytes(path: str, start: int = 0, length: int | None = None) -> bytes:
     Raises:
         FileNotFoundError: the file is missing from its folder.
         OSError: the disk or the network fails, whatever the kind of bucket calls that; or the
-            folder is gone too, as that of a disk that is no longer mounted.
+            folder is gone too, as that of a disk that is no longer mounted. It names the path.
     """
     try:
         return _read_remote(path, start, length) if is_remote(path) else _read(path, start, length)
@@ -190,6 +190,10 @@ def read_bytes(path: str, start: int = 0, length: int | None = None) -> bytes:
         if is_folder(folder):
             raise
         raise OSError(errno.ENODEV, "its folder is gone", folder) from error
+    except OSError as error:
+        if error.errno is None or error.filename is not None:
+            raise
+        raise OSError(error.errno, error.strerror, path) from error  # of `read`, say
 
 
 def _read(path: str, start: int, length: int | None) -> bytes:

@@ -11,6 +11,7 @@ from typing import IO
 import numpy as np
 
 from crate_jax.config import DataConfig, did_you_mean
+from crate_jax.data.rows import patiently
 from crate_jax.data.stores import storage
 from crate_jax.data.stores.examples import (
     IMAGE_SUFFIXES,
@@ -100,7 +101,8 @@ def open_tar(data: DataConfig, split: str, **_: object) -> Source:
         )
     path = paths[split]
     # Random access needs to know where each member begins, which only the headers before it tell.
-    arrays = storage.cached_index([path], folder, data.index_dir, functools.partial(_index, path))
+    build = functools.partial(patiently, functools.partial(_index, path), path)
+    arrays = storage.cached_index([path], folder, data.index_dir, build)
     if not arrays["whole"] and data.on_bad_example == "raise":
         raise ValueError(
             f"{path} must be whole; it ends after {len(arrays['names'])} images. Restore it, or "

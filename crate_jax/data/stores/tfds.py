@@ -50,14 +50,7 @@ def open_digits(data: DataConfig, split: str, **_: object) -> Source:
 
 def _open_split(builder: Builder, data: DataConfig, split: str, num_classes: int | None) -> Source:
     """A split of a prepared data set, after its features and its length have been checked."""
-    try:
-        features = builder.info.features
-    except ImportError as error:
-        raise ValueError(
-            f"data.dataset must be one of images; {data.dataset} has features that TFDS does not "
-            f"read without another package ({error.name}). Choose another."
-        ) from error
-    num_classes, class_names = check_features(data, features, num_classes)
+    num_classes, class_names = check_features(data, builder.info.features, num_classes)
     try:
         length = builder.info.splits[split].num_examples
     except ValueError as error:
@@ -182,6 +175,11 @@ def _prepared(make: Callable[..., Builder], data: DataConfig, report: TextIO) ->
         raise ValueError(
             "data.dataset must be a TFDS name, or name/config, or name:version; got "
             f"{data.dataset} ({reason}). Set --config.data.dataset."
+        ) from error
+    except ImportError as error:  # of a video or sound
+        raise ValueError(
+            f"data.dataset must be of images; {data.dataset} has a feature for which TFDS needs a "
+            f"package ({error.msg}), as for video. Choose another data set, or install it."
         ) from error
     if builder.is_prepared():
         return builder

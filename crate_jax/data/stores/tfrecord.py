@@ -13,6 +13,7 @@ from typing import Protocol
 
 import numpy as np
 
+from crate_jax.data.rows import patiently
 from crate_jax.data.stores import storage
 from crate_jax.data.stores.examples import Example
 
@@ -86,7 +87,7 @@ def open_tfrecords(
 
     def build() -> dict[str, np.ndarray]:
         with ThreadPoolExecutor(16) as pool:
-            found = list(pool.map(index_records, files))
+            found = list(pool.map(lambda f: patiently(lambda: index_records(f), f), files))
         counts = np.array([len(f) for f in found], np.int64)
         return {"records": np.concatenate(found), "counts": counts}
 

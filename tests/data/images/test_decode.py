@@ -13,7 +13,7 @@ import simplejpeg
 from command import ROOT
 from PIL import Image
 
-from crate_jax.data.images.decode import EncodedImage, decode_image
+from crate_jax.data.images.decode import EncodedImage, array_pixels, decode_image
 from crate_jax.data.images.resize import resize_pixels
 from crate_jax.data.rows import BadExampleError
 
@@ -320,3 +320,82 @@ def test_an_opaque_tiff_with_alpha_is_read():
     image.putalpha(255)
     image.save(encoded, "TIFF")
     np.testing.assert_array_equal(decode_image(encoded.getvalue(), channels=3), rgb)
+
+
+# --- other levels than 8 bits ---------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("suffix", [".png", ".tiff", ".pgm"])
+@pytest.mark.parametrize("channels", [1, 3])
+def test_of_16_bits_the_upper_8_count(suffix, channels):
+    deep = np.random.default_rng(2).integers(0, 2**16, (HEIGHT, WIDTH), np.uint16)
+    deep[0, :4] = [0, 255, 256, 65535]
+    image = decode_image(encode(deep, suffix), channels=channels)
+    np.testing.assert_array_equal(image, (deep >> 8)[:, :, None].repeat(channels, 2))
+
+
+def test_16_bits_of_colour_are_those_of_pillow():
+    deep = np.random.default_rng(2).integers(0, 2**16, (HEIGHT, WIDTH, 3), np.uint16)
+    data = encode(deep)
+    pillow = np.asarray(Image.open(io.BytesIO(data)).convert("RGB"))
+    np.testing.assert_array_equal(decode_image(data, channels=3), pillow)
+
+
+UNIT = np.linspace(0, 1, HEIGHT * WIDTH, dtype=np.float32).reshape(HEIGHT, WIDTH)
+OTHER_LEVELS = {
+    "float32": lambda: encode(UNIT, ".tiff"),
+    "float64": lambda: encode(UNIT.astype(np.float64), ".tiff"),
+    "floats": lambda: b"Pf\n7 5\n-1.0\n" + UNIT.tobytes(),
+    "levels up to 4095": lambda: b"P5\n# a microscope's\n7 5\n4095\n" + bytes(70),
+    "levels up to 15": lambda: b"P2 7 5 15\n" + b"15 " * 35,
+}
+
+
+@pytest.mark.parametrize("kind", OTHER_LEVELS)
+def test_other_levels_are_refused(kind):
+    message = rf"a\.x must have levels of 8 or 16 bits; got {kind}\. Save it as PNG\."
+    with pytest.raises(BadExampleError, match=message):
+        decode_image(OTHER_LEVELS[kind](), channels=1, name="a.x")
+
+
+# --- arrays ---------------------------------------------------------------------------------------
+
+
+def test_colour_arrays_become_grey_by_luma(rgb):
+    luma = rgb @ np.array([0.299, 0.587, 0.114])
+    np.testing.assert_allclose(array_pixels(rgb, channels=1)[:, :, 0], luma, atol=0.51)
+
+
+def test_bytes_of_either_order_are_the_same_levels():
+    deep = np.random.default_rng(2).integers(0, 2**16, (HEIGHT, WIDTH, 1), np.uint16)
+    for order in "<>":
+        found = array_pixels(deep.astype(f"{order}u2"), channels=1)
+        np.testing.assert_array_equal(found, deep // 256)
+
+
+def test_floats_are_rounded_to_the_nearest_level():
+    halves = np.array([[0, 0.4, 0.6, 127.4, 254.6, 255.4, -0.4]], np.float32) / np.float32(255)
+    found = array_pixels(halves.astype(np.float64), channels=1)
+    assert found.ravel().tolist() == [0, 0, 1, 127, 255, 255, 0]
+
+
+@pytest.mark.parametrize(
+    "image, message",
+    [
+        (
+            np.zeros((2, 3, 1), np.int32),
+            r"must hold pixels of uint8, uint16, .*; got int32\. Store",
+        ),
+        (np.zeros((2, 3, 1), np.int8), r"must hold pixels of uint8, .*; got int8\."),
+        (np.zeros((2, 3, 1), complex), r"must hold pixels of uint8, .*; got complex128\."),
+        (np.zeros((2, 3, 1), object), r"must hold pixels of uint8, .*; got object\."),
+        (np.zeros((1, 2, 3, 1), np.uint8), r"must be an array of .*; got \(1, 2, 3, 1\)\."),
+        (np.zeros(6, np.uint8), r"must be an array of .*; got \(6,\)\."),
+        (np.zeros((0, 3, 1), np.uint8), r"must have 1 … 134217728 pixels; it has 0x3\."),
+        (np.zeros((2, 3, 2), np.uint8), r"must have 1 channels, .* says; got 2\. Set --config"),
+        (np.full((2, 3, 1), np.inf, np.float32), r"must hold floats from 0 to 1; got inf … inf"),
+    ],
+)
+def test_other_arrays_are_refused(image, message):
+    with pytest.raises(ValueError, match="a/train\\[3\\] " + message):
+        array_pixels(image, channels=1, name="a/train[3]")

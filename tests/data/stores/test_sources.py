@@ -424,7 +424,7 @@ def test_dataset_without_images_or_labels_is_refused(digits_dir, tmp_path, featu
         open_split("my_scans", root)
 
 
-def test_label_that_is_no_class_label_is_refused(tmp_path):
+def test_integer_labels_need_a_number_of_classes(tmp_path):
     import tensorflow_datasets as tfds
 
     features = tfds.features.FeaturesDict(
@@ -432,8 +432,7 @@ def test_label_that_is_no_class_label_is_refused(tmp_path):
     )
     png = cv2.imencode(".png", np.zeros((4, 4, 3), np.uint8))[1].tobytes()
     write_tfds(tmp_path, "ages", "1.0.0", features, {"train": [{"image": png, "label": 7}]})
-    message = (
-        r"data\.dataset must have a ClassLabel as its label; that of ages is a Scalar\. Prepare"
-    )
+    message = r"model\.num_classes must be set where labels are integers; label of ages is a Scalar"
     with pytest.raises(ValueError, match=message):
-        open_split("ages", tmp_path)
+        open_split("ages", tmp_path, classes=None)
+    assert open_split("ages", tmp_path, classes=100).num_classes == 100
