@@ -110,10 +110,10 @@ def _normalise_backward(
     standard = (X.astype(mean.dtype) - mean) * inverse
     g = dY * _row(scale_d, dY)
     along = functools.partial(jnp.mean, axis=-1, keepdims=True)
-    dX = inverse * (g - along(g) - standard * along(g * standard))
+    dX = _of_type(inverse * (g - along(g) - standard * along(g * standard)), X)
     rows = tuple(range(X.ndim - 1))
     dscale_d, dbias_d = jnp.sum(dY * standard, axis=rows), jnp.sum(dY, axis=rows)
-    return _of_type(dX, X), _of_type(dscale_d, scale_d), _of_type(dbias_d, bias_d)
+    return dX, _of_type(dscale_d, scale_d), _of_type(dbias_d, bias_d)
 
 
 def _of_type(gradient: Array, argument: Array) -> Array:
