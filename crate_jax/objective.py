@@ -130,7 +130,7 @@ def sparse_rate_reduction(Z: Array, U: Array, *, lmbda: float, eps: float) -> Ar
         ValueError: as `subspace_coding_rate`.
     """
     nonzero = jnp.count_nonzero(Z, axis=(-2, -1)).astype(jnp.float32)
-    return (rate_reduction(Z, U, eps=eps) - lmbda * nonzero).astype(jnp.float32)
+    return rate_reduction(Z, U, eps=eps) - jnp.asarray(lmbda, jnp.float32) * nonzero
 
 
 def sparsity(Z: Array) -> Array:
@@ -161,7 +161,7 @@ def _half_logdet(X_xNxd: Array, scale: float) -> Array:
     n = min(X_xNxd.shape[-2:])
     X_xmxn = X_xNxd if X_xNxd.shape[-1] == n else jnp.swapaxes(X_xNxd, -2, -1)
     I_xnxn = jnp.broadcast_to(jnp.eye(n, dtype=X_xmxn.dtype), (*X_xmxn.shape[:-2], n, n))
-    scaled_xmxn = (scale**0.5 * X_xmxn).astype(X_xmxn.dtype)
+    scaled_xmxn = jnp.asarray(scale**0.5, X_xmxn.dtype) * X_xmxn
     joined = jnp.concatenate([scaled_xmxn, placement.beside(I_xnxn, X_xmxn)], axis=-2)
     R_xnxn = jnp.linalg.qr(joined, mode="r")
     return jnp.log(jnp.abs(jnp.diagonal(R_xnxn, axis1=-2, axis2=-1))).sum(-1)

@@ -97,8 +97,7 @@ def _normalise_and_keep(X: Array, scale_d: Array, bias_d: Array, dtype: DTypeLik
     centred = X.astype(mean.dtype) - mean
     inverse = jax.lax.rsqrt(jnp.mean(jnp.square(centred), axis=-1, keepdims=True) + epsilon)
     mean, inverse = checkpoint_name((mean, inverse), "statistics")
-    scale, bias = (_row(values_d, X).astype(mean.dtype) for values_d in (scale_d, bias_d))
-    Y = (centred * (inverse * scale) + bias).astype(dtype)
+    Y = (centred * (inverse * _row(scale_d, centred)) + _row(bias_d, centred)).astype(dtype)
     return Y, (X, mean, inverse, scale_d, bias_d)
 
 
@@ -109,12 +108,12 @@ def _normalise_backward(
     X, mean, inverse, scale_d, bias_d = kept
     dY = dY.astype(mean.dtype)
     standard = (X.astype(mean.dtype) - mean) * inverse
-    g = dY * _row(scale_d, X).astype(mean.dtype)
+    g = dY * _row(scale_d, dY)
     along = functools.partial(jnp.mean, axis=-1, keepdims=True)
-    dX = inverse * (g - along(g) - standard * along(g * standard))
+    dX = _of_type(inverse * (g - along(g) - standard * along(g * standard)), X)
     rows = tuple(range(X.ndim - 1))
     dscale_d, dbias_d = jnp.sum(dY * standard, axis=rows), jnp.sum(dY, axis=rows)
-    return _of_type(dX, X), _of_type(dscale_d, scale_d), _of_type(dbias_d, bias_d)
+    return dX, _of_type(dscale_d, scale_d), _of_type(dbias_d, bias_d)
 
 
 def _of_type(gradient: Array, argument: Array) -> Array:
@@ -130,8 +129,8 @@ def _of_type(gradient: Array, argument: Array) -> Array:
 
 
 def _row(values_d: Array, X: Array) -> Array:
-    """Values along the last axis, with as many axes as X."""
-    return values_d.reshape((1,) * (X.ndim - 1) + values_d.shape)
+    """Values along the last axis, with as many axes as X, of its dtype."""
+    return values_d.reshape((1,) * (X.ndim - 1) + values_d.shape).astype(X.dtype)
 
 
 def _derived(function: Callable, keep: Callable, backward: Callable, **options: Any) -> Callable:

@@ -222,7 +222,7 @@ class Dropout(nn.Module):
         stays = 1 - float(self.rate)
         kept = jax.random.bernoulli(self.make_rng("dropout"), np.float32(stays), X.shape)
         kept = placement.beside(kept, X)
-        return jnp.where(kept, X / stays, jnp.zeros_like(X))
+        return jax.lax.select(kept, X / stays, jnp.zeros_like(X))
 
 
 class MSSA(nn.Module):

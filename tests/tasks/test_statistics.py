@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from jax.sharding import AxisType, PartitionSpec
 
 import crate_jax.training.loop as loop
 from crate_jax.checkpoint.reading import restore_trained
@@ -97,6 +98,20 @@ def test_the_devices_of_a_pmap_average_their_statistics():
     pixels = make_batch()["image"].reshape(16, -1)
     assert np.ptp(mean, axis=0).max() == 0
     np.testing.assert_allclose(mean[0], (1 - MOMENTUM) * pixels.mean(axis=0), rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("micro_batches", [1, 2])
+def test_the_devices_of_a_shard_map_average_their_statistics(micro_batches):
+    task, tx, whole = Classify(Normed()), optax.sgd(0.1), PartitionSpec()
+    state = init_state(task, tx, jax.random.key(1))
+    step = make_train_step(task, tx, axis_name="data", accumulate_steps=micro_batches)
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
+    specs = dict(in_specs=(whole, PartitionSpec("data"), whole), out_specs=whole)
+    step = jax.jit(jax.shard_map(step, mesh=mesh, **specs))
+    after, _ = step(state, make_batch(), jax.random.key(0))
+    expected = (1 - MOMENTUM) * make_batch()["image"].reshape(16, -1).mean(axis=0)
+    mean = after.extra["batch_stats"]["norm"]["mean"]
+    np.testing.assert_allclose(mean, expected, rtol=1e-4, atol=1e-6)
 
 
 def test_evaluation_uses_the_running_statistics():

@@ -9,6 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from flax import linen as nn
+from jax.sharding import AxisType, PartitionSpec
+from toy import Regress
 
 from crate_jax import Crate, load_weights
 from crate_jax.interop import to_state_dict
@@ -117,6 +120,89 @@ def test_pmap_trains_as_one_device(batch):
         losses.append(float(metrics["loss"][0]))
         assert np.ptp(np.asarray(metrics["loss"])) == 0
     np.testing.assert_allclose(losses, alone, rtol=1e-5)
+
+
+class Meaned(Regress):
+    """Its loss is the mean over the devices already."""
+
+    def loss(self, params, extra, batch, key):
+        loss, others = super().loss(params, extra, batch, key)
+        return jax.lax.pmean(loss, "data"), others
+
+
+def regression(task, tx, wrap=lambda step: step, **options):
+    """State and metrics after a step on sixteen rows; the state has an average and a teacher."""
+    rng = np.random.default_rng(0)
+    x, y = (rng.normal(size=(16, width)).astype(np.float32) for width in (4, 2))
+    state = jax.jit(lambda key: init_state(task, tx, key, ema=True))(jax.random.key(1))
+    step = jax.jit(wrap(make_train_step(task, tx, ema_decay=0.5, **options)))
+    state, metrics = step(state, {"x": x, "y": y}, jax.random.key(3))
+    return state, {name: value for name, value in metrics.items() if name != "noise"}
+
+
+def on_devices(axes, **options):
+    mesh = jax.make_mesh((4, 2), ("data", "model"), axis_types=(AxisType.Auto,) * 2)
+    rows, whole = PartitionSpec(axes), PartitionSpec()
+    specs = dict(in_specs=(whole, rows, whole), out_specs=whole)
+    return lambda step: jax.shard_map(step, mesh=mesh, **specs, **options)
+
+
+@pytest.mark.parametrize(
+    ("tx", "axes", "micro_batches", "check_vma", "task"),
+    [
+        (optax.sgd(0.1), "data", 1, True, Regress),
+        (optax.sgd(0.1), "data", 2, False, Regress),
+        (optax.adam(0.1), ("data", "model"), 2, True, Regress),
+        (optax.sgd(0.1), "data", 2, True, Meaned),
+        (optax.sgd(0.1), "data", 1, False, Meaned),
+    ],
+)
+def test_shard_map_takes_the_step_of_one_device(tx, axes, micro_batches, check_vma, task):
+    wrap, options = on_devices(axes, check_vma=check_vma), dict(accumulate_steps=micro_batches)
+    got = regression(task(nn.Dense(2)), tx, wrap, axis_name=axes, **options)
+    expected = regression(Regress(nn.Dense(2)), tx)
+    for g, e in zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(g, e, rtol=1e-5, atol=1e-6)
+
+
+def test_dropout_and_mixing_keep_their_types_in_shard_map(batch):
+    """What comes out is the same on all devices, as `jax.shard_map` checks."""
+    task = Classify(MODEL.clone(dropout=0.1), mixup_alpha=0.8, cutmix_alpha=1.0)
+    tx = optax.adamw(1e-3)
+    state = jax.eval_shape(lambda: init_state(task, tx, jax.random.key(1)))
+    step = make_train_step(task, tx, axis_name="data", accumulate_steps=2)
+    after, _ = jax.eval_shape(on_devices("data")(step), state, batch, jax.random.key(0))
+    assert jax.tree.map(jnp.dtype, after) == jax.tree.map(jnp.dtype, state)
+
+
+def test_an_axis_that_is_not_averaged_over_is_refused():
+    tx, task = optax.sgd(0.1), Regress(nn.Dense(2))
+    message = (
+        r"axis_name must name the axes of jax\.shard_map along which the loss varies; got {}\."
+    )
+    with pytest.raises(ValueError, match=message.format("none") + " Add data, model."):
+        regression(task, tx, on_devices(("data", "model")))
+    with pytest.raises(ValueError, match=message.format("data") + " Add model."):
+        regression(task, tx, on_devices(("data", "model")), axis_name="data")
+
+
+def test_models_of_one_device_each_need_no_axis():
+    """Parameters that differ from device to device are trained apart."""
+    tx, task = optax.sgd(0.1), Regress(nn.Dense(2))
+
+    def wrap(step):
+        def each(state, batch, key):
+            own = jax.lax.pcast(state, "data", to="varying")
+            return jax.tree.map(lambda x: x[None], step(own, batch, key))
+
+        each_has_its_own = PartitionSpec("data")
+        mesh = jax.make_mesh((4,), ("data",), axis_types=(AxisType.Auto,))
+        specs = dict(in_specs=(PartitionSpec(),) * 3, out_specs=each_has_its_own)
+        return jax.shard_map(each, mesh=mesh, **specs)
+
+    (got, _), (expected, _) = regression(task, tx, wrap), regression(task, tx)
+    for g, e in zip(jax.tree.leaves(got.params), jax.tree.leaves(expected.params), strict=True):
+        np.testing.assert_allclose(g, np.stack([e] * 4), rtol=1e-5)
 
 
 @pytest.mark.parametrize(
