@@ -48,23 +48,30 @@ def patiently(read: Callable[[], _Read], name: str) -> _Read:
     Raises:
         FailingSystemError: the last attempt failed too; the message names the cause.
     """
-    for attempt, pause in enumerate((*PATIENCE_S, 0.0)):
+    for attempt, pause in enumerate(PATIENCE_S):
         try:
             return read()
         except FileNotFoundError:
             raise
         except (OSError, MemoryError) as error:
-            failed = error
-        cause = f"{type(failed).__name__}: {str(failed) or 'out of memory'}"
-        if not attempt:
-            _say(name, cause)
+            if not attempt:
+                _say(name, _cause(error))
         time.sleep(pause)
-    code = errno.ENOMEM if isinstance(failed, MemoryError) else failed.errno
-    remedy = REMEDIES.get(code or 0, "Mend the disk or the network, then start again.")
-    raise FailingSystemError(
-        f"{name} must be readable; got {cause}, in {len(PATIENCE_S) + 1} attempts over "
-        f"{sum(PATIENCE_S):.0f} s. {remedy}"
-    ) from failed
+    try:
+        return read()
+    except FileNotFoundError:
+        raise
+    except (OSError, MemoryError) as error:
+        code = errno.ENOMEM if isinstance(error, MemoryError) else error.errno
+        remedy = REMEDIES.get(code or 0, "Mend the disk or the network, then start again.")
+        raise FailingSystemError(
+            f"{name} must be readable; got {_cause(error)}, in {len(PATIENCE_S) + 1} attempts over "
+            f"{sum(PATIENCE_S):.0f} s. {remedy}"
+        ) from error
+
+
+def _cause(error: OSError | MemoryError) -> str:
+    return f"{type(error).__name__}: {str(error) or 'out of memory'}"
 
 
 @functools.lru_cache(maxsize=1024)

@@ -125,16 +125,26 @@ def test_a_failure_in_a_worker_reaches_the_program():
 
 
 def test_too_little_memory_to_decode_is_no_damage(pauses, monkeypatch):
-    def no_memory(*_):
-        raise error
+    """Random numbers that were drawn before are drawn again."""
 
-    error = cv2.error("Failed to allocate 50331648 bytes")
+    def decode(*arguments):
+        if times:
+            raise times.pop()
+        return imdecode(*arguments)
+
+    error, imdecode, times = cv2.error("Failed to allocate 50331648 bytes"), cv2.imdecode, []
     error.code, error.err = cv2.Error.StsNoMem, "Failed to allocate 50331648 bytes"
-    data = DataConfig(**SKIP)
+    monkeypatch.setattr(cv2, "imdecode", decode)
+    data = DataConfig(train_transforms="random_resized_crop((8, 8))|random_erasing(1.0)", **SKIP)
     rows = labelled(None, 0, data)
-    monkeypatch.setattr(cv2, "imdecode", no_memory)
+    expected = rows.row(3, np.random.default_rng(0))["image"]
+    assert len(np.unique(expected)) > 1  # erased in part
+    times[:] = [error] * 2
+    np.testing.assert_array_equal(rows.row(3, np.random.default_rng(0))["image"], expected)
+    assert times == []
+    times[:] = [error] * 9
     with pytest.raises(FailingSystemError, match=r"MemoryError: Failed to allocate .* Lower data"):
-        rows.row(0, np.random.default_rng(0))
+        rows.row(3, np.random.default_rng(0))
 
 
 # --- files ----------------------------------------------------------------------------------------

@@ -44,6 +44,6 @@ def test_a_bad_row_that_may_not_be_skipped():
 def test_no_good_row():
     with pytest.raises(
         ValueError,
-        match=r"all must hold good examples; none can be read\. The first: numbers/all\[2\]",
+        match=r"numbers/all must hold good .* none can be read\. The first: numbers/all\[2\]",
     ):
         good_row(Numbers(0, 1, 2, 3, 4), 2, np.random.default_rng(3), skip=True)

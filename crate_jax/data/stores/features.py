@@ -11,6 +11,9 @@ from crate_jax.data.stores.examples import Example
 
 Feature = Any  # tfds.features.FeatureConnector, which takes seconds to import
 
+# Types of arrays that `crate_jax.data.images.decode.array_pixels` takes.
+PIXELS = ("uint8", "uint16", "bool", "float16", "float32", "float64")
+
 FILE_NAME = "file_name"  # of the image, where `prepare` or TFDS has kept it
 
 
@@ -153,12 +156,10 @@ def _is_pixels(feature: Feature) -> bool:
     """Whether one image: encoded, or an array (H, W) or (H, W, c)."""
     from tensorflow_datasets.core import features as tfds
 
+    rank, dtype = _rank_and_type(feature)
     if isinstance(feature, tfds.Image):
-        return len(feature.shape) == 3
-    array = isinstance(feature, tfds.Tensor) and len(feature.shape) in (2, 3)
-    return array and np.dtype(feature.np_dtype).name in (
-        "uint8", "uint16", "bool", "float16", "float32", "float64"
-    )  # fmt: skip
+        return rank == 3
+    return isinstance(feature, tfds.Tensor) and rank in (2, 3) and dtype in PIXELS
 
 
 def _is_class(feature: Feature) -> bool:
@@ -170,8 +171,16 @@ def _is_class(feature: Feature) -> bool:
 def _is_integer(feature: Feature) -> bool:
     from tensorflow_datasets.core import features as tfds
 
-    one = isinstance(feature, tfds.Tensor) and feature.shape == ()
-    return one and np.dtype(feature.np_dtype).kind in "biu"
+    rank, dtype = _rank_and_type(feature)
+    return isinstance(feature, tfds.Tensor) and rank == 0 and np.dtype(dtype).kind in "biu"
+
+
+def _rank_and_type(feature: Feature) -> tuple[int, str]:
+    """Of an array how many axes and which dtype; of what is none, (−1, "object")."""
+    shape, dtype = getattr(feature, "shape", None), getattr(feature, "np_dtype", None)
+    if not isinstance(shape, tuple) or dtype is None or isinstance(dtype, dict):
+        return -1, "object"
+    return len(shape), np.dtype(dtype).name
 
 
 def _kind(feature: Feature) -> str:
@@ -180,10 +189,10 @@ def _kind(feature: Feature) -> str:
     inner = getattr(feature, "feature", None)  # of a sequence
     if inner is not None:
         return f"{kind} of {_kind(inner)}"
-    shape, dtype = getattr(feature, "shape", None), getattr(feature, "np_dtype", None)
-    if isinstance(shape, tuple) and not isinstance(dtype, dict) and dtype is not None:
-        return f"{kind} of {np.dtype(dtype).name}" + (f" {shape}" if shape else "")
-    return kind
+    rank, dtype = _rank_and_type(feature)
+    if rank < 0:
+        return kind
+    return f"{kind} of {dtype}" + (f" {feature.shape}" if rank else "")
 
 
 def _listed(flat: Mapping[str, Feature]) -> str:
