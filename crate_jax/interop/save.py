@@ -74,7 +74,7 @@ def save_weights(
 
 def holds_class_names(path: str | Path) -> bool:
     """Whether the kind of file that `save_weights` writes to a path can name classes."""
-    return Path(path).suffix.lower() not in _TORCH
+    return Path(path).suffix.lower() in (".npz", ".safetensors")
 
 
 def _writer(
