@@ -109,8 +109,8 @@ def _load_weights(args: argparse.Namespace, run: "Run") -> "tuple[Params, Extra,
 
 
 def _unsaid(facts: Json) -> list[str]:
-    """What is taken on trust where a run says nothing of what it was trained on."""
-    return [] if facts else ["nothing: an older version began the run, classes are by number"]
+    """That labels are taken as they are, where a run does not say what they mean."""
+    return [] if facts else ["classes by number: an older version wrote no names into the run"]
 
 
 def _restore(workdir: str, run: "Run", step: int) -> "tuple[Params, Extra]":

@@ -117,11 +117,12 @@ def read_class_names(path: str | Path) -> tuple[str, ...]:
     Raises:
         ValueError: the file is damaged, or its names are no text.
     """
-    from crate_jax.checkpoint.reading import read_facts
-
     readers = {"safetensors": safetensors.read_names, "npz": npz.read_names}
     path, names = Path(path), []
     if path.is_dir():
+        # Here, not above: Orbax is needed by those alone who read a run.
+        from crate_jax.checkpoint.reading import read_facts
+
         with contextlib.suppress(ValueError):  # it is no run
             names = read_facts(find_run(path)[0]).get(CLASSES, [])
     elif path.exists() and (reader := readers.get(kind_of(path))):

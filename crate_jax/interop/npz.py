@@ -57,6 +57,6 @@ def read(path: str | Path, leave: str = "") -> tuple[dict[str, np.ndarray], list
 
 def write(path: Path, arrays: Mapping[str, np.ndarray], class_names: Sequence[str] = ()) -> None:
     """Write arrays by name, uncompressed: random weights do not shrink; and names of classes."""
-    names = {NAMES: np.array(class_names, np.str_)} if class_names else {}
+    names = {NAMES: np.array(list(class_names), np.str_)} if class_names else {}
     with path.open("wb") as file:  # given a name, NumPy would append .npz to it
         np.savez(file, allow_pickle=False, **arrays, **names)

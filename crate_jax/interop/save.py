@@ -83,7 +83,7 @@ def save_weights(
 
 def holds_class_names(path: str | Path) -> bool:
     """Whether the kind of file that `save_weights` writes to a path can name classes."""
-    return _suffix(Path(path)) not in pth.FORMS
+    return Path(path).suffix.lower() in (".npz", ".safetensors")
 
 
 def _suffix(path: Path) -> str:

@@ -3,6 +3,7 @@
 import argparse
 import json
 import shutil
+import sys
 from pathlib import Path
 
 import jax
@@ -123,6 +124,12 @@ def test_a_file_names_its_classes(tmp_path):
     with pytest.raises(ValueError, match=r"class_names must be \(\) for PyTorch's files; got 5 f"):
         save_weights(tmp_path / "w.pth", params, MODEL, class_names=names)
     assert not (tmp_path / "w.pth").exists()
+
+
+def test_a_weights_file_is_read_without_orbax(tmp_path, monkeypatch):
+    save_weights(tmp_path / "w.npz", random_params(MODEL), MODEL, class_names="abcde")
+    monkeypatch.setitem(sys.modules, "crate_jax.checkpoint.reading", None)
+    assert load_fitted(tmp_path / "w.npz", MODEL).class_names == tuple("abcde")
 
 
 def test_names_that_are_no_text_are_refused(tmp_path):

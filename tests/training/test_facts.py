@@ -178,7 +178,7 @@ def test_a_run_that_does_not_say_its_classes_is_no_damaged_one(run, root, capsys
     workdir = without_facts(run[0], tmp_path)
     found = evaluated(capsys, f"--workdir={workdir}", "--split=test")
     assert found["loss"] == pytest.approx(run[1]["test/loss"])
-    assert found["fitted"] == ["nothing: an older version began the run, classes are by number"]
+    assert found["fitted"] == ["classes by number: an older version wrote no names into the run"]
     line = refused(capsys, "evaluate", f"--workdir={workdir}", "--split=bees")
     assert "checkpoint must hold what is to be restored; step 2 in" in line
     assert "has params/head/bias float32(3,), wanted is float32(1,). Use the config and" in line
