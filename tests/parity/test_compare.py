@@ -295,3 +295,14 @@ def test_what_the_command_refuses(tmp_path, capsys, inputs, monkeypatch):
     monkeypatch.setitem(sys.modules, "torch", None)
     status, _, err = main(capsys, f"--weights={weights}")
     assert status == 2 and "compare needs PyTorch. pip install 'crate-jax[torch]'" in err
+
+
+def test_a_model_of_features_has_no_twin(tmp_path, capsys, inputs):
+    model = MODEL.clone(num_classes=0)
+    features = {name: of for name, of in inputs[0].items() if name != "head"}
+    save_weights(tmp_path / "features.safetensors", features, model)
+    status, out, err = main(capsys, f"--weights={tmp_path / 'features.safetensors'}")
+    message = "model.num_classes must be at least 1 for its PyTorch twin; got 0, features. Set it"
+    assert (status, out) == (2, "") and err.startswith(f"error: {message} by --model and")
+    with pytest.raises(ValueError, match=message):
+        torch_reference.from_flax_model(model)
