@@ -42,9 +42,11 @@ def of_the_system(error: BaseException) -> bool:
     if not isinstance(error, OSError) or any(_module(tb) == _RECIPE for tb in _entries(error)):
         return False
     found: BaseException | None = error
-    while found is not None and getattr(found, "errno", None) is None:
+    seen: set[int] = set()  # a chain may lead back
+    while found is not None and getattr(found, "errno", None) is None and id(found) not in seen:
+        seen.add(id(found))
         found = found.__cause__ or found.__context__  # requests wraps the socket's three times
-    if not isinstance(found, OSError) or found.errno in _OF_PROGRAMS:
+    if not isinstance(found, OSError) or found.errno in (None, *_OF_PROGRAMS):
         return False
     # Of a path, EINVAL is the file system's; else it is about a program's numbers.
     return found.errno != errno.EINVAL or found.filename is not None

@@ -122,3 +122,9 @@ def test_first_line():
     assert first_line(ValueError("\n one\ntwo")) == "one"
     assert first_line(AssertionError()) == "AssertionError"
     assert first_line(ValueError("x" * 300)) == "x" * 200
+
+
+def test_a_chain_of_causes_that_leads_back_comes_to_an_end():
+    first, second = OSError("one"), OSError("two")
+    first.__cause__, second.__context__ = second, first
+    assert not of_the_system(first)

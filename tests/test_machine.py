@@ -10,7 +10,7 @@ import pytest
 
 from crate_jax import machine
 from crate_jax.config import DataConfig
-from crate_jax.data.loader import train_batches
+from crate_jax.data.loader import eval_batches, train_batches
 from crate_jax.machine import check_settings, check_shared_memory, explained
 
 XLA = jax.errors.JaxRuntimeError
@@ -139,10 +139,16 @@ class Large:
 
 
 def test_the_loader_asks_before_it_starts_workers(small_shared_memory):
-    """Two workers hand over four batches of 8 rows each: 256 MiB; less, where less is allowed."""
+    """Two workers hand over four batches of 8 rows each, 256 MiB; so do those of an evaluation."""
     options = dict(batch_size=8, seed=0)
-    with pytest.raises(ValueError, match=r"/dev/shm must have 256 MiB free .* it has 60 MiB"):
+    with pytest.raises(ValueError, match=r"/dev/shm must have 512 MiB free .* it has 60 MiB"):
         train_batches(Large(), DataConfig(num_workers=2, prefetch_mib=4096), **options)
-    train_batches(Large(), DataConfig(num_workers=2, prefetch_mib=64), **options).close()
+    train_batches(Large(), DataConfig(num_workers=2, prefetch_mib=16), **options).close()
     with contextlib.closing(train_batches(Large(), DataConfig(prefetch_mib=1), **options)) as found:
         assert next(found)["x"].shape == (8, 2**20)  # of pieces of one row
+
+
+def test_an_evaluation_is_not_refused_in_the_midst_of_a_run(small_shared_memory):
+    """Training has asked for its room, of which its own loader may hold the half by then."""
+    data = DataConfig(num_workers=2, prefetch_mib=4096)
+    eval_batches(Large(), data, batch_size=8).close()

@@ -1,9 +1,8 @@
 """Checkpoints of a run: a state, a JSON record beside it, and which of them are kept.
 
 Orbax's CheckpointManager does the work, asynchronously: `save` returns once the state is copied to
-the host, and a step appears under its number only when all of it is written. Orbax restores a byte
-that changed on disk without a word, so a digest of the state and a checksum of the record are saved
-with them and compared. This module knows pytrees and paths alone.
+the host, and a step appears under its number once it is written. Orbax restores a byte that changed
+on disk without a word, so a digest of the state and a checksum of the record are saved with them.
 """
 
 import contextlib
@@ -26,8 +25,7 @@ from crate_jax.errors import first_line
 from crate_jax.files import Json, expanded
 from crate_jax.parallel import PyTree, all_agree
 
-# Seconds for which a process that has read a step waits for the others to have read it, and one
-# that could not waits to hear from them.
+# Seconds of waiting: for the others to have read a step, and for what others say that could not.
 READING_S, AGREEMENT_S = 3600, 60
 
 
@@ -259,9 +257,11 @@ class Checkpointer:
         """Finish the saves and release the directory; failures are `wait`'s to report."""
         with contextlib.suppress(OSError):  # or it would take the place of what ended the run
             self.wait()
-        self._manager.close()
-        if self._owner:
-            self._owner.release()
+        try:
+            self._manager.close()
+        finally:
+            if self._owner:
+                self._owner.release()
 
     def reached_preemption(self, step: int) -> bool:
         """Whether some process was told to end; true at the same step on all of them.
@@ -296,5 +296,5 @@ class Checkpointer:
     def _damage(self, step: int, reason: str) -> str:
         others = ", ".join(str(other) for other in self.steps if other != step)
         remedy = f"Use another step: {others}." if others else "Train anew."
-        where = f"step {step} in {self.directory}"
-        return f"checkpoint must be readable; {where} is not ({reason}). {remedy}"
+        told = f"step {step} in {self.directory} is not ({reason}). {remedy}"
+        return f"checkpoint must be readable; {told}"

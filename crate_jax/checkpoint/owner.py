@@ -60,7 +60,8 @@ class Owner:
     def release(self) -> None:
         """Let others in."""
         if self._lock.is_locked:
-            self._note.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):  # a note without a lock harms nobody
+                self._note.unlink(missing_ok=True)
             self._lock.release()
 
 

@@ -10,7 +10,7 @@ from crate_jax.checkpoint.faults import DamagedStepError
 from crate_jax.checkpoint.folder import FOLDER
 from crate_jax.checkpoint.manager import Checkpointer
 from crate_jax.checkpoint.record import FACTS, newest
-from crate_jax.files import Json
+from crate_jax.files import Json, expanded
 from crate_jax.parallel import PyTree
 
 
@@ -93,7 +93,7 @@ def read_facts(workdir: str | Path) -> Json:
 
     A run goes on with the same data alone, so what one of its records says holds for all.
     """
-    directory = Path(workdir) / FOLDER
+    directory = Path(expanded(workdir, "workdir")) / FOLDER
     return (newest(directory, FACTS) if directory.is_dir() else None) or {}
 
 

@@ -196,15 +196,15 @@ def _inputs(
     args: argparse.Namespace, model: "ImageClassifier", classes: Sequence[str]
 ) -> tuple[np.ndarray, np.ndarray, str]:
     """Normalised images (B, H, W, c), labels (B,), and what they are in words."""
-    from crate_jax.interop import find_run
+    from crate_jax.interop import find_run, is_run
 
     if args.images and args.dataset:
         raise ValueError("compare must get one of --images and --dataset. Leave one out.")
-    data, is_run = default_data(model), Path(args.weights).is_dir()
-    if is_run:
+    data, of_run = default_data(model), Path(args.weights).is_dir() and is_run(Path(args.weights))
+    if of_run:
         data = saved_run(*find_run(args.weights))[0].data
     override_data(data, args)
-    if args.images or args.dataset or is_run:
+    if args.images or args.dataset or of_run:
         return _stored_images(args, model, data, classes)
     rng, batch_size = np.random.default_rng(0), args.batch_size or 8
     images = rng.normal(size=(batch_size, *model.input_shape)).astype(np.float32)

@@ -55,7 +55,8 @@ def evaluate(args: argparse.Namespace) -> Json:
     if step is None:
         params, extra, fitted = _load_weights(args, run)
     else:
-        params, extra, fitted = *_restore(args.workdir, run, step), _unsaid(facts)
+        params, extra, fitted = *_restore(args.workdir, run, step), []
+    fitted = fitted + _by_number(facts, run)
     inputs = {"dataset": config.data.dataset, "split": config.data.eval_split}
     return inputs | {"step": step, "fitted": fitted} | evaluate_split(run, params, extra)
 
@@ -108,9 +109,16 @@ def _load_weights(args: argparse.Namespace, run: "Run") -> "tuple[Params, Extra,
     return loaded.params, extra, loaded.report
 
 
-def _unsaid(facts: Json) -> list[str]:
-    """That labels are taken as they are, where a run does not say what they mean."""
-    return [] if facts else ["classes by number: an older version wrote no names into the run"]
+def _by_number(facts: Json, run: "Run") -> list[str]:
+    """That labels are taken as they are, where the weights or the data do not name the classes."""
+    from crate_jax.tasks.task import CLASSES
+
+    named = {
+        "the weights": facts.get(CLASSES),
+        "the data": run.task.facts(run.rows["eval"]).get(CLASSES),
+    }
+    silent = [what for what, names in named.items() if not names]
+    return [f"classes by number: {' and '.join(silent)} name none"] if silent else []
 
 
 def _restore(workdir: str, run: "Run", step: int) -> "tuple[Params, Extra]":

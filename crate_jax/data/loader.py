@@ -73,7 +73,8 @@ def train_batches(
     stream = grain.MapDataset.range(len(rows)).seed(seed % 2**32).shuffle().repeat()
     # Random numbers are drawn by the position in the stream, hence before it is shared out.
     stream = stream.random_map(load)[examples_seen:ENDLESS][process_index::process_count]
-    return Batches(stream, rows, data, batch_size // process_count, sharding)
+    # An evaluation will have a loader beside this one.
+    return Batches(stream, rows, data, batch_size // process_count, sharding, loaders=2)
 
 
 def eval_batches(
@@ -106,7 +107,8 @@ def eval_batches(
     load = _LoadForEvaluation(rows, skip=data.on_bad_example == "skip")
     padded = -(-len(rows) // batch_size) * batch_size
     indices = grain.MapDataset.range(padded)[process_index::process_count]
-    return Batches(indices.map(load), rows, data, batch_size // process_count, sharding)
+    # Nothing is refused here: a run that has come so far shall not end for want of room.
+    return Batches(indices.map(load), rows, data, batch_size // process_count, sharding, loaders=0)
 
 
 def check_bad_share(rows: Rows, data: DataConfig, bad: int) -> None:
@@ -165,6 +167,8 @@ class _LoadForEvaluation(grain.transforms.Map):
 class Batches:
     """An iterator over batches, made ahead in the background; close it when done.
 
+    Room for the batches of so many ``loaders`` is asked for before the first worker starts.
+
     Attributes:
         waited_s: seconds that callers of ``next`` have waited, altogether.
         skipped: bad rows that were replaced or, in evaluation, left out.
@@ -177,6 +181,7 @@ class Batches:
         data: DataConfig,
         batch_size: int,
         sharding: Sharding | None,
+        loaders: int,
     ):
         self.waited_s, self.skipped = 0.0, 0
         self._rows, self._data = rows, data
@@ -186,7 +191,9 @@ class Batches:
         threads = min(data.num_threads, ahead)
         made = stream.batch(piece).to_iter_dataset(grain.ReadOptions(threads, ahead))
         if data.num_workers:
-            make_ready(data.num_workers, data.num_workers * IN_TRANSIT * piece * row_bytes)
+            make_ready(
+                data.num_workers, loaders * data.num_workers * IN_TRANSIT * piece * row_bytes
+            )
             made = made.mp_prefetch(
                 grain.MultiprocessingOptions(data.num_workers, per_worker_buffer_size=1),
                 worker_init_fn=end_with_parent,

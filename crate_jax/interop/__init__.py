@@ -1,6 +1,6 @@
 """Weights in and out of files, ours and other programs'."""
 
-from crate_jax.interop.contents import find_run, read_class_names
+from crate_jax.interop.contents import find_run, is_run, read_class_names
 from crate_jax.interop.convert import from_state_dict, to_state_dict
 from crate_jax.interop.load import load_fitted, load_weights
 from crate_jax.interop.save import save_weights
@@ -8,6 +8,7 @@ from crate_jax.interop.save import save_weights
 __all__ = [
     "find_run",
     "from_state_dict",
+    "is_run",
     "load_fitted",
     "load_weights",
     "read_class_names",

@@ -3,7 +3,6 @@
 A file is recognised by its content; its suffix counts for nothing.
 """
 
-import contextlib
 import re
 from collections.abc import Collection
 from pathlib import Path
@@ -61,7 +60,7 @@ def read_contents(path: Path, own: Collection[str] = ()) -> Contents:
 def _read(path: Path, own: Collection[str]) -> Contents:
     """All but the names of classes."""
     if path.is_dir():
-        if _is_run(path):
+        if is_run(path):
             return Contents(*_read_run(path), [])
         if trees := orbax.find_trees(_checkpoints(path)):
             known = Known(own)
@@ -117,19 +116,33 @@ def read_class_names(path: str | Path) -> tuple[str, ...]:
     Raises:
         ValueError: the file is damaged, or its names are no text.
     """
-    readers = {"safetensors": safetensors.read_names, "npz": npz.read_names}
-    path, names = Path(path), []
-    if path.is_dir():
+    path, names = Path(expanded(path, "weights")), []
+    if path.is_dir() and is_run(path):
         # Here, not above: Orbax is needed by those alone who read a run.
         from crate_jax.checkpoint.reading import read_facts
 
-        with contextlib.suppress(ValueError):  # it is no run
-            names = read_facts(find_run(path)[0]).get(CLASSES, [])
-    elif path.exists() and (reader := readers.get(kind_of(path))):
-        names = reader(path)
+        names = read_facts(find_run(path)[0]).get(CLASSES, [])
+    elif path.exists():
+        names = next(filter(None, map(_names_in, _files(path))), [])
     if not (isinstance(names, list) and all(isinstance(name, str) for name in names)):
         raise ValueError(f"{path} must name its classes as text; got {names}. Convert it again.")
     return tuple(names)
+
+
+def _files(path: Path) -> list[Path]:
+    """The files of weights that a path stands for: itself, that of a folder, pieces of an index."""
+    if path.is_dir():
+        if orbax.find_trees(_checkpoints(path)):
+            return []
+        path = weights_file(path)
+    return pieces(path) if kind_of(path) == "index" else [path]
+
+
+def _names_in(path: Path) -> object:
+    """The names of classes in a file."""
+    readers = {"safetensors": safetensors.read_names, "npz": npz.read_names}
+    reader = readers.get(kind_of(path))
+    return reader(path) if reader else []
 
 
 def find_run(path: str | Path) -> tuple[Path, str]:
@@ -152,7 +165,7 @@ def find_run(path: str | Path) -> tuple[Path, str]:
     return workdir, "latest"
 
 
-def _is_run(path: Path) -> bool:
+def is_run(path: Path) -> bool:
     """Whether a folder is a run of ours, or one of its steps: ours have a record beside the state.
 
     A folder for checkpoints that holds nothing else that is known counts as one.

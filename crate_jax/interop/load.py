@@ -119,7 +119,8 @@ def load_fitted(
             f"{', '.join(fit) or 'nothing'}. Ask to fit image_size."
         )
     contents = read_contents(path, tree_of(model).shapes if model else ())
-    class_names = () if "head" in fit else contents.class_names
+    headless = getattr(model, "num_classes", None) == 0
+    class_names = () if "head" in fit or headless else contents.class_names
     _check_classes(path, class_names, (facts or {}).get(CLASSES, ()))
     if model is None:
         if not contents.fields:
@@ -128,7 +129,6 @@ def load_fitted(
     layout = recognise(contents.arrays, model)
     left = layout.set_aside(contents.arrays)
     report = contents.left + ([left_aside(left)] if left else [])
-    headless = getattr(model, "num_classes", None) == 0
     skip = ("head",) if "head" in fit or headless else ()
     counters = [
         name

@@ -95,27 +95,20 @@ def _open(path: str | Path) -> object:
 
 @contextlib.contextmanager
 def _allowed(torch: ModuleType) -> Iterator[None]:
-    """PyTorch takes the stand-ins, before whatever this process allows under their names."""
-    ours = stand_ins()
-    names = {(each.__module__, each.__qualname__) for each in ours}
-    with _LOCK:  # one list for all of the process
+    """PyTorch takes the stand-ins alone, and nothing that this process allows: it could be run.
+
+    The list is that of the whole process: what another thread allows or loads meanwhile is not
+    served.
+    """
+    with _LOCK:
         before = torch.serialization.get_safe_globals()
-        others = [x for x in before if _named(x) not in names]
         torch.serialization.clear_safe_globals()
-        torch.serialization.add_safe_globals([*others, *ours])
+        torch.serialization.add_safe_globals(stand_ins())
         try:
             yield
         finally:
             torch.serialization.clear_safe_globals()
             torch.serialization.add_safe_globals(before)
-
-
-def _named(allowed: object) -> tuple[str, str]:
-    """Module and name of what is allowed, a class or a function, or a pair of it and its name."""
-    if isinstance(allowed, tuple):
-        module, _, name = str(allowed[1]).rpartition(".")
-        return module, name
-    return getattr(allowed, "__module__", ""), getattr(allowed, "__qualname__", "")
 
 
 def _refusal(path: str | Path, error: Exception) -> str:

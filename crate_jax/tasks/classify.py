@@ -227,10 +227,6 @@ class Classify(Task):
         """
         if jnp.issubdtype(images.dtype, jnp.floating):
             return images
-        if images.dtype != jnp.uint8:
-            raise ValueError(
-                f"images must be uint8 pixels or normalised floats; got {images.dtype}. Scale them."
-            )
         return normalize(images, mean=self.mean, std=self.std)
 
 

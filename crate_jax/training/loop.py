@@ -102,7 +102,9 @@ def train(config: TrainConfig, workdir: str | Path) -> Json:
         check_workdir(config, workdir)  # again: another start may have come before the lock
         record = _run(run, checkpointer, workdir)
     except (jax.errors.JaxRuntimeError, MemoryError) as error:
-        raise _explained(error, run, checkpointer) from error
+        if (explained := _explained(error, run, checkpointer)) is error:
+            raise
+        raise explained from error
     finally:
         # After an error of this process alone it would wait for the others, and they for it.
         failed = sys.exc_info()[1]

@@ -131,7 +131,8 @@ def _apart(tree: PyTree, axes: tuple[str, ...]) -> PyTree:
 def _check_axes(loss: Array, params: Params, axes: tuple[str, ...]) -> None:
     """Refuse to sum up the gradients of devices that have the same parameters, and no mean."""
     own = [jax.typeof(x).mat.varying for x in jax.tree.leaves(params)]
-    missing = sorted(jax.typeof(loss).mat.varying.difference(axes, frozenset.intersection(*own)))
+    shared = frozenset.intersection(*own) if own else frozenset()
+    missing = sorted(jax.typeof(loss).mat.varying.difference(axes, shared))
     if missing:
         raise ValueError(
             "axis_name must name the axes of jax.shard_map along which the loss varies; got "

@@ -61,16 +61,16 @@ def check_facts(recorded: Json, found: Json, workdir: Path) -> None:
     Raises:
         ValueError: they differ; both are named.
     """
-    for name, new in found.items():
-        old = recorded.get(name, new)
+    for name, old in recorded.items():
+        new = found.get(name)
         if old == new:
             continue
         was, now = str(old), str(new)
         if isinstance(old, list) and isinstance(new, list):
             was, now = listed(old), f"{listed(new)} ({difference(old, new)})"
         raise ValueError(
-            f"data.{name} must stay {was} in {workdir}, which is trained on that; got {now}. "
-            "Restore the data set, or choose another --workdir."
+            f"{name} of the data must stay {was} in {workdir}, which is trained on that; got "
+            f"{now}. Restore the data set, or choose another --workdir."
         )
 
 

@@ -204,3 +204,12 @@ def test_a_disk_that_gives_a_part_at_a_time(tmp_path, monkeypatch):
     monkeypatch.setattr(storage, "open", lambda path, *_, **__: Part(path), raising=False)
     assert storage.read_bytes(str(path), 1, 8) == b"12345678"
     assert storage.read_bytes(str(path), 5, 9) == b"56789"
+
+
+@pytest.mark.parametrize("bug", [ImportError("no reader"), NameError("x"), AssertionError()])
+def test_a_bug_or_a_missing_package_is_no_damaged_image(bug):
+    rows = LabelledImages(
+        Source("mine", Examples(bug, 1), COUNT), make_pipeline(DataConfig(), SHAPE, train=True)
+    )
+    with pytest.raises(type(bug)):
+        rows.row(FAILING, np.random.default_rng(0))

@@ -184,6 +184,28 @@ def test_what_the_process_allows_stays_allowed_and_does_not_get_in_the_way(loads
         torch.serialization.add_safe_globals(before)
 
 
+CALLED = []
+
+
+class Caller:
+    """A file in which it lies calls a function of the program that reads it."""
+
+    def __reduce__(self):
+        return call, ("x",)
+
+
+def call(value):
+    CALLED.append(value)
+    return {}
+
+
+def test_what_the_process_allows_is_not_run_here(refused, tensors):
+    """PyTorch's own refusal tells users to allow functions, and any file could then call them."""
+    with torch.serialization.safe_globals([call]):
+        refused({"model": tensors, "x": Caller()}, r"\.call, which is refused\. Ask its")
+    assert CALLED == []
+
+
 def test_files_of_other_things(tmp_path, refused, tensors):
     module = r"build torch\.nn\.modules\.linear\.Linear, .* a whole model: .* model\.state_dict\(\)"
     refused(torch.nn.Linear(2, 2), module)

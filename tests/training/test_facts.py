@@ -10,6 +10,7 @@ import cv2
 import jax
 import numpy as np
 import pytest
+import tensorflow_datasets as tfds
 from stored import write_folder, write_tfds
 
 from crate_jax.checkpoint.manager import FOLDER, Checkpointer
@@ -178,7 +179,7 @@ def test_a_run_that_does_not_say_its_classes_is_no_damaged_one(run, root, capsys
     workdir = without_facts(run[0], tmp_path)
     found = evaluated(capsys, f"--workdir={workdir}", "--split=test")
     assert found["loss"] == pytest.approx(run[1]["test/loss"])
-    assert found["fitted"] == ["classes by number: an older version wrote no names into the run"]
+    assert found["fitted"] == ["classes by number: the weights name none"]
     line = refused(capsys, "evaluate", f"--workdir={workdir}", "--split=bees")
     assert "checkpoint must hold what is to be restored; step 2 in" in line
     assert "has params/head/bias float32(3,), wanted is float32(1,). Use the config and" in line
@@ -220,13 +221,13 @@ def test_a_bad_label_is_told_as_it_is_stored(root):
 CHANGES = {
     "renamed": (
         lambda train: (train / "bee").rename(train / "wasp"),
-        "data.classes must stay ant, bee, cat in {}, which is trained on that; got ant, cat, wasp "
-        "(without bee, with wasp). Restore the data set, or choose another --workdir.",
+        "classes of the data must stay ant, bee, cat in {}, which is trained on that; got ant, "
+        "cat, wasp (without bee, with wasp). Restore the data set, or choose another --workdir.",
     ),
     "numbered": (
         lambda train: [(train / n).rename(train / f"{i}_{n}") for i, n in enumerate(LEVEL)],
-        "data.classes must stay ant, bee, cat in {}, which is trained on that; got 0_ant, 1_bee, "
-        "2_cat (without ant, bee, cat, with 0_ant, 1_bee, 2_cat). ",
+        "classes of the data must stay ant, bee, cat in {}, which is trained on that; got 0_ant, "
+        "1_bee, 2_cat (without ant, bee, cat, with 0_ant, 1_bee, 2_cat). ",
     ),
     "added": (
         lambda train: (train / "dog").mkdir(),
@@ -238,11 +239,11 @@ CHANGES = {
     ),
     "one more image": (
         lambda train: shutil.copy(train / "bee/0.png", train / "bee/00.png"),
-        "data.examples must stay 24 in {}, which is trained on that; got 25. Restore",
+        "examples of the data must stay 24 in {}, which is trained on that; got 25. Restore",
     ),
     "an image in another class": (
         lambda train: (train / "bee/0.png").rename(train / "cat/00.png"),
-        "data.listing must stay ",
+        "listing of the data must stay ",
     ),
 }
 
@@ -267,7 +268,9 @@ def test_the_same_data_elsewhere_is_the_same(run, root, tmp_path):
 
 def test_the_order_of_classes_is_told():
     """No store of ours can swap the folders of a class; a TFDS set can swap its names."""
-    message = r"data\.classes must stay a, b, c in run, .* got b, a, c \(in the order b, a, where"
+    message = (
+        r"classes of the data must stay a, b, c in run, .* got b, a, c \(in the order b, a, where"
+    )
     with pytest.raises(ValueError, match=message):
         check_facts({"classes": ["a", "b", "c"]}, {"classes": ["b", "a", "c"]}, Path("run"))
     check_facts({"classes": ["a"]}, {"classes": ["a"], "examples": 3}, Path("run"))
@@ -310,3 +313,37 @@ def test_a_head_goes_on_with_its_own_classes_alone(run, tmp_path):
     assert new.report == ["head: new, for 3 classes"] and new.class_names == ()
     own = load_fitted(weights, model, facts={"classes": ["ant", "bee", "cat"], "examples": 9})
     assert own.class_names == ("ant", "bee", "cat")
+
+
+def test_a_fact_that_the_data_have_no_more_is_a_change(tmp_path):
+    recorded = {"classes": ["ant", "bee"], "examples": 24}
+    with pytest.raises(ValueError, match=r"^classes of the data must stay .*ant.* got None"):
+        check_facts(recorded, {"examples": 24}, tmp_path)
+
+
+def test_labels_without_names_are_said_to_go_by_number(run, capsys, tmp_path):
+    """Integers name nothing: whether 0 is an ant, nobody can check."""
+    features = tfds.features.FeaturesDict(
+        {"image": tfds.features.Image(shape=(8, 8, 1)), "label": tfds.features.Scalar(np.int64)}
+    )
+    examples = [{"image": pictures(name, 1)[0], "label": i} for i, name in enumerate(LEVEL)]
+    write_tfds(tmp_path, "numbers", "1.0.0", features, {"test": examples})
+    found = evaluated(
+        capsys, f"--workdir={run[0]}", "--dataset=numbers", f"--data_dir={tmp_path}", "--split=test"
+    )
+    assert found["fitted"] == ["classes by number: the data name none"]
+
+
+def test_a_folder_with_our_weights_names_its_classes(run, tmp_path):
+    folder = tmp_path / "hub"
+    folder.mkdir()
+    assert main(["convert", f"--from={run[0]}", f"--to={folder / 'model.safetensors'}"]) == 0
+    assert read_class_names(folder) == ("ant", "bee", "cat")
+    assert load_fitted(folder, None).class_names == ("ant", "bee", "cat")
+
+
+def test_features_have_no_classes_to_name(run, tmp_path):
+    source = tmp_path / "named.safetensors"
+    assert main(["convert", f"--from={run[0]}", f"--to={source}"]) == 0
+    headless = load_fitted(source, None).model.clone(num_classes=0)
+    assert load_fitted(source, headless, facts={"classes": ["x", "y"]}).class_names == ()

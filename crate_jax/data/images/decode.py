@@ -134,11 +134,8 @@ class EncodedImage:
             raise BadExampleError(
                 f"{self._name} must have levels of 8 or 16 bits; got {other}. Save it as PNG."
             )
-        if image is not None and _is_transparent_tiff(self._data):
-            raise BadExampleError(
-                f"{self._name} must be opaque to be read as TIFF; got transparent pixels, whose "
-                "colours are darkened by it. Save it as PNG."
-            )
+        if image is not None and self._data.startswith(TIFF):
+            _check_tiff(buffer, self._name)
         if image is None:
             raise BadExampleError(
                 f"{self._name} must be an image; its {len(self._data)} bytes do not decode. "
@@ -250,14 +247,24 @@ def _other_levels(data: bytes, *, decoded: bool) -> str | None:
     return None if image is None or image.dtype in (np.uint8, np.uint16) else str(image.dtype)
 
 
-def _is_transparent_tiff(data: bytes) -> bool:
-    """Whether a TIFF has pixels that are not opaque: libtiff has multiplied their colours by it."""
-    if not data.startswith(TIFF):
-        return False
-    image = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_UNCHANGED)
-    return (
-        image is not None and image.ndim == 3 and image.shape[2] == 4 and image[..., 3].min() < 255
-    )
+def _check_tiff(buffer: np.ndarray, name: str) -> None:
+    """Refuse TIFFs whose pixels OpenCV changes on the way to 8 bits.
+
+    Raises:
+        BadExampleError: the levels are signed, or pixels are transparent: libtiff has multiplied
+            their colours by it.
+    """
+    image = cv2.imdecode(buffer, cv2.IMREAD_UNCHANGED)
+    if image is not None and image.dtype not in (np.uint8, np.uint16):
+        raise BadExampleError(
+            f"{name} must have levels of 8 or 16 bits; got {image.dtype}. Save it as PNG."
+        )
+    opaque = image is None or image.ndim < 3 or image.shape[2] < 4
+    if not opaque and image[..., 3].min() < np.iinfo(image.dtype).max:
+        raise BadExampleError(
+            f"{name} must be opaque to be read as TIFF; got transparent pixels, whose colours are "
+            "darkened by it. Save it as PNG."
+        )
 
 
 def _shortened(data: bytes, rows: int) -> bytearray | None:

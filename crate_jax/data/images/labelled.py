@@ -12,6 +12,9 @@ from crate_jax.data.images.pipeline import Pipeline, make_pipeline
 from crate_jax.data.rows import BadExampleError, Row, good_row, patiently
 from crate_jax.data.stores.sources import Source, check_known_classes, open_source
 
+# No file that is damaged makes its reader raise these: they are bugs, or a package is missing.
+_NEVER_DAMAGE = (ImportError, NameError, RecursionError, NotImplementedError, AssertionError)
+
 
 @dataclasses.dataclass(frozen=True)
 class LabelledImages:
@@ -48,8 +51,8 @@ class LabelledImages:
 
     @property
     def class_names(self) -> tuple[str, ...]:
-        """Of every class, where they are known."""
-        return self.classes or self.source.class_names
+        """Of every class, where they are known: those of the model, if the source has any."""
+        return (self.classes or self.source.class_names) if self.source.class_names else ()
 
     @property
     def listing(self) -> str:
@@ -88,6 +91,8 @@ class LabelledImages:
         """`row`, as far as one attempt comes."""
         try:
             example = self.source.examples[index]
+        except _NEVER_DAMAGE:
+            raise
         except Exception as error:  # whatever a reader of files calls a damaged one
             system = isinstance(error, OSError | MemoryError)
             if system and not isinstance(error, FileNotFoundError):

@@ -13,6 +13,9 @@ IMAGE_SUFFIXES = (
     ".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".ppm", ".pgm", ".pnm"
 )  # fmt: skip
 
+# Beside the files that `crate_jax.data.stores.prepare` writes: a digest of what they are made of.
+FINGERPRINT = ".crate_jax_source_sha256"
+
 
 class Example(TypedDict):
     """An image, as encoded bytes or as an array (H, W, c), its label, and its file's name."""

@@ -15,14 +15,12 @@ import numpy as np
 from crate_jax.config import DataConfig
 from crate_jax.data.rows import patiently
 from crate_jax.data.stores import storage, tars
+from crate_jax.data.stores.examples import FINGERPRINT
 from crate_jax.data.stores.sources import STORES, Source, check_same_classes, open_source
 from crate_jax.files import Json, expanded, written_aside
 
 # Examples a file: about 140 MB of ImageNet, whose training split then has TFDS's 1,025 files.
 SHARD_EXAMPLES = 1250
-
-# Beside the files: what they are made of.
-FINGERPRINT = ".crate_jax_source_sha256"
 
 IMAGENET, IMAGENET_VERSION = "imagenet2012", "5.1.0"  # as TFDS calls them
 

@@ -6,12 +6,13 @@ import functools
 import io
 import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, TextIO
 
 from crate_jax.config import DataConfig, did_you_mean
 from crate_jax.data.stores import storage, tfrecord
 from crate_jax.data.stores.array_record import open_array_records
-from crate_jax.data.stores.examples import Example, Examples, Source, listing_of
+from crate_jax.data.stores.examples import FINGERPRINT, Example, Examples, Source, listing_of
 from crate_jax.data.stores.features import ExampleParser, check_features, make_parser
 from crate_jax.errors import of_the_system
 
@@ -68,8 +69,16 @@ def _open_split(builder: Builder, data: DataConfig, split: str, num_classes: int
         )
     shards = builder.info.splits[split].file_instructions if length else []
     taken = [(shard.skip, shard.take) for shard in shards]
-    listing = listing_of("version and shards", f"{builder.info.full_name} {taken}")
+    listing = listing_of(
+        "version and shards", f"{builder.info.full_name} {taken}", _fingerprint(builder)
+    )
     return Source(name, examples, num_classes, class_names, listing)
+
+
+def _fingerprint(builder: Builder) -> str:
+    """What `crate_jax.data.stores.prepare` wrote beside its files; "" for those of others."""
+    path = Path(str(builder.data_path)) / FINGERPRINT
+    return path.read_text() if path.is_file() else ""
 
 
 def _random_access(builder: Builder, data: DataConfig, split: str, name: str) -> Examples:

@@ -399,3 +399,10 @@ def test_floats_are_rounded_to_the_nearest_level():
 def test_other_arrays_are_refused(image, message):
     with pytest.raises(ValueError, match="a/train\\[3\\] " + message):
         array_pixels(image, channels=1, name="a/train[3]")
+
+
+def test_signed_levels_of_a_tiff_are_refused():
+    """OpenCV would halve them, and lose what is below zero."""
+    signed = np.full((HEIGHT, WIDTH), 32767, np.int16)
+    with pytest.raises(BadExampleError, match=r"levels of 8 or 16 bits; got int16\. Save it as"):
+        decode_image(encode(signed, ".tiff"), channels=1)
