@@ -1,13 +1,14 @@
-"""Arrays whose type says how they lie on a mesh: its Explicit axes, `jax.make_mesh`'s default.
+"""How arrays lie on the mesh around a function: weights gathered, shared axes left as they are.
 
-JAX refuses a reshape that merges or splits an axis which devices share, and a product whose result
-two axes would share. On other meshes everything here is what it would be without them.
+Of Explicit axes, `jax.make_mesh`'s default, the type of an array says which devices share which
+axis. JAX refuses to merge or split a shared axis, and a product in whose result the same devices
+would share two. Where no axis is shared, everything here leaves the program as it is.
 """
 
 import jax
 import jax.numpy as jnp
 from jax import Array
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 
 def is_shared(X: Array) -> bool:
@@ -16,10 +17,22 @@ def is_shared(X: Array) -> bool:
 
 
 def whole(X: Array) -> Array:
-    """X on every device; its gradient is dealt out as X was."""
+    """X gathered over the axes of its type; its gradient is shared out again, as X was."""
     if not is_shared(X):
         return X
     return jax.sharding.reshard(X, NamedSharding(jax.typeof(X).sharding.mesh, PartitionSpec()))
+
+
+def whole_of_fsdp(X: Array) -> Array:
+    """X gathered over an Auto axis ``fsdp``; as it is where no such axis is around it.
+
+    `crate_jax.parallel.on_mesh` puts the axis around a function.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    types = dict(zip(mesh.axis_names, mesh.axis_types, strict=True))
+    if types.get("fsdp") is not AxisType.Auto or mesh.shape["fsdp"] == 1:
+        return X
+    return jax.lax.with_sharding_constraint(X, PartitionSpec())
 
 
 def reshape(X: Array, shape: tuple[int, ...]) -> Array:

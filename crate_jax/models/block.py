@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax.core import DenyList
 from jax import Array
 from jax.ad_checkpoint import checkpoint_name as keep
@@ -20,7 +21,8 @@ from jax.ad_checkpoint import checkpoint_policies as policies
 from jax.nn import initializers as init
 from jax.typing import DTypeLike
 
-from crate_jax.models.layers import Dropout, LayerNorm
+from crate_jax import placement
+from crate_jax.models.layers import LayerNorm
 from crate_jax.models.parameters import parameter
 
 # What the backward pass of a block keeps of its forward pass, besides its input; the equations give
@@ -71,6 +73,26 @@ class Context(NamedTuple):
     """
 
     mask: Array | None = None
+
+
+class Dropout(nn.Module):
+    """Each entry is zero at the rate while training, and else divided by what is left of one.
+
+    Flax's draws in double precision where that is JAX's default; the numbers are the same here.
+    """
+
+    rate: float
+    train: bool
+
+    @nn.compact
+    def __call__(self, X: Array) -> Array:
+        """An array of any shape; a rate above 0 needs a "dropout" key while training."""
+        if not (self.train and self.rate):
+            return X
+        stays = 1 - float(self.rate)
+        kept = jax.random.bernoulli(self.make_rng("dropout"), np.float32(stays), X.shape)
+        kept = placement.beside(kept, X)
+        return jax.lax.select(kept, X / stays, jnp.zeros_like(X))
 
 
 class Block(nn.Module):

@@ -9,9 +9,9 @@ import flax.linen as nn
 import jax.numpy as jnp
 from jax import Array
 
-from crate_jax.models.block import Block, Context, Part, chosen_taps, stack, tap_names
+from crate_jax.models.block import Block, Context, Dropout, Part, chosen_taps, stack, tap_names
 from crate_jax.models.images import check_images
-from crate_jax.models.layers import Dropout, LayerNorm, Linear
+from crate_jax.models.layers import LayerNorm, Linear
 from crate_jax.models.variants import ImageFields
 from crate_jax.options import option_of
 

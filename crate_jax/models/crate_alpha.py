@@ -11,8 +11,9 @@ from jax.typing import DTypeLike
 
 from crate_jax.models.block import Part
 from crate_jax.models.classifier import ImageClassifier, pair
+from crate_jax.models.derivatives import plain
 from crate_jax.models.embedding import PatchEmbedding
-from crate_jax.models.layers import ISTA, MSSA, Linear, relu, times, weak
+from crate_jax.models.layers import ISTA, MSSA, Linear, relu, times
 from crate_jax.models.parameters import dictionary_init, read
 from crate_jax.models.variants import AlphaFields
 
@@ -34,7 +35,7 @@ def odl(Y_BxNxd: Array, D_dxm: Array, D1_dxm: Array, *, eta: float, lmbda: float
     Returns:
         Tokens (B, N, d), before the residual; of the tokens' dtype, which the dictionaries share.
     """
-    eta, lmbda = weak(eta), weak(lmbda)
+    eta, lmbda = plain(eta), plain(lmbda)
     A1_BxNxm = keep(relu(eta * times(Y_BxNxd, D_dxm) - eta * lmbda), "code")
     E_BxNxd = keep(times(A1_BxNxm, D_dxm.T) - Y_BxNxd, "error")
     A2_BxNxm = keep(relu(A1_BxNxm - eta * times(E_BxNxd, D_dxm) - eta * lmbda), "code")

@@ -12,6 +12,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 from jax.ad_checkpoint import checkpoint_name
 from jax.typing import DTypeLike
@@ -23,6 +24,11 @@ BACKWARD = ("derived", "autodiff")
 def wide(dtype: DTypeLike) -> DTypeLike:
     """In what norms, scores and softmax are computed: float32, and float64 for float64 alone."""
     return jnp.float64 if dtype == jnp.float64 else jnp.float32
+
+
+def plain(number: float) -> float:
+    """A number that leaves arrays their dtype, as NumPy's do not."""
+    return number.item() if isinstance(number, np.generic) else number
 
 
 def attend(V_BxKxNxp: Array, mask: Array | None = None) -> tuple[Array, Array]:

@@ -20,16 +20,14 @@ from collections.abc import Callable
 from typing import ClassVar, NamedTuple
 
 import flax.linen as nn
-import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import Array
 from jax.ad_checkpoint import checkpoint_name as keep
 from jax.nn import initializers as init
 from jax.typing import DTypeLike
 
 from crate_jax import placement
-from crate_jax.models.derivatives import ATTEND, NORMALISE
+from crate_jax.models.derivatives import ATTEND, NORMALISE, plain
 from crate_jax.models.parameters import (
     dictionary_init,
     linear_bias_init,
@@ -130,7 +128,7 @@ def ista_step(Y_BxNxd: Array, D_dxd: Array, *, eta: float, lmbda: float) -> Arra
     Returns:
         Sparse, non-negative tokens (B, N, d), of the tokens' dtype.
     """
-    eta, lmbda = weak(eta), weak(lmbda)
+    eta, lmbda = plain(eta), plain(lmbda)
     E_BxNxd = keep(Y_BxNxd - times(Y_BxNxd, D_dxd.T), "error")
     return relu(Y_BxNxd + eta * times(E_BxNxd, D_dxd) - eta * lmbda)
 
@@ -156,11 +154,6 @@ def times(X: Array, W: Array, axes: int = 1) -> Array:
     inner, outer = W.shape[:axes], W.shape[axes:]
     flat = X.reshape(-1, math.prod(inner)) @ W.reshape(math.prod(inner), math.prod(outer))
     return flat.reshape(*X.shape[: X.ndim - axes], *outer)
-
-
-def weak(number: float) -> float:
-    """A number that leaves the tokens their dtype, as NumPy's do not."""
-    return number.item() if isinstance(number, np.generic) else number
 
 
 def relu(X: Array) -> Array:
@@ -203,26 +196,6 @@ class Linear(nn.Module):
         bias_init = self.bias_init or linear_bias_init(fan_in)
         bias = read(self, "bias", bias_init, (self.features,), self.dtype)
         return X.astype(self.dtype) @ kernel + bias.reshape((1,) * (X.ndim - 1) + bias.shape)
-
-
-class Dropout(nn.Module):
-    """Each entry is zero at the rate while training, and else divided by what is left of one.
-
-    Flax's draws in double precision where that is JAX's default; the numbers are the same here.
-    """
-
-    rate: float
-    train: bool
-
-    @nn.compact
-    def __call__(self, X: Array) -> Array:
-        """An array of any shape; a rate above 0 needs a "dropout" key while training."""
-        if not (self.train and self.rate):
-            return X
-        stays = 1 - float(self.rate)
-        kept = jax.random.bernoulli(self.make_rng("dropout"), np.float32(stays), X.shape)
-        kept = placement.beside(kept, X)
-        return jax.lax.select(kept, X / stays, jnp.zeros_like(X))
 
 
 class MSSA(nn.Module):

@@ -7,7 +7,6 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 from jax.nn import initializers as init
-from jax.sharding import AxisType, PartitionSpec
 from jax.typing import DTypeLike
 
 from crate_jax import placement
@@ -43,7 +42,7 @@ def read(
     full copy of every layer's weights on every device.
     """
     weight = module.param(name, initialise, shape, jnp.float32).astype(dtype)
-    return _whole(placement.whole(weight))
+    return placement.whole_of_fsdp(placement.whole(weight))
 
 
 def parameter(
@@ -51,15 +50,3 @@ def parameter(
 ) -> Array:
     """A parameter of a module as it is: float32, unless its user made another of it."""
     return placement.whole(module.param(name, initialise, shape, jnp.float32))
-
-
-def _whole(weight: Array) -> Array:
-    """The weight gathered over ``fsdp``; as it is where no such axis is around it.
-
-    `crate_jax.parallel.on_mesh` puts the axis around a function.
-    """
-    mesh = jax.sharding.get_abstract_mesh()
-    types = dict(zip(mesh.axis_names, mesh.axis_types, strict=True))
-    if types.get("fsdp") is not AxisType.Auto or mesh.shape["fsdp"] == 1:
-        return weight
-    return jax.lax.with_sharding_constraint(weight, PartitionSpec())
