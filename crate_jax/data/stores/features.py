@@ -145,7 +145,9 @@ def _flat(features: Feature, prefix: str = "") -> Iterator[tuple[str, Feature]]:
     """Features by name, those within another as ``a/b``; sequences are left as they are."""
     from tensorflow_datasets.core import features as tfds
 
-    for name, feature in features.items() if isinstance(features, tfds.FeaturesDict) else ():
+    if not isinstance(features, tfds.FeaturesDict):
+        return
+    for name, feature in sorted(features.items()):
         if isinstance(feature, tfds.FeaturesDict):
             yield from _flat(feature, f"{prefix}{name}/")
         else:

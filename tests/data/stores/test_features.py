@@ -221,7 +221,7 @@ def test_a_key_that_is_not_there_lists_those_that_are(tmp_path):
         opened(tmp_path, label_key="lable")
     message = str(caught.value)
     assert message.startswith("data.dataset must have the features image and lable; got set. It ")
-    assert "img (Image of uint8 (6, 5, 1))" in message and "label (ClassLabel of int64)" in message
+    assert "It has img (Image of uint8 (6, 5, 1)), label (ClassLabel of int64). Set" in message
     assert "Set --config.data.image_key=img and --config.data.label_key=label (" in message
 
 
