@@ -1,7 +1,6 @@
 """What the image classifiers of the family share: images → tokens → blocks → one token → logits."""
 
 import dataclasses
-import numbers
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, ClassVar
 
@@ -20,7 +19,7 @@ Params = Mapping[str, Any]  # the parameters of a model: arrays, or their shapes
 
 def pair(size: int | Sequence[int]) -> tuple[int, int]:
     """(height, width) of a size given as a side or as (height, width)."""
-    sides = (size,) if isinstance(size, numbers.Integral) else tuple(size)
+    sides = tuple(size) if isinstance(size, Sequence) else (size,)
     return (int(sides[0]), int(sides[-1]))
 
 

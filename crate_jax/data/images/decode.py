@@ -2,6 +2,7 @@
 
 import re
 import struct
+from typing import Any
 
 import cv2
 import numpy as np
@@ -254,13 +255,15 @@ def _check_tiff(buffer: np.ndarray, name: str) -> None:
         BadExampleError: the levels are signed, or pixels are transparent: libtiff has multiplied
             their colours by it.
     """
-    image = cv2.imdecode(buffer, cv2.IMREAD_UNCHANGED)
-    if image is not None and image.dtype not in (np.uint8, np.uint16):
+    image: Any = cv2.imdecode(buffer, cv2.IMREAD_UNCHANGED)
+    if image is None:
+        return
+    if image.dtype not in (np.uint8, np.uint16):
         raise BadExampleError(
             f"{name} must have levels of 8 or 16 bits; got {image.dtype}. Save it as PNG."
         )
-    opaque = image is None or image.ndim < 3 or image.shape[2] < 4
-    if not opaque and image[..., 3].min() < np.iinfo(image.dtype).max:
+    with_alpha = image.ndim == 3 and image.shape[2] == 4
+    if with_alpha and image[..., 3].min() < np.iinfo(image.dtype).max:
         raise BadExampleError(
             f"{name} must be opaque to be read as TIFF; got transparent pixels, whose colours are "
             "darkened by it. Save it as PNG."
