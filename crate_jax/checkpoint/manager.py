@@ -151,11 +151,7 @@ class Checkpointer:
             OtherTreeError: the step holds another tree, or arrays of other shapes.
             ValueError: it cannot be read, or is not what was saved.
         """
-        items = ocp.args.Composite(
-            state=ocp.args.StandardRestore(abstract_state), record=ocp.args.JsonRestore()
-        )
-        restored = self._read(step, items, abstract_state)
-        return restored["state"], self._checked(step, restored["state"], restored["record"])
+        return self._restore(step, abstract_state, ocp.args.StandardRestore(abstract_state))
 
     def restore_newest(self, abstract_state: PyTree) -> tuple[PyTree, Json, list[str]]:
         """Read the newest step that is whole, and set newer ones aside.
@@ -206,10 +202,8 @@ class Checkpointer:
         Raises:
             OtherTreeError, ValueError: as `restore`.
         """
-        part = ocp.args.PyTreeRestore(item=item, restore_args=restore_args, partial_restore=True)
-        items = ocp.args.Composite(state=part, record=ocp.args.JsonRestore())
-        restored = self._read(step, items, item, part=True)
-        return restored["state"], self._checked(step, restored["state"], restored["record"])
+        some = ocp.args.PyTreeRestore(item=item, restore_args=restore_args, partial_restore=True)
+        return self._restore(step, item, some, part=True)
 
     def metrics(self, step: int) -> dict[str, float]:
         """What was measured at a step; empty if it was not evaluated.
@@ -270,13 +264,18 @@ class Checkpointer:
         """
         return self._manager.reached_preemption(step)
 
-    def _read(
-        self, step: int, items: ocp.args.Composite, wanted: PyTree = None, *, part: bool = False
-    ) -> Mapping[str, PyTree]:
+    def _restore(
+        self, step: int, wanted: PyTree, state: ocp.args.CheckpointArgs, *, part: bool = False
+    ) -> tuple[PyTree, Json]:
+        """The state as it is asked for, once it is known to be there, and the record."""
         with damages(functools.partial(self._unreadable, step)):
-            if wanted is not None:
-                self._manager.wait_until_finished()  # a save under way has no shapes yet
-                check_fits(self.directory, step, wanted, part=part)
+            self._manager.wait_until_finished()  # a save under way has no shapes yet
+            check_fits(self.directory, step, wanted, part=part)
+        found = self._read(step, ocp.args.Composite(state=state, record=ocp.args.JsonRestore()))
+        return found["state"], self._checked(step, found["state"], found["record"])
+
+    def _read(self, step: int, items: ocp.args.Composite) -> Mapping[str, PyTree]:
+        with damages(functools.partial(self._unreadable, step)):
             return self._manager.restore(step, args=items)
 
     def _unwritable(self, error: Exception) -> OSError:
