@@ -10,7 +10,7 @@ from flax import traverse_util
 from crate_jax.cli.flags import parse_config
 from crate_jax.config import validate
 from crate_jax.interop.convert import find_layout
-from crate_jax.interop.tree import flatten, tree_of
+from crate_jax.interop.tree import tree_of
 from crate_jax.models.cost import count_parameters
 from crate_jax.models.zoo import build_model
 from crate_jax.training.optimizer import decay_mask
@@ -51,7 +51,9 @@ def test_what_decays_is_what_the_official_code_calls_a_kernel(name):
 
     def decays(variant):
         optim = recipe(name, variant).optim
-        mask = flatten(decay_mask(leaves, optim.no_decay, optim.decay_only))
+        mask = traverse_util.flatten_dict(
+            decay_mask(leaves, optim.no_decay, optim.decay_only), sep="/"
+        )
         return {path for path, decayed in mask.items() if decayed}
 
     assert decays("tiny-32") == kernels and len(kernels) == 4

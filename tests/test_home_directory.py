@@ -70,7 +70,7 @@ def test_every_field_that_is_a_path(home):
 OTHERS = {
     *["step", "model", "model_kwargs", "fit", "method", "dataset", "split", "batch_size"],
     *["transforms", "layout", "name", "dtype", "train_steps", "rate_scale", "float64"],
-    *["image_size", "num_classes", "mesh", "config", "help"],
+    *["image_size", "num_classes", "mesh", "config", "help", "image_key", "label_key"],
 }
 
 

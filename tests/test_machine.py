@@ -143,7 +143,7 @@ def test_the_loader_asks_before_it_starts_workers(small_shared_memory):
     options = dict(batch_size=8, seed=0)
     with pytest.raises(ValueError, match=r"/dev/shm must have 512 MiB free .* it has 60 MiB"):
         train_batches(Large(), DataConfig(num_workers=2, prefetch_mib=4096), **options)
-    train_batches(Large(), DataConfig(num_workers=2, prefetch_mib=16), **options).close()
+    train_batches(Large(), DataConfig(num_workers=1, prefetch_mib=16), **options).close()
     with contextlib.closing(train_batches(Large(), DataConfig(prefetch_mib=1), **options)) as found:
         assert next(found)["x"].shape == (8, 2**20)  # of pieces of one row
 

@@ -69,7 +69,9 @@ def test_mistakes_are_one_line(weights, capsys):
     assert "layout must be one of torch, jax, clipa for CrateAlpha; got timm" in line
     assert "--method must go with --fit" in refused(capsys, *convert, "--method=right")
     fit = [*convert, *NAMED, "--fit", "image_size", "--method=best"]
-    assert "method must be one of right, crate_alpha; got best" in refused(capsys, *fit)
+    assert "method must be one of right, crate_alpha, official_maps; got best" in refused(
+        capsys, *fit
+    )
     evaluate = ["evaluate", f"--weights={weights}", *NAMED, "--dataset=synthetic"]
     assert "must be one of right, crate_alpha; got best" in refused(
         capsys, *evaluate, "--fit", "image_size", "--method=best"

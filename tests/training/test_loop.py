@@ -268,7 +268,7 @@ def test_the_weights_are_resized_as_the_config_says(four_steps, tiny_config, tmp
     """To patches of half the size, which the two methods do apart."""
     assert option_of(TrainConfig.__dataclass_fields__["init_method"]).choices == METHODS
     kernels = {}
-    for method in METHODS:
+    for method in ("right", "crate_alpha"):
         config = tiny_config(
             init_weights=str(four_steps[0]), init_fit=("patch_size",), init_method=method
         )
