@@ -73,7 +73,7 @@ def test_mistakes_are_one_line(weights, capsys):
         capsys, *fit
     )
     evaluate = ["evaluate", f"--weights={weights}", *NAMED, "--dataset=synthetic"]
-    assert "must be one of right, crate_alpha; got best" in refused(
+    assert "must be one of right, crate_alpha, official_maps; got best" in refused(
         capsys, *evaluate, "--fit", "image_size", "--method=best"
     )
     evaluate += ["--method=right"]
