@@ -10,7 +10,7 @@ import pytest
 
 from crate_jax import machine
 from crate_jax.config import DataConfig
-from crate_jax.data.loader import eval_batches, train_batches
+from crate_jax.data.loader import Batches, eval_batches, train_batches
 from crate_jax.machine import check_settings, check_shared_memory, explained
 
 XLA = jax.errors.JaxRuntimeError
@@ -151,4 +151,7 @@ def test_the_loader_asks_before_it_starts_workers(small_shared_memory):
 def test_an_evaluation_is_not_refused_in_the_midst_of_a_run(small_shared_memory):
     """Training has asked for its room, of which its own loader may hold the half by then."""
     data = DataConfig(num_workers=2, prefetch_mib=4096)
-    eval_batches(Large(), data, batch_size=8).close()
+    with pytest.raises(ValueError, match="/dev/shm must have 512 MiB free"):
+        train_batches(Large(), data, batch_size=8, seed=0)
+    with contextlib.closing(eval_batches(Large(), data, batch_size=8)) as found:
+        assert isinstance(found, Batches) and found.skipped == 0

@@ -50,6 +50,10 @@ class Classify(Task):
     cutmix_alpha: float = 0.0
     mix_switch: float = 0.5
 
+    headline: ClassVar[str] = "top1"
+    higher_is_better: ClassVar[bool] = True
+    by_row: ClassVar[bool] = True
+
     def __post_init__(self) -> None:
         """Refuse a model without classes."""
         if getattr(self.model, "num_classes", None) == 0:
@@ -57,10 +61,6 @@ class Classify(Task):
                 "model.num_classes must be at least 1 for a classifier; got 0, features. Leave it "
                 "unset: it is that of the data."
             )
-
-    headline: ClassVar[str] = "top1"
-    higher_is_better: ClassVar[bool] = True
-    by_row: ClassVar[bool] = True
 
     @classmethod
     def from_config(cls, config: TrainConfig, num_classes: int | None = None) -> Self:

@@ -1,6 +1,7 @@
 """The loop: resuming, what it writes, what it refuses, and that it reads its whole config."""
 
 import dataclasses
+import itertools
 import json
 import math
 import resource
@@ -265,21 +266,26 @@ def test_fine_tuning_starts_from_the_weights_with_a_new_head(four_steps, tiny_co
 
 
 def test_the_weights_are_resized_as_the_config_says(four_steps, tiny_config, tmp_path):
-    """To patches of half the size, which the two methods do apart."""
+    """To patches of half the size: two methods differ in the kernel, all in the positions."""
     assert option_of(TrainConfig.__dataclass_fields__["init_method"]).choices == METHODS
-    kernels = {}
-    for method in ("right", "crate_alpha"):
+    kernels, positions = {}, {}
+    for method in METHODS:
         config = tiny_config(
-            init_weights=str(four_steps[0]), init_fit=("patch_size",), init_method=method
+            init_weights=str(four_steps[0]),
+            init_fit=("patch_size", "image_size"),  # which official_maps asks for
+            init_method=method,
         )
         config.model.patch_size = (4, 4)
         run = set_up(config, "train", "eval")
         state, _, record = restore_or_init(run, open_checkpoints(run, tmp_path / method))
         kernels[method] = np.asarray(state.params["embedding"]["projection"]["kernel"])
+        positions[method] = np.asarray(state.params["embedding"]["pos_embedding"])
         told = any("bilinear" in note for note in record["notes"])
         assert told == (method == "crate_alpha")
     assert kernels["right"].shape == kernels["crate_alpha"].shape
     assert np.abs(kernels["right"] - kernels["crate_alpha"]).max() > 1e-3
+    for one, other in itertools.combinations(METHODS, 2):
+        assert np.abs(positions[one] - positions[other]).max() > 1e-3
 
 
 def test_every_field_of_the_config_is_read(four_steps, tiny_config, tmp_path, photographs):
