@@ -64,7 +64,7 @@ def start_processes(config: ParallelConfig) -> bool:
         given |= {"coordinator_address": address, "num_processes": count, "process_id": own}
     try:
         jax.distributed.initialize(**given)
-    except (RuntimeError, ValueError) as error:
+    except (jax.errors.JaxRuntimeError, ValueError) as error:
         reason = (str(error).strip().splitlines() or [""])[0]
         raise ValueError(
             f"parallel.coordinator must be reachable; {address} is not ({reason}). Start all "

@@ -114,15 +114,18 @@ def read_class_names(path: str | Path) -> tuple[str, ...]:
     Little is read but these. PyTorch's files name none.
 
     Raises:
+        FileNotFoundError: there is nothing at ``path``.
         ValueError: the file is damaged, or its names are no text.
     """
     path, names = Path(expanded(path, "weights")), []
+    if not path.exists():
+        raise FileNotFoundError(not_there(path))
     if path.is_dir() and is_run(path):
         # Here, not above: Orbax is needed by those alone who read a run.
         from crate_jax.checkpoint.reading import read_facts
 
         names = read_facts(find_run(path)[0]).get(CLASSES, [])
-    elif path.exists():
+    else:
         names = next(filter(None, map(_names_in, _files(path))), [])
     if not (isinstance(names, list) and all(isinstance(name, str) for name in names)):
         raise ValueError(f"{path} must name its classes as text; got {names}. Convert it again.")

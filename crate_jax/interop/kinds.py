@@ -5,6 +5,8 @@ import re
 import zipfile
 from pathlib import Path
 
+from crate_jax.errors import first_line, of_the_system
+
 # What a file may be instead: how it begins, what that is, what to do.
 _OTHERS = (
     (rb"version https://git-lfs", "a pointer of Git LFS", "Fetch the file itself: git lfs pull."),
@@ -34,10 +36,7 @@ def kind_of(path: Path) -> str:
         with path.open("rb") as file:
             head = file.read(1024)
     except OSError as error:
-        raise OSError(
-            f"{path} must be readable; opening it ended in: {error.strerror}. "
-            "Check who may read it."
-        ) from None
+        raise unreadable(path, error) or error from None
     # Behind the length of a JSON header, which may begin like any other kind of file.
     if head[8:9] == b"{" and int.from_bytes(head[:8], "little") < 2**32:
         return "safetensors"
@@ -76,6 +75,15 @@ def _zip_names(path: Path, head: bytes) -> list[str]:
     except zipfile.BadZipFile:
         length = int.from_bytes(head[26:28], "little")
         return [head[30 : 30 + length].decode("utf-8", "replace")]
+
+
+def unreadable(path: str | Path, error: Exception) -> OSError | None:
+    """That the system could not read a file, as the error to raise; None: it is about the file."""
+    if not of_the_system(error):
+        return None
+    said = getattr(error, "strerror", None) or first_line(error)
+    remedy = "Check who may read it, and the disk."
+    return OSError(f"{path} must be readable; reading it ended in: {said}. {remedy}")
 
 
 def not_whole(path: str | Path, what: str, ended: str, remedy: str = "") -> str:

@@ -4,7 +4,8 @@ from pathlib import Path
 
 import numpy as np
 
-from crate_jax.interop.kinds import not_whole
+from crate_jax.errors import first_line
+from crate_jax.interop.kinds import not_whole, unreadable
 from crate_jax.interop.layouts.layout import Arrays
 from crate_jax.interop.names import Known, unwrap
 
@@ -27,7 +28,7 @@ def read(path: Path, known: Known) -> tuple[Arrays, list[str]]:
     try:
         content = serialization.msgpack_restore(path.read_bytes())
     except Exception as error:  # msgpack has several classes of its own
-        text = str(error) or type(error).__name__
-        raise ValueError(not_whole(path, "a whole msgpack file of Flax", text)) from None
+        said = not_whole(path, "a whole msgpack file of Flax", first_line(error))
+        raise unreadable(path, error) or ValueError(said) from None
     found = unwrap(content, path, known)
     return {k: v for k, v in found.state.items() if isinstance(v, np.ndarray)}, found.said

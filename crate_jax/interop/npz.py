@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from crate_jax.interop.kinds import not_whole
+from crate_jax.interop.kinds import not_whole, unreadable
 
 NAMES = "class_names"  # the entry of text that names the classes
 
@@ -52,7 +52,8 @@ def read(path: str | Path, leave: str = "") -> tuple[dict[str, np.ndarray], list
         ) from None
     except (zipfile.BadZipFile, zlib.error, EOFError, OSError, KeyError) as error:
         ended = f"a {type(error).__name__}"
-        raise ValueError(not_whole(path, "a whole .npz file", ended)) from None
+        whole = "a whole .npz file"
+        raise unreadable(path, error) or ValueError(not_whole(path, whole, ended)) from None
 
 
 def write(path: Path, arrays: Mapping[str, np.ndarray], class_names: Sequence[str] = ()) -> None:

@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, cast
 
 import numpy as np
 
-from crate_jax.interop.kinds import not_whole
+from crate_jax.interop.kinds import not_whole, unreadable
 from crate_jax.interop.layouts.layout import Arrays
-from crate_jax.interop.names import Known, bare_names, is_array, unwrap
+from crate_jax.interop.names import Known, is_array, unwrap
 from crate_jax.interop.pickled import Array, Aside, stand_ins
 
 if TYPE_CHECKING:
@@ -31,16 +31,6 @@ FORMS = {
     ".ckpt": ("state_dict", ""),
     ".pth.tar": ("state_dict", "module."),
 }
-
-
-def read_checkpoint(path: str | Path) -> Arrays:
-    """The state dict in a PyTorch file under bare names, whatever wraps it.
-
-    Raises:
-        ValueError, FileNotFoundError: as `read`; or two names become the same.
-    """
-    known = Known()
-    return bare_names(read(path, known)[0], path, known)
 
 
 def read(path: str | Path, known: Known) -> tuple[Arrays, list[str]]:
@@ -90,7 +80,7 @@ def _open(path: str | Path) -> object:
             return torch.load(source, map_location="cpu", weights_only=True, mmap=mapped)
     # A KeyError, EOFError, struct.error, RuntimeError or UnpicklingError, by where the damage is.
     except Exception as error:
-        raise ValueError(_refusal(path, error)) from None
+        raise unreadable(path, error) or ValueError(_refusal(path, error)) from None
 
 
 @contextlib.contextmanager

@@ -6,8 +6,9 @@ from pathlib import Path
 
 import numpy as np
 
+from crate_jax.errors import first_line
 from crate_jax.files import Json
-from crate_jax.interop.kinds import not_whole
+from crate_jax.interop.kinds import not_whole, unreadable
 
 # Of the model's configuration, and of the names of its classes: both hold JSON.
 METADATA_KEY, NAMES_KEY = "crate_jax", "crate_jax.class_names"
@@ -38,9 +39,9 @@ def read(path: str | Path) -> tuple[dict[str, np.ndarray], Json]:
         raise _damaged(path, error) from None
 
 
-def _damaged(path: str | Path, error: Exception) -> ValueError:
-    reason = str(error).strip().split("\n")[0]
-    return ValueError(not_whole(path, "a whole safetensors file", reason))
+def _damaged(path: str | Path, error: Exception) -> OSError | ValueError:
+    what = "a whole safetensors file"
+    return unreadable(path, error) or ValueError(not_whole(path, what, first_line(error)))
 
 
 def read_names(path: Path) -> object:

@@ -174,7 +174,7 @@ def restore_or_init(run: Run, checkpointer: Checkpointer) -> tuple[TrainState, S
                 f"the checkpoints in {workdir} do not say what they were trained on "
                 f"({', '.join(sorted(unsaid))}); from now on they will, and the data must stay so"
             )
-        return from_stored(stored), shardings, record | {"notes": notes}
+        return from_stored(stored), shardings, record | {"notes": notes, FACTS: facts}
     notes = []
     state, shardings = init_sharded(run.task, run.tx, run.key, run.mesh, ema=run.ema)
     if config.init_weights:
@@ -185,7 +185,7 @@ def restore_or_init(run: Run, checkpointer: Checkpointer) -> tuple[TrainState, S
         )
         state = replace_params(state, loaded.params)
         notes = [f"{config.init_weights} fitted: {change}" for change in loaded.report]
-    return state, shardings, {"step": 0, "summary": {}, "notes": notes}
+    return state, shardings, {"step": 0, "summary": {}, "notes": notes, FACTS: facts}
 
 
 def compile_programs(run: Run, shardings: Shardings) -> Programs:
@@ -209,7 +209,6 @@ def _steps(
 ) -> Json:
     """All steps after the restored one; returns the record of the last."""
     config, total = run.config, run.total_steps
-    facts = run.task.facts(run.rows["train"])
     # Gloo, which joins processes on CPUs, mixes up the collectives of two steps under way together.
     lockstep = jax.process_count() > 1 and jax.default_backend() == "cpu"
     stop_on_failed_save = config.on_failed_save == "stop"
@@ -260,7 +259,7 @@ def _steps(
                     "summary": dict(reporter.summary),
                     "ema": state.ema_params is not None,
                     "config": to_dict(config),
-                    FACTS: facts,
+                    FACTS: record[FACTS],
                 }
                 with jax.transfer_guard("allow"):  # Orbax copies to the host in a way of its own
                     try:

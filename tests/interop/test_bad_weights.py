@@ -1,5 +1,6 @@
 """Files that must not be loaded: one line says why, and what was there stays."""
 
+import errno
 import io
 import json
 import os
@@ -7,6 +8,7 @@ import pickle
 
 import numpy as np
 import pytest
+from flax import serialization
 from weights import MODEL, random_params, random_state
 
 from crate_jax import Crate, create_model, load_weights, save_weights
@@ -94,6 +96,31 @@ def test_a_truncated_file(tmp_path, refuse, suffix):
         line = refuse(path)
         assert "must be a whole" in line or "must hold named arrays" in line, line
         assert f"w.{suffix}" in line
+
+
+@pytest.mark.parametrize(
+    ("suffix", "reader"),
+    [
+        ("npz", "numpy.load"),
+        ("safetensors", "safetensors.safe_open"),
+        ("msgpack", "flax.serialization.msgpack_restore"),
+        ("pth", "torch.load"),
+    ],
+)
+def test_a_failing_disk_is_no_truncated_file(tmp_path, refuse, monkeypatch, suffix, reader):
+    if suffix == "pth":
+        pytest.importorskip("torch")
+    path = tmp_path / f"w.{suffix}"
+    if suffix == "msgpack":
+        path.write_bytes(serialization.to_bytes(random_params(MODEL)))
+    else:
+        save_weights(path, random_params(MODEL), MODEL)
+
+    def fail(*args, **kwargs):
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(reader, fail)
+    assert f"w.{suffix} must be readable; reading it ended in: Input/output err" in refuse(path)
 
 
 @pytest.mark.parametrize("suffix", ["npz", "safetensors", "pth"])

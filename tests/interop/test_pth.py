@@ -11,7 +11,9 @@ from weights import MODEL, MODELS, assert_equal_trees, random_params, random_sta
 from crate_jax import load_weights
 from crate_jax.checkpoint.manager import Checkpointer
 from crate_jax.interop import from_state_dict, to_state_dict
-from crate_jax.interop.pth import read_checkpoint
+from crate_jax.interop.contents import read_contents
+from crate_jax.interop.names import Known
+from crate_jax.interop.pth import read
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -159,18 +161,18 @@ def test_files_that_hold_no_state_dict(torch, tmp_path):
     ):
         torch.save(content, path)
         with pytest.raises(ValueError, match=message):
-            read_checkpoint(path)
+            read_contents(path)
     for damaged in (b"", b"hello world\n" * 9, path.read_bytes()[:100]):
         path.write_bytes(damaged)
         with pytest.raises(ValueError, match="must be a whole PyTorch file; reading it"):
-            read_checkpoint(path)
+            read(path, Known())
 
 
 def test_a_file_that_is_not_there(torch, tmp_path):
     with pytest.raises(FileNotFoundError, match=r"nowhere\.pth"):
         load_weights(tmp_path / "nowhere.pth", MODEL)
     with pytest.raises(FileNotFoundError, match=r"nowhere\.pth must be a file"):
-        read_checkpoint(tmp_path / "nowhere.pth")
+        read(tmp_path / "nowhere.pth", Known())
 
 
 def test_a_file_of_an_unknown_kind(tmp_path):

@@ -117,6 +117,8 @@ def test_a_file_names_its_classes(tmp_path):
         assert loaded.report == []
         assert_equal_trees(loaded.params, params)
         assert_equal_trees(load_weights(tmp_path / name, MODEL), params)
+    with pytest.raises(FileNotFoundError, match=r"must be a file .*nowhere\.npz, not there\."):
+        read_class_names(tmp_path / "nowhere.npz")
     save_weights(tmp_path / "w.npz", params, MODEL)
     assert load_fitted(tmp_path / "w.npz", MODEL).class_names == ()
     with pytest.raises(ValueError, match=r"one for each of the 5 outputs of the model; got 4\. N"):

@@ -11,6 +11,7 @@ from crate_jax.config import DataConfig
 from crate_jax.data.images.pipeline import Pipeline, make_pipeline
 from crate_jax.data.rows import BadExampleError, Row, good_row, patiently
 from crate_jax.data.stores.sources import Source, check_known_classes, open_source
+from crate_jax.errors import first_line
 
 # No file that is damaged makes its reader raise these: they are bugs, or a package is missing.
 _NEVER_DAMAGE = (ImportError, NameError, RecursionError, NotImplementedError, AssertionError)
@@ -97,9 +98,9 @@ class LabelledImages:
             system = isinstance(error, OSError | MemoryError)
             if system and not isinstance(error, FileNotFoundError):
                 raise
-            lines = str(error).strip().splitlines() or [""]
+            said = first_line(error).removesuffix(".")
             raise BadExampleError(
-                f"{name} must be readable; got {type(error).__name__}: {lines[0]} Restore its file."
+                f"{name} must be readable; got {type(error).__name__}: {said}. Restore its file."
             ) from error
         if "name" in example:
             name += f" ({example['name']})"
