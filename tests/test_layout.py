@@ -42,7 +42,10 @@ FLOORS = [
 ROOMS = {
     "models": [
         "variants",
+        "gpu",
+        "gpu_norm",
         "derivatives",
+        "attention",
         "parameters",
         "layers",
         "block",

@@ -30,10 +30,10 @@ from crate_jax.models.parameters import parameter
 # elementwise steps, and the scores where automatic differentiation asks for them. "dots" keeps
 # matrix products alone, and not those of attention. "full" keeps nothing.
 KEPT = (
-    "statistics",  # mean and 1/σ of a LayerNorm
+    "statistics",  # mean and 1/σ of a LayerNorm; largest score and sum of `attend_by`
     "normalised",  # tokens after it
     "subspace_tokens",
-    "attention",
+    "attention",  # of the plain function; kernels compute it again
     "attended",
     "half",  # tokens between the halves
     "error",  # Y − D Y of ISTA
@@ -54,9 +54,10 @@ class Part(NamedTuple):
 
     Attributes:
         name: in the parameter tree, and of the tap of its output.
-        make: from ``name=…`` to the module. An attention takes normalised tokens (B, N, d) and a
-            mask and returns `crate_jax.models.layers.Attended`; a nonlinearity takes normalised
-            tokens and returns tokens.
+        make: from ``name=…`` to the module. An attention takes normalised tokens (B, N, d), a mask
+            and the names of the taps that it must show, and returns
+            `crate_jax.models.layers.Attended`; a nonlinearity takes normalised tokens and returns
+            tokens.
         taps: what an attention also shows.
     """
 
@@ -159,7 +160,7 @@ class Block(nn.Module):
         seen: dict[str, Array],
     ) -> Array:
         """The half of the attention; what it made is put into `seen`."""
-        update_BxNxd, made = part.make(name=part.name)(self._norm(part, Z_BxNxd), mask)
+        update_BxNxd, made = part.make(name=part.name)(self._norm(part, Z_BxNxd), mask, self.taps)
         seen |= made | {part.name: update_BxNxd}
         update_BxNxd = Dropout(self.dropout, self.train)(update_BxNxd)
         update_BxNxd = self._gated(part, update_BxNxd, drop_path)

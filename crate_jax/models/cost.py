@@ -40,14 +40,15 @@ class Cost(NamedTuple):
 
 
 def _mssa(model: ImageClassifier) -> Cost:
-    """U and W_out, which one full subspace has not; V, A and O are kept."""
+    """U and W_out, which one full subspace has not; V and O are kept, and A or two for a row."""
     N, d, K, p = _sizes(model)
-    maps = 1 + ((K, p) != (1, d))
+    maps, derived = 1 + ((K, p) != (1, d)), model.backward == "derived"
     return Cost(
         products=maps * N * d * K * p,
         attention=2 * N * N * K * p,
         outputs=N * K * p + (maps - 1) * N * d,
-        kept=maps * N * K * p + K * N * N,
+        kept=maps * N * K * p + (0 if derived else K * N * N),
+        kept_bytes=8 * K * N if derived else 0,
     )
 
 
@@ -165,18 +166,19 @@ def _embedding(model: ImageClassifier) -> int:
 def step_flops(model: ImageClassifier) -> int:
     """Operations of the matrix products of a training step, for one image.
 
-    Two for each multiply-add; the backward pass takes twice the forward pass. Of the four products
-    of attention in it the derived one leaves one out, and automatic differentiation computes the
-    scores once more. What remat computes again is counted: the layers, or with "dots" their
-    attention. Patches that no LayerNorm stands before need no gradient.
+    Two for each multiply-add; the backward pass takes twice the forward pass. The derived one of
+    MSSA computes the scores again and leaves out one of the four other products, so it has four.
+    Automatic differentiation computes the scores once more. What remat computes again is counted:
+    the layers, or with "dots" their attention. Patches that no LayerNorm stands before need no
+    gradient.
     """
     layer = _layer(model)
     product = model.depth * layer.attention  # operations of one of the two products of attention
     layers = 2 * model.depth * (layer.products + layer.attention - layer.last)
     again = {"none": 0, "dots": 2 * product, "full": layers}[model.remat]
-    if model.attention_part.name == "mssa" and model.backward == "derived":
-        again -= product
-    elif model.remat == "none":
+    if model.remat == "none" and not (
+        model.attention_part.name == "mssa" and model.backward == "derived"
+    ):
         again += product
     if "patch_norm" not in abstract_parameters(model)["embedding"]:
         again -= 2 * _embedding(model)

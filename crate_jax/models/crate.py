@@ -36,11 +36,15 @@ class Crate(CrateFields, ImageClassifier):
         dropout: share of the entries dropped while training, of the embedded tokens and of the
             attention's output; needs a "dropout" key when it is not 0.
         dtype: of the computation, float32 or bfloat16.
-        backward: "derived", the written backward passes of `crate_jax.models.derivatives`; or
-            "autodiff", slower and larger, which forward mode (`jax.jvp`) needs.
+        backward: "derived", the written backward passes of `crate_jax.models.attention` and
+            `crate_jax.models.derivatives`; or "autodiff", slower and larger, which forward mode
+            (`jax.jvp`) needs.
+        attention_kernel: by whom MSSA is computed where the backward pass is derived, one of
+            `crate_jax.models.attention.KERNELS`.
         remat: what the backward pass computes again: "none"; "dots", all but matrix products;
             "full".
-        scan_unroll: layers per iteration of the compiled loop over layers.
+        scan_unroll: layers per iteration of the compiled loop over layers; None: all of them where
+            JAX's devices are GPUs, else one.
         eta: step size of ISTA.
         lmbda: sparsity weight of ISTA.
         attention: "mssa" or "mhsa".
@@ -55,7 +59,7 @@ class Crate(CrateFields, ImageClassifier):
         if self.attention == "mhsa":
             make = functools.partial(MHSA, self.num_heads, self.subspace_dim, self.dtype)
             return Part("mhsa", make, MHSA.TAPS)
-        make = functools.partial(MSSA, self.num_heads, self.subspace_dim, self.dtype, self.backward)
+        make = functools.partial(MSSA, self.num_heads, self.subspace_dim, self.dtype, self.kernel)
         return Part("mssa", make, MSSA.TAPS)
 
     @property

@@ -95,7 +95,7 @@ class CrateAlpha(AlphaFields, ImageClassifier):
             self.num_heads,
             self.subspace_dim,
             self.dtype,
-            self.backward,
+            self.kernel,
             bias=False,
             kernel_init=start,
         )

@@ -1,14 +1,13 @@
-"""The parts of a layer whose backward pass is written out here, next to the plain functions.
+"""Attention and LayerNorm as plain functions, and LayerNorm with a backward pass written out.
 
-The written passes equal automatic differentiation and cost less: they keep one array where it keeps
-two or three, and use that a token is query, key and value at once. Only reverse mode knows them.
+That of attention is in `crate_jax.models.attention`. The written passes equal automatic
+differentiation and cost less: they keep one array where it keeps two or three. Only reverse mode
+knows them.
 A gradient is of the type of what it belongs to: of its dtype, and equal on the devices of a
 `jax.shard_map` on which that is equal. The letters are those of `crate_jax.models.layers`.
 """
 
 import functools
-from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +15,9 @@ import numpy as np
 from jax import Array
 from jax.ad_checkpoint import checkpoint_name
 from jax.typing import DTypeLike
+
+from crate_jax import placement
+from crate_jax.models import gpu_norm
 
 # How a model's backward pass is had: "derived", from this module; "autodiff", from JAX.
 BACKWARD = ("derived", "autodiff")
@@ -53,35 +55,6 @@ def attend(V_BxKxNxp: Array, mask: Array | None = None) -> tuple[Array, Array]:
     return jnp.einsum("bknm,bkmp->bknp", A_BxKxNxN, V_BxKxNxp), A_BxKxNxN
 
 
-def _attend_and_keep(V_BxKxNxp: Array, mask: Array | None = None):
-    O_BxKxNxp, A_BxKxNxN = attend(V_BxKxNxp, mask)
-    return (O_BxKxNxp, A_BxKxNxN), (V_BxKxNxp, A_BxKxNxN)
-
-
-def _attend_backward(
-    kept: tuple[Array, Array], gradients: tuple[Array, Array]
-) -> tuple[Array, None]:
-    """The gradient dV = Aᵀ dO + (dS + dSᵀ) V; automatic differentiation has dS V and dSᵀ V apart.
-
-    The scores are p^{-1/2} S, S = V Vᵀ; through the softmax dS = A (dA − Σ A dA), row by row. A is
-    zero where the mask is, and so is dS.
-    """
-    (V_BxKxNxp, A_BxKxNxN), (dO_BxKxNxp, dA_BxKxNxN) = kept, gradients
-    dtype = wide(V_BxKxNxp.dtype)
-    product = functools.partial(jnp.einsum, preferred_element_type=dtype)
-    P_BxKxNxN = A_BxKxNxN.astype(dtype)
-    dA_BxKxNxN = dA_BxKxNxN.astype(dtype)
-    dA_BxKxNxN += product("bknp,bkmp->bknm", dO_BxKxNxp, V_BxKxNxp)
-    # Rounded to half precision, rows of A no longer sum to one; those of dS have to sum to zero.
-    mean_BxKxNx1 = jnp.sum(P_BxKxNxN * dA_BxKxNxN, axis=-1, keepdims=True)
-    mean_BxKxNx1 /= jnp.sum(P_BxKxNxN, axis=-1, keepdims=True)
-    dS_BxKxNxN = P_BxKxNxN * (dA_BxKxNxN - mean_BxKxNx1)
-    both_BxKxNxN = (dS_BxKxNxN + dS_BxKxNxN.swapaxes(-1, -2)) * V_BxKxNxp.shape[-1] ** -0.5
-    dV_BxKxNxp = product("bknm,bknp->bkmp", A_BxKxNxN, dO_BxKxNxp)
-    dV_BxKxNxp += product("bknm,bkmp->bknp", both_BxKxNxN.astype(V_BxKxNxp.dtype), V_BxKxNxp)
-    return _of_type(dV_BxKxNxp, V_BxKxNxp), None
-
-
 def normalise(X: Array, scale_d: Array, bias_d: Array, dtype: DTypeLike, epsilon: float) -> Array:
     """LayerNorm over the last axis, computed in the dtype `wide` of the tokens.
 
@@ -110,19 +83,36 @@ def _normalise_and_keep(X: Array, scale_d: Array, bias_d: Array, dtype: DTypeLik
 def _normalise_backward(
     dtype: DTypeLike, epsilon: float, kept: tuple[Array, Array, Array, Array, Array], dY: Array
 ):
-    """With X̂ = (X − mean)/σ and g = dY · scale: dX = (g − mean(g) − X̂ mean(g X̂))/σ."""
     X, mean, inverse, scale_d, bias_d = kept
+    inputs = (X, mean, inverse, dY, scale_d)
+    half = X.dtype in (jnp.bfloat16, jnp.float16)
+    if half and X.size and X.shape[-1] <= gpu_norm.LONGEST_ROW:
+        dX, dscale, dbias = jax.lax.platform_dependent(
+            *inputs, cuda=_normalise_backward_on_gpu, default=_normalise_backward_by_xla
+        )
+    else:
+        dX, dscale, dbias = _normalise_backward_by_xla(*inputs)
+    return of_type(dX, X), of_type(dscale, scale_d), of_type(dbias, bias_d)
+
+
+def _normalise_backward_by_xla(X: Array, mean: Array, inverse: Array, dY: Array, scale_d: Array):
+    """With X̂ = (X − mean)/σ and g = dY · scale: dX = (g − mean(g) − X̂ mean(g X̂))/σ."""
     dY = dY.astype(mean.dtype)
     standard = (X.astype(mean.dtype) - mean) * inverse
     g = dY * _row(scale_d, dY)
     along = functools.partial(jnp.mean, axis=-1, keepdims=True)
-    dX = _of_type(inverse * (g - along(g) - standard * along(g * standard)), X)
+    dX = inverse * (g - along(g) - standard * along(g * standard))
     rows = tuple(range(X.ndim - 1))
-    dscale_d, dbias_d = jnp.sum(dY * standard, axis=rows), jnp.sum(dY, axis=rows)
-    return dX, _of_type(dscale_d, scale_d), _of_type(dbias_d, bias_d)
+    return dX.astype(X.dtype), jnp.sum(dY * standard, axis=rows), jnp.sum(dY, axis=rows)
 
 
-def _of_type(gradient: Array, argument: Array) -> Array:
+def _normalise_backward_on_gpu(X: Array, mean: Array, inverse: Array, dY: Array, scale_d: Array):
+    found = placement.by_rows(gpu_norm.normalise_backward, X, mean, inverse, dY, whole=(scale_d,))
+    dX, dscale, dbias = found
+    return dX, dscale.sum(0), dbias.sum(0)
+
+
+def of_type(gradient: Array, argument: Array) -> Array:
     """The gradient as `jax.custom_vjp` has to return it: in the type of what it belongs to.
 
     In a `jax.shard_map` an argument may be one and the same along axes of the mesh along which the
@@ -139,16 +129,6 @@ def _row(values_d: Array, X: Array) -> Array:
     return values_d.reshape((1,) * (X.ndim - 1) + values_d.shape).astype(X.dtype)
 
 
-def _derived(function: Callable, keep: Callable, backward: Callable, **options: Any) -> Callable:
-    derived = jax.custom_vjp(function, **options)
-    derived.defvjp(keep, backward)
-    return derived
-
-
-ATTEND = {"derived": _derived(attend, _attend_and_keep, _attend_backward), "autodiff": attend}
-NORMALISE = {
-    "derived": _derived(
-        normalise, _normalise_and_keep, _normalise_backward, nondiff_argnums=(3, 4)
-    ),
-    "autodiff": normalise,
-}
+_normalise = jax.custom_vjp(normalise, nondiff_argnums=(3, 4))
+_normalise.defvjp(_normalise_and_keep, _normalise_backward)
+NORMALISE = {"derived": _normalise, "autodiff": normalise}

@@ -16,7 +16,7 @@ pass may keep of them (``keep``); whether it does is decided at one place too,
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import ClassVar, NamedTuple
 
 import flax.linen as nn
@@ -27,7 +27,8 @@ from jax.nn import initializers as init
 from jax.typing import DTypeLike
 
 from crate_jax import placement
-from crate_jax.models.derivatives import ATTEND, NORMALISE, plain
+from crate_jax.models.attention import attend_by
+from crate_jax.models.derivatives import NORMALISE, attend, plain
 from crate_jax.models.parameters import (
     dictionary_init,
     linear_bias_init,
@@ -56,7 +57,7 @@ def mssa(
     b_out_d: Array | None = None,
     *,
     mask: Array | None = None,
-    backward: str = "derived",
+    kernel: str | None = None,
 ) -> Attended:
     """Multi-head subspace self-attention: W_out [SSA_1; …; SSA_K] + b_out.
 
@@ -84,23 +85,30 @@ def mssa(
         W_out_Kxpxd: output projection; None leaves it out, which needs K = 1 and p = d.
         b_out_d: its bias.
         mask: as for `crate_jax.models.derivatives.attend`.
-        backward: one of `crate_jax.models.derivatives.BACKWARD`.
+        kernel: one of `crate_jax.models.attention.KERNELS`, which keep no attention and know
+            reverse mode alone; None: the plain function.
 
     Returns:
-        The update (B, N, d); seen are ``subspace_tokens`` (B, N, K, p) and ``attention``
-        (B, K, N, N), whose rows sum to one. All of the tokens' dtype, which the weights share.
+        The update (B, N, d); seen are ``subspace_tokens`` (B, N, K, p) and, without a kernel,
+        ``attention`` (B, K, N, N), whose rows sum to one. All of the tokens' dtype, which the
+        weights share.
+
+    Raises:
+        ValueError: the kernel does not run here, or not on these tokens.
     """
-    V_BxNxKxp = times(Y_BxNxd, U_dxKxp)
-    V_BxKxNxp = keep(V_BxNxKxp.swapaxes(1, 2), "subspace_tokens")
-    O_BxKxNxp, A_BxKxNxN = ATTEND[backward](V_BxKxNxp, mask)
-    O_BxKxNxp = keep(O_BxKxNxp, "attended")
-    if W_out_Kxpxd is None:
-        update_BxNxd = O_BxKxNxp[:, 0]
+    V_BxNxKxp = keep(times(Y_BxNxd, U_dxKxp), "subspace_tokens")
+    seen = {"subspace_tokens": V_BxNxKxp}
+    if kernel is None:
+        O_BxKxNxp, seen["attention"] = attend(V_BxNxKxp.swapaxes(1, 2), mask)
+        O_BxNxKxp = keep(O_BxKxNxp.swapaxes(1, 2), "attended")
     else:
-        update_BxNxd = times(O_BxKxNxp.swapaxes(1, 2), W_out_Kxpxd, axes=2)
+        O_BxNxKxp = attend_by(kernel, V_BxNxKxp, mask)
+    if W_out_Kxpxd is None:
+        update_BxNxd = O_BxNxKxp[:, :, 0]
+    else:
+        update_BxNxd = times(O_BxNxKxp, W_out_Kxpxd, axes=2)
     if b_out_d is not None:
         update_BxNxd += b_out_d[None, None]
-    seen = {"subspace_tokens": V_BxNxKxp, "attention": A_BxKxNxN}
     return Attended(update_BxNxd, seen)
 
 
@@ -211,13 +219,18 @@ class MSSA(nn.Module):
     num_heads: int
     head_dim: int
     dtype: DTypeLike = jnp.float32
-    backward: str = "derived"
+    kernel: str | None = "auto"
     bias: bool = True
     kernel_init: Callable[..., Array] | None = None  # None: nn.Linear's
 
     @nn.compact
-    def __call__(self, Y_BxNxd: Array, mask: Array | None = None) -> Attended:
-        """Normalised tokens (B, N, d) to their update, as `mssa` returns it."""
+    def __call__(
+        self, Y_BxNxd: Array, mask: Array | None = None, taps: Collection[str] = ()
+    ) -> Attended:
+        """Normalised tokens (B, N, d) to their update, as `mssa` returns it.
+
+        Where ``attention`` is among the taps, no kernel computes it.
+        """
         Y_BxNxd = Y_BxNxd.astype(self.dtype)
         d, K, p = Y_BxNxd.shape[-1], self.num_heads, self.head_dim
         # Without the axes Flax would take the first one for a receptive field.
@@ -229,7 +242,8 @@ class MSSA(nn.Module):
             W_out_Kxpxd = read(self, "W_out", self.kernel_init or W_init, (K, p, d), self.dtype)
             if self.bias:
                 b_out_d = read(self, "b_out", linear_bias_init(K * p), (d,), self.dtype)
-        return mssa(Y_BxNxd, U_dxKxp, W_out_Kxpxd, b_out_d, mask=mask, backward=self.backward)
+        kernel = None if "attention" in taps else self.kernel
+        return mssa(Y_BxNxd, U_dxKxp, W_out_Kxpxd, b_out_d, mask=mask, kernel=kernel)
 
 
 class ISTA(nn.Module):

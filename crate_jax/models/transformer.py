@@ -3,6 +3,7 @@
 The letters are those of `crate_jax.models.layers`.
 """
 
+from collections.abc import Collection
 from typing import Any, ClassVar
 
 import flax.linen as nn
@@ -97,8 +98,10 @@ class MHSA(nn.Module):
     qkv_bias: bool = False
 
     @nn.compact
-    def __call__(self, Y_BxNxd: Array, mask: Array | None = None) -> Attended:
-        """Normalised tokens (B, N, d) to their update, as `mhsa` returns it."""
+    def __call__(
+        self, Y_BxNxd: Array, mask: Array | None = None, taps: Collection[str] = ()
+    ) -> Attended:
+        """Normalised tokens (B, N, d) to their update and all taps, as `mhsa` returns them."""
         d, K, p = Y_BxNxd.shape[-1], self.num_heads, self.head_dim
         W_qkv = read(self, "W_qkv", kernel_init, (d, 3, K, p), self.dtype)
         b_qkv = read(self, "b_qkv", init.zeros, (3, K, p), self.dtype) if self.qkv_bias else None

@@ -50,11 +50,33 @@ class ImageFields:
         choices=("none", "dots", "full"),
         how=True,
     )
-    scan_unroll: int = option(1, "layers per iteration of the compiled loop", low=1, how=True)
+    scan_unroll: int | None = option(
+        None,
+        "layers per iteration of the compiled loop; if unset, all on GPUs, else one",
+        low=1,
+        how=True,
+    )
 
 
 @dataclasses.dataclass(eq=False, repr=False)
-class CrateFields(ImageFields):
+class SubspaceFields(ImageFields):
+    """What every model with MSSA has."""
+
+    attention_kernel: str = option(
+        "auto",
+        "by whom MSSA is computed; auto: by a kernel where the device has one",
+        choices=("auto", "xla", "pallas", "cudnn"),
+        how=True,
+    )
+
+    @property
+    def kernel(self) -> str | None:
+        """By whom MSSA is computed; None: by the plain function, which JAX differentiates."""
+        return self.attention_kernel if self.backward == "derived" else None
+
+
+@dataclasses.dataclass(eq=False, repr=False)
+class CrateFields(SubspaceFields):
     """CRATE, arXiv 2306.01129, and the operators that its ablations put in place of its own."""
 
     eta: float = option(0.1, "step size of ISTA", above=0)
@@ -64,7 +86,7 @@ class CrateFields(ImageFields):
 
 
 @dataclasses.dataclass(eq=False, repr=False)
-class AlphaFields(ImageFields):
+class AlphaFields(SubspaceFields):
     """CRATE-α, arXiv 2405.20299, with a switch for each step of its ablation."""
 
     pool: str = option("cls", "the token that the head reads", choices=("cls",))

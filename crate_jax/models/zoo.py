@@ -77,7 +77,8 @@ def has_family(model: object) -> bool:
 def architecture(model: Model) -> Json:
     """The family and the fields that decide what a model computes, as JSON values.
 
-    What says only how to compute it (dropout, dtype, backward, remat, scan_unroll) is left out.
+    What says only how to compute it (dropout, dtype, backward, attention_kernel, remat,
+    scan_unroll) is left out.
 
     Raises:
         ValueError: the model is of no known family.

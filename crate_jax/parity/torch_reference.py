@@ -28,8 +28,8 @@ TWINS: dict[type, Callable[[Any], Twin]] = {
 def from_flax_model(model: ImageClassifier) -> Twin:
     """The PyTorch model with the sizes and constants of a JAX one; parameters start anew.
 
-    Dropout is left out, and what only says how to compute (dtype, backward, remat, scan_unroll) has
-    no counterpart. Weights carry over by `crate_jax.interop.to_state_dict`.
+    Dropout is left out, and what only says how to compute (dtype, backward, attention_kernel,
+    remat, scan_unroll) has no counterpart. Weights carry over by `crate_jax.interop.to_state_dict`.
 
     Raises:
         ValueError: there is no twin, or the model's fields do not fit together.

@@ -199,7 +199,7 @@ def memory_bytes(
     any_of_batch = jax.tree.leaves(batch)[0]
     rows = any_of_batch.sharding.shard_shape(any_of_batch.shape)[0] // micro_batches
     params = _bytes(state.params, per_device=True)
-    layers = model.scan_unroll * activation_bytes(model.clone(remat="none")) // model.depth
+    layers = model.layers_at_once * activation_bytes(model.clone(remat="none")) // model.depth
     values = _WORKING_TOKENS * model.num_tokens * model.width
     values += _WORKING_PATCHES * math.prod(model.input_shape)
     working = rows * (layers + 4 * values)

@@ -11,6 +11,7 @@ import optax
 from jax import Array
 from jax.sharding import AxisType
 
+from crate_jax import placement
 from crate_jax.parallel import PyTree
 from crate_jax.tasks.task import Batch, Extra, Params, Scalars, Task
 from crate_jax.training.state import TrainState
@@ -171,7 +172,11 @@ def _mean_gradient(
         # each row of the mesh keeps a gradient of its own, on an axis that vmap adds and that
         # stays spread over `data`, and they are added up once, at the end of the step. Each needs
         # a key of its own: vmap would hand the same to all.
-        run = jax.vmap(grad_fn, in_axes=(None, 0, 0), spmd_axis_name="data")
+        def of_group(params: Params, batch: Batch, key: Array) -> PyTree:
+            with placement.rows_within("data"):
+                return grad_fn(params, batch, key)
+
+        run = jax.vmap(of_group, in_axes=(None, 0, 0), spmd_axis_name="data")
         keys = jax.vmap(lambda key: jax.random.split(key, groups))(keys)
         rows = (groups, *rows)
 

@@ -358,7 +358,7 @@ def test_bfloat16_is_near_float32(images):
 def test_every_field_is_tested():
     fields = {f.name for f in dataclasses.fields(CrateAlpha)} - {"parent", "name"}
     here = {name for changes in SWITCHES.values() for name in changes}
-    how = {"backward", "remat", "scan_unroll", "dtype", "drop_path"}
+    how = {"backward", "attention_kernel", "remat", "scan_unroll", "dtype", "drop_path"}
     # The shared ones are those of tests/models/test_crate.py; a mean is no choice here.
     assert fields == here | how | set(BASE) | {"pool", "in_channels", "dropout"}
 

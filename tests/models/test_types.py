@@ -13,9 +13,10 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 import crate_jax
 from crate_jax import create_model
 from crate_jax.analysis import layerwise, taps
+from crate_jax.models.attention import attend_by
 from crate_jax.models.cost import abstract_parameters
 from crate_jax.models.crate_alpha import odl
-from crate_jax.models.derivatives import ATTEND, BACKWARD, NORMALISE
+from crate_jax.models.derivatives import BACKWARD, NORMALISE, attend
 from crate_jax.models.layers import ista_step
 from crate_jax.tasks import Classify
 from crate_jax.tasks.mixing import make_mix
@@ -69,6 +70,13 @@ def auto_mesh(**axes):
 HALF, SINGLE, DOUBLE, SHORT = jnp.bfloat16, jnp.float32, jnp.float64, jnp.float16
 
 
+def attended(V, backward, mask=None):
+    """O of tokens (B, N, K, p), either way."""
+    if backward == "autodiff":
+        return attend(V.swapaxes(1, 2), mask)[0].swapaxes(1, 2)
+    return attend_by("auto", V, mask)
+
+
 @pytest.mark.parametrize("backward", BACKWARD)
 @pytest.mark.parametrize(
     ("tokens", "parameters"),
@@ -81,11 +89,11 @@ def test_gradients_have_the_dtypes_of_their_arguments(tokens, parameters, backwa
         normalise = lambda *inputs: NORMALISE[backward](*inputs, SINGLE, 1e-5).sum()  # noqa: E731
         got = jax.eval_shape(jax.grad(normalise, (0, 1, 2)), *inputs)
         assert [x.dtype for x in got] == [x.dtype for x in inputs]
-        attend = lambda V: sum(x.sum() for x in ATTEND[backward](V))  # noqa: E731
         V = jax.ShapeDtypeStruct((1, 2, 5, 4), tokens)
-        assert jax.eval_shape(jax.grad(attend), V).dtype == tokens
-        made = jax.eval_shape(ATTEND[backward], V)
-        assert {x.dtype for x in made} == {jnp.dtype(tokens)}
+        total = lambda V: attended(V, backward).sum()  # noqa: E731
+        assert jax.eval_shape(jax.grad(total), V).dtype == tokens
+        assert jax.eval_shape(lambda V: attended(V, backward), V).dtype == tokens
+        assert {x.dtype for x in jax.eval_shape(attend, V)} == {jnp.dtype(tokens)}
 
 
 @pytest.mark.parametrize("dtype", [HALF, DOUBLE])
@@ -97,7 +105,7 @@ def test_gradients_of_other_parameters_by_value(dtype):
 
         def total(X, scale, bias, V, dtype=dtype, backward="derived"):
             Y = NORMALISE[backward](X, scale, bias, dtype, 1e-5)
-            return sum(jnp.sin(x).sum() for x in (Y, *ATTEND[backward](V)))
+            return sum(jnp.sin(x).sum() for x in (Y, attended(V, backward)))
 
         wide = SINGLE if dtype == HALF else DOUBLE
         plain = functools.partial(total, dtype=wide, backward="autodiff")
@@ -203,12 +211,12 @@ def test_parameters_of_each_device_have_gradients_of_their_own():
 def test_axes_vary_argument_by_argument():
     """X along data, scale along model, bias along none; and a mask along another than its V."""
     X, scale, bias = normal(0, 4, 3, 8), normal(1, 2, 8), normal(2, 8)
-    V, masks = normal(3, 2, 2, 5, 4), jnp.stack([jnp.ones((5, 5), bool), jnp.eye(5, dtype=bool)])
+    V, masks = normal(3, 2, 5, 2, 4), jnp.stack([jnp.ones((5, 5), bool), jnp.eye(5, dtype=bool)])
 
     def total(X, scale, bias, V, masks, backward="derived", gather=lambda x: x):
         Y = NORMALISE[backward](X, scale.reshape(8), bias, SINGLE, 1e-5)
-        O_BxKxNxp, _ = ATTEND[backward](V, masks[:, None])
-        return gather(jnp.sin(Y).sum() + jnp.sin(O_BxKxNxp).sum())
+        O_BxNxKxp = attended(V, backward, masks[:, None])
+        return gather(jnp.sin(Y).sum() + jnp.sin(O_BxNxKxp).sum())
 
     specs = (P("data"), P("model"), P(), P(), P("model"))
     spread = jax.shard_map(
@@ -233,7 +241,7 @@ def test_gradients_under_vmap_and_checkpoint():
     def each(backward):
         def total(X, scale, bias, V):
             Y = NORMALISE[backward](X, scale, bias, SINGLE, 1e-5)
-            return sum(jnp.sin(x).sum() for x in (Y, *ATTEND[backward](V)))
+            return sum(jnp.sin(x).sum() for x in (Y, attended(V, backward)))
 
         gradient = jax.grad(jax.checkpoint(total), (0, 1, 2, 3))
         return jax.jit(jax.vmap(gradient, in_axes=(0, None, None, 0)))(X, scale, bias, V)

@@ -1,0 +1,291 @@
+"""Attention by every kernel against the plain function in float32; on a GPU the kernels run."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from jax.test_util import check_grads
+
+from crate_jax import create_model, placement
+from crate_jax.models import attention, gpu, gpu_norm
+from crate_jax.models.attention import attend_by
+from crate_jax.models.derivatives import attend, normalise
+from crate_jax.parallel import make_mesh, on_mesh
+
+CLOSE = {jnp.float32: 1e-5, jnp.bfloat16: 1e-2, jnp.float16: 1e-2}
+INTERPRET = jax.default_backend() == "cpu"
+# B, N, K, p: a class token more than a square, one token, blocks that are full and blocks that have
+# one row; more tokens than fit at once; subspaces of 1, and of no power of two.
+FEW = [(2, 17, 3, 8), (1, 1, 2, 32), (2, 197, 2, 64), (1, 64, 1, 48), (3, 4, 2, 1), (1, 65, 2, 33)]
+MANY = [(1, 257, 2, 64), (1, 1025, 1, 128)]
+
+
+def normal(seed, *shape, dtype=jnp.float32):
+    values = np.random.default_rng(seed).normal(size=shape)
+    return jnp.asarray(values, jnp.float32).astype(dtype)
+
+
+def plain(V, mask=None):
+    return attend(V.swapaxes(1, 2), mask)[0].swapaxes(1, 2)
+
+
+def pulled(function, V, dO):
+    """O, and the gradient of V; one program."""
+
+    def run(V, dO):
+        O_BxNxKxp, pull = jax.vjp(function, V)
+        return O_BxNxKxp, pull(dO)[0]
+
+    return jax.jit(run)(V, dO)
+
+
+def by_kernel(V, dO):
+    """The GPU's kernels, wherever this runs."""
+    O_BxNxKxp, *of_rows = gpu.attend(V, interpret=INTERPRET)
+    return O_BxNxKxp, gpu.attend_backward(V, *of_rows, dO, interpret=INTERPRET)
+
+
+def assert_near(got, expected, dtype):
+    for g, e in zip(got, expected, strict=True):
+        assert g.shape == e.shape and g.dtype == dtype
+        g, e = (np.asarray(x.astype(jnp.float32), np.float64) for x in (g, e))
+        assert np.linalg.norm(g - e) <= CLOSE[dtype] * max(np.linalg.norm(e), 1e-6)
+
+
+def assert_exact(way, shape, scale, dtype):
+    """Half precision is held against the float32 of the same, rounded, numbers."""
+    V, dO = scale * normal(0, *shape, dtype=dtype), normal(1, *shape, dtype=dtype)
+    if way == "kernel":
+        got = jax.jit(by_kernel)(V, dO)
+    else:
+        got = pulled(functools.partial(attend_by, way), V, dO)
+    expected = pulled(plain, V.astype(jnp.float32), dO.astype(jnp.float32))
+    assert_near(got, expected, dtype)
+
+
+@pytest.mark.parametrize("dtype", list(CLOSE))
+@pytest.mark.parametrize("shape", FEW)
+@pytest.mark.parametrize("scale", [1, 4])  # of the tokens: 4 makes the attention peaked
+@pytest.mark.parametrize("way", ["xla", "kernel"])
+def test_equal_to_automatic_differentiation_in_float32(way, shape, scale, dtype):
+    assert_exact(way, shape, scale, dtype)
+
+
+@pytest.mark.parametrize(("shape", "dtype"), [(MANY[0], jnp.float32), (MANY[1], jnp.bfloat16)])
+@pytest.mark.parametrize("way", ["xla", "kernel"])
+def test_more_tokens_than_a_block(way, shape, dtype):
+    assert_exact(way, shape, 2, dtype)
+
+
+def test_finite_differences():
+    attended = functools.partial(attend_by, "xla")
+    V = normal(0, 2, 7, 2, 4)
+    check_grads(attended, (V,), order=1, modes=["rev"], atol=2e-2, rtol=2e-2)
+
+
+def test_what_is_kept_is_of_the_scaled_scores():
+    V = normal(0, 2, 37, 3, 8)
+    S = jnp.einsum("bnkp,bmkp->bknm", V, V, precision="highest") * 8**-0.5
+    expected = jax.scipy.special.logsumexp(S, axis=-1)
+    _, largest, total = attention._attend_by_xla(V)
+    np.testing.assert_allclose(largest + jnp.log(total), expected, rtol=1e-5)
+    _, largest, total = gpu.attend(V, interpret=INTERPRET)
+    np.testing.assert_allclose((largest + jnp.log2(total)) * np.log(2), expected, rtol=1e-5)
+
+
+@pytest.mark.parametrize("images", [1, 2, 3])
+def test_a_few_images_at_a_time_are_all(images, monkeypatch):
+    """A CPU keeps the scores of some images in its cache; how many makes no difference."""
+    V, dO = normal(0, 6, 17, 2, 8), normal(1, 6, 17, 2, 8)
+    monkeypatch.setattr(attention, "_CACHED", images * 2 * 17 * 17)
+    assert attention._images_at_a_time(V, None) == images
+    assert attention._images_at_a_time(V, jnp.ones((17, 17), bool)) == 6
+    got = pulled(functools.partial(attend_by, "auto"), V, dO)
+    assert_near(got, pulled(plain, V, dO), jnp.float32)
+    loops = str(
+        jax.make_jaxpr(lambda V, dO: jax.vjp(functools.partial(attend_by, "xla"), V)[1](dO))(V, dO)
+    )
+    assert f"length={6 // images}" in loops
+
+
+def test_no_image_is_no_work():
+    V = jnp.zeros((0, 5, 2, 8), jnp.bfloat16)
+    got = pulled(functools.partial(attend_by, "auto"), V, V)
+    assert [x.shape for x in got] == [V.shape, V.shape]
+
+
+@pytest.mark.parametrize("dtype", list(CLOSE))
+@pytest.mark.parametrize("shape", [(3, 64), (1, 197, 384), (5, 300, 2, 33), (2500, 8), (1, 1)])
+def test_the_gradient_of_a_layer_norm(shape, dtype):
+    """More rows than programs, fewer, and a length that is no power of two."""
+    d = shape[-1]
+    X, dY = 2 * normal(0, *shape, dtype=dtype) + 1, normal(1, *shape, dtype=dtype)
+    scale, bias = normal(2, d), normal(3, d)
+    wide = lambda X, scale, bias: normalise(X, scale, bias, jnp.float32, 1e-5)  # noqa: E731
+    inputs = (X.astype(jnp.float32), scale, bias)
+    expected = jax.jit(lambda dY: jax.vjp(wide, *inputs)[1](dY))(dY.astype(jnp.float32))
+    mean = inputs[0].mean(-1, keepdims=True)
+    inverse = jax.lax.rsqrt(inputs[0].var(-1, keepdims=True) + 1e-5)
+    kernel = functools.partial(gpu_norm.normalise_backward, interpret=INTERPRET)
+    dX, dscale, dbias = jax.jit(kernel)(X, mean, inverse, dY, scale)
+    assert_near([dX], expected[:1], dtype)
+    assert_near([dscale.sum(0), dbias.sum(0)], expected[1:], jnp.float32)
+
+
+# --- On a mesh ------------------------------------------------------------------------------------
+
+
+def gathers(compiled):
+    return [line for line in compiled.as_text().splitlines() if "all-gather" in line]
+
+
+def test_each_device_attends_for_its_own_rows():
+    """Nothing is gathered for a kernel, which the compiler could not split."""
+    mesh = make_mesh("data:2,fsdp:2", jax.devices()[:4])
+    rows = NamedSharding(mesh, PartitionSpec(("data", "fsdp")))
+    V, dO = (jax.device_put(normal(i, 8, 17, 2, 16), rows) for i in range(2))
+
+    def on_rows(V, dO):
+        O_BxNxKxp, *of_rows = placement.by_rows(functools.partial(gpu.attend, interpret=True), V)
+        kernel = functools.partial(gpu.attend_backward, interpret=True)
+        return O_BxNxKxp, placement.by_rows(kernel, V, *of_rows, dO)
+
+    compiled = jax.jit(on_mesh(mesh, on_rows)).lower(V, dO).compile()
+    got = compiled(V, dO)
+    assert all(x.sharding.is_equivalent_to(rows, 4) for x in got) and not gathers(compiled)
+    assert_near(got, pulled(plain, V, dO), jnp.float32)
+    # Without the mesh around it they are gathered, so the above would notice.
+    assert gathers(jax.jit(on_rows).lower(V, dO).compile())
+
+
+def test_each_device_normalises_its_own_rows():
+    mesh = make_mesh("data:4", jax.devices()[:4])
+    rows = NamedSharding(mesh, PartitionSpec(("data", "fsdp")))
+    X, dY = (jax.device_put(normal(i, 8, 5, 16), rows) for i in range(2))
+    mean, inverse = X.mean(-1, keepdims=True), 1 / X.std(-1, keepdims=True)
+    scale = normal(2, 16)
+    kernel = functools.partial(gpu_norm.normalise_backward, interpret=True)
+
+    def on_rows(X, mean, inverse, dY):
+        dX, *sums = placement.by_rows(kernel, X, mean, inverse, dY, whole=(scale,))
+        return dX, *(x.sum(0) for x in sums)
+
+    compiled = jax.jit(on_mesh(mesh, on_rows)).lower(X, mean, inverse, dY).compile()
+    assert not gathers(compiled)
+    dX, *sums = kernel(X, mean, inverse, dY, scale)
+    expected = (dX, *(x.sum(0) for x in sums))
+    assert_near(compiled(X, mean, inverse, dY), expected, jnp.float32)
+
+
+def test_rows_that_are_mapped_over_one_axis_lie_on_the_other():
+    mesh = make_mesh("data:2,fsdp:2", jax.devices()[:4])
+    rows = NamedSharding(mesh, PartitionSpec("data", "fsdp"))
+    V = jax.device_put(normal(0, 2, 4, 5, 2, 16), rows)
+
+    def of_group(V):
+        with placement.rows_within("data"):
+            assert placement.axes_of_rows() == ("fsdp",)
+            return placement.by_rows(functools.partial(gpu.attend, interpret=True), V)[0]
+
+    run = on_mesh(mesh, lambda V: jax.vmap(of_group, spmd_axis_name="data")(V))
+    compiled = jax.jit(run).lower(V).compile()
+    assert not gathers(compiled)
+    np.testing.assert_allclose(compiled(V), jax.vmap(plain)(V), rtol=1e-5, atol=1e-5)
+
+
+def test_rows_shared_by_type():
+    mesh = jax.make_mesh(
+        (4,), ("rows",), axis_types=(AxisType.Explicit,), devices=jax.devices()[:4]
+    )
+    V = normal(0, 8, 5, 2, 16)
+    shared = jax.device_put(V, NamedSharding(mesh, PartitionSpec("rows")))
+    run = lambda V: placement.by_rows(functools.partial(gpu.attend, interpret=True), V)[0]  # noqa: E731
+    with jax.set_mesh(mesh):
+        got = jax.jit(run)(shared)
+    assert got.sharding.spec[0] == "rows"
+    np.testing.assert_allclose(got, plain(V), rtol=1e-5, atol=1e-5)
+
+
+# --- In a model -----------------------------------------------------------------------------------
+
+SIZES = dict(image_size=16, patch_size=4, num_classes=3, width=16, depth=2, num_heads=2)
+
+
+def test_a_tap_of_the_attention_takes_the_plain_function(tiny_images):
+    """The logits are those of a kernel, and the rows sum to one."""
+    model = create_model("crate_tiny_patch16_224", **SIZES)
+    variables = jax.jit(lambda: model.init(jax.random.key(0), tiny_images, train=False))()
+    logits, seen = model.apply(
+        variables, tiny_images, train=False, taps=("attention", "mssa"), method="forward"
+    )
+    np.testing.assert_allclose(seen["attention"].sum(-1), 1, rtol=1e-5)
+    without, alone = model.apply(variables, tiny_images, train=False, taps="mssa", method="forward")
+    np.testing.assert_allclose(logits, without, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(seen["mssa"], alone["mssa"], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.skipif(jax.default_backend() == "gpu", reason="where they run they are not refused")
+@pytest.mark.parametrize("kernel", ["pallas", "cudnn"])
+def test_a_kernel_that_does_not_run_here_is_refused(kernel, tiny_images):
+    model = create_model("crate_tiny_patch16_224", **SIZES, attention_kernel=kernel)
+    line = f"attention_kernel={kernel} must fit; it runs on NVIDIA's GPUs; here is a cpu. Set it to"
+    with pytest.raises(ValueError, match=line):
+        model.init(jax.random.key(0), tiny_images, train=False)
+
+
+@pytest.mark.parametrize(
+    ("shape", "dtype", "mask", "reason"),
+    [
+        ((1, 5, 2, 64), jnp.float32, None, "it takes bfloat16; these tokens are float32"),
+        ((1, 5, 2, 64), jnp.bfloat16, jnp.ones((5, 5), bool), "it knows no mask"),
+        (
+            (1, 5, 2, 256),
+            jnp.bfloat16,
+            None,
+            "it takes subspaces of 8, .* 128 dim.* these have 256",
+        ),
+        ((1, 5, 2, 12), jnp.bfloat16, None, "it takes subspaces of 8, .* these have 12"),
+    ],
+)
+def test_tokens_that_a_kernel_does_not_take_are_refused(shape, dtype, mask, reason, monkeypatch):
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    for kernel in ("pallas", "cudnn"):
+        with pytest.raises(ValueError, match=f"attention_kernel={kernel} must fit; {reason}"):
+            jax.eval_shape(functools.partial(attend_by, kernel, mask=mask), jnp.zeros(shape, dtype))
+
+
+def test_an_unknown_kernel_is_refused():
+    with pytest.raises(ValueError, match=r"must be one of auto, xla, pallas, cudnn; got palas\."):
+        attend_by("palas", jnp.zeros((1, 5, 2, 8)))
+
+
+def test_a_gpu_gets_the_kernels_and_other_devices_the_compilers_program():
+    """One program for all: what it is lowered for decides. float32 is the compiler's everywhere."""
+
+    def lowered(dtype, platform, kernel="auto"):
+        V = jax.ShapeDtypeStruct((2, 5, 2, 16), dtype)
+        run = jax.jit(lambda V, dO: jax.vjp(functools.partial(attend_by, kernel), V)[1](dO))
+        return run.trace(V, V).lower(lowering_platforms=(platform,)).as_text()
+
+    kernels = ("attend", "attend_deltas", "attend_backward")
+    for dtype, platform, kernel, runs in (
+        (jnp.bfloat16, "cuda", "auto", True),
+        (jnp.bfloat16, "cuda", "xla", False),
+        (jnp.float32, "cuda", "auto", False),
+        (jnp.bfloat16, "cpu", "auto", False),
+        (jnp.bfloat16, "tpu", "auto", False),
+    ):
+        text = lowered(dtype, platform, kernel)
+        assert all((f'"{name}"' in text) is runs for name in kernels[1:]), (platform, kernel)
+
+
+def test_all_layers_in_one_iteration_where_the_devices_are_gpus(monkeypatch):
+    model = create_model("crate_tiny_patch16_224", **SIZES)
+    assert model.scan_unroll is None
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    assert model.layers_at_once == 2
+    monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
+    assert model.layers_at_once == 1 and model.clone(scan_unroll=2).layers_at_once == 2
