@@ -62,6 +62,17 @@ def positive(text: str) -> int:
     return int(text)
 
 
+def parse_models(text: str) -> dict[str, int | None]:
+    """Batch size by name, of ``name,name:batch_size,...``; None where it is not said."""
+    sizes: dict[str, int | None] = {}
+    for item in text.split(","):
+        name, colon, own = item.partition(":")
+        if known_model(name) in sizes:
+            raise argparse.ArgumentTypeError(f"must name {name} once. Run the other size apart.")
+        sizes[name] = positive(own) if colon else None
+    return sizes
+
+
 def json_file(text: str) -> Path:
     """A path that ends in .json."""
     if not text.endswith(".json"):

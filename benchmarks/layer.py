@@ -29,9 +29,10 @@ from frame import Result, command_line, publish, table
 from timing import copy_bytes_per_s, large_product, race
 
 from crate_jax import create_model
+from crate_jax.models.attention import attend_by
 from crate_jax.models.block import Block, Context
 from crate_jax.models.crate import Crate
-from crate_jax.models.derivatives import ATTEND, NORMALISE
+from crate_jax.models.derivatives import NORMALISE, attend
 from crate_jax.models.layers import ista_step, times
 from crate_jax.planning.chips import CHIPS
 
@@ -62,12 +63,6 @@ def steps_of(model: Crate, batch_size: int) -> Steps:
     def to_subspaces(Y, U):
         return times(Y, U.astype(dtype))
 
-    def transpose(V):
-        return V.swapaxes(1, 2)
-
-    def attend(V):
-        return ATTEND["derived"](V)[0]
-
     def out(Z, attended, W):
         return Z + times(attended, W.astype(dtype), axes=2)
 
@@ -79,8 +74,7 @@ def steps_of(model: Crate, batch_size: int) -> Steps:
     return {
         "LayerNorm of MSSA": (norm, (tokens(N, d), ones, zeros), 0, 2),
         "Uᵀ Z": (to_subspaces, (tokens(N, d), weight(d, K, p)), dense, 2),
-        "one of two transposes": (transpose, (tokens(N, K, p),), 0, 2),
-        "attention": (attend, (tokens(K, N, p),), attention, 1.5),
+        "attention": (functools.partial(attend_by, "auto"), (tokens(N, K, p),), attention, 2),
         "W_out, residual": (out, (tokens(N, d), tokens(N, K, p), weight(K, p, d)), dense, 2),
         "LayerNorm of ISTA": (norm, (tokens(N, d), ones, zeros), 0, 2),
         "ISTA": (ista, (tokens(N, d), weight(d, d)), 4 * B * N * d * d, 2),
@@ -146,74 +140,77 @@ def whole_layer(model: Crate, batch_size: int) -> tuple[dict[str, Callable[[], A
 
 
 def attention_paths(backend: str, dtype: Any) -> dict[str, Callable[[Any], Any]]:
-    """Ways to attend within groups of tokens (G, N, p), of equal result."""
+    """Ways to attend within the subspaces of tokens (B, N, K, p), of equal result."""
 
-    def own(V, backward):
-        return ATTEND[backward](V[:, None])[0][:, 0]
+    def plain(V):
+        return attend(V.swapaxes(1, 2))[0].swapaxes(1, 2)
 
-    def library(V, implementation):
-        tokens = V[:, :, None]  # (batch, tokens, heads, p): a head a group
-        attend = jax.nn.dot_product_attention
-        return attend(tokens, tokens, tokens, implementation=implementation)[:, :, 0]
-
-    def padded(V):
-        """By cuDNN with an even number of tokens: of an odd one JAX 0.11 refuses the gradient."""
-        G, N, _ = V.shape
-        tokens = jnp.pad(V, ((0, 0), (0, N % 2), (0, 0)))[:, :, None]
-        lengths = jnp.full(G, N, jnp.int32)
-        attended = jax.nn.dot_product_attention(
-            tokens, tokens, tokens, implementation="cudnn",
-            query_seq_lengths=lengths, key_value_seq_lengths=lengths,
-        )  # fmt: skip
-        return attended[:, :N, 0]
+    def library(V):
+        return jax.nn.dot_product_attention(V, V, V, implementation="xla")
 
     paths = {
-        "derived": functools.partial(own, backward="derived"),
-        "autodiff": functools.partial(own, backward="autodiff"),
-        "jax.nn, xla": functools.partial(library, implementation="xla"),
+        "xla": functools.partial(attend_by, "xla"),
+        "autodiff": plain,
+        "jax.nn, xla": library,
     }
     if backend == "gpu" and dtype == jnp.bfloat16:
-        paths["jax.nn, cudnn"] = functools.partial(library, implementation="cudnn")
-        paths["jax.nn, cudnn, padded"] = padded
+        paths |= {name: functools.partial(attend_by, name) for name in ("pallas", "cudnn")}
     return paths
 
 
 def race_attention(
-    groups: int, N: int, p: int, dtype: Any, rounds: int, omitted: dict[str, str]
+    tokens: tuple[int, int, int, int], dtype: Any, rounds: int, omitted: dict[str, str]
 ) -> list[dict[str, Any]]:
-    """Every path, forward and with its backward pass: ms, and bytes kept in between.
+    """Every path, forward and with its backward pass: ms, errors, and bytes kept in between.
 
-    Kept is what JAX keeps of the path by itself; in a model `crate_jax.models.block.KEPT` decides.
-    What the library refuses is left out, and the reason noted.
+    An error is the norm of the difference to float32 by that of float32, of the same, rounded
+    tokens. Kept is what JAX keeps of the path by itself; in a model `crate_jax.models.block.KEPT`
+    decides. What the device or the library refuses is left out, and the reason noted.
+
+    Args:
+        tokens: B, N, K, p.
+        dtype: of the tokens.
+        rounds: as for `race`.
+        omitted: takes what is left out.
     """
-    V = jax.random.normal(jax.random.key(3), (groups, N, p), dtype)
-    runs, kept, expected = {}, {}, None
-    for name, path in attention_paths(jax.default_backend(), dtype).items():
-        forward, both = jax.jit(path), jax.jit(functools.partial(with_gradients, path))
+    V, dO = (jax.random.normal(jax.random.key(i), tokens, dtype) for i in (3, 4))
+    runs, rows = {}, []
+    few = slice(0, max(1, 16 * LENGTHS[0] // tokens[1]))  # images whose scores fit in float32
+    paths = attention_paths(jax.default_backend(), dtype)
+    with jax.default_matmul_precision("highest"):
+        pull = jax.jit(functools.partial(with_gradient, paths["autodiff"]))
+        exact = pull(V[few].astype(jnp.float32), dO[few].astype(jnp.float32))
+    for name, path in paths.items():
+        forward, both = jax.jit(path), jax.jit(functools.partial(with_gradient, path))
         try:
-            output, (gradient,) = both(V)
-            result = (output.astype(jnp.float32), gradient.astype(jnp.float32))
-        except Exception as error:  # cuDNN does not take every shape on every GPU
-            if not name.startswith("jax.nn"):
-                raise
-            omitted[f"{N} tokens, {name}"] = (str(error).strip().splitlines() or [""])[0]
+            errors = [off(*pair) for pair in zip(both(V[few], dO[few]), exact, strict=True)]
+            jax.block_until_ready((forward(V), both(V, dO)))
+        except (jax.errors.JaxRuntimeError, ValueError, RuntimeError) as error:
+            omitted[f"{tokens[1]} tokens, {name}"] = (str(error).strip().splitlines() or [""])[0]
             continue
-        expected = expected or result
-        for got, wanted in zip(result, expected, strict=True):
-            error = float(jnp.abs(got - wanted).max() / jnp.abs(wanted).max())
-            if not error <= (1e-4 if dtype == jnp.float32 else 5e-2):
-                sys.exit(f"{name} must agree with the others; got {error:.1e} of the scale.")
-        pull = jax.eval_shape(lambda V, path=path: jax.vjp(path, V)[1], V)
-        kept[name] = sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(pull))
+        if not max(errors) <= (1e-4 if dtype == jnp.float32 else 1e-2):
+            sys.exit(f"{name} must agree with float32; got {max(errors):.1e} of its norm.")
+        pulled = jax.eval_shape(lambda V, path=path: jax.vjp(path, V)[1], V)
+        kept = sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(pulled))
+        rows.append({"tokens": tokens[1], "path": name, "kept_bytes": kept})
+        rows[-1] |= dict(zip(("error", "gradient_error"), errors, strict=True))
         runs[f"{name}, forward"] = functools.partial(forward, V)
-        runs[f"{name}, both"] = functools.partial(both, V)
-        jax.block_until_ready(forward(V))
+        runs[f"{name}, both"] = functools.partial(both, V, dO)
     times = {name: 1e3 * statistics.median(of) for name, of in race(runs, rounds).items()}
-    return [
-        {"tokens": N, "path": name, "forward_ms": times[f"{name}, forward"],
-         "both_ms": times[f"{name}, both"], "kept_bytes": kept[name]}
-        for name in kept
-    ]  # fmt: skip
+    for row in rows:
+        row |= {f"{way}_ms": times[f"{row['path']}, {way}"] for way in ("forward", "both")}
+    return rows
+
+
+def with_gradient(path: Callable[..., Any], V: Any, dO: Any) -> tuple[Any, Any]:
+    """A path's output, and the gradient of V for a gradient of the output."""
+    output, pull = jax.vjp(path, V)
+    return output, pull(dO)[0]
+
+
+def off(got: Any, exact: Any) -> float:
+    """The norm of the difference by the norm."""
+    return float(jnp.linalg.norm((got - exact).ravel()) / jnp.linalg.norm(exact.ravel()))
 
 
 def measure(model: Crate, args: argparse.Namespace) -> Result:
@@ -240,10 +237,9 @@ def measure(model: Crate, args: argparse.Namespace) -> Result:
             row[f"floor_ms_{chip}"] = floor_ms(row, peaks.flops, peaks.memory_bandwidth)
     attention, omitted = [], {}
     for N in LENGTHS:
-        groups = max(1, args.batch_size * model.num_heads * LENGTHS[0] // N)
-        attention += race_attention(
-            groups, N, model.subspace_dim, model.dtype, args.rounds, omitted
-        )
+        images = max(1, args.batch_size * LENGTHS[0] // N)
+        tokens = (images, N, model.num_heads, model.subspace_dim)
+        attention += race_attention(tokens, model.dtype, args.rounds, omitted)
     return {"rows": rows, "layer_forward_ms": ms["forward"], "call_ms": ms["nothing"],
             "attention": attention, "omitted": omitted,
             "peak_flops_per_s": peak, "copy_bytes_per_s": copied}  # fmt: skip
@@ -262,10 +258,11 @@ def report(result: Result) -> list[str]:
     )
     paths = (
         f"{row['tokens']} | {row['path']} | {row['forward_ms']:.3g} | {row['both_ms']:.3g} | "
-        f"{row['kept_bytes'] / 1e6:.1f}"
+        f"{row['kept_bytes'] / 1e6:.1f} | {row['error']:.1e} | {row['gradient_error']:.1e}"
         for row in result["attention"]
     )
     of_paths = "tokens | attention by | forward, ms | forward and backward, ms | kept, MB"
+    of_paths += " | error | error of the gradient"
     what = "{model}, batch {batch_size}, {dtype}; medians of {rounds} rounds".format_map(result)
     return [
         *table(heads, steps),

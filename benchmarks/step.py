@@ -22,12 +22,14 @@ second, by those of one large product of the same dtype, which takes its turn in
 
 The last line is a JSON object; --output writes it into a file, and the table beside it as Markdown,
 after each model anew: a run that is stopped keeps the models that are done. What PyTorch could not
-compile is left out, and listed with the reason under "omitted". Use an idle machine: the load on it
+compile, or has too little memory for beside the others, is left out, and listed with the reason
+under "omitted". Use an idle machine: the load on it
 before the start is in the JSON.
 """
 
 import argparse
 import contextlib
+import gc
 import math
 import os
 import statistics
@@ -45,7 +47,7 @@ import jax.numpy as jnp
 import numpy as np
 import torch
 from contenders import Contender, ours, random_batch, start
-from frame import Result, command_line, known_model, positive, publish, table
+from frame import Result, command_line, parse_models, publish, table
 from timing import copy_bytes_per_s, finish, large_product, quotients, race, spread
 from torch_contenders import theirs
 
@@ -63,8 +65,8 @@ HEADS += " | ratio to compile | memory, MB | first call, s | share of peak"
 def first_calls(at: str, contenders: dict[str, Contender], dtype: str, omitted: dict) -> Result:
     """Seconds of the first call of each, which compiles, and bytes at the height of another one.
 
-    Refuses to time functions that differ. What PyTorch cannot compile is taken out of the
-    contenders, and the reason noted.
+    Refuses to time functions that differ. What PyTorch cannot do is taken out of the contenders,
+    and the reason noted.
     """
     numbers, expected = {}, np.zeros(())
     for name, contender in list(contenders.items()):
@@ -72,11 +74,12 @@ def first_calls(at: str, contenders: dict[str, Contender], dtype: str, omitted: 
         try:
             first = finish(contender.run())
         except Exception as error:
-            if name != "compile":
+            if name == "ours":
                 raise
             reason = (str(error).strip().splitlines() or [""])[0]
             omitted[f"{at}/ratio_{name}"] = f"{type(error).__name__}: {reason}"
             del contenders[name]
+            release()
             continue
         numbers[f"first_s_{name}"] = time.perf_counter() - start
         # The second loss is that after an update: it tells whether the gradients agree, too.
@@ -91,6 +94,13 @@ def first_calls(at: str, contenders: dict[str, Contender], dtype: str, omitted: 
         if memory is not None:
             numbers[f"memory_bytes_{name}"] = memory
     return numbers
+
+
+def release() -> None:
+    """Give back what PyTorch keeps of the GPU's memory for later."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 def measure(name: str, batch_size: int, args: argparse.Namespace, omitted: dict) -> Result:
@@ -135,17 +145,6 @@ def prepare(dtype: str) -> None:
     with contextlib.suppress(Exception):  # that it does not work is each model's to say
         device = "cuda" if backend == "gpu" else "cpu"
         torch.compile(torch.sin)(torch.ones(2, device=device, requires_grad=True))
-
-
-def parse_models(text: str) -> dict[str, int | None]:
-    """Batch size by name, of ``name,name:batch_size,...``; None where it is not said."""
-    sizes: dict[str, int | None] = {}
-    for item in text.split(","):
-        name, colon, own = item.partition(":")
-        if known_model(name) in sizes:
-            raise argparse.ArgumentTypeError(f"must name {name} once. Run the other size apart.")
-        sizes[name] = positive(own) if colon else None
-    return sizes
 
 
 def row(result: Result, model: str, mode: str) -> str:
@@ -205,6 +204,7 @@ def main() -> None:
         found["copy_bytes_per_s"] = copy_bytes_per_s()
         for name, batch_size in batch_sizes.items():
             torch.compiler.reset()
+            release()
             found |= measure(name, batch_size, args, omitted)
             found["batch_sizes"][name] = batch_size
             peaks = [of for key, of in found.items() if key.endswith("/peak_flops_per_s")]

@@ -2,13 +2,14 @@
 
     python benchmarks/variants.py --model crate_base_patch16_224 --batch-size 256 --dtype bfloat16
 
-The training step that `step.py` times, ours alone, with the backward pass derived or by automatic
-differentiation, with parts of the forward pass computed again, and with all layers unrolled. All
-take turns, round by round; a ratio is the median over the rounds of the first one's time by theirs,
-and the lowest and highest stand beside it. Memory is the arguments and the temporary arrays of the
-compiled step; the first call traces and compiles. A setting that the device has too little memory
-for is left out, and listed under "omitted". The last line is JSON; --output writes it, and the
-table beside it as Markdown.
+The training step that `step.py` times, ours alone, with attention by other kernels, with the
+backward pass by automatic differentiation, with parts of the forward pass computed again, and with
+one or all layers in an iteration of the loop. All take turns, round by round; a ratio is the median
+over the rounds of the first one's time by theirs, and the lowest and highest stand beside it. The
+memory is the arguments and the temporary arrays of the compiled step; the first call traces and
+compiles.
+What the device does not run, or has too little memory for, is left out and listed under "omitted".
+The last line is JSON; --output writes it, and the table beside it as Markdown.
 """
 
 import argparse
@@ -25,12 +26,17 @@ from timing import finish, quotients, race, spread
 
 from crate_jax import create_model
 
+ONE = {"scan_unroll": 1}
 VARIANTS: dict[str, dict[str, Any]] = {
-    "derived": {},
-    "autodiff": {"backward": "autodiff"},
-    "derived, remat dots": {"remat": "dots"},
-    "derived, remat full": {"remat": "full"},
-    "derived, all layers unrolled": {"scan_unroll": 0},  # 0 stands for the depth
+    "as it comes": {},
+    "one layer at a time": ONE,
+    "all layers at a time": {"scan_unroll": 0},  # 0 stands for the depth
+    "attention by xla": {"attention_kernel": "xla"},
+    "attention by xla, one layer at a time": {"attention_kernel": "xla"} | ONE,
+    "attention by cudnn": {"attention_kernel": "cudnn"},
+    "autodiff, one layer at a time": {"backward": "autodiff"} | ONE,
+    "remat dots": {"remat": "dots"},
+    "remat full": {"remat": "full"},
 }
 TOLERANCE = {"float32": 1e-4, "bfloat16": 1e-1}  # of the loss after an update, as in step.py
 
@@ -46,7 +52,7 @@ def measure(args: argparse.Namespace) -> Result:
         start = time.perf_counter()
         try:
             finish(step.run())
-        except jax.errors.JaxRuntimeError as error:
+        except (jax.errors.JaxRuntimeError, ValueError) as error:
             omitted[name] = (str(error).strip().splitlines() or [""])[0]
             continue
         first_s = time.perf_counter() - start

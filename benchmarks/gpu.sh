@@ -1,0 +1,78 @@
+#!/usr/bin/env bash
+# What one GPU does with this package, part by part, each in less than nine minutes:
+#
+#     benchmarks/gpu.sh step|large|layer|rest [--smoke] [FOLDER]
+#
+# step   training and forward pass against PyTorch, eager and compiled, in bfloat16, 256 images
+# large  the same with 1,024 images, as far as the memory holds all of them beside each other
+# layer  attention by every path, held against float32; the account of a layer; other settings
+# rest   float32; evaluation on synthetic batches; the input pipeline, where grain and OpenCV are
+#
+# It needs jax for CUDA, flax, optax, and for the first two PyTorch: no network, and nothing is
+# installed. Tables go to the output, JSON and the tables into FOLDER (benchmarks/results). With
+# --smoke everything is small and may run on a CPU: a rehearsal, whose figures mean nothing.
+set -euo pipefail
+
+part=${1:-}
+shift || true
+smoke=""
+if [ "${1:-}" = --smoke ]; then
+    smoke=yes
+    shift
+fi
+here="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"
+out=${1:-$here/results}
+python=${PYTHON:-python3}
+mkdir -p "$out"
+
+measure() { # NAME PROGRAM ARGUMENTS…
+    local name=$1
+    shift
+    printf '\n== %s\n' "$*"
+    # The last line is the JSON, which is in the file.
+    "$python" "$here/$1" "${@:2}" --output "$out/${name}_gpu.json" | grep -v '^{'
+}
+
+t=crate_tiny_patch16_224 s=crate_small_patch16_224 b=crate_base_patch16_224 l=crate_large_patch16_224
+case "$part" in
+step)
+    if [ "$smoke" ]; then
+        measure step step.py --models "$t:2" --rounds 1
+    else
+        measure step step.py --models "$t:256,$s:256,$b:256,$l:256" --dtype bfloat16 --rounds 5
+    fi
+    ;;
+large)
+    if [ "$smoke" ]; then
+        measure step_large step.py --models "$t:4" --rounds 1
+    else
+        measure step_large step.py --models "$t:1024,$s:1024,$b:1024" --dtype bfloat16 --rounds 5
+    fi
+    ;;
+layer)
+    if [ "$smoke" ]; then
+        measure layer layer.py --model "$t" --batch-size 1 --rounds 1
+        measure variants variants.py --model "$t" --batch-size 1 --rounds 1
+    else
+        measure layer layer.py --model "$b" --batch-size 256 --dtype bfloat16
+        measure variants variants.py --model "$b" --batch-size 256 --dtype bfloat16
+    fi
+    ;;
+rest)
+    if [ "$smoke" ]; then
+        measure evaluation evaluation.py --models "$t:2" --rounds 1
+    else
+        measure step_float32 step.py --models "$b:128" --rounds 5
+        measure evaluation evaluation.py --models "$t:512,$s:512,$b:512,$l:256" --dtype bfloat16
+    fi
+    if "$python" -c 'import grain, cv2' 2>/dev/null; then
+        measure input_pipeline input_pipeline.py
+    else
+        printf '\nNot run: the input pipeline, which needs grain and OpenCV.\n'
+    fi
+    ;;
+*)
+    echo "usage: benchmarks/gpu.sh step|large|layer|rest [--smoke] [FOLDER]" >&2
+    exit 2
+    ;;
+esac
