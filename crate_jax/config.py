@@ -141,6 +141,7 @@ class TrainConfig:
     log_objective_every_steps: int = option(
         0, "steps between looks into the model (classify: the objective by layer); 0: never", low=0
     )
+    profile_steps: str | None = option(None, "first:last, profiled for TensorBoard; unset: none")
     eval_every_steps: int = option(0, "steps; 0: at the end only", low=0)
     checkpoint_every_steps: int = option(0, "steps; 0: at each evaluation and at the end", low=0)
     keep_latest: int = option(2, "newest checkpoints kept", low=1)

@@ -98,6 +98,7 @@ CHOICES = {
 # Free text, paths, switches and layouts: read, and checked, where they are used.
 UNRULED = {
     "name",
+    "profile_steps",
     "task",
     "init_weights",
     "init_fit",
@@ -340,6 +341,7 @@ def unusual():
         init_fit=("head",),
         init_method="crate_alpha",
         log_every_steps=1,
+        profile_steps="2:3",
         log_objective_every_steps=2,
         eval_every_steps=3,
         checkpoint_every_steps=4,

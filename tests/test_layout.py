@@ -23,6 +23,7 @@ FLOORS = [
     "placement",
     "objective",
     "models",
+    "planning.chips",
     "machine",
     "parallel",
     "analysis",

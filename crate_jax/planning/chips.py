@@ -2,6 +2,8 @@
 
 import dataclasses
 import math
+from collections.abc import Iterable
+from typing import Any
 
 from crate_jax.files import Json
 
@@ -38,6 +40,34 @@ CHIPS = {
     "h100": Chip(989e12, 80e9, 3.35e12, 450e9, 8, 50e9, _NVIDIA + "H100 SXM and DGX H100"),
     "h200": Chip(989e12, 141e9, 4.8e12, 450e9, 8, 50e9, _NVIDIA + "H200 SXM and DGX H200"),
 }
+
+
+# What JAX calls them. Cards of the same name for other slots have other peaks, and are not here.
+_KINDS = {
+    "TPU v5 lite": "v5e",
+    "TPU v5": "v5p",
+    "TPU v5p": "v5p",
+    "TPU v6 lite": "v6e",
+    "NVIDIA H100 80GB HBM3": "h100",
+    "NVIDIA H200": "h200",
+}
+
+
+def share_of_peak(flops: float, devices: Iterable[Any]) -> float:
+    """What share of the published peak of all devices so many operations a second are.
+
+    The peak is that of bfloat16.
+
+    Args:
+        flops: operations a second.
+        devices: of `jax.Device`.
+
+    Returns:
+        The share; 0.0 if the peak of one of them is not known.
+    """
+    names = [_KINDS.get(device.device_kind) for device in devices]
+    peaks = [CHIPS[name].flops for name in names if name]
+    return flops / sum(peaks) if len(peaks) == len(names) > 0 else 0.0
 
 
 @dataclasses.dataclass(frozen=True)

@@ -27,7 +27,7 @@ class Task(Protocol):
     """A frozen dataclass of static fields; all methods but `open` are pure and run inside jit.
 
     A class that derives from this one inherits what a simple objective has no use for: `reopen`,
-    `facts`, `on_device`, `after` and `inspect`.
+    `facts`, `on_device`, `after`, `inspect` and `step_flops`.
 
     Attributes:
         headline: the metric of evaluation by which checkpoints are compared, such as ``top1``.
@@ -95,6 +95,10 @@ class Task(Protocol):
             rows: of training.
         """
         return {"examples": len(rows)}
+
+    def step_flops(self) -> float:
+        """Operations of the matrix products of a training step, for one row; 0: not known."""
+        return 0.0
 
     def blank(self) -> Batch:
         """A batch of one row of zeros, as the loader hands it out: shapes and dtypes."""

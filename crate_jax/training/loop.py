@@ -31,7 +31,9 @@ from crate_jax.files import Json, expanded
 from crate_jax.interop import load_fitted
 from crate_jax.machine import lacks_memory
 from crate_jax.parallel import LostProcess, Shardings, replicated
+from crate_jax.planning.chips import share_of_peak
 from crate_jax.tasks.task import Scalars
+from crate_jax.training.profile import Profile
 from crate_jax.training.progress import Reporter
 from crate_jax.training.run import (
     EvaluateProgram,
@@ -96,11 +98,12 @@ def train(config: TrainConfig, workdir: str | Path) -> Json:
     """
     start = time.perf_counter()
     workdir = Path(expanded(workdir, "workdir"))
+    profile = Profile(config.profile_steps, workdir)
     run = set_up(config, "train", "eval", workdir=workdir)
     checkpointer = open_checkpoints(run, workdir)
     try:
         check_workdir(config, workdir)  # again: another start may have come before the lock
-        record = _run(run, checkpointer, workdir)
+        record = _run(run, checkpointer, workdir, profile)
     except (jax.errors.JaxRuntimeError, MemoryError) as error:
         if (explained := _explained(error, run, checkpointer)) is error:
             raise
@@ -110,9 +113,8 @@ def train(config: TrainConfig, workdir: str | Path) -> Json:
         failed = sys.exc_info()[1]
         if failed is None or isinstance(failed, Stopped) or not run.distributed:
             checkpointer.close()
-    seconds = round(time.perf_counter() - start, 1)
-    summary = {"step": record["step"], **record["summary"]}
-    return summary | {"seconds": seconds, "workdir": str(workdir)}
+    summary = {"step": record["step"], **record["summary"], "workdir": str(workdir)}
+    return summary | {"seconds": round(time.perf_counter() - start, 1)}
 
 
 def open_checkpoints(run: Run, workdir: Path) -> Checkpointer:
@@ -124,21 +126,27 @@ def open_checkpoints(run: Run, workdir: Path) -> Checkpointer:
     )
 
 
-def _run(run: Run, checkpointer: Checkpointer, workdir: Path) -> Json:
+def _run(run: Run, checkpointer: Checkpointer, workdir: Path, profile: Profile) -> Json:
     """Restore, compile, and take all steps; returns the record of the last."""
     lead, total, headline = jax.process_index() == 0, run.total_steps, run.task.headline
     state, shardings, record = restore_or_init(run, checkpointer)
     write_config(run.config, workdir, enabled=lead)
-    with Reporter(workdir, run.config, total, record, headline=headline, enabled=lead) as reporter:
+    share = share_of_peak(run.task.step_flops(), run.mesh.devices.flat)
+    with Reporter(
+        workdir, run.config, total, record, headline=headline, peak_share=share, enabled=lead
+    ) as reporter:
         if record["step"] >= total:
             return record
         programs = compile_programs(run, shardings)
         with (
             StopSignal(run.distributed, checkpointer.reached_preemption) as stop,
             contextlib.closing(batches_after(run, record["step"])) as batches,
+            profile,
             jax.transfer_guard("disallow"),
         ):
-            return _steps(run, programs, batches, state, record, checkpointer, reporter, stop)
+            return _steps(
+                run, programs, batches, state, record, checkpointer, reporter, stop, profile
+            )
 
 
 def _explained(error: Exception, run: Run, checkpointer: Checkpointer) -> Exception:
@@ -206,15 +214,14 @@ def _steps(
     checkpointer: Checkpointer,
     reporter: Reporter,
     stop: StopSignal,
+    profile: Profile,
 ) -> Json:
     """All steps after the restored one; returns the record of the last."""
     config, total = run.config, run.total_steps
     # Gloo, which joins processes on CPUs, mixes up the collectives of two steps under way together.
     lockstep = jax.process_count() > 1 and jax.default_backend() == "cpu"
-    stop_on_failed_save = config.on_failed_save == "stop"
     # Made where it is used: a key cannot be put onto devices of other processes.
-    make_key = jax.jit(lambda: jax.random.key(config.seed), out_shardings=replicated(run.mesh))
-    key = make_key()
+    key = jax.jit(lambda: jax.random.key(config.seed), out_shardings=replicated(run.mesh))()
 
     def due(step: int, every: int) -> bool:
         return step == total or (every > 0 and step % every == 0)
@@ -227,8 +234,10 @@ def _steps(
 
     unsettled = None
     for step in range(record["step"] + 1, total + 1):
+        profile.before(step)
         batch = next(batches)
         state, metrics = programs.train_step(state, batch, key)
+        profile.after(step, metrics)
         if unsettled:
             settle(*unsettled)
         unsettled = (step, metrics)
@@ -265,7 +274,7 @@ def _steps(
                     try:
                         checkpointer.save(step, to_stored(state), record, tested)
                     except OSError as error:
-                        if stop_on_failed_save:
+                        if config.on_failed_save == "stop":
                             raise
                         reporter.say(f"not saved: {error}")
         if stopping and step < total:

@@ -25,6 +25,7 @@ class Reporter:
         record: of the checkpoint that the run continues from: its ``step`` and ``summary``; and
             ``notes``, lines to say at the start.
         headline: the task's metric that the lines show beside the loss.
+        peak_share: of the published peak of all devices, for one example a second; 0: not known.
         enabled: False on all processes but one; then nothing is written.
 
     Attributes:
@@ -39,11 +40,13 @@ class Reporter:
         record: Json,
         *,
         headline: str,
+        peak_share: float = 0.0,
         enabled: bool = True,
     ):
         first = record["step"]
         self.summary: dict[str, float] = dict(record["summary"])
         self._batch_size, self._total = config.batch_size, total_steps
+        self._peak_share = peak_share
         self._counted, self._waited_s, self._watch = first, 0.0, Stopwatch()
         self._shown = dict.fromkeys(("loss", headline))  # in this order, each once
         self._progress = Progress(total_steps, sys.stderr if enabled else None)
@@ -92,6 +95,8 @@ class Reporter:
             rate = (step - self._counted) / seconds
             values = {f"train/{name}": value for name, value in metrics.items()}
             values["examples_per_s"] = round(rate * self._batch_size, 1)
+            if self._peak_share:
+                values["flops_share"] = round(rate * self._batch_size * self._peak_share, 4)
             values["data_wait_share"] = round(min(1, (waited_s - self._waited_s) / seconds), 4)
             if skipped:
                 values["data_skipped"] = skipped

@@ -1,0 +1,60 @@
+"""A profile of some steps of a run, for TensorBoard and xprof."""
+
+import re
+from pathlib import Path
+
+import jax
+
+from crate_jax.parallel import PyTree
+
+
+class Profile:
+    """Records what devices and host do from the first to the last of some steps.
+
+    Every process writes a trace of its own below ``plugins/profile`` of the workdir, where
+    TensorBoard's profiler and xprof look for it.
+
+    Args:
+        steps: "first:last"; None: nothing is recorded.
+        workdir: of the run.
+
+    Raises:
+        ValueError: the steps are no such range.
+    """
+
+    def __init__(self, steps: str | None, workdir: Path):
+        self._workdir, self._running = workdir, False
+        self._first, self._last = _parse(steps) if steps is not None else (0, -1)
+
+    def __enter__(self) -> "Profile":
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self._stop()
+
+    def before(self, step: int) -> None:
+        """A step is about to begin. A run that is resumed among the steps records the rest."""
+        if self._first <= step <= self._last and not self._running:
+            jax.profiler.start_trace(self._workdir)
+            self._running = True
+
+    def after(self, step: int, result: PyTree) -> None:
+        """A step has been handed to the devices; the last one is waited for."""
+        if self._running and step >= self._last:
+            jax.block_until_ready(result)
+            self._stop()
+
+    def _stop(self) -> None:
+        if self._running:
+            self._running = False
+            jax.profiler.stop_trace()
+
+
+def _parse(steps: str) -> tuple[int, int]:
+    found = re.fullmatch(r"(\d{1,9}):(\d{1,9})", steps)
+    if not found or not 1 <= int(found[1]) <= int(found[2]):
+        raise ValueError(
+            f"profile_steps must be first:last, from step 1 on; got {steps}. "
+            "Set --config.profile_steps=10:15, say."
+        )
+    return int(found[1]), int(found[2])
