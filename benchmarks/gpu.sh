@@ -4,12 +4,12 @@
 #     benchmarks/gpu.sh step|large|layer|rest [--smoke] [FOLDER]
 #
 # step   training and forward pass against PyTorch, eager and compiled, in bfloat16, 256 images
-# large  the same with 1,024 images, as far as the memory holds all of them beside each other
+# large  the same with 1,024 images (CRATE-L: 512), as far as the memory holds all of them at once
 # layer  attention by every path, held against float32; the account of a layer; other settings
-# rest   float32; evaluation on synthetic batches; the input pipeline, where grain and OpenCV are
+# rest   evaluation on synthetic batches; float32; the input pipeline, where grain and OpenCV are
 #
-# It needs jax for CUDA, flax, optax, and for the first two PyTorch: no network, and nothing is
-# installed. Tables go to the output, JSON and the tables into FOLDER (benchmarks/results). With
+# It needs jax for CUDA, flax and optax, and for step, large and float32 PyTorch: no network, and
+# nothing is installed. Tables go to the output, JSON and the tables into FOLDER (benchmarks/results). With
 # --smoke everything is small and may run on a CPU: a rehearsal, whose figures mean nothing.
 set -euo pipefail
 
@@ -44,9 +44,9 @@ step)
     ;;
 large)
     if [ "$smoke" ]; then
-        measure step_large step.py --models "$t:4" --rounds 1
+        TORCH_COMPILE_DISABLE=1 measure step_large step.py --models "$t:4" --rounds 1
     else
-        measure step_large step.py --models "$t:1024,$s:1024,$b:1024" --dtype bfloat16 --rounds 5
+        measure step_large step.py --models "$t:1024,$s:1024,$b:1024,$l:512" --dtype bfloat16 --rounds 5
     fi
     ;;
 layer)
@@ -62,13 +62,21 @@ rest)
     if [ "$smoke" ]; then
         measure evaluation evaluation.py --models "$t:2" --rounds 1
     else
-        measure step_float32 step.py --models "$b:128" --rounds 5
         measure evaluation evaluation.py --models "$t:512,$s:512,$b:512,$l:256" --dtype bfloat16
     fi
-    if "$python" -c 'import grain, cv2' 2>/dev/null; then
+    if ! "$python" -c 'import torch' 2>/dev/null; then
+        printf '\nNot run: float32 against PyTorch, which is not there.\n'
+    elif [ "$smoke" ]; then
+        TORCH_COMPILE_DISABLE=1 measure step_float32 step.py --models "$t:1" --rounds 1
+    else
+        measure step_float32 step.py --models "$b:128" --rounds 5
+    fi
+    if [ "$smoke" ]; then
+        printf '\nNot run: the input pipeline, which takes its time.\n'
+    elif "$python" -c 'import grain, cv2, sklearn' 2>/dev/null; then
         measure input_pipeline input_pipeline.py
     else
-        printf '\nNot run: the input pipeline, which needs grain and OpenCV.\n'
+        printf '\nNot run: the input pipeline, which needs grain, OpenCV and scikit-learn.\n'
     fi
     ;;
 *)

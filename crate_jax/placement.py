@@ -6,6 +6,7 @@ would share two. Where no axis is shared, everything here leaves the program as 
 """
 
 import contextlib
+import math
 from collections.abc import Callable, Iterator
 from contextvars import ContextVar
 from typing import TypeVar
@@ -53,12 +54,25 @@ def rows_within(axis: str) -> Iterator[None]:
         _TAKEN.reset(token)
 
 
-def axes_of_rows() -> tuple[str, ...]:
-    """The Auto axes, of more than one device, over which the mesh around spreads examples."""
+def rows_over(X: Array) -> tuple[str, ...] | None:
+    """The axes of the mesh over which the rows of X, its axis 0, are spread; () if none is.
+
+    None: a function of rows cannot be split here. The rows cannot be dealt out evenly, another axis
+    of X is shared, or the mesh has axes of which nobody knows what they spread.
+    """
     mesh = jax.sharding.get_abstract_mesh()
     types = dict(zip(mesh.axis_names, mesh.axis_types, strict=True))
-    auto = (axis for axis, kind in types.items() if kind is AxisType.Auto)
-    return tuple(axis for axis in auto if mesh.shape[axis] > 1 and axis not in _TAKEN.get())
+    auto = [axis for axis in types if types[axis] is AxisType.Auto and mesh.shape[axis] > 1]
+    if is_shared(X):
+        first, *others = jax.typeof(X).sharding.spec
+        axes = first if isinstance(first, tuple) else (first,)
+        alone = not auto and not any(others) and None not in axes
+        return axes if alone else None
+    if auto and (AxisType.Manual in types.values() or not set(auto) <= {"data", "fsdp"}):
+        return None
+    axes = tuple(axis for axis in auto if axis not in _TAKEN.get())
+    even = X.shape[0] % math.prod(mesh.shape[axis] for axis in axes) == 0
+    return axes if even else None
 
 
 def by_rows(
@@ -70,20 +84,18 @@ def by_rows(
 
     Args:
         function: to arrays, whose rows are put one device's after another's.
-        *arrays: spread by the mesh around, or by their types, over axis 0 alone.
+        *arrays: of as many rows each; of the first `rows_over` is not None.
         whole: arrays that it takes besides, which every device has whole.
     """
-    axes = axes_of_rows()
-    if is_shared(arrays[0]):
-        spread = jax.typeof(arrays[0]).sharding.spec[0]
-        axes = spread if isinstance(spread, tuple) else (spread,)
-    if not axes:
+    axes = rows_over(arrays[0]) or ()
+    taken = _TAKEN.get()
+    if not axes and not taken:
         return function(*arrays, *whole)
-    rows = PartitionSpec(axes)
+    rows = PartitionSpec(axes) if axes else PartitionSpec()
     specs = (*(rows for _ in arrays), *(PartitionSpec() for _ in whole))
     # No gradient is taken of what is called here, so nothing is checked for one.
     on_each = jax.shard_map(
-        function, in_specs=specs, out_specs=rows, axis_names={*axes, *_TAKEN.get()}, check_vma=False
+        function, in_specs=specs, out_specs=rows, axis_names={*axes, *taken}, check_vma=False
     )
     return on_each(*arrays, *whole)
 

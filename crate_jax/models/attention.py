@@ -8,7 +8,6 @@ The letters are those of `crate_jax.models.layers`.
 """
 
 import functools
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -53,18 +52,20 @@ def _check(kernel: str, V_BxNxKxp: Array, mask: Array | None) -> None:
         raise ValueError(f"attention_kernel must be one of {', '.join(KERNELS)}; got {kernel}.")
     if kernel in ("auto", "xla"):
         return
-    reason = None
+    p, reason = V_BxNxKxp.shape[-1], None
     if jax.default_backend() != "gpu":
         reason = f"it runs on NVIDIA's GPUs; here is a {jax.default_backend()}"
     elif V_BxNxKxp.dtype not in _HALF:
-        reason = f"it takes bfloat16; these tokens are {V_BxNxKxp.dtype}"
+        reason = f"it takes bfloat16 and float16; these tokens are {V_BxNxKxp.dtype}"
     elif mask is not None:
         reason = "it knows no mask"
-    elif V_BxNxKxp.shape[-1] > gpu.LONGEST_SUBSPACE or V_BxNxKxp.shape[-1] % 8:
-        reason = (
-            f"it takes subspaces of 8, 16, … {gpu.LONGEST_SUBSPACE} dimensions; these have "
-            f"{V_BxNxKxp.shape[-1]}"
-        )
+    elif p > gpu.LONGEST_SUBSPACE or (kernel == "cudnn" and p % 8):
+        lengths = "8, 16, …" if kernel == "cudnn" else "1 to"
+        reason = f"it takes subspaces of {lengths} {gpu.LONGEST_SUBSPACE} dimensions; here are {p}"
+    elif not gpu.is_new_enough():
+        reason = f"it needs compute capability {gpu.OLDEST}; this GPU is older"
+    elif kernel == "pallas" and V_BxNxKxp.size and placement.rows_over(V_BxNxKxp) is None:
+        reason = "each device must have rows of its own, as many as the others"
     if reason:
         raise ValueError(f"attention_kernel={kernel} must fit; {reason}. Set it to auto.")
 
@@ -72,7 +73,9 @@ def _check(kernel: str, V_BxNxKxp: Array, mask: Array | None) -> None:
 def _has_kernel(V_BxNxKxp: Array, mask: Array | None, kernel: str) -> bool:
     """Whether a GPU takes its kernel; how many digits a float32 product has is XLA's to know."""
     fits = V_BxNxKxp.dtype in _HALF and V_BxNxKxp.shape[-1] <= gpu.LONGEST_SUBSPACE
-    return kernel != "xla" and mask is None and fits and V_BxNxKxp.size > 0
+    if kernel == "xla" or mask is not None or not fits or not V_BxNxKxp.size:
+        return False
+    return gpu.is_new_enough() and placement.rows_over(V_BxNxKxp) is not None
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
@@ -82,8 +85,7 @@ def _attend(V_BxNxKxp: Array, mask: Array | None, kernel: str) -> Array:
 
 def _attend_and_keep(V_BxNxKxp: Array, mask: Array | None, kernel: str):
     if _has_kernel(V_BxNxKxp, mask, kernel):
-        on_gpu = functools.partial(placement.by_rows, gpu.attend)
-        found = jax.lax.platform_dependent(V_BxNxKxp, cuda=on_gpu, default=_attend_by_xla)
+        found = _by_platform(V_BxNxKxp)
     else:
         found = _attend_by_xla(V_BxNxKxp, mask)
     O_BxNxKxp, *of_rows = found
@@ -94,20 +96,61 @@ def _attend_backward(
     kernel: str, kept: tuple[Array, Array | None, Array, Array], dO_BxNxKxp: Array
 ) -> tuple[Array, None]:
     V_BxNxKxp, mask, largest_BxKxN, total_BxKxN = kept
-    by_platform: dict[str, Any] = {}
-    if _has_kernel(V_BxNxKxp, mask, kernel):
-        by_platform["cuda"] = functools.partial(placement.by_rows, gpu.attend_backward)
-    if (images := _images_at_a_time(V_BxNxKxp, mask)) < V_BxNxKxp.shape[0]:
-        by_platform["cpu"] = functools.partial(_backward_by_images, images)
     inputs = (V_BxNxKxp, largest_BxKxN, total_BxKxN, dO_BxNxKxp)
-    if by_platform:
-        dV = jax.lax.platform_dependent(*inputs, default=_backward_by_xla, **by_platform)
+    if _has_kernel(V_BxNxKxp, mask, kernel):
+        dV = _backward_by_platform(*inputs)
+    elif (images := _images_at_a_time(V_BxNxKxp, mask)) < V_BxNxKxp.shape[0]:
+        by_images = functools.partial(_backward_by_images, images)
+        dV = jax.lax.platform_dependent(*inputs, cpu=by_images, default=_backward_by_xla)
     else:
         dV = _backward_by_xla(*inputs, mask)
     return of_type(dV, V_BxNxKxp), None
 
 
 _attend.defvjp(_attend_and_keep, _attend_backward)
+
+
+# A kernel has no derivative. Where somebody differentiates a gradient, XLA's functions stand in.
+
+
+@jax.custom_vjp
+def _by_platform(V_BxNxKxp: Array) -> tuple[Array, Array, Array]:
+    on_gpu = functools.partial(placement.by_rows, gpu.attend)
+    return jax.lax.platform_dependent(V_BxNxKxp, cuda=on_gpu, default=_attend_by_xla)
+
+
+_by_platform.defvjp(
+    lambda V_BxNxKxp: (_by_platform(V_BxNxKxp), V_BxNxKxp),
+    lambda V_BxNxKxp, of_results: jax.vjp(lambda V: _attend_by_xla(V)[0], V_BxNxKxp)[1](
+        of_results[0]
+    ),
+)
+
+
+@jax.custom_vjp
+def _backward_by_platform(
+    V_BxNxKxp: Array, largest_BxKxN: Array, total_BxKxN: Array, dO_BxNxKxp: Array
+) -> Array:
+    inputs = (V_BxNxKxp, largest_BxKxN, total_BxKxN, dO_BxNxKxp)
+    on_gpu = functools.partial(placement.by_rows, gpu.attend_backward)
+    by_images = functools.partial(_backward_by_images, _images_at_a_time(V_BxNxKxp, None))
+    return jax.lax.platform_dependent(*inputs, cuda=on_gpu, cpu=by_images, default=_backward_by_xla)
+
+
+def _second_derivative(kept: tuple[Array, ...], of_result: Array) -> tuple[Array, ...]:
+    """Of a function of V and dO alone: what was kept of the scores follows from V."""
+    V_BxNxKxp, largest_BxKxN, total_BxKxN, dO_BxNxKxp = kept
+
+    def gradient(V: Array, dO: Array) -> Array:
+        return _backward_by_xla(V, *_attend_by_xla(V)[1:], dO)
+
+    dV, ddO = jax.vjp(gradient, V_BxNxKxp, dO_BxNxKxp)[1](of_result)
+    return dV, jnp.zeros_like(largest_BxKxN), jnp.zeros_like(total_BxKxN), ddO
+
+
+_backward_by_platform.defvjp(
+    lambda *inputs: (_backward_by_platform(*inputs), inputs), _second_derivative
+)
 
 
 def _attend_by_xla(V_BxNxKxp: Array, mask: Array | None = None) -> tuple[Array, Array, Array]:
@@ -158,7 +201,7 @@ def _product(axes: str, X: Array, Y: Array) -> Array:
 def _images_at_a_time(V_BxNxKxp: Array, mask: Array | None) -> int:
     """How many images a CPU takes at a time, so that their scores stay in the cache in between."""
     B, N, K, _ = V_BxNxKxp.shape
-    if mask is not None or placement.is_shared(V_BxNxKxp) or placement.axes_of_rows():
+    if mask is not None or placement.is_shared(V_BxNxKxp) or placement.rows_over(V_BxNxKxp) != ():
         return B
     return max((n for n in range(1, B + 1) if B % n == 0 and n * K * N * N <= _CACHED), default=1)
 

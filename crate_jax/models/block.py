@@ -242,8 +242,10 @@ def stack(
         name: in the parameter tree.
         **fields: of the block.
     """
+    # Without a loop around it the compiler would merge what is computed again with the first time.
+    apart = unroll > 1 and remat != "none"
     layers = nn.scan(
-        nn.remat(block, prevent_cse=False, policy=REMAT[remat]),
+        nn.remat(block, prevent_cse=apart, policy=REMAT[remat]),
         variable_axes={DenyList("params"): 0} if shared else {True: 0},  # all collections
         variable_broadcast="params" if shared else False,
         split_rngs={"params": not shared, "dropout": True},

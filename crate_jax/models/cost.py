@@ -147,6 +147,14 @@ def abstract_parameters(model: ImageClassifier) -> Params:
     return jax.eval_shape(init, jax.random.key(0))
 
 
+def has_formula(model: object) -> bool:
+    """Whether the functions here know what a model computes."""
+    if not isinstance(model, ImageClassifier):
+        return False
+    parts = (model.attention_part, model.nonlinearity_part)
+    return all(part.name in COSTS for part in parts if part)
+
+
 def multiply_adds(model: ImageClassifier) -> int:
     """Multiply-adds of the matrix products of one forward pass for one image.
 

@@ -44,7 +44,7 @@ class Crate(CrateFields, ImageClassifier):
         remat: what the backward pass computes again: "none"; "dots", all but matrix products;
             "full".
         scan_unroll: layers per iteration of the compiled loop over layers; None: all of them where
-            JAX's devices are GPUs, else one.
+            JAX's devices are GPUs and remat is "none", else one.
         eta: step size of ISTA.
         lmbda: sparsity weight of ISTA.
         attention: "mssa" or "mhsa".

@@ -17,9 +17,9 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.typing import DTypeLike
 
 from crate_jax import placement
-from crate_jax.models import gpu_norm
+from crate_jax.models import gpu, gpu_norm
 
-# How a model's backward pass is had: "derived", from this module; "autodiff", from JAX.
+# How a model's backward pass is had: "derived", written out; "autodiff", from JAX.
 BACKWARD = ("derived", "autodiff")
 
 
@@ -86,10 +86,9 @@ def _normalise_backward(
     X, mean, inverse, scale_d, bias_d = kept
     inputs = (X, mean, inverse, dY, scale_d)
     half = X.dtype in (jnp.bfloat16, jnp.float16)
-    if half and X.size and X.shape[-1] <= gpu_norm.LONGEST_ROW:
-        dX, dscale, dbias = jax.lax.platform_dependent(
-            *inputs, cuda=_normalise_backward_on_gpu, default=_normalise_backward_by_xla
-        )
+    fits = half and X.size > 0 and X.shape[-1] <= gpu_norm.LONGEST_ROW and gpu.is_new_enough()
+    if fits and placement.rows_over(X) is not None:
+        dX, dscale, dbias = _normalise_backward_by_platform(*inputs)
     else:
         dX, dscale, dbias = _normalise_backward_by_xla(*inputs)
     return of_type(dX, X), of_type(dscale, scale_d), of_type(dbias, bias_d)
@@ -128,6 +127,19 @@ def _row(values_d: Array, X: Array) -> Array:
     """Values along the last axis, with as many axes as X, of its dtype."""
     return values_d.reshape((1,) * (X.ndim - 1) + values_d.shape).astype(X.dtype)
 
+
+@jax.custom_vjp
+def _normalise_backward_by_platform(*inputs: Array):
+    return jax.lax.platform_dependent(
+        *inputs, cuda=_normalise_backward_on_gpu, default=_normalise_backward_by_xla
+    )
+
+
+# A kernel has no derivative; where somebody differentiates a gradient, XLA's function stands in.
+_normalise_backward_by_platform.defvjp(
+    lambda *inputs: (_normalise_backward_by_platform(*inputs), inputs),
+    lambda inputs, of_results: jax.vjp(_normalise_backward_by_xla, *inputs)[1](of_results),
+)
 
 _normalise = jax.custom_vjp(normalise, nondiff_argnums=(3, 4))
 _normalise.defvjp(_normalise_and_keep, _normalise_backward)

@@ -23,6 +23,17 @@ _LOG2E = math.log2(math.e)  # a GPU has 2^x alone
 _FEW = 256  # tokens whose scores with a block of rows fit into registers
 
 LONGEST_SUBSPACE = 128  # p, of which a block of rows fits into registers
+OLDEST = 8.0  # compute capability of the GPUs for which Triton has bfloat16; tried on 9.0 alone
+
+
+def is_new_enough() -> bool:
+    """Whether the GPUs here run the kernels; True where there is none, whoever compiles for one."""
+    if jax.default_backend() != "gpu":
+        return True
+    try:
+        return float(jax.devices()[0].compute_capability) >= OLDEST
+    except (AttributeError, ValueError):  # of another maker
+        return False
 
 
 def attend(V_BxNxKxp: Array, *, interpret: bool = False) -> tuple[Array, Array, Array]:

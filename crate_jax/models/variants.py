@@ -52,7 +52,7 @@ class ImageFields:
     )
     scan_unroll: int | None = option(
         None,
-        "layers per iteration of the compiled loop; if unset, all on GPUs, else one",
+        "layers per iteration of the compiled loop; if unset, all on GPUs without remat, else one",
         low=1,
         how=True,
     )

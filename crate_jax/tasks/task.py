@@ -97,7 +97,10 @@ class Task(Protocol):
         return {"examples": len(rows)}
 
     def step_flops(self) -> float:
-        """Operations of the matrix products of a training step, for one row; 0: not known."""
+        """Operations of the model's matrix products in a training step, for one row; 0: not known.
+
+        What is computed again, to save memory, does not count.
+        """
         return 0.0
 
     def blank(self) -> Batch:

@@ -11,8 +11,8 @@ from crate_jax.parallel import PyTree
 class Profile:
     """Records what devices and host do from the first to the last of some steps.
 
-    Every process writes a trace of its own below ``plugins/profile`` of the workdir, where
-    TensorBoard's profiler and xprof look for it.
+    Process 0 writes a trace below ``plugins/profile`` of the workdir, where TensorBoard's profiler
+    and xprof look for it. Its devices may still be at the step before the first one when it begins.
 
     Args:
         steps: "first:last"; None: nothing is recorded.
@@ -34,7 +34,8 @@ class Profile:
 
     def before(self, step: int) -> None:
         """A step is about to begin. A run that is resumed among the steps records the rest."""
-        if self._first <= step <= self._last and not self._running:
+        due = self._first <= step <= self._last
+        if due and not self._running and jax.process_index() == 0:
             jax.profiler.start_trace(self._workdir)
             self._running = True
 

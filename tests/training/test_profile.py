@@ -6,7 +6,7 @@ import jax
 import pytest
 
 from crate_jax import create_model
-from crate_jax.models.cost import step_flops
+from crate_jax.models.cost import multiply_adds
 from crate_jax.planning.chips import CHIPS, share_of_peak
 from crate_jax.tasks import Classify
 from crate_jax.training import loop
@@ -57,6 +57,14 @@ def test_the_steps_that_are_recorded(recorded, steps, run, expected):
             recorded.append(str(step))
             profile.after(step, ())
     assert recorded == expected
+
+
+def test_other_processes_record_nothing(recorded, monkeypatch):
+    monkeypatch.setattr(jax, "process_index", lambda: 1)
+    with Profile("1:2", "w") as profile:
+        profile.before(1)
+        profile.after(1, ())
+    assert recorded == []
 
 
 def test_a_run_that_fails_ends_its_trace(recorded):
@@ -122,4 +130,6 @@ def test_a_model_without_a_formula_has_no_share():
 
     assert Classify(Other()).step_flops() == 0.0
     model = create_model("crate_tiny_patch16_224")
-    assert Classify(model).step_flops() == step_flops(model) > 0
+    assert Classify(model).step_flops() == 6 * multiply_adds(model) > 0
+    full = model.clone(remat="full")  # what is computed again does not count
+    assert Classify(full).step_flops() == 6 * multiply_adds(model)
