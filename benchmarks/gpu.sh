@@ -52,7 +52,7 @@ large)
 layer)
     if [ "$smoke" ]; then
         measure layer layer.py --model "$t" --batch-size 1 --rounds 1
-        measure variants variants.py --model "$t" --batch-size 1 --rounds 1
+        measure variants variants.py --model "$t" --batch-size 1 --rounds 1 --settings 2
     else
         measure layer layer.py --model "$b" --batch-size 256 --dtype bfloat16
         measure variants variants.py --model "$b" --batch-size 256 --dtype bfloat16
