@@ -7,6 +7,7 @@ reverse mode knows that pass; the plain function is `crate_jax.models.derivative
 The letters are those of `crate_jax.models.layers`.
 """
 
+import dataclasses
 import functools
 
 import jax
@@ -78,26 +79,33 @@ def _has_kernel(V_BxNxKxp: Array, mask: Array | None, kernel: str) -> bool:
     return gpu.is_new_enough() and placement.rows_over(V_BxNxKxp) is not None
 
 
+@jax.tree_util.register_static
+@dataclasses.dataclass(frozen=True)
+class _Way:
+    """Who computed the forward pass. The backward pass takes over its units, wherever it runs."""
+
+    by_kernel: bool
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
 def _attend(V_BxNxKxp: Array, mask: Array | None, kernel: str) -> Array:
     return _attend_and_keep(V_BxNxKxp, mask, kernel)[0]
 
 
 def _attend_and_keep(V_BxNxKxp: Array, mask: Array | None, kernel: str):
-    if _has_kernel(V_BxNxKxp, mask, kernel):
-        found = _by_platform(V_BxNxKxp)
-    else:
-        found = _attend_by_xla(V_BxNxKxp, mask)
+    way = _Way(_has_kernel(V_BxNxKxp, mask, kernel))
+    found = _by_platform(V_BxNxKxp) if way.by_kernel else _attend_by_xla(V_BxNxKxp, mask)
     O_BxNxKxp, *of_rows = found
-    return keep(O_BxNxKxp, "attended"), (V_BxNxKxp, mask, *keep(of_rows, "statistics"))
+    return keep(O_BxNxKxp, "attended"), (V_BxNxKxp, mask, *keep(of_rows, "statistics"), way)
 
 
 def _attend_backward(
-    kernel: str, kept: tuple[Array, Array | None, Array, Array], dO_BxNxKxp: Array
+    kernel: str, kept: tuple[Array, Array | None, Array, Array, _Way], dO_BxNxKxp: Array
 ) -> tuple[Array, None]:
-    V_BxNxKxp, mask, largest_BxKxN, total_BxKxN = kept
+    del kernel
+    V_BxNxKxp, mask, largest_BxKxN, total_BxKxN, way = kept
     inputs = (V_BxNxKxp, largest_BxKxN, total_BxKxN, dO_BxNxKxp)
-    if _has_kernel(V_BxNxKxp, mask, kernel):
+    if way.by_kernel:
         dV = _backward_by_platform(*inputs)
     elif (images := _images_at_a_time(V_BxNxKxp, mask)) < V_BxNxKxp.shape[0]:
         by_images = functools.partial(_backward_by_images, images)

@@ -241,6 +241,28 @@ def test_other_axes_may_be_shared_by_type(spec):
     assert_near([got], [jax.jit(bfloat16_gradient)(V, dO)], jnp.bfloat16)
 
 
+def test_a_backward_pass_outside_of_the_mesh_goes_the_way_of_its_forward_pass(monkeypatch):
+    """What is kept of the scores is in the units of who computed them."""
+    asked = []
+    monkeypatch.setattr(attention, "_backward_by_platform", lambda *inputs: asked.append(inputs))
+    mesh = make_mesh("data:4", jax.devices()[:4])
+    V, dO = (normal(i, 6, 5, 2, 16, dtype=jnp.bfloat16) for i in range(2))
+    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):  # six rows: XLA's
+        _, pull = jax.vjp(functools.partial(attend_by, "auto"), V)
+    assert attention._has_kernel(V, None, "auto")
+    (got,) = pull(dO)
+    assert not asked
+    assert_near(
+        [got],
+        [
+            jax.jit(bfloat16_gradient)(V.astype(jnp.float32), dO.astype(jnp.float32)).astype(
+                jnp.bfloat16
+            )
+        ],
+        jnp.bfloat16,
+    )
+
+
 def test_inside_a_shard_map_over_one_of_two_axes():
     mesh = make_mesh("data:2,fsdp:2", jax.devices()[:4])
     V, dO = (normal(i, 4, 5, 2, 16, dtype=jnp.bfloat16) for i in range(2))
