@@ -217,7 +217,7 @@ def _steps(
     profile: Profile,
 ) -> Json:
     """All steps after the restored one; returns the record of the last."""
-    config, total = run.config, run.total_steps
+    config, total, strict = run.config, run.total_steps, run.config.on_failed_save == "stop"
     # Gloo, which joins processes on CPUs, mixes up the collectives of two steps under way together.
     lockstep = jax.process_count() > 1 and jax.default_backend() == "cpu"
     # Made where it is used: a key cannot be put onto devices of other processes.
@@ -274,7 +274,7 @@ def _steps(
                     try:
                         checkpointer.save(step, to_stored(state), record, tested)
                     except OSError as error:
-                        if config.on_failed_save == "stop":
+                        if strict:
                             raise
                         reporter.say(f"not saved: {error}")
         if stopping and step < total:
