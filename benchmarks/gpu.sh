@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# What one GPU does with this package, part by part, each in less than nine minutes:
+# What one GPU does with this package, in parts that are cut for nine minutes each:
 #
 #     benchmarks/gpu.sh step|large|layer|rest [--smoke] [FOLDER]
 #
@@ -9,8 +9,9 @@
 # rest   evaluation on synthetic batches; float32; the input pipeline, where grain and OpenCV are
 #
 # It needs jax for CUDA, flax and optax, and for step, large and float32 PyTorch: no network, and
-# nothing is installed. Tables go to the output, JSON and the tables into FOLDER (benchmarks/results). With
-# --smoke everything is small and may run on a CPU: a rehearsal, whose figures mean nothing.
+# nothing is installed. Tables go to the output; JSON and the tables go into FOLDER, by default
+# benchmarks/results. With --smoke everything is small and may run on a CPU: a rehearsal, whose
+# figures mean nothing.
 set -euo pipefail
 
 part=${1:-}

@@ -23,8 +23,7 @@ second, by those of one large product of the same dtype, which takes its turn in
 The last line is a JSON object; --output writes it into a file, and the table beside it as Markdown,
 after each model anew: a run that is stopped keeps the models that are done. What PyTorch could not
 compile, or has too little memory for beside the others, is left out, and listed with the reason
-under "omitted". Use an idle machine: the load on it
-before the start is in the JSON.
+under "omitted". Use an idle machine: the load on it before the start is in the JSON.
 """
 
 import argparse

@@ -7,9 +7,8 @@ backward pass by automatic differentiation, with parts of the forward pass compu
 one or all layers in an iteration of the loop. All take turns, round by round; a ratio is the median
 over the rounds of the first one's time by theirs, and the lowest and highest stand beside it. The
 memory is the arguments and the temporary arrays of the compiled step; the first call traces and
-compiles.
-What the device does not run, or has too little memory for, is left out and listed under "omitted".
-The last line is JSON; --output writes it, and the table beside it as Markdown.
+compiles. What the device does not run, or has too little memory for, is left out and listed under
+"omitted". The last line is JSON; --output writes it, and the table beside it as Markdown.
 """
 
 import argparse

@@ -40,7 +40,10 @@ class Cost(NamedTuple):
 
 
 def _mssa(model: ImageClassifier) -> Cost:
-    """U and W_out, which one full subspace has not; V and O are kept, and A or two for a row."""
+    """U and W_out, which one full subspace has not; V and O are kept.
+
+    Besides them automatic differentiation keeps A, and the derived pass two numbers for each row.
+    """
     N, d, K, p = _sizes(model)
     maps, derived = 1 + ((K, p) != (1, d)), model.backward == "derived"
     return Cost(

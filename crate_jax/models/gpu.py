@@ -66,8 +66,8 @@ def attend_backward(
 ) -> Array:
     """The gradient dV = Aᵀ dO + s (dS + dSᵀ) V; A and S are computed again from V.
 
-    dS = A (dA − δ) with dA = dO Vᵀ and δ = Σ A dA, row by row. Both S and dS of one row are needed
-    by all others, so δ is computed first, in a kernel of its own.
+    dS = A (dA − δ) with dA = dO Vᵀ and δ = Σ A dA, row by row. A row of the result needs the δ of
+    all rows, so δ is computed first, in a kernel of its own.
 
     Args:
         V_BxNxKxp: as for `attend`.

@@ -113,8 +113,8 @@ def train(config: TrainConfig, workdir: str | Path) -> Json:
         failed = sys.exc_info()[1]
         if failed is None or isinstance(failed, Stopped) or not run.distributed:
             checkpointer.close()
-    summary = {"step": record["step"], **record["summary"], "workdir": str(workdir)}
-    return summary | {"seconds": round(time.perf_counter() - start, 1)}
+    summary = {"step": record["step"], **record["summary"]}
+    return summary | {"seconds": round(time.perf_counter() - start, 1), "workdir": str(workdir)}
 
 
 def open_checkpoints(run: Run, workdir: Path) -> Checkpointer:

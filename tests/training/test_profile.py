@@ -23,8 +23,8 @@ def traces(workdir):
     return sorted((workdir / "plugins" / "profile").rglob("*.xplane.pb"))
 
 
-def annotated_steps(trace):
-    """Numbers of the steps' programs that ran on the CPU while the trace was recorded."""
+def events_of_steps(trace):
+    """How many events of a trace are of the step's program."""
     data = jax.profiler.ProfileData.from_file(str(trace))
     names = [e.name for plane in data.planes for line in plane.lines for e in line.events]
     return sum("train_step" in name for name in names)
@@ -97,7 +97,7 @@ def test_a_run_writes_a_trace_that_is_read_and_its_share_of_the_peak(
     config = tiny_config(total_steps=4, profile_steps="2:3", log_every_steps=1)
     train(config, tmp_path)
     (trace,) = traces(tmp_path)
-    assert annotated_steps(trace) >= 2
+    assert events_of_steps(trace) >= 2
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     steps = [line for line in lines if "train/loss" in line]
     assert len(steps) == 4 and all(line["train/grad_norm"] > 0 for line in steps)
