@@ -34,20 +34,22 @@ def is_new_enough() -> bool:
 def takes(V_BxNxKxp: Array) -> bool:
     """Whether the kernels take such tokens: bfloat16 or float32, of an image that fits."""
     _, N, K, p = V_BxNxKxp.shape
-    number = V_BxNxKxp.dtype.itemsize
     if V_BxNxKxp.dtype not in (jnp.bfloat16, jnp.float32) or not 1 < N <= LONGEST or K * p == 1:
         return False
-    # V, dO and dV, each while the next image's is fetched; three of a group, transposed; and of a
-    # block S, dA, A and dS.
-    group = Group(N, K, p)
+    mebibytes = _MEBIBYTES.get(placement.device_kind(), _LEAST)
+    return _memory(V_BxNxKxp) <= mebibytes * 3 * 2**18
+
+
+def _memory(V_BxNxKxp: Array) -> int:
+    """Bytes of a core's own memory that a program takes; the compiler has other uses for the rest.
+
+    They are V, dO and dV, each while the next image's is fetched; three of a group, transposed; and
+    of a block S, dA, A and dS. As much again is for what does not fit into registers.
+    """
+    _, N, K, p = V_BxNxKxp.shape
+    group, number = Group(N, K, p), V_BxNxKxp.dtype.itemsize
     tokens = N * ((6 * K * p + 2 * group.lanes) * number + 4 * group.lanes)
-    scores = group.size * group.block**2 * (8 + 2 * number)
-    return tokens + scores <= _memory()
-
-
-def _memory() -> int:
-    """Bytes of a core's own memory that a program may take."""
-    return _MEBIBYTES.get(placement.device_kind(), _LEAST) * 3 * 2**18
+    return 2 * (tokens + group.size * group.block**2 * (8 + 2 * number)) + 2**20
 
 
 def attend(V_BxNxKxp: Array, *, interpret: bool = False) -> tuple[Array, Array, Array]:
@@ -130,7 +132,7 @@ def _over_images(
         out_shape=[like(V, shapes[kind], dtypes[kind]) for kind in outputs],
         scratch_shapes=[*transposed, tpu.VMEM((group.lanes, N), jnp.float32)],
         compiler_params=tpu.CompilerParams(
-            dimension_semantics=("parallel",), vmem_limit_bytes=_memory()
+            dimension_semantics=("parallel",), vmem_limit_bytes=_memory(V)
         ),
         interpret=interpret,
         name=name,

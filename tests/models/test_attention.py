@@ -1,4 +1,7 @@
-"""Attention by every kernel against the plain function in float32; on a GPU the kernels run."""
+"""Attention by every kernel against the plain function in float32.
+
+On a CPU the kernels are interpreted, with the blocks that run on the chip; where they run they run.
+"""
 
 import functools
 
@@ -10,13 +13,15 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from jax.test_util import check_grads
 
 from crate_jax import create_model, placement
-from crate_jax.models import attention, gpu, gpu_norm
+from crate_jax.models import attention, gpu, gpu_norm, tpu
 from crate_jax.models.attention import attend_by
 from crate_jax.models.derivatives import NORMALISE, attend, normalise
+from crate_jax.models.tpu_programs import Group
 from crate_jax.parallel import make_mesh, on_mesh
 
 CLOSE = {jnp.float32: 1e-5, jnp.bfloat16: 1e-2, jnp.float16: 1e-2}
-INTERPRET = jax.default_backend() == "cpu"
+BACKEND = jax.default_backend()
+KERNELS = {"gpu": gpu, "tpu": tpu}
 # B, N, K, p: a class token more than a square, one token, blocks that are full and blocks that have
 # one row; more tokens than fit at once; subspaces of 1, and of no power of two.
 FEW = [(2, 17, 3, 8), (1, 1, 2, 32), (2, 197, 2, 64), (1, 64, 1, 48), (3, 4, 2, 1), (1, 65, 2, 33)]
@@ -42,10 +47,11 @@ def pulled(function, V, dO):
     return jax.jit(run)(V, dO)
 
 
-def by_kernel(V, dO):
-    """The GPU's kernels, wherever this runs."""
-    O_BxNxKxp, *of_rows = gpu.attend(V, interpret=INTERPRET)
-    return O_BxNxKxp, gpu.attend_backward(V, *of_rows, dO, interpret=INTERPRET)
+def by_kernel(platform, V, dO):
+    """A platform's kernels, wherever this runs."""
+    kernels, interpret = KERNELS[platform], platform != BACKEND
+    O_BxNxKxp, *of_rows = kernels.attend(V, interpret=interpret)
+    return O_BxNxKxp, kernels.attend_backward(V, *of_rows, dO, interpret=interpret)
 
 
 def assert_near(got, expected, dtype):
@@ -58,8 +64,8 @@ def assert_near(got, expected, dtype):
 def assert_exact(way, shape, scale, dtype):
     """Half precision is held against the float32 of the same, rounded, numbers."""
     V, dO = scale * normal(0, *shape, dtype=dtype), normal(1, *shape, dtype=dtype)
-    if way == "kernel":
-        got = jax.jit(by_kernel)(V, dO)
+    if way in KERNELS:
+        got = jax.jit(functools.partial(by_kernel, way))(V, dO)
     else:
         got = pulled(functools.partial(attend_by, way), V, dO)
     expected = pulled(plain, V.astype(jnp.float32), dO.astype(jnp.float32))
@@ -71,20 +77,60 @@ def assert_exact(way, shape, scale, dtype):
 # Of the tokens: 2 makes the attention peaked. Scores grow with the square, and a score of some
 # hundred is rounded by 1e-5 in float32, in one order of operations and not in another.
 @pytest.mark.parametrize("scale", [1, 2])
-@pytest.mark.parametrize("way", ["xla", "kernel"])
+@pytest.mark.parametrize("way", ["xla", *KERNELS])
 def test_equal_to_automatic_differentiation_in_float32(way, shape, scale, dtype):
     assert_exact(way, shape, scale, dtype)
 
 
-@pytest.mark.parametrize("way", ["xla", "kernel"])
+@pytest.mark.parametrize("way", ["xla", "gpu"])
 def test_half_precision_of_the_other_kind(way):
     assert_exact(way, FEW[0], 1, jnp.float16)
 
 
 @pytest.mark.parametrize(("shape", "dtype"), [(MANY[0], jnp.float32), (MANY[1], jnp.bfloat16)])
-@pytest.mark.parametrize("way", ["xla", "kernel"])
+@pytest.mark.parametrize("way", ["xla", *KERNELS])
 def test_more_tokens_than_a_block(way, shape, dtype):
     assert_exact(way, shape, 2, dtype)
+
+
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("way", list(KERNELS))
+def test_random_shapes(way, seed):
+    """Up to 1,025 tokens, an odd number of them, in subspaces of 32 to 128 dimensions."""
+    draw = np.random.default_rng(seed)
+    N = 2 * int(draw.integers(8 ** (seed + 1) // 8, 8 ** (seed + 1) // 4)) % 1025 + 1
+    K, p = int(draw.integers(1, 4)), int(draw.integers(32, 129))
+    for dtype in (jnp.float32, jnp.bfloat16):
+        assert_exact(way, (1, N, K, p), 1, dtype)
+
+
+def test_a_tpu_takes_subspaces_together_whose_lanes_begin_at_a_multiple_of_128():
+    def sizes(N, K, p):
+        group = Group(N, K, p)
+        assert group.size * group.count == K and (group.count == 1 or group.lanes % 128 == 0)
+        return group.size, group.block
+
+    assert sizes(197, 12, 64) == (4, 197) and sizes(197, 6, 64) == (2, 197)
+    assert sizes(197, 3, 64) == (3, 197)  # all
+    assert sizes(577, 12, 64) == (2, 577)  # more tokens are enough work by themselves
+    assert sizes(65, 16, 48) == (8, 65) and sizes(65, 4, 128) == (4, 65)
+    for N in range(641, 4097):
+        assert N % sizes(N, 4, 64)[1] != 1  # Mosaic has no product over one token
+
+
+@pytest.mark.parametrize(
+    ("shape", "dtype", "taken"),
+    [
+        ((1, 197, 12, 64), jnp.bfloat16, True),
+        ((1, 197, 6, 64), jnp.float32, True),
+        ((1, 197, 12, 64), jnp.float16, False),
+        ((1, 1, 12, 64), jnp.float32, False),
+        ((1, 4097, 1, 8), jnp.bfloat16, False),
+        ((1, 4096, 16, 64), jnp.bfloat16, False),  # more than the memory of a TPU v4
+    ],
+)
+def test_what_the_kernels_of_a_tpu_take(shape, dtype, taken):
+    assert tpu.takes(jax.ShapeDtypeStruct(shape, dtype)) == taken
 
 
 def test_finite_differences():
@@ -99,8 +145,10 @@ def test_what_is_kept_is_of_the_scaled_scores():
     expected = jax.scipy.special.logsumexp(S, axis=-1)
     _, largest, total = attention._attend_by_xla(V)
     np.testing.assert_allclose(largest + jnp.log(total), expected, rtol=1e-5)
-    _, largest, total = gpu.attend(V, interpret=INTERPRET)
+    _, largest, total = gpu.attend(V, interpret=BACKEND != "gpu")
     np.testing.assert_allclose((largest + jnp.log2(total)) * np.log(2), expected, rtol=1e-5)
+    _, largest, total = tpu.attend(V, interpret=BACKEND != "tpu")
+    np.testing.assert_allclose(largest * 8**-0.5 + jnp.log(total), expected, rtol=1e-5)
 
 
 @pytest.mark.parametrize("images", [1, 2, 3])
@@ -137,7 +185,7 @@ def test_the_gradient_of_a_layer_norm(shape, dtype, monkeypatch):
     expected = jax.jit(lambda dY: jax.vjp(wide, *inputs)[1](dY))(dY.astype(jnp.float32))
     mean = inputs[0].mean(-1, keepdims=True)
     inverse = jax.lax.rsqrt(inputs[0].var(-1, keepdims=True) + 1e-5)
-    kernel = functools.partial(gpu_norm.normalise_backward, interpret=INTERPRET)
+    kernel = functools.partial(gpu_norm.normalise_backward, interpret=BACKEND != "gpu")
     dX, dscale, dbias = jax.jit(kernel)(X, mean, inverse, dY, scale)
     assert_near([dX], expected[:1], dtype)
     assert_near([dscale.sum(0), dbias.sum(0)], expected[1:], jnp.float32)
@@ -150,15 +198,17 @@ def gathers(compiled):
     return [line for line in compiled.as_text().splitlines() if "all-gather" in line]
 
 
-def test_each_device_attends_for_its_own_rows():
+@pytest.mark.parametrize("kernels", [gpu, tpu])
+def test_each_device_attends_for_its_own_rows(kernels):
     """Nothing is gathered for a kernel, which the compiler could not split."""
     mesh = make_mesh("data:2,fsdp:2", jax.devices()[:4])
     rows = NamedSharding(mesh, PartitionSpec(("data", "fsdp")))
     V, dO = (jax.device_put(normal(i, 8, 17, 2, 16), rows) for i in range(2))
 
     def on_rows(V, dO):
-        O_BxNxKxp, *of_rows = placement.by_rows(functools.partial(gpu.attend, interpret=True), V)
-        kernel = functools.partial(gpu.attend_backward, interpret=True)
+        forward = functools.partial(kernels.attend, interpret=True)
+        O_BxNxKxp, *of_rows = placement.by_rows(forward, V)
+        kernel = functools.partial(kernels.attend_backward, interpret=True)
         return O_BxNxKxp, placement.by_rows(kernel, V, *of_rows, dO)
 
     compiled = jax.jit(on_mesh(mesh, on_rows)).lower(V, dO).compile()
@@ -366,12 +416,12 @@ def test_subspaces_that_cudnn_alone_does_not_take(monkeypatch):
 )
 def test_old_gpus_take_the_compilers_program(capability, new, monkeypatch):
     class Device:
-        compute_capability = capability
+        compute_capability, device_kind = capability, "a GPU"
 
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
     monkeypatch.setattr(jax, "devices", lambda: [Device()])
     V = jnp.zeros((1, 5, 2, 16), jnp.bfloat16)
-    assert gpu.is_new_enough() is attention._has_kernel(V, None, "auto") is new
+    assert gpu.is_new_enough() is ("cuda" in attention._with_kernel(V, None, "auto")) is new
     if not new:
         with pytest.raises(
             ValueError, match=r"it needs compute capability 8\.0; this GPU is older"
@@ -393,24 +443,51 @@ def test_an_unknown_kernel_is_refused():
         attend_by("palas", jnp.zeros((1, 5, 2, 8)))
 
 
-def test_a_gpu_gets_the_kernels_and_other_devices_the_compilers_program():
-    """One program for all: what it is lowered for decides. float32 is the compiler's everywhere."""
+def test_gpus_and_tpus_get_their_kernels_and_other_devices_the_compilers_program():
+    """One program for all: what it is lowered for decides. Of float32 GPUs have no kernel."""
 
     def lowered(dtype, platform, kernel="auto"):
         V = jax.ShapeDtypeStruct((2, 5, 2, 16), dtype)
         run = jax.jit(lambda V, dO: jax.vjp(functools.partial(attend_by, kernel), V)[1](dO))
         return run.trace(V, V).lower(lowering_platforms=(platform,)).as_text()
 
-    kernels = ("attend", "attend_deltas", "attend_backward")
+    names = {
+        "cuda": ["attend", "attend_deltas", "attend_backward"],
+        "tpu": ["attend", "attend_backward"],
+    }
     for dtype, platform, kernel, runs in (
         (jnp.bfloat16, "cuda", "auto", True),
         (jnp.bfloat16, "cuda", "xla", False),
         (jnp.float32, "cuda", "auto", False),
         (jnp.bfloat16, "cpu", "auto", False),
-        (jnp.bfloat16, "tpu", "auto", False),
+        (jnp.bfloat16, "tpu", "auto", True),
+        (jnp.float32, "tpu", "auto", True),
+        (jnp.float16, "tpu", "auto", False),
+        (jnp.bfloat16, "tpu", "xla", False),
     ):
         text = lowered(dtype, platform, kernel)
-        assert all((f'"{name}"' in text) is runs for name in kernels), (platform, kernel)
+        found = [name for name in names["cuda"] if f'"{name}"' in text]
+        assert found == (names[platform] if runs else []), (dtype, platform, kernel)
+
+
+@pytest.mark.parametrize(("kind", "new"), [("TPU v3", False), ("TPU v4", True), ("TPU7x", True)])
+def test_old_tpus_take_the_compilers_program(kind, new, monkeypatch):
+    monkeypatch.setattr(placement, "platform", lambda: "tpu")
+    monkeypatch.setattr(placement, "device_kind", lambda: kind)
+    V = jnp.zeros((1, 5, 2, 16), jnp.bfloat16)
+    assert ("tpu" in attention._with_kernel(V, None, "auto")) is new
+    if not new:
+        with pytest.raises(
+            ValueError, match=r"it needs TPU v4; this one is older\. Set it to auto"
+        ):
+            attend_by("pallas", V)
+
+
+def test_what_a_tpu_cannot_hold_is_refused(monkeypatch):
+    monkeypatch.setattr(placement, "platform", lambda: "tpu")
+    V = jnp.zeros((1, 5000, 1, 16), jnp.bfloat16)
+    with pytest.raises(ValueError, match=r"memory must hold an image.* here are 5000 x 1 x 16 num"):
+        attend_by("pallas", V)
 
 
 def test_all_layers_in_one_iteration_where_the_devices_are_gpus(monkeypatch):
