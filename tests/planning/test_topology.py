@@ -1,0 +1,165 @@
+"""Plans by the compilers of TPUs and GPUs; most need the compilers, and none needs a device."""
+
+import importlib.util
+import json
+
+import jax
+import pytest
+from command import run
+
+from crate_jax.planning import topology
+from crate_jax.planning.chips import CHIPS
+from crate_jax.planning.compiling import compile_for
+from crate_jax.planning.topology import SLICES, find_topology
+
+SMALL = [
+    *("--config.model.image_size=32,32", "--config.model.patch_size=8,8"),
+    *("--config.model.depth=2", "--config.batch_size=64"),
+]
+
+
+def plan(*arguments, recipe="imagenet1k:tiny"):
+    status, out, err = run("-m", "crate_jax", "plan", f"--config={recipe}", *arguments, *SMALL)
+    return status, out, err
+
+
+@pytest.fixture
+def libtpu():
+    pytest.importorskip("libtpu", reason="needs pip install 'crate-jax[tpu-compiler]'")
+
+
+@pytest.fixture
+def cuda():
+    for module in ("jax_plugins.xla_cuda13", "nvidia.cu13"):
+        try:
+            found = importlib.util.find_spec(module)
+        except ModuleNotFoundError:
+            found = None
+        if found is None:
+            pytest.skip("needs pip install 'crate-jax[cuda-compiler]'")
+
+
+@pytest.mark.parametrize(
+    "name", ["v5e", "v5e:", "v5e:4by4", "v9:2x2", "h100:0", "h100:9", "a100", "", "v5e:4x4:2"]
+)
+def test_unknown_topologies_are_refused_and_the_known_listed(name):
+    with pytest.raises(KeyError) as caught:
+        find_topology(name)
+    message = caught.value.args[0]
+    assert message.startswith(f"--topology must be a slice of TPUs or a GPU that the compilers know; got {name}")  # fmt: skip  # noqa: E501
+    assert all(f"{family}:{largest}" in message for family, largest in SLICES.items())
+    assert "h100 to h100:8" in message
+
+
+@pytest.mark.parametrize(
+    ("name", "module", "extra"),
+    [("v5e:4x4", "libtpu", "tpu-compiler"), ("h100", "jax_plugins.xla_cuda13", "cuda-compiler")],
+)
+def test_without_the_compiler_one_line_says_what_to_install(monkeypatch, name, module, extra):
+    monkeypatch.setattr(topology.importlib.util, "find_spec", lambda name: None)
+    message = rf"--topology={name} must have its compiler; {module} is not installed\. pip install "
+    with pytest.raises(ValueError, match=message + rf"'crate-jax\[{extra}\]'\."):
+        find_topology(name)
+
+
+def test_a_plan_needs_a_mesh_or_a_topology():
+    status, out, err = plan()
+    assert (status, out) == (2, "")
+    assert err == "error: plan must get --mesh, --topology or both. See --help.\n"
+
+
+@pytest.mark.parametrize("family", sorted(SLICES.keys() & CHIPS.keys()))
+def test_libtpu_knows_the_largest_slices(libtpu, family):
+    found = find_topology(f"{family}:{SLICES[family]}")
+    peaks, device = CHIPS[family], found.chip
+    assert device and device.flops * found.devices_per_chip == peaks.flops
+    assert device.memory * found.devices_per_chip == peaks.memory
+    chips = len(found.devices) // found.devices_per_chip
+    assert chips <= peaks.domain
+
+
+def test_libtpu_refuses_what_is_no_slice(libtpu):
+    with pytest.raises(KeyError, match=r"got v5e:3x3 \(INVALID_ARGUMENT: .*\)\. Known: one chip"):
+        find_topology("v5e:3x3")
+
+
+def test_a_mesh_that_does_not_fill_the_topology(libtpu):
+    status, out, err = plan("--topology=v5e:4x4", "--mesh=data:4")
+    assert (status, out) == (2, "")
+    assert err.splitlines()[-1] == (
+        "error: parallel.mesh must multiply to the 16 devices; got data:4. Give one axis the size "
+        "-1."
+    )
+
+
+@pytest.mark.slow
+def test_the_program_of_a_slice_of_tpus(libtpu, tmp_path, monkeypatch):
+    """Split weights are gathered beside other work, and their gradients scattered."""
+    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path))
+    arguments = ("--topology=v5e:2x4", "--mesh=data:2,fsdp:4")
+    status, out, err = plan(*arguments)
+    assert status == 0, err
+    assert "compiling for v5e:2x4 with libtpu" in err
+    *table, last = out.splitlines()
+    found = json.loads(last)
+    compiled = found["compiled"]
+    assert (compiled["topology"], compiled["dtype"]) == ("v5e:2x4", "bfloat16")
+    kinds, depth = compiled["collectives"], 2
+    assert kinds["all-gather"]["count"] == 6 * depth + 3
+    assert kinds["all-gather"]["overlapping"] >= 4 * depth
+    # One of all matrices of a layer; and those of the patches' projection and of the head.
+    assert kinds["reduce-scatter"]["count"] == depth + 2
+    assert compiled["gathered_bytes"] == pytest.approx(found["gathered_bytes"], rel=0.05)
+    assert compiled["gradient_bytes"] == pytest.approx(found["gradient_bytes"], rel=0.05)
+    assert compiled["moved"] > sum(x["bytes"] for x in compiled["moved_by"]) > 0
+    seconds = found["chips"]["v5e"]
+    assert seconds["memory_s"] == pytest.approx(compiled["moved"] / CHIPS["v5e"].memory_bandwidth)
+    assert seconds["fits"] and any("overlapping" in line for line in table)
+    # The second time nothing is compiled.
+    status, again, err = plan(*arguments)
+    assert (status, err) == (0, "") and json.loads(again.splitlines()[-1]) == found
+
+
+@pytest.mark.slow
+def test_the_program_of_gpus_has_their_kernels_and_no_loop(cuda, tmp_path, monkeypatch):
+    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path))
+    status, out, err = plan("--topology=h100:2")
+    assert status == 0, err
+    found = json.loads(out.splitlines()[-1])
+    compiled = found["compiled"]
+    assert set(compiled["collectives"]) == {"all-reduce"} and list(found["chips"]) == ["h100"]
+    assert {x["trips"] for x in compiled["moved_by"]} == {1}
+    assert any("triton" in x["opcode"] for x in compiled["moved_by"])
+
+
+class Refused:
+    """A program that its compiler finds too large."""
+
+    def as_text(self):
+        return "module @too_large"
+
+    def compile(self, compiler_options):
+        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Used 20G of 15.75G hbm.\nMore.")
+
+
+def test_what_the_compiler_finds_too_large_is_told_and_kept(monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    device = jax.devices()[0]
+    here = topology.Topology("v5e:1x1", "tpu", [device], CHIPS["v5e"], 1, "libtpu 0", {}, (0,))
+    said = []
+    for _ in range(2):
+        made = compile_for(here, Refused(), said.append)  # type: ignore[arg-type]
+        assert (made.text, made.refused) == ("", "RESOURCE_EXHAUSTED: Used 20G of 15.75G hbm.")
+    assert said == ["compiling for v5e:1x1 with libtpu 0; this takes a minute or several"]
+
+
+def test_another_failure_of_the_compiler_is_no_answer(monkeypatch, tmp_path):
+    class Broken(Refused):
+        def compile(self, compiler_options):
+            raise jax.errors.JaxRuntimeError("INTERNAL: a bug")
+
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    here = topology.Topology("x", "tpu", jax.devices()[:1], None, 1, "libtpu 0", {}, (0,))
+    with pytest.raises(jax.errors.JaxRuntimeError, match="INTERNAL: a bug"):
+        compile_for(here, Broken())  # type: ignore[arg-type]
+    assert not list(tmp_path.rglob("*.gz"))
