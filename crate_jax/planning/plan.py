@@ -69,7 +69,7 @@ def plan(config: TrainConfig, spec: str) -> Json:
         )
         for name, chip in CHIPS.items()
     }
-    compiled = lowered.compile()
+    compiled: Any = lowered.compile()
     held = compiled.memory_analysis()
     found = collectives(compiled.as_text(), run.mesh.devices.size)
     return _by_formula(run, model, state, need) | {
