@@ -88,7 +88,7 @@ def _folder() -> Path:
 def _key(topology: Topology, lowered: Lowered) -> str:
     """Of all that the compiler's work depends on."""
     flags = [os.environ.get(name, "") for name in ("XLA_FLAGS", "LIBTPU_INIT_ARGS")]
-    about = [topology.name, topology.compiler, *flags, repr(sorted(topology.options))]
+    about = [topology.name, topology.compiler, *flags, repr(sorted(topology.options.items()))]
     return hashlib.sha256("\n".join([*about, lowered.as_text()]).encode()).hexdigest()
 
 

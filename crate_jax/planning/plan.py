@@ -10,7 +10,7 @@ import dataclasses
 import math
 from collections import Counter
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -103,21 +103,18 @@ def plan_on(
         ``collectives``, ``count``, ``bytes`` and ``overlapping`` (how many of the count) of each
         kind; ``gradient_bytes`` and ``gathered_bytes``; ``moved``, bytes through the memory of a
         device by the static account of `crate_jax.planning.program`; ``moved_by``, the operations
-        that move most; ``copies`` of arrays as large as the tokens of a device. ``chips``: for the
-        chip, if `CHIPS` has it, what `least_seconds` says of the program, with operations by
-        formula.
+        that move most, and ``moved_by_opcode``, what all of a kind move; ``copies`` of arrays as
+        large as the tokens of a device. ``chips``: for the chip, if `CHIPS` has it, what
+        `least_seconds` says of the program, with operations by formula.
         Where the compiler refuses it for want of memory, ``refused`` stands for most of this.
 
     Raises:
         ValueError, KeyError: the config breaks a rule, or it and the mesh do not fit together.
     """
-    run = _run(config, spec, topology.devices)
-    model: Any = run.task.model
-    # What JAX's default platform decides elsewhere: here it is the CPU.
-    on_device = model.clone(scan_unroll=model.layers_at_once_on(topology.platform))
-    state, batch, lowered = _lower(run, on_device)
-    need = formulas.need(run, on_device, state, batch)
-    made = compile_for(topology, lowered, say)
+    step = lower_step(config, spec, topology)
+    run, model = step.run, step.model
+    need = formulas.need(run, model, step.state, step.batch)
+    made = compile_for(topology, step.lowered, say)
     compiled: Json = {
         "topology": topology.name,
         "compiler": topology.compiler,
@@ -125,7 +122,7 @@ def plan_on(
         "seconds": made.seconds,
         "dtype": jnp.dtype(model.dtype).name,
     } | _beside(need)
-    found = _by_formula(run, model, state, need) | {"compiled": compiled, "chips": {}}
+    found = _by_formula(run, model, step.state, need) | {"compiled": compiled, "chips": {}}
     if made.refused:
         compiled["refused"] = made.refused
         return found
@@ -134,6 +131,9 @@ def plan_on(
     moved = sum(x.bytes for x in operations)
     tokens = run.config.batch_size * model.num_tokens * model.width // run.mesh.devices.size
     most = sorted(operations, key=lambda x: -x.bytes)[:_SHOWN]
+    by_opcode: Counter[str] = Counter()
+    for operation in operations:
+        by_opcode[operation.opcode] += operation.bytes
     compiled |= {
         "memory": made.memory,
         **_sent(sent),
@@ -142,6 +142,7 @@ def plan_on(
             {name: getattr(x, name) for name in ("name", "opcode", "source", "bytes", "trips")}
             for x in most
         ],
+        "moved_by_opcode": dict(by_opcode.most_common()),
         "copies": copies(operations, tokens // run.config.optim.accumulate_steps),
     }
     if topology.chip:
@@ -153,6 +154,42 @@ def plan_on(
             made.memory,
         )
     return found
+
+
+class Step(NamedTuple):
+    """A training step that waits for a compiler.
+
+    Attributes:
+        run: of which it is the step.
+        model: as it computes on the devices that it is for.
+        state: shapes with shardings.
+        batch: likewise.
+        lowered: what a compiler takes.
+    """
+
+    run: Run
+    model: Any
+    state: TrainState
+    batch: Batch
+    lowered: Lowered
+
+
+def lower_step(config: TrainConfig, spec: str, topology: Topology) -> Step:
+    """The training step of a config, for devices that are not here.
+
+    Args:
+        config: as for `plan_on`.
+        spec: likewise.
+        topology: whose devices they are.
+
+    Raises:
+        ValueError, KeyError: as `plan_on`.
+    """
+    run = _run(config, spec, topology.devices)
+    model: Any = run.task.model
+    # Elsewhere JAX's default platform decides; here that is the CPU.
+    model = model.clone(scan_unroll=model.layers_at_once_on(topology.platform))
+    return Step(run, model, *_lower(run, model))
 
 
 def _run(config: TrainConfig, spec: str, devices: Any) -> Run:

@@ -42,6 +42,9 @@ def _compiled(compiled: Json) -> Iterator[str]:
     if "moved" not in compiled:
         return
     yield f"  {'moved through memory, MB':<33}{compiled['moved'] / 1e6:>10.1f}"
+    for opcode, size in compiled["moved_by_opcode"].items():
+        if size > compiled["moved"] / 100:
+            yield f"    {'by ' + opcode:<31}{size / 1e6:>10.1f}"
     yield f"  {'copies of all tokens':<26}{compiled['copies']:>7}"
     yield "  operations that move most (MB, share, times, what, from where)"
     for operation in compiled["moved_by"][:10]:
@@ -62,7 +65,7 @@ def _times(found: Json) -> Iterator[str]:
         return
     source = "of the program" if "topology" in found["compiled"] else "by formula"
     yield f"at peak, {source} (ms)"
-    yield "            compute    memory     links   network      step      fits"
+    yield "            compute    memory     links   network      step      fits  bound by"
     for chip, seconds in found["chips"].items():
         cells = [
             f"{1e3 * seconds[f'{name}_s']:.2f}" if f"{name}_s" in seconds else ""
@@ -70,4 +73,5 @@ def _times(found: Json) -> Iterator[str]:
         ]
         low, high = (1e3 * s for s in seconds["step_s"])
         cells += [f"{low:.1f}-{high:.1f}", "yes" if seconds["fits"] else "NO"]
-        yield f"  {chip:<7}" + "".join(f"{cell:>10}" for cell in cells)
+        row = "".join(f"{cell:>10}" for cell in cells)
+        yield f"  {chip:<7}{row}  {seconds['bound_by']}"

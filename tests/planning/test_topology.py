@@ -112,6 +112,7 @@ def test_the_program_of_a_slice_of_tpus(libtpu, tmp_path, monkeypatch):
     assert compiled["gathered_bytes"] == pytest.approx(found["gathered_bytes"], rel=0.05)
     assert compiled["gradient_bytes"] == pytest.approx(found["gradient_bytes"], rel=0.05)
     assert compiled["moved"] > sum(x["bytes"] for x in compiled["moved_by"]) > 0
+    assert compiled["moved"] == sum(compiled["moved_by_opcode"].values())
     seconds = found["chips"]["v5e"]
     assert seconds["memory_s"] == pytest.approx(compiled["moved"] / CHIPS["v5e"].memory_bandwidth)
     assert seconds["fits"] and any("overlapping" in line for line in table)
@@ -129,7 +130,7 @@ def test_the_program_of_gpus_has_their_kernels_and_no_loop(cuda, tmp_path, monke
     compiled = found["compiled"]
     assert set(compiled["collectives"]) == {"all-reduce"} and list(found["chips"]) == ["h100"]
     assert {x["trips"] for x in compiled["moved_by"]} == {1}
-    assert any("triton" in x["opcode"] for x in compiled["moved_by"])
+    assert any("triton" in opcode for opcode in compiled["moved_by_opcode"])
 
 
 class Refused:
