@@ -1,15 +1,21 @@
 """Plans by the compilers of TPUs and GPUs; most need the compilers, and none needs a device."""
 
+import dataclasses
 import importlib.util
 import json
+import time
+import types
 
 import jax
 import pytest
 from command import run
 
+from crate_jax.cli.recipes import load_recipe
 from crate_jax.planning import topology
 from crate_jax.planning.chips import CHIPS
-from crate_jax.planning.compiling import compile_for
+from crate_jax.planning.compiling import Compiled, compile_for
+from crate_jax.planning.plan import plan_on
+from crate_jax.planning.report import table
 from crate_jax.planning.topology import SLICES, find_topology
 
 SMALL = [
@@ -60,6 +66,15 @@ def test_without_the_compiler_one_line_says_what_to_install(monkeypatch, name, m
     message = rf"--topology={name} must have its compiler; {module} is not installed\. pip install "
     with pytest.raises(ValueError, match=message + rf"'crate-jax\[{extra}\]'\."):
         find_topology(name)
+
+
+def test_without_the_assembler_one_line_says_what_to_install(monkeypatch, tmp_path):
+    toolkit = types.SimpleNamespace(__path__=[str(tmp_path)])
+    monkeypatch.setattr(topology.importlib.util, "find_spec", lambda name: name)
+    monkeypatch.setattr(topology.importlib, "import_module", lambda name: toolkit)
+    message = r"--topology=h100:2 must have its compiler; ptxas is not installed\. pip install "
+    with pytest.raises(ValueError, match=message + r"'crate-jax\[cuda-compiler\]'\."):
+        find_topology("h100:2")
 
 
 def test_a_plan_needs_a_mesh_or_a_topology():
@@ -133,6 +148,49 @@ def test_the_program_of_gpus_has_their_kernels_and_no_loop(cuda, tmp_path, monke
     assert any("triton" in opcode for opcode in compiled["moved_by_opcode"])
 
 
+@pytest.fixture
+def here(monkeypatch, tmp_path):
+    """Two devices of this machine, as if they were a topology, and an empty cache."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    devices = jax.devices()[:2]
+    return topology.Topology("v5e:2", "cpu", devices, CHIPS["v5e"], 1, "this compiler", {}, (0,))
+
+
+def small_recipe():
+    config = load_recipe("imagenet1k:tiny")
+    config.model.image_size, config.model.patch_size = (32, 32), (8, 8)
+    config.model.depth, config.batch_size = 2, 8
+    return config
+
+
+def test_what_a_plan_says_of_a_program(here):
+    said = []
+    found = plan_on(small_recipe(), "data:-1", here, said.append)
+    compiled, seconds = found["compiled"], found["chips"]["v5e"]
+    assert (compiled["topology"], compiled["compiler"]) == ("v5e:2", "this compiler")
+    assert list(compiled["collectives"]) == ["all-reduce"]
+    assert compiled["memory"] > 4 * 2 * found["parameters"]  # with Lion's moment
+    assert compiled["moved"] > compiled["memory"] / 2
+    limits = {name: seconds[f"{name}_s"] for name in ("compute", "memory", "links")}
+    assert seconds["bound_by"] == max(limits, key=limits.get)
+    assert seconds["compute_s"] == found["flops"] / 2 / CHIPS["v5e"].flops
+    text = table(found)
+    assert "compiled for v5e:2 in bfloat16" in text and "at peak, of the program (ms)" in text
+    assert plan_on(small_recipe(), "data:-1", here, said.append) == found
+    assert len([line for line in said if line.startswith("compiling for")]) == 1
+    unknown = dataclasses.replace(here, chip=None)
+    assert plan_on(small_recipe(), "data:-1", unknown)["chips"] == {}
+
+
+def test_a_plan_of_what_does_not_fit(here, monkeypatch):
+    refused = Compiled("", 0, 1.0, "RESOURCE_EXHAUSTED: Used 20G of 15.75G hbm.")
+    monkeypatch.setattr("crate_jax.planning.plan.compile_for", lambda *_: refused)
+    found = plan_on(small_recipe(), "data:-1", here)
+    assert found["compiled"]["refused"] == refused.refused and found["chips"] == {}
+    assert f"  does not fit: {refused.refused}\n" in table(found)
+    assert "no time: " in table(found)
+
+
 class Refused:
     """A program that its compiler finds too large."""
 
@@ -143,24 +201,40 @@ class Refused:
         raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Used 20G of 15.75G hbm.\nMore.")
 
 
-def test_what_the_compiler_finds_too_large_is_told_and_kept(monkeypatch, tmp_path):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    device = jax.devices()[0]
-    here = topology.Topology("v5e:1x1", "tpu", [device], CHIPS["v5e"], 1, "libtpu 0", {}, (0,))
+def test_what_the_compiler_finds_too_large_is_told_and_kept(here):
     said = []
     for _ in range(2):
         made = compile_for(here, Refused(), said.append)  # type: ignore[arg-type]
         assert (made.text, made.refused) == ("", "RESOURCE_EXHAUSTED: Used 20G of 15.75G hbm.")
-    assert said == ["compiling for v5e:1x1 with libtpu 0; this takes a minute or several"]
+    assert said == ["compiling for v5e:2 with this compiler; this takes a minute or several"]
 
 
-def test_another_failure_of_the_compiler_is_no_answer(monkeypatch, tmp_path):
+def test_another_failure_of_the_compiler_is_no_answer(here, tmp_path):
     class Broken(Refused):
         def compile(self, compiler_options):
             raise jax.errors.JaxRuntimeError("INTERNAL: a bug")
 
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    here = topology.Topology("x", "tpu", jax.devices()[:1], None, 1, "libtpu 0", {}, (0,))
     with pytest.raises(jax.errors.JaxRuntimeError, match="INTERNAL: a bug"):
         compile_for(here, Broken())  # type: ignore[arg-type]
     assert not list(tmp_path.rglob("*.gz"))
+
+
+def test_a_compiler_that_is_slow_is_said_to_be_at_work(here, monkeypatch):
+    class Slow(Refused):
+        def compile(self, compiler_options):
+            time.sleep(0.3)
+            return super().compile(compiler_options)
+
+    monkeypatch.setattr("crate_jax.planning.compiling._SAY_EVERY_S", 0.1)
+    said = []
+    compile_for(here, Slow(), said.append)  # type: ignore[arg-type]
+    assert said[1:] and all(line.startswith("compiling, ") for line in said[1:])
+
+
+def test_half_a_file_in_the_cache_is_made_anew(here, tmp_path):
+    compile_for(here, Refused())  # type: ignore[arg-type]
+    (kept,) = tmp_path.rglob("*.gz")
+    whole = kept.read_bytes()
+    kept.write_bytes(whole[:20])
+    compile_for(here, Refused())  # type: ignore[arg-type]
+    assert kept.stat().st_size >= len(whole) - 2  # but for the time that it took
