@@ -17,8 +17,9 @@ from crate_jax.training.run import Run
 from crate_jax.training.state import TrainState
 
 # What a backward pass holds for a moment, beside the activations of the layer under way: so many
-# float32 arrays of tokens, and of the patches' pixels. Fitted to programs compiled for CPU devices.
-_WORKING_TOKENS, _WORKING_PATCHES = 2, 6
+# float32 arrays of tokens, and of the patches' pixels. Fitted to programs compiled for CPU devices,
+# and to those for accelerators, which fuse more and overwrite in place.
+_WORKING_ON_CPU, _WORKING = (2, 6), (1, 0)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,7 +46,7 @@ class Need:
 
 
 def need(
-    run: Run, model: ImageClassifier, state: TrainState, batch: Batch, *, in_parts: bool = False
+    run: Run, model: ImageClassifier, state: TrainState, batch: Batch, *, on_cpu: bool = False
 ) -> Need:
     """What a step of a run needs with a model in place of its own.
 
@@ -54,20 +55,25 @@ def need(
         model: see `memory_bytes`.
         state: shapes with shardings.
         batch: likewise.
-        in_parts: whether the compiler adds the gradient of a weight in several products up over the
-            devices product by product, as that for CPUs does: D's from Y Dᵀ and E D.
+        on_cpu: whether the compiler is that for CPUs. It adds the gradient of a weight in several
+            products up over the devices product by product: D's from Y Dᵀ and E D.
     """
     optim = run.config.optim
-    parts = gradient_parts(model) if in_parts else 0
+    parts = gradient_parts(model) if on_cpu else 0
     sums = gradient_sums(model, state, run.mesh, optim.accumulate_steps, parts)
     gathered = gathered_bytes(model, state, optim.accumulate_steps)
     if gathered:
         sums.append(Joined("all-gather", gathered, run.mesh.shape["fsdp"]))
-    return Need(memory_bytes(model, state, batch, optim), sums)
+    return Need(memory_bytes(model, state, batch, optim, on_cpu=on_cpu), sums)
 
 
 def memory_bytes(
-    model: ImageClassifier, state: TrainState, batch: Batch, optim: OptimConfig
+    model: ImageClassifier,
+    state: TrainState,
+    batch: Batch,
+    optim: OptimConfig,
+    *,
+    on_cpu: bool = False,
 ) -> dict[str, int]:
     """Bytes that one device holds at the height of a training step, by kind.
 
@@ -76,28 +82,32 @@ def memory_bytes(
         state: shapes with shardings.
         batch: likewise.
         optim: reads optimizer and accumulate_steps.
+        on_cpu: whether the program is compiled for CPUs.
 
     Returns:
         ``parameters``, ``optimizer`` (with the average, if any), ``gradients``, ``activations``
         (what the backward pass keeps of all layers), ``working`` (what it holds of one layer for a
-        moment, or of those that scan_unroll joins), ``copies`` (of what XLA overwrites while it is
-        still read) and ``batch``. ``working`` and ``copies`` are fitted to programs for CPUs.
+        moment, or of those that scan_unroll joins and remat computes again), ``copies`` (of what
+        XLA for CPUs overwrites while it is still read) and ``batch``. ``working`` and ``copies``
+        are fitted to compiled programs.
     """
     micro_batches = optim.accumulate_steps
     any_of_batch = jax.tree.leaves(batch)[0]
     rows = any_of_batch.sharding.shard_shape(any_of_batch.shape)[0] // micro_batches
     params = _bytes(state.params, per_device=True)
-    layers = model.layers_at_once * activation_bytes(model.clone(remat="none")) // model.depth
-    values = _WORKING_TOKENS * model.num_tokens * model.width
-    values += _WORKING_PATCHES * math.prod(model.input_shape)
+    at_once = 1 if model.remat == "none" else model.layers_at_once
+    layers = at_once * activation_bytes(model.clone(remat="none")) // model.depth
+    of_tokens, of_patches = _WORKING_ON_CPU if on_cpu else _WORKING
+    values = of_tokens * model.num_tokens * model.width
+    values += of_patches * math.prod(model.input_shape)
     working = rows * (layers + 4 * values)
     # Lion's moment makes both the update and the next moment; with more micro-batches the second
     # set of gradients is free by then.
-    copies = params if optim.optimizer == "lion" and micro_batches == 1 else 0
+    copies = params if on_cpu and optim.optimizer == "lion" and micro_batches == 1 else 0
     if params < _bytes(state.params, per_device=False):
         # The weights of a layer, gathered, and their gradients; and the shards of all layers.
         working += 2 * _bytes(state.params["blocks"], per_device=False) // model.depth
-        copies += _bytes(state.params["blocks"], per_device=True)
+        copies += _bytes(state.params["blocks"], per_device=True) if on_cpu else 0
     return {
         "parameters": params,
         "optimizer": _bytes(state, per_device=True) - params,

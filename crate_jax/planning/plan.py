@@ -75,7 +75,7 @@ def plan(config: TrainConfig, spec: str) -> Json:
     return _by_formula(run, model, state, need) | {
         "chips": chips,
         "compiled": {"dtype": "float32"}
-        | _beside(formulas.need(run, twin, state, batch, in_parts=True))
+        | _beside(formulas.need(run, twin, state, batch, on_cpu=True))
         | {
             "memory": held.argument_size_in_bytes + held.temp_size_in_bytes,
             **_sent(found),
@@ -99,7 +99,7 @@ def plan_on(
 
     Returns:
         By formula what `plan` gives. ``compiled``, of the program: ``topology``, ``compiler``,
-        ``devices_per_chip``, ``seconds`` that compiling took, ``dtype``, ``memory``,
+        ``seconds`` that compiling took, ``dtype``, ``memory``,
         ``collectives``, ``count``, ``bytes`` and ``overlapping`` (how many of the count) of each
         kind; ``gradient_bytes`` and ``gathered_bytes``; ``moved``, bytes through the memory of a
         device by the static account of `crate_jax.planning.program`; ``moved_by``, the operations
@@ -118,7 +118,6 @@ def plan_on(
     compiled: Json = {
         "topology": topology.name,
         "compiler": topology.compiler,
-        "devices_per_chip": topology.devices_per_chip,
         "seconds": made.seconds,
         "dtype": jnp.dtype(model.dtype).name,
     } | _beside(need)

@@ -7,7 +7,6 @@ assembler of CUDA's toolkit.
 import dataclasses
 import importlib
 import importlib.util
-import math
 import os
 import re
 from importlib.metadata import version
@@ -36,6 +35,8 @@ _TPU_ENVIRONMENT = {
     "TPU_ACCELERATOR_TYPE": "v5litepod-4",
     "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
 }
+# The two cores of a v4 work as one device, as JAX has it on the hardware; v5p's do by themselves.
+_CORES = {"v4": {"chip_config_name": "megacore_dense"}}
 # XLA's GpuTargetConfigProto: an SXM card of compute capability 9.0, by NVIDIA's figures.
 _HOPPER = """
 gpu_device_info {{
@@ -61,9 +62,7 @@ class Topology:
         name: as it was asked for.
         platform: "tpu" or "gpu", as JAX calls it.
         devices: of `jax.Device`, though nothing runs on them.
-        chip: the peaks of one device; None where `CHIPS` has none. A device of a TPU of two cores
-            that JAX shows apart (v2, v3, v4, tpu7x) has half of its chip.
-        devices_per_chip: how many those are.
+        chip: the peaks of a device; None where `CHIPS` has none.
         compiler: its name and version.
         options: that it needs, by XLA's names.
         spaces: the memories that a program's account counts, see
@@ -74,7 +73,6 @@ class Topology:
     platform: str
     devices: Devices
     chip: Chip | None
-    devices_per_chip: int
     compiler: str
     options: dict[str, Any]
     spaces: tuple[int, ...]
@@ -114,30 +112,18 @@ def _slice(name: str, family: str, layout: str) -> Topology:
     host = (1, 1, 1) if set(layout.split("x")) == {"1"} else (2, 2, 1)
     try:
         devices = topologies.get_topology_desc(
-            platform="tpu", topology_name=name, chips_per_host_bounds=host
+            platform="tpu", topology_name=name, chips_per_host_bounds=host, **_CORES.get(family, {})
         ).devices
     except jax.errors.JaxRuntimeError as error:
         raise KeyError(_unknown(name, f" ({first_line(error)})")) from error
-    per_chip = len(devices) // math.prod(map(int, layout.split("x")))
     return Topology(
         name=name,
         platform="tpu",
         devices=devices,
-        chip=_part(CHIPS.get(family), per_chip),
-        devices_per_chip=per_chip,
+        chip=CHIPS.get(family),
         compiler=f"libtpu {version('libtpu')}",
         options={},
         spaces=(0,),
-    )
-
-
-def _part(chip: Chip | None, parts: int) -> Chip | None:
-    """The peaks of a core of so many."""
-    if chip is None or parts == 1:
-        return chip
-    shared = ("flops", "memory", "memory_bandwidth", "link", "network")
-    return dataclasses.replace(
-        chip, domain=chip.domain * parts, **{name: getattr(chip, name) / parts for name in shared}
     )
 
 
@@ -161,7 +147,6 @@ def _gpus(name: str, family: str, count: int) -> Topology:
         platform="gpu",
         devices=devices,
         chip=chip,
-        devices_per_chip=1,
         compiler=f"jax-cuda13-plugin {version('jax-cuda13-plugin')}",
         # It would time kernels on a device that is not here.
         options={"xla_gpu_autotune_level": 0, "xla_gpu_cuda_data_dir": toolkit},

@@ -3,6 +3,7 @@
 import dataclasses
 import importlib.util
 import json
+import math
 import time
 import types
 
@@ -11,6 +12,7 @@ import pytest
 from command import run
 
 from crate_jax.cli.recipes import load_recipe
+from crate_jax.parallel import make_mesh
 from crate_jax.planning import topology
 from crate_jax.planning.chips import CHIPS
 from crate_jax.planning.compiling import Compiled, compile_for
@@ -86,11 +88,10 @@ def test_a_plan_needs_a_mesh_or_a_topology():
 @pytest.mark.parametrize("family", sorted(SLICES.keys() & CHIPS.keys()))
 def test_libtpu_knows_the_largest_slices(libtpu, family):
     found = find_topology(f"{family}:{SLICES[family]}")
-    peaks, device = CHIPS[family], found.chip
-    assert device and device.flops * found.devices_per_chip == peaks.flops
-    assert device.memory * found.devices_per_chip == peaks.memory
-    chips = len(found.devices) // found.devices_per_chip
-    assert chips <= peaks.domain
+    assert found.chip == CHIPS[family]
+    assert len(found.devices) == math.prod(map(int, SLICES[family].split("x")))
+    assert make_mesh("data:-1", found.devices[:4]).devices.shape == (4, 1)
+    assert len(found.devices) <= found.chip.domain
 
 
 def test_libtpu_refuses_what_is_no_slice(libtpu):
@@ -153,7 +154,7 @@ def here(monkeypatch, tmp_path):
     """Two devices of this machine, as if they were a topology, and an empty cache."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     devices = jax.devices()[:2]
-    return topology.Topology("v5e:2", "cpu", devices, CHIPS["v5e"], 1, "this compiler", {}, (0,))
+    return topology.Topology("v5e:2", "cpu", devices, CHIPS["v5e"], "this compiler", {}, (0,))
 
 
 def small_recipe():
