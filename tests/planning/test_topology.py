@@ -150,11 +150,21 @@ def test_the_program_of_gpus_has_their_kernels_and_no_loop(cuda, tmp_path, monke
 
 
 @pytest.fixture
-def here(monkeypatch, tmp_path):
+def here(tmp_path):
     """Two devices of this machine, as if they were a topology, and an empty cache."""
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    before = jax.config.values["jax_compilation_cache_dir"]
+    jax.config.update("jax_compilation_cache_dir", str(tmp_path))
     devices = jax.devices()[:2]
-    return topology.Topology("v5e:2", "cpu", devices, CHIPS["v5e"], "this compiler", {}, (0,))
+    yield topology.Topology("v5e:2", "cpu", devices, CHIPS["v5e"], "this compiler", {}, (0,))
+    jax.config.update("jax_compilation_cache_dir", before)
+
+
+def test_programs_are_kept_in_the_cache_of_the_project(monkeypatch, here, tmp_path):
+    jax.config.update("jax_compilation_cache_dir", None)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    compile_for(here, Refused())  # type: ignore[arg-type]
+    (kept,) = tmp_path.rglob("*.gz")
+    assert kept.parent == tmp_path / "crate_jax" / "planned"
 
 
 def small_recipe():
