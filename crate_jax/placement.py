@@ -21,6 +21,23 @@ _Result = TypeVar("_Result")
 _TAKEN: ContextVar[frozenset[str]] = ContextVar("_TAKEN", default=frozenset())
 
 
+def platform() -> str:
+    """For what a function is traced, "cpu", "gpu" or "tpu": the devices of the mesh around it.
+
+    JAX's default where there is none. It is for speed alone: a program may be lowered for another
+    platform than it was traced for, and is right there too.
+    """
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    name = device.platform if device else jax.default_backend()
+    return "gpu" if name in ("cuda", "rocm") else name
+
+
+def device_kind() -> str:
+    """What JAX calls the devices of the mesh around a function, or its own where there is none."""
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    return device.device_kind if device else jax.devices()[0].device_kind
+
+
 def is_shared(X: Array) -> bool:
     """Whether devices share an axis of X, by its type."""
     return any(axis is not None for axis in jax.typeof(X).sharding.spec)

@@ -9,6 +9,7 @@ The letters are those of `crate_jax.models.layers`.
 
 import dataclasses
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +17,7 @@ from jax import Array
 from jax.ad_checkpoint import checkpoint_name as keep
 
 from crate_jax import placement
-from crate_jax.models import gpu
+from crate_jax.models import gpu, tpu
 from crate_jax.models.derivatives import of_type, wide
 
 # By whom: "auto", the kernel of the platform where it has one for the case; "xla", the compiler
@@ -47,44 +48,81 @@ def attend_by(kernel: str, V_BxNxKxp: Array, mask: Array | None = None) -> Array
     return _cudnn(V_BxNxKxp) if kernel == "cudnn" else _attend(V_BxNxKxp, mask, kernel)
 
 
+def keep_merged(X_BxNxKxp: Array, name: str) -> Array:
+    """X, which the backward pass may keep by a name, with its subspaces side by side.
+
+    So a projection writes them. A TPU pads the last two axes of an array to 8 x 128.
+    """
+    if placement.is_shared(X_BxNxKxp):
+        return keep(X_BxNxKxp, name)
+    B, N, K, p = X_BxNxKxp.shape
+    return keep(X_BxNxKxp.reshape(B, N, K * p), name).reshape(B, N, K, p)
+
+
 def _check(kernel: str, V_BxNxKxp: Array, mask: Array | None) -> None:
     """Refuse a kernel that is asked for and cannot run."""
     if kernel not in KERNELS:
         raise ValueError(f"attention_kernel must be one of {', '.join(KERNELS)}; got {kernel}.")
     if kernel in ("auto", "xla"):
         return
-    p, reason = V_BxNxKxp.shape[-1], None
-    if jax.default_backend() != "gpu":
-        reason = f"it runs on NVIDIA's GPUs; here is a {jax.default_backend()}"
-    elif V_BxNxKxp.dtype not in _HALF:
-        reason = f"it takes bfloat16 and float16; these tokens are {V_BxNxKxp.dtype}"
+    here, reason = placement.platform(), None
+    if here == "cpu" or (kernel == "cudnn" and here != "gpu"):
+        makers = "NVIDIA's GPUs" if kernel == "cudnn" else "NVIDIA's GPUs and on TPUs"
+        reason = f"it runs on {makers}; here is a {here}"
     elif mask is not None:
         reason = "it knows no mask"
-    elif p > gpu.LONGEST_SUBSPACE or (kernel == "cudnn" and p % 8):
-        lengths = "8, 16, …" if kernel == "cudnn" else "1 to"
-        reason = f"it takes subspaces of {lengths} {gpu.LONGEST_SUBSPACE} dimensions; here are {p}"
-    elif not gpu.is_new_enough():
-        reason = f"it needs compute capability {gpu.OLDEST}; this GPU is older"
-    elif kernel == "pallas" and V_BxNxKxp.size and placement.rows_over(V_BxNxKxp) is None:
+    elif here == "tpu" and not tpu.is_new_enough():
+        reason = f"it needs TPU v{tpu.OLDEST}; this one is older"
+    elif here == "tpu" and not tpu.takes(V_BxNxKxp):
+        sizes = " x ".join(map(str, V_BxNxKxp.shape[1:]))
+        reason = f"a core's memory must hold an image, in bfloat16 or float32; here are {sizes} "
+        reason += f"numbers of {V_BxNxKxp.dtype}"
+    elif here == "gpu":
+        reason = _refused_by_gpu(kernel, V_BxNxKxp)
+    uneven = bool(V_BxNxKxp.size) and placement.rows_over(V_BxNxKxp) is None
+    if not reason and kernel == "pallas" and uneven:
         reason = "each device must have rows of its own, as many as the others"
     if reason:
         raise ValueError(f"attention_kernel={kernel} must fit; {reason}. Set it to auto.")
 
 
-def _has_kernel(V_BxNxKxp: Array, mask: Array | None, kernel: str) -> bool:
-    """Whether a GPU takes its kernel; how many digits a float32 product has is XLA's to know."""
-    fits = V_BxNxKxp.dtype in _HALF and V_BxNxKxp.shape[-1] <= gpu.LONGEST_SUBSPACE
-    if kernel == "xla" or mask is not None or not fits or not V_BxNxKxp.size:
-        return False
-    return gpu.is_new_enough() and placement.rows_over(V_BxNxKxp) is not None
+def _refused_by_gpu(kernel: str, V_BxNxKxp: Array) -> str | None:
+    p = V_BxNxKxp.shape[-1]
+    if V_BxNxKxp.dtype not in _HALF:
+        return f"it takes bfloat16 and float16; these tokens are {V_BxNxKxp.dtype}"
+    if p > gpu.LONGEST_SUBSPACE or (kernel == "cudnn" and p % 8):
+        lengths = "8, 16, …" if kernel == "cudnn" else "1 to"
+        return f"it takes subspaces of {lengths} {gpu.LONGEST_SUBSPACE} dimensions; here are {p}"
+    if not gpu.is_new_enough():
+        return f"it needs compute capability {gpu.OLDEST}; this GPU is older"
+    return None
+
+
+def _with_kernel(V_BxNxKxp: Array, mask: Array | None, kernel: str) -> frozenset[str]:
+    """The platforms that take a kernel of ours, "cuda" and "tpu"; elsewhere XLA has the program."""
+    if kernel == "xla" or mask is not None or not V_BxNxKxp.size:
+        return frozenset()
+    if placement.rows_over(V_BxNxKxp) is None:
+        return frozenset()
+    # How many digits a float32 product has on a GPU is XLA's to know.
+    on_gpu = V_BxNxKxp.dtype in _HALF and V_BxNxKxp.shape[-1] <= gpu.LONGEST_SUBSPACE
+    fits = {
+        "cuda": on_gpu and gpu.is_new_enough(),
+        "tpu": tpu.takes(V_BxNxKxp) and tpu.is_new_enough(),
+    }
+    return frozenset(name for name in fits if fits[name])
 
 
 @jax.tree_util.register_static
 @dataclasses.dataclass(frozen=True)
 class _Way:
-    """Who computed the forward pass. The backward pass takes over its units, wherever it runs."""
+    """Who computed the forward pass. The backward pass takes over its units, wherever it runs.
 
-    by_kernel: bool
+    Attributes:
+        kernels: the platforms that have a kernel.
+    """
+
+    kernels: frozenset[str]
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
@@ -93,10 +131,10 @@ def _attend(V_BxNxKxp: Array, mask: Array | None, kernel: str) -> Array:
 
 
 def _attend_and_keep(V_BxNxKxp: Array, mask: Array | None, kernel: str):
-    way = _Way(_has_kernel(V_BxNxKxp, mask, kernel))
-    found = _by_platform(V_BxNxKxp) if way.by_kernel else _attend_by_xla(V_BxNxKxp, mask)
+    way = _Way(_with_kernel(V_BxNxKxp, mask, kernel))
+    found = _by_platform(V_BxNxKxp, way) if way.kernels else _attend_by_xla(V_BxNxKxp, mask)
     O_BxNxKxp, *of_rows = found
-    return keep(O_BxNxKxp, "attended"), (V_BxNxKxp, mask, *keep(of_rows, "statistics"), way)
+    return keep_merged(O_BxNxKxp, "attended"), (V_BxNxKxp, mask, *keep(of_rows, "statistics"), way)
 
 
 def _attend_backward(
@@ -105,8 +143,8 @@ def _attend_backward(
     del kernel
     V_BxNxKxp, mask, largest_BxKxN, total_BxKxN, way = kept
     inputs = (V_BxNxKxp, largest_BxKxN, total_BxKxN, dO_BxNxKxp)
-    if way.by_kernel:
-        dV = _backward_by_platform(*inputs)
+    if way.kernels:
+        dV = _backward_by_platform(*inputs, way)
     elif (images := _images_at_a_time(V_BxNxKxp, mask)) < V_BxNxKxp.shape[0]:
         by_images = functools.partial(_backward_by_images, images)
         dV = jax.lax.platform_dependent(*inputs, cpu=by_images, default=_backward_by_xla)
@@ -118,35 +156,48 @@ def _attend_backward(
 _attend.defvjp(_attend_and_keep, _attend_backward)
 
 
+_KERNELS = {
+    "cuda": (gpu.attend, gpu.attend_backward),
+    "tpu": (tpu.attend, tpu.attend_backward),
+}
+
+
+def _on_own_rows(way: _Way, direction: int) -> dict[str, Any]:
+    """By platform the kernel of a direction, 0 forward and 1 backward, for `platform_dependent`."""
+    kernels = {name: _KERNELS[name][direction] for name in sorted(way.kernels)}
+    return {name: functools.partial(placement.by_rows, of) for name, of in kernels.items()}
+
+
 # A kernel has no derivative. Where somebody differentiates a gradient, XLA's functions stand in.
 
 
-@jax.custom_vjp
-def _by_platform(V_BxNxKxp: Array) -> tuple[Array, Array, Array]:
-    on_gpu = functools.partial(placement.by_rows, gpu.attend)
-    return jax.lax.platform_dependent(V_BxNxKxp, cuda=on_gpu, default=_attend_by_xla)
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
+def _by_platform(V_BxNxKxp: Array, way: _Way) -> tuple[Array, Array, Array]:
+    branches = _on_own_rows(way, 0)
+    return jax.lax.platform_dependent(V_BxNxKxp, **branches, default=_attend_by_xla)
 
 
 _by_platform.defvjp(
-    lambda V_BxNxKxp: (_by_platform(V_BxNxKxp), V_BxNxKxp),
-    lambda V_BxNxKxp, of_results: jax.vjp(lambda V: _attend_by_xla(V)[0], V_BxNxKxp)[1](
+    lambda V_BxNxKxp, way: (_by_platform(V_BxNxKxp, way), V_BxNxKxp),
+    lambda way, V_BxNxKxp, of_results: jax.vjp(lambda V: _attend_by_xla(V)[0], V_BxNxKxp)[1](
         of_results[0]
     ),
 )
 
 
-@jax.custom_vjp
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
 def _backward_by_platform(
-    V_BxNxKxp: Array, largest_BxKxN: Array, total_BxKxN: Array, dO_BxNxKxp: Array
+    V_BxNxKxp: Array, largest_BxKxN: Array, total_BxKxN: Array, dO_BxNxKxp: Array, way: _Way
 ) -> Array:
     inputs = (V_BxNxKxp, largest_BxKxN, total_BxKxN, dO_BxNxKxp)
-    on_gpu = functools.partial(placement.by_rows, gpu.attend_backward)
     by_images = functools.partial(_backward_by_images, _images_at_a_time(V_BxNxKxp, None))
-    return jax.lax.platform_dependent(*inputs, cuda=on_gpu, cpu=by_images, default=_backward_by_xla)
+    branches = _on_own_rows(way, 1) | {"cpu": by_images}
+    return jax.lax.platform_dependent(*inputs, **branches, default=_backward_by_xla)
 
 
-def _second_derivative(kept: tuple[Array, ...], of_result: Array) -> tuple[Array, ...]:
+def _second_derivative(way: _Way, kept: tuple[Array, ...], of_result: Array) -> tuple[Array, ...]:
     """Of a function of V and dO alone: what was kept of the scores follows from V."""
+    del way
     V_BxNxKxp, largest_BxKxN, total_BxKxN, dO_BxNxKxp = kept
 
     def gradient(V: Array, dO: Array) -> Array:
@@ -157,7 +208,7 @@ def _second_derivative(kept: tuple[Array, ...], of_result: Array) -> tuple[Array
 
 
 _backward_by_platform.defvjp(
-    lambda *inputs: (_backward_by_platform(*inputs), inputs), _second_derivative
+    lambda *inputs: (_backward_by_platform(*inputs), inputs[:4]), _second_derivative
 )
 
 
@@ -233,4 +284,4 @@ def _cudnn(V_BxNxKxp: Array) -> Array:
         even, even, even, implementation="cudnn",
         query_seq_lengths=lengths, key_value_seq_lengths=lengths,
     )  # fmt: skip
-    return keep(attended[:, :N], "attended")
+    return keep_merged(attended[:, :N], "attended")

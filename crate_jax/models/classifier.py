@@ -5,10 +5,10 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, ClassVar
 
 import flax.linen as nn
-import jax
 import jax.numpy as jnp
 from jax import Array
 
+from crate_jax import placement
 from crate_jax.models.block import Block, Context, Dropout, Part, chosen_taps, stack, tap_names
 from crate_jax.models.images import check_images
 from crate_jax.models.layers import LayerNorm, Linear
@@ -96,14 +96,9 @@ class ImageClassifier(ImageFields, nn.Module):
         third of a training step of CRATE-B, and compiling all layers takes some seconds longer.
         With remat memory comes first, and a loop is certain to forget what is computed again.
         """
-        return self.layers_at_once_on(jax.default_backend())
-
-    @nn.nowrap
-    def layers_at_once_on(self, platform: str) -> int:
-        """`layers_at_once` where JAX's platform is this one: "cpu", "gpu" or "tpu"."""
         if self.scan_unroll is not None:
             return self.scan_unroll
-        return self.depth if platform == "gpu" and self.remat == "none" else 1
+        return self.depth if placement.platform() == "gpu" and self.remat == "none" else 1
 
     @property
     def input_shape(self) -> tuple[int, int, int]:

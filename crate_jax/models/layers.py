@@ -20,6 +20,7 @@ from collections.abc import Callable, Collection
 from typing import ClassVar, NamedTuple
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
 from jax import Array
 from jax.ad_checkpoint import checkpoint_name as keep
@@ -27,7 +28,7 @@ from jax.nn import initializers as init
 from jax.typing import DTypeLike
 
 from crate_jax import placement
-from crate_jax.models.attention import attend_by
+from crate_jax.models.attention import attend_by, keep_merged
 from crate_jax.models.derivatives import NORMALISE, attend, plain
 from crate_jax.models.parameters import (
     dictionary_init,
@@ -96,11 +97,11 @@ def mssa(
     Raises:
         ValueError: the kernel does not run here, or not on these tokens.
     """
-    V_BxNxKxp = keep(times(Y_BxNxd, U_dxKxp), "subspace_tokens")
+    V_BxNxKxp = keep_merged(times(Y_BxNxd, U_dxKxp), "subspace_tokens")
     seen = {"subspace_tokens": V_BxNxKxp}
     if kernel is None:
         O_BxKxNxp, seen["attention"] = attend(V_BxNxKxp.swapaxes(1, 2), mask)
-        O_BxNxKxp = keep(O_BxKxNxp.swapaxes(1, 2), "attended")
+        O_BxNxKxp = keep_merged(O_BxKxNxp.swapaxes(1, 2), "attended")
     else:
         O_BxNxKxp = attend_by(kernel, V_BxNxKxp, mask)
     if W_out_Kxpxd is None:
@@ -146,8 +147,9 @@ def times(X: Array, W: Array, axes: int = 1) -> Array:
 
     That is ``X @ W`` for tokens (B, N, d) and a weight (d, m), and the like for more axes. The
     tokens are flattened because the gradient of W is one product then, too. Over two axes of tokens
-    XLA's CPU backend goes another way, which adds up in another order. Axes that devices share by
-    the type of X are not merged.
+    XLA's CPU backend goes another way, which adds up in another order. On a TPU they are not: its
+    memory has rows in eights, and unless N is a multiple of that they would be copied. Axes that
+    devices share by the type of X are not merged.
 
     Args:
         X: tokens, of any number of axes in front.
@@ -159,9 +161,15 @@ def times(X: Array, W: Array, axes: int = 1) -> Array:
     """
     if placement.is_shared(X):
         return jnp.tensordot(X, W, axes)
-    inner, outer = W.shape[:axes], W.shape[axes:]
-    flat = X.reshape(-1, math.prod(inner)) @ W.reshape(math.prod(inner), math.prod(outer))
-    return flat.reshape(*X.shape[: X.ndim - axes], *outer)
+    front, inner, outer = X.shape[: X.ndim - axes], W.shape[:axes], W.shape[axes:]
+    matrix = W.reshape(math.prod(inner), math.prod(outer))
+    rows = (math.prod(front),)
+    if placement.platform() == "tpu":
+        rows = front
+        # Else the gradient of W has its axes (K, p) from the product on, which takes copies too.
+        matrix = jax.lax.optimization_barrier(matrix) if W.ndim > 2 else matrix
+    flat = X.reshape(*rows, math.prod(inner)) @ matrix
+    return flat.reshape(*front, *outer)
 
 
 def relu(X: Array) -> Array:

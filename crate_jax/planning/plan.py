@@ -160,7 +160,7 @@ class Step(NamedTuple):
 
     Attributes:
         run: of which it is the step.
-        model: as it computes on the devices that it is for.
+        model: of its task.
         state: shapes with shardings.
         batch: likewise.
         lowered: what a compiler takes.
@@ -186,8 +186,6 @@ def lower_step(config: TrainConfig, spec: str, topology: Topology) -> Step:
     """
     run = _run(config, spec, topology.devices)
     model: Any = run.task.model
-    # Elsewhere JAX's default platform decides; here that is the CPU.
-    model = model.clone(scan_unroll=model.layers_at_once_on(topology.platform))
     return Step(run, model, *_lower(run, model))
 
 

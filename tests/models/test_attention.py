@@ -251,18 +251,11 @@ def test_a_backward_pass_outside_of_the_mesh_goes_the_way_of_its_forward_pass(mo
     V, dO = (normal(i, 6, 5, 2, 16, dtype=jnp.bfloat16) for i in range(2))
     with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):  # six rows: XLA's
         _, pull = jax.vjp(functools.partial(attend_by, "auto"), V)
-    assert attention._has_kernel(V, None, "auto")
+    assert attention._with_kernel(V, None, "auto")
     (got,) = pull(dO)
     assert not asked
-    assert_near(
-        [got],
-        [
-            jax.jit(bfloat16_gradient)(V.astype(jnp.float32), dO.astype(jnp.float32)).astype(
-                jnp.bfloat16
-            )
-        ],
-        jnp.bfloat16,
-    )
+    expected = pulled(plain, V.astype(jnp.float32), dO.astype(jnp.float32))[1]
+    assert_near([got], [expected], jnp.bfloat16)
 
 
 def test_inside_a_shard_map_over_one_of_two_axes():
@@ -326,7 +319,7 @@ def test_a_tap_of_the_attention_takes_the_plain_function(tiny_images):
 @pytest.mark.parametrize("kernel", ["pallas", "cudnn"])
 def test_a_kernel_that_does_not_run_here_is_refused(kernel, tiny_images):
     model = create_model("crate_tiny_patch16_224", **SIZES, attention_kernel=kernel)
-    line = f"attention_kernel={kernel} must fit; it runs on NVIDIA's GPUs; here is a cpu. Set it to"
+    line = f"attention_kernel={kernel} must fit; it runs on NVIDIA's GPUs.*; here is a cpu. Set it"
     with pytest.raises(ValueError, match=line):
         model.init(jax.random.key(0), tiny_images, train=False)
 

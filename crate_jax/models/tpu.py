@@ -1,0 +1,139 @@
+"""MSSA's attention for TPUs: kernels in Pallas, by way of Mosaic.
+
+No score is ever in the TPU's main memory, and nothing is copied to another layout: the kernels read
+and write tokens as the projections do. How they work: `crate_jax.models.tpu_programs`.
+The letters are those of `crate_jax.models.layers`; s = p^{-1/2}. Of each row of scores, not scaled,
+the largest is kept, and the sum of 2^((score − largest) s log₂ e).
+"""
+
+import functools
+import re
+from collections.abc import Callable
+
+import jax.numpy as jnp
+from jax import Array
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu
+
+from crate_jax import placement
+from crate_jax.models.gpu import like
+from crate_jax.models.tpu_programs import LONGEST, Group, attend_rows, gradient_rows
+
+_MEBIBYTES = {"TPU v5 lite": 128, "TPU v5": 64, "TPU v5p": 64, "TPU v6 lite": 128, "TPU7x": 64}
+_LEAST = 16  # of a core of TPU v4, and what is taken for granted of any other
+
+OLDEST = 4  # generation of the TPUs for which Mosaic compiles
+
+
+def is_new_enough() -> bool:
+    """Whether the TPUs of the mesh around run the kernels; True where there are none."""
+    found = re.match(r"TPU v(\d+)", placement.device_kind())
+    return not found or int(found[1]) >= OLDEST
+
+
+def takes(V_BxNxKxp: Array) -> bool:
+    """Whether the kernels take such tokens: bfloat16 or float32, of an image that fits."""
+    _, N, K, p = V_BxNxKxp.shape
+    number = V_BxNxKxp.dtype.itemsize
+    if V_BxNxKxp.dtype not in (jnp.bfloat16, jnp.float32) or not 1 < N <= LONGEST or K * p == 1:
+        return False
+    # V, dO and dV, each while the next image's is fetched; three of a group, transposed; and of a
+    # block S, dA, A and dS.
+    group = Group(N, K, p)
+    tokens = N * ((6 * K * p + 2 * group.lanes) * number + 4 * group.lanes)
+    scores = group.size * group.block**2 * (8 + 2 * number)
+    return tokens + scores <= _memory()
+
+
+def _memory() -> int:
+    """Bytes of a core's own memory that a program may take."""
+    return _MEBIBYTES.get(placement.device_kind(), _LEAST) * 3 * 2**18
+
+
+def attend(V_BxNxKxp: Array, *, interpret: bool = False) -> tuple[Array, Array, Array]:
+    """O = softmax(s V Vᵀ) V in every subspace, and what is kept of the scores.
+
+    Args:
+        V_BxNxKxp: tokens that the kernel `takes`. The softmax and all sums are float32.
+        interpret: run on any device, slowly.
+
+    Returns:
+        O (B, N, K, p) of V's dtype; the largest of each row and the sum, (B, K, N) float32.
+    """
+    kinds = ("tokens", "rows", "rows")
+    O_BxNxKxp, largest, total = _over_images(attend_rows, "attend", (V_BxNxKxp,), kinds, interpret)
+    return O_BxNxKxp, largest, total
+
+
+def attend_backward(
+    V_BxNxKxp: Array,
+    largest_BxKxN: Array,
+    total_BxKxN: Array,
+    dO_BxNxKxp: Array,
+    *,
+    interpret: bool = False,
+) -> Array:
+    """The gradient dV = Aᵀ dO + s (dS + dSᵀ) V; A and S are computed again from V.
+
+    dS = A (dA − δ) with dA = dO Vᵀ and δ = Σ A dA, row by row.
+
+    Args:
+        V_BxNxKxp: as for `attend`.
+        largest_BxKxN: of `attend`.
+        total_BxKxN: likewise.
+        dO_BxNxKxp: the gradient of O.
+        interpret: as for `attend`.
+
+    Returns:
+        dV (B, N, K, p), of V's dtype.
+    """
+    inputs = (V_BxNxKxp, largest_BxKxN, total_BxKxN, dO_BxNxKxp)
+    (dV,) = _over_images(gradient_rows, "attend_backward", inputs, ("tokens",), interpret)
+    return dV
+
+
+def _over_images(
+    kernel: Callable[..., None],
+    name: str,
+    inputs: tuple[Array, ...],
+    outputs: tuple[str, ...],
+    interpret: bool,
+) -> list[Array]:
+    """A kernel for every image.
+
+    Args:
+        kernel: from `Group` and the references of one image to nothing; the last are scratch.
+        name: under which a profiler shows it.
+        inputs: tokens (B, N, K, p), the first of which gives the sizes, or a number a row
+            (B, K, N).
+        outputs: which of the two each is.
+        interpret: as for `attend`.
+    """
+    V = inputs[0]
+    B, N, K, p = V.shape
+    group = Group(N, K, p)
+    # (group.count, group.size, N) and not (K, N): a TPU slices the second last axis in eights.
+    shapes = {"tokens": (B, N, K * p), "rows": (B, group.count, group.size, N)}
+    dtypes = {"tokens": V.dtype, "rows": jnp.float32}
+
+    def spec(kind: str) -> pl.BlockSpec:
+        rest = shapes[kind][1:]
+        return pl.BlockSpec((None, *rest), lambda b: (b, *(0 for _ in rest)))
+
+    taken = ["tokens" if x.ndim == 4 else "rows" for x in inputs]
+    transposed = [tpu.VMEM((group.lanes, N), V.dtype) for kind in taken if kind == "tokens"]
+    made = pl.pallas_call(
+        functools.partial(kernel, group),
+        grid=(B,),
+        in_specs=[spec(kind) for kind in taken],
+        out_specs=[spec(kind) for kind in outputs],
+        out_shape=[like(V, shapes[kind], dtypes[kind]) for kind in outputs],
+        scratch_shapes=[*transposed, tpu.VMEM((group.lanes, N), jnp.float32)],
+        compiler_params=tpu.CompilerParams(
+            dimension_semantics=("parallel",), vmem_limit_bytes=_memory()
+        ),
+        interpret=interpret,
+        name=name,
+    )(*(x.reshape(shapes[kind]) for x, kind in zip(inputs, taken, strict=True)))
+    whole = {"tokens": V.shape, "rows": (B, K, N)}
+    return [x.reshape(whole[kind]) for x, kind in zip(made, outputs, strict=True)]
