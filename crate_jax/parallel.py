@@ -16,6 +16,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec, Sharding
 from jax.typing import ArrayLike
 
 from crate_jax.config import ParallelConfig
+from crate_jax.placement import share_of_fsdp
 
 AXES = ("data", "fsdp")
 
@@ -242,9 +243,8 @@ def check_batch_size(name: str, size: int, shards: int) -> None:
 def state_shardings(abstract_state: PyTree, mesh: Mesh) -> Shardings:
     """Shardings of a training state by one rule of paths and shapes.
 
-    A leaf of two axes or more is split over ``fsdp`` on its longest axis that divides; biases and
-    scales, which cost more to gather than they save, are replicated. Axis 0 of what lies below
-    ``blocks`` is the layer: it is not counted, and never split.
+    A leaf is split over ``fsdp`` as `crate_jax.placement.share_of_fsdp` says. Axis 0 of what lies
+    below ``blocks`` is the layer: it is not counted, and never split.
 
     Args:
         abstract_state: tree of arrays or `jax.ShapeDtypeStruct`.
@@ -258,14 +258,8 @@ def state_shardings(abstract_state: PyTree, mesh: Mesh) -> Shardings:
     def spec(path: jax.tree_util.KeyPath, leaf: jax.ShapeDtypeStruct) -> NamedSharding:
         name = jax.tree_util.keystr(path, simple=True, separator="/")
         first = 1 if "blocks" in name else 0
-        is_bias = name.rpartition("/")[2].startswith("b_")  # that of a map with heads has more axes
-        if n > 1 and leaf.ndim - first >= 2 and not is_bias:
-            for axis in sorted(range(first, leaf.ndim), key=lambda i: -leaf.shape[i]):
-                if leaf.shape[axis] % n == 0:
-                    names = [None] * leaf.ndim
-                    names[axis] = "fsdp"
-                    return NamedSharding(mesh, PartitionSpec(*names))
-        return replicated(mesh)
+        share = share_of_fsdp(name.rpartition("/")[2], leaf.shape[first:], n)
+        return NamedSharding(mesh, PartitionSpec(*[None] * first, *share) if share else share)
 
     return jax.tree_util.tree_map_with_path(spec, abstract_state)
 

@@ -6,6 +6,7 @@ would share two. Where no axis is shared, everything here leaves the program as 
 """
 
 import contextlib
+import functools
 import math
 from collections.abc import Callable, Iterator
 from contextvars import ContextVar
@@ -49,16 +50,52 @@ def whole(X: Array) -> Array:
     return jax.sharding.reshard(X, NamedSharding(jax.typeof(X).sharding.mesh, PartitionSpec()))
 
 
-def whole_of_fsdp(X: Array) -> Array:
-    """X gathered over an Auto axis ``fsdp``; as it is where no such axis is around it.
+def share_of_fsdp(name: str, shape: tuple[int, ...], n: int) -> PartitionSpec:
+    """Which axis of a parameter ``fsdp`` splits, by one rule of names and shapes.
 
-    `crate_jax.parallel.on_mesh` puts the axis around a function.
+    That is the shortest of two or more axes that n devices can share evenly. The longest lies
+    innermost on a TPU, where its shares are seldom whole tiles, and the compiler then adds up the
+    whole gradient on every device and cuts it up afterwards. Biases and scales, which cost more to
+    gather than they save, are not split.
+
+    Args:
+        name: its last name.
+        shape: of one layer.
+        n: the size of ``fsdp``.
+
+    Returns:
+        Empty for one that is not split.
+    """
+    is_bias = name.startswith("b_")  # that of a map with heads has more axes
+    if n > 1 and len(shape) >= 2 and not is_bias:
+        for axis in sorted(range(len(shape)), key=lambda i: shape[i]):
+            if shape[axis] % n == 0:
+                return PartitionSpec(*["fsdp" if i == axis else None for i in range(len(shape))])
+    return PartitionSpec()
+
+
+def whole_of_fsdp(name: str, X: Array) -> Array:
+    """A parameter gathered over an Auto axis ``fsdp``; as it is where no such axis is around it.
+
+    Its gradient is split again as the parameter is: left to itself the compiler would add up the
+    whole of it on every device. `crate_jax.parallel.on_mesh` puts the axis around a function.
     """
     mesh = jax.sharding.get_abstract_mesh()
     types = dict(zip(mesh.axis_names, mesh.axis_types, strict=True))
     if types.get("fsdp") is not AxisType.Auto or mesh.shape["fsdp"] == 1:
         return X
+    return _gathered(X, share_of_fsdp(name, X.shape, mesh.shape["fsdp"]))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
+def _gathered(X: Array, share: PartitionSpec) -> Array:
     return jax.lax.with_sharding_constraint(X, PartitionSpec())
+
+
+_gathered.defvjp(
+    lambda X, share: (_gathered(X, share), None),
+    lambda share, _, dX: (jax.lax.with_sharding_constraint(dX, share),),
+)
 
 
 @contextlib.contextmanager

@@ -78,7 +78,10 @@ ROOMS = {
         *["tensorboard", "writer", "progress", "workdir", "optimizer", "state", "step"],
         *["run", "loop"],
     ],
-    "planning": ["chips", "collectives", "plan"],
+    "planning": [
+        *["chips", "hlo", "collectives", "program", "topology", "compiling", "formulas"],
+        *["plan", "report"],
+    ],
     "cli": ["mistakes", "recipes", "flags", "running", "arguments", "train", "main"],
 }
 # Above the package; nothing inside it may import them.

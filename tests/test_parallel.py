@@ -162,11 +162,11 @@ def test_fsdp_that_divides_nothing_is_refused(width, share):
 # --- where arrays lie -----------------------------------------------------------------------------
 
 LEAVES = {
-    "wide": ((64, 1024), 1),  # its longest axis
-    "tall": ((1024, 64), 0),
+    "wide": ((64, 1024), 0),  # its shortest axis
+    "tall": ((1024, 64), 1),
     "square": ((64, 64), 0),  # the first of two equals
-    "bases": ((4, 96, 6, 16), 1),
-    "odd_longest": ((1023, 24), 1),  # 1023 divides by none of 2, 4, 8
+    "bases": ((96, 6, 16), 2),  # 6 divides by neither 4 nor 8
+    "odd_shortest": ((24, 15), 0),  # 15 divides by none of 2, 4, 8
     "nothing_divides": ((63, 65), None),
     "vector": ((1024,), None),
     "scalar": ((), None),

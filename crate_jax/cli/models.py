@@ -6,6 +6,7 @@ import sys
 from crate_jax.cli.arguments import Subparsers, add_model, named_model, path, resize_method
 from crate_jax.cli.flags import parse_config
 from crate_jax.files import Json
+from crate_jax.streams import tolerant
 
 
 def add_convert(subparsers: Subparsers) -> None:
@@ -90,19 +91,39 @@ def add_plan(subparsers: Subparsers) -> None:
         "plan", help="memory, communication and time of a training step on a mesh that is not here"
     )
     parser.add_argument("--config", required=True, help="a recipe, with --config.FIELD=VALUE")
-    parser.add_argument("--mesh", required=True, help="such as data:256,fsdp:8")
+    parser.add_argument(
+        "--mesh", help="such as data:256,fsdp:8; with --topology data:-1 unless said else"
+    )
+    parser.add_argument(
+        "--topology", help="what to compile for, such as v5e:4x4 or h100; default: CPU devices"
+    )
     parser.set_defaults(function=plan)
 
 
 def plan(args: argparse.Namespace) -> Json:
     """What a training step needs on a mesh of machines that are not here."""
+    if not (args.mesh or args.topology):
+        raise ValueError("plan must get --mesh, --topology or both. See --help.")
     import jax
 
-    from crate_jax.planning.plan import mesh_size, plan, table
+    from crate_jax.planning.plan import mesh_size, plan, plan_on
+    from crate_jax.planning.report import table
+    from crate_jax.planning.topology import find_topology
 
     config = parse_config(args.config, args.config_flags)
     jax.config.update("jax_platforms", "cpu")
-    jax.config.update("jax_num_cpu_devices", mesh_size(args.mesh))
-    found = plan(config, args.mesh)
+    if args.topology:
+        topology = find_topology(args.topology)
+        found = plan_on(config, args.mesh or "data:-1", topology, _say)
+    else:
+        jax.config.update("jax_num_cpu_devices", mesh_size(args.mesh))
+        found = plan(config, args.mesh)
     sys.stdout.write(table(found))
     return found
+
+
+def _say(text: str) -> None:
+    """A line for whoever waits."""
+    stream = tolerant(sys.stderr)
+    stream.write(text + "\n")
+    stream.flush()

@@ -42,7 +42,7 @@ def read(
     full copy of every layer's weights on every device.
     """
     weight = module.param(name, initialise, shape, jnp.float32).astype(dtype)
-    return placement.whole_of_fsdp(placement.whole(weight))
+    return placement.whole_of_fsdp(name, placement.whole(weight))
 
 
 def parameter(

@@ -34,6 +34,8 @@ class Chip:
 
 _GOOGLE, _NVIDIA = "docs.cloud.google.com/tpu/docs/", "NVIDIA's data sheets of "
 CHIPS = {
+    # Google publishes no network of v4 beyond the links: that of v5p stands in.
+    "v4": Chip(275e12, 32 * 2**30, 1200e9, 300e9, 4096, 50e9 / 8, _GOOGLE + "v4, arXiv:2304.01433"),
     "v5e": Chip(197e12, 16e9, 819e9, 200e9, 256, 6.4e12 / 8 / 256, _GOOGLE + "v5e"),
     "v5p": Chip(459e12, 95 * 2**30, 2765e9, 600e9, 6144, 50e9 / 8, _GOOGLE + "v5p"),
     "v6e": Chip(918e12, 32e9, 1600e9, 400e9, 256, 25.6e12 / 8 / 256, _GOOGLE + "v6e"),
@@ -44,6 +46,7 @@ CHIPS = {
 
 # What JAX calls them. Cards of the same name for other slots have other peaks, and are not here.
 _KINDS = {
+    "TPU v4": "v4",
     "TPU v5 lite": "v5e",
     "TPU v5": "v5p",
     "TPU v5p": "v5p",
@@ -72,11 +75,11 @@ def share_of_peak(flops: float, devices: Iterable[Any]) -> float:
 
 @dataclasses.dataclass(frozen=True)
 class Joined:
-    """What groups of devices add up or gather together in a step.
+    """What groups of devices add up, gather or exchange in a step.
 
     Attributes:
-        kind: "all-reduce" or "all-gather".
-        size: bytes of the result on one device.
+        kind: "all-reduce", "all-gather", "reduce-scatter", "all-to-all" or "collective-permute".
+        size: bytes of the result on one device; of a reduce-scatter those of a share.
         group: how many devices a group has.
         stride: how many of the mesh stand between one member and the next, and the one itself.
     """
@@ -86,33 +89,60 @@ class Joined:
     group: int
     stride: int = 1
 
+    @property
+    def whole(self) -> int:
+        """Bytes of all shares of a reduce-scatter; of any other its size."""
+        return self.size * (self.group if self.kind == "reduce-scatter" else 1)
 
-def least_seconds(chip: Chip, flops: float, memory: dict[str, int], joined: list[Joined]) -> Json:
+
+def traffic(memory: dict[str, int]) -> int:
+    """The least that a step moves through the memory of a device, in bytes.
+
+    Parameters, optimizer, gradients and activations are written and read once.
+    """
+    return 2 * sum(memory[k] for k in ("parameters", "optimizer", "gradients", "activations"))
+
+
+def least_seconds(
+    chip: Chip, flops: float, moved: float, joined: Iterable[Joined], memory: float
+) -> Json:
     """The least that a step can take on a chip, by each of its limits.
 
-    Parameters, optimizer, gradients and activations are written and read once. A collective over
-    more chips than the links join goes by the links first; each chip then takes its share of the
-    result to the network.
+    A collective over more chips than the links join goes by the links first; each chip then takes
+    its share of the result to the network.
+
+    Args:
+        chip: whose peaks count.
+        flops: operations of a device.
+        moved: bytes through the memory of a device.
+        joined: what the devices send each other.
+        memory: bytes that a device must hold.
+
+    Returns:
+        ``compute_s``, ``memory_s``, ``links_s`` and, where it is needed, ``network_s``; ``step_s``,
+        the largest of these, where everything overlaps, and their sum, where nothing does;
+        ``bound_by``, which is the largest; ``fits``.
     """
-    traffic = 2 * sum(memory[k] for k in ("parameters", "optimizer", "gradients", "activations"))
     link = network = 0.0
     for part in joined:
         inside = min(part.group, max(1, chip.domain // part.stride))
-        link += _sent(part.kind, part.size, inside)
-        network += _sent(part.kind, part.size / inside, math.ceil(part.group / inside))
+        link += _sent(part.kind, part.whole, inside)
+        network += _sent(part.kind, part.whole / inside, math.ceil(part.group / inside))
     seconds: Json = {
         "compute_s": flops / chip.flops,
-        "memory_s": traffic / chip.memory_bandwidth,
+        "memory_s": moved / chip.memory_bandwidth,
         "links_s": link / chip.link,
     }
     if network:
         seconds["network_s"] = network / chip.network
-    # At best everything overlaps, at worst nothing does.
-    seconds["step_s"] = [max(seconds.values()), sum(seconds.values())]
-    seconds["fits"] = sum(memory.values()) <= chip.memory
+    longest = max(seconds, key=lambda name: seconds[name])
+    seconds["step_s"] = [seconds[longest], sum(seconds.values())]
+    seconds["bound_by"] = longest.removesuffix("_s")
+    seconds["fits"] = memory <= chip.memory
     return seconds
 
 
-def _sent(kind: str, size: float, group: int) -> float:
-    """Bytes that each of a group sends in a ring: the least for a result of so many bytes."""
-    return {"all-reduce": 2, "all-gather": 1}[kind] * size * (group - 1) / group
+def _sent(kind: str, whole: float, group: int) -> float:
+    """Bytes that each of a group sends in a ring: the least for a whole of so many bytes."""
+    times = 2 if kind == "all-reduce" else 1
+    return times * whole * (group - 1) / group

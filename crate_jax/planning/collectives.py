@@ -6,16 +6,13 @@ import re
 from collections import Counter
 from collections.abc import Iterator
 
-KINDS = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute")
-# Bytes of a value, by what XLA calls its type.
-_ITEMSIZE = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "s16": 2, "u16": 2,
-             "f32": 4, "s32": 4, "u32": 4, "f64": 8, "s64": 8, "u64": 8}  # fmt: skip
+import numpy as np
 
-_COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.\-]+) .*\{$")
-_COLLECTIVE = re.compile(rf"= (.*?) ({'|'.join(KINDS)})(?:-start)?\(")
-_CALLED = re.compile(r"(?:body|condition|to_apply|calls|true_computation|false_computation)=%?"
-                     r"([\w.\-]+)|branch_computations=\{([^}]*)\}")  # fmt: skip
-_TRIPS = re.compile(r'known_trip_count":\{"n":"(\d+)"')
+from crate_jax.planning.hlo import Computation, Instruction, Program, read
+
+KINDS = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute")
+_WORK = ("fusion", "custom-call", "convolution", "dot", "while", "call", "conditional")
+_MESH = re.compile(r"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\((.*?)\))? \{(.*?)\}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,14 +21,18 @@ class Collective:
 
     Attributes:
         kind: one of `KINDS`.
-        bytes: of its result on one device; of the whole gradient for an all-reduce, of the whole
-            weight for an all-gather.
+        bytes: of its result on one device, without padding; of the whole gradient for an
+            all-reduce, of the whole weight for an all-gather, of a share for a reduce-scatter.
         group: how many devices take part in it together.
+        stride: how many devices stand between one of the group and the next, and the one itself.
+        overlaps: whether the program computes something between its start and its end.
     """
 
     kind: str
     bytes: int
     group: int
+    stride: int = 1
+    overlaps: bool = False
 
 
 def collectives(program: str, devices: int) -> Counter[Collective]:
@@ -39,58 +40,82 @@ def collectives(program: str, devices: int) -> Counter[Collective]:
 
     Args:
         program: the text of a compiled program (``compiled.as_text()``). What stands in a loop
-            counts as often as the loop is known to run.
+            counts as often as the loop is known to run. The parts in which a TPU carries one out,
+            each inside an operation that computes something else meanwhile, count as one. So does
+            a sum whose result is cut up at once, which a TPU carries out as a reduce-scatter.
         devices: of the program: the group where the text names none.
     """
-    inside, calls, entry = _read(program, devices)
+    parsed = read(program)
     found: Counter[Collective] = Counter()
-
-    def run(name: str, times: int) -> None:
-        for collective in inside.get(name, ()):
-            found[collective] += times
-        for called, trips in calls.get(name, ()):
-            run(called, times * trips)
-
-    run(entry, 1)
+    for name, trips in parsed.runs():
+        inside = parsed.computations[name]
+        seen: set[tuple[str, str]] = set()
+        for instruction in inside.values():
+            for inner, outer in _inside(parsed, instruction):
+                kind = inner.opcode.removesuffix("-start")
+                channel = inner.attribute(r"channel_id=(\d+)") or inner.name
+                if kind in KINDS and (kind, channel) not in seen:
+                    seen.add((kind, channel))
+                    overlaps = "chain_id" in inner.text or _works_meanwhile(inside, instruction)
+                    found[_collective(inner, outer, devices, overlaps)] += trips
     return found
 
 
-def _read(
-    program: str, devices: int
-) -> tuple[dict[str, list[Collective]], dict[str, list[tuple[str, int]]], str]:
-    """What each computation holds, what it calls and how often, and the name of the first."""
-    inside: dict[str, list[Collective]] = {}
-    calls: dict[str, list[tuple[str, int]]] = {}
-    entry = name = ""
-    for line in program.splitlines():
-        if start := _COMPUTATION.match(line):
-            name = start[2]
-            entry = name if start[1] else entry
-        elif match := _COLLECTIVE.search(line):
-            size = sum(_shapes(match[1]))
-            inside.setdefault(name, []).append(Collective(match[2], size, _group(line, devices)))
-        elif " = " in line:
-            trips = int(count[1]) if (count := _TRIPS.search(line)) else 1
-            for one, several in _CALLED.findall(line):
-                names = [one] if one else [n.strip(" %") for n in several.split(",")]
-                calls.setdefault(name, []).extend((called, trips) for called in names)
-    return inside, calls, entry
+def _works_meanwhile(inside: Computation, start: Instruction) -> bool:
+    """Whether a computation has work between an operation's start and its end."""
+    names = list(inside)
+    ends = [x.name for x in inside.users[start.name] if x.opcode.endswith("-done")]
+    if not start.opcode.endswith("-start") or not ends:
+        return False
+    between = names[names.index(start.name) + 1 : names.index(ends[0])]
+    return any(inside[name].opcode in _WORK for name in between)
 
 
-def _shapes(text: str) -> Iterator[int]:
-    """Bytes of each array in the text of a type."""
-    for dtype, sides in re.findall(r"(\w+)\[([\d,]*)\]", text):
-        if dtype in _ITEMSIZE:
-            yield _ITEMSIZE[dtype] * math.prod(int(side) for side in sides.split(",") if side)
+def _inside(program: Program, x: Instruction) -> Iterator[tuple[Instruction, Instruction]]:
+    """An instruction, or what stands in the computation of one that is fused; and the whole."""
+    yield x, x
+    if x.opcode in ("fusion", "async-start"):
+        for name in x.called("calls"):
+            for inner in program.computations[name].values():
+                for each, _ in _inside(program, inner):
+                    yield each, x
 
 
-def _group(line: str, devices: int) -> int:
-    """How many devices a collective joins, in any of XLA's spellings."""
-    if mesh := re.search(r"replica_groups=mesh\[([^\]]*)\].*?\{([^}]*)\}", line):
-        sizes = dict(re.findall(r"'(\w+)'=(\d+)", mesh[1]))
-        return math.prod(int(sizes[axis]) for axis in re.findall(r"'(\w+)'", mesh[2]))
-    if iota := re.search(r"replica_groups=\[\d+,(\d+)\]", line):
-        return int(iota[1])
-    if listed := re.search(r"replica_groups=\{\{([\d,]+)\}", line):
-        return len(listed[1].split(","))
-    return devices
+def _collective(x: Instruction, outer: Instruction, devices: int, overlaps: bool) -> Collective:
+    kind, made = x.opcode.removesuffix("-start"), x.results
+    if kind == "all-reduce" and "all-reduce-scatter" in next(outer.called("calls"), ""):
+        kind, made = "reduce-scatter", outer.results
+    elif x.opcode.endswith("-start") and kind != "all-reduce":
+        made = made[1:2]  # after what it takes, and before counters
+    group, stride = _group(x.text, devices)
+    return Collective(kind, sum(array.content for array in made), group, stride, overlaps)
+
+
+def _group(text: str, devices: int) -> tuple[int, int]:
+    """How many devices a collective joins, and how far apart, in any of XLA's spellings."""
+    if mesh := re.search(
+        r"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\((.*?)\))? \{(.*?)\}", text
+    ):
+        sizes = {axis: int(size) for axis, size in re.findall(r"'(\w+)'=(\d+)", mesh[1])}
+        joined = re.findall(r"'(\w+)'", mesh[3])
+        ids = _ids(mesh[2] or f"[{math.prod(sizes.values())}]").reshape(list(sizes.values()))
+        others = tuple(0 if axis not in joined else slice(None) for axis in sizes)
+        members = ids[others].flatten().tolist()
+    elif iota := re.search(r"replica_groups=\[\d+,(\d+)\]<=(\S+?)(?:, |$)", text):
+        members = _ids(iota[2])[: int(iota[1])].tolist()
+    elif listed := re.search(r"replica_groups=\{\{([\d,]+)\}", text):
+        members = [int(member) for member in listed[1].split(",")]
+    else:
+        members = list(range(devices))
+    return len(members), members[1] - members[0] if len(members) > 1 else 1
+
+
+def _ids(text: str) -> np.ndarray:
+    """Devices in the order of ``[2,4]T(1,0)``: counted, laid out, and its sides swapped."""
+    sides, _, order = text.partition("T")
+    ids = np.arange(math.prod(_numbers(sides))).reshape(_numbers(sides))
+    return (ids.transpose(_numbers(order)) if order else ids).flatten()
+
+
+def _numbers(text: str) -> list[int]:
+    return [int(number) for number in re.findall(r"\d+", text)]

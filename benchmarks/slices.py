@@ -1,0 +1,95 @@
+"""What the TPU compiler makes of every recipe: memory, traffic and collectives, slice by slice.
+
+    python benchmarks/slices.py --output benchmarks/results/slices.json
+
+Needs ``pip install 'crate-jax[tpu-compiler]'`` and no TPU. Nothing is run, so no figure is a
+measurement. A program takes minutes to compile and is kept: stop it, start it again, and it goes on
+where it was. docs/scaling.md holds the table that this prints.
+"""
+
+import argparse
+import os
+import subprocess
+import sys
+
+from frame import Result, child, command_line, publish, table
+
+CHIPS_16 = ("v4:2x2x4", "v5e:4x4", "v5p:2x2x4", "v6e:4x4")
+POD = "v5e:16x16"
+RECIPES = [
+    *[f"imagenet1k:{size}" for size in ("tiny", "small", "base", "large")],
+    *[f"alpha_imagenet21k:{size}" for size in ("base-32", "base-16", "large-14")],
+    "alpha_imagenet1k:base-32",
+    "finetune:cifar10-small",
+]
+CASES = [
+    ("digits", "v5e:1x1", "data:-1"),
+    *[(recipe, topology, "data:-1") for recipe in RECIPES for topology in (*CHIPS_16, POD)],
+    *[(f"imagenet1k:{size}", POD, "data:64,fsdp:4") for size in ("base", "large")],
+]
+
+
+def line(row: Result) -> str:
+    """A line of the table."""
+    compiled = row["compiled"]
+    devices = row["mesh"]["data"] * row["mesh"]["fsdp"]
+    formula = compiled["memory_by_formula"] / 2**30
+    cells = [row["recipe"], row["topology"], row["spec"], f"{row['batch_size'] // devices}"]
+    if "refused" in compiled:
+        return " | ".join([*cells, "does not fit", f"{formula:.2f}", *[""] * 6])
+    memory = compiled["memory"] / 2**30
+    cells += [f"{memory:.2f}", f"{formula:.2f}", f"{formula / memory - 1:+.0%}"]
+    cells += [f"{compiled['moved'] / 1e9:.1f}", f"{compiled['copies']}", counts(compiled)]
+    (seconds,) = row["chips"].values()
+    low, high = (1e3 * s for s in seconds["step_s"])
+    return " | ".join([*cells, f"{low:.1f} to {high:.1f}", seconds["bound_by"]])
+
+
+def counts(compiled: Result) -> str:
+    """How many collectives of each kind, and how many of them go on beside other work."""
+    return ", ".join(
+        f"{of['count']} {kind}" + (f" ({of['overlapping']} overlap)" if of["overlapping"] else "")
+        for kind, of in compiled["collectives"].items()
+    )
+
+
+def report(result: Result) -> list[str]:
+    """The table."""
+    heads = ["recipe", "slice", "mesh", "images a device", "GiB compiled", "GiB by formula"]
+    heads += ["off", "GB moved", "copies", "collectives", "ms at least", "bound by"]
+    return table(" | ".join(heads), map(line, result["rows"]), words=3)
+
+
+def plan(recipe: str, topology: str, spec: str, depth: int | None) -> Result:
+    """The result of the command."""
+    shallow = [f"--config.model.depth={depth}"] if depth else []
+    return child(
+        *("-m", "crate_jax", "plan", f"--config={recipe}", *shallow),
+        *(f"--topology={topology}", f"--mesh={spec}"),
+    )
+
+
+def main() -> None:
+    """Compile every case, print the table."""
+    parser = command_line(__doc__)
+    parser.add_argument("--only", default="", help="cases whose recipe or slice has this in it")
+    parser.add_argument("--depth", type=int, help="layers instead of the recipe's, to try it out")
+    args: argparse.Namespace = parser.parse_args()
+    os.nice(10)
+    rows, omitted = [], {}
+    for recipe, topology, spec in CASES:
+        case = f"{recipe} on {topology}, {spec}"
+        if args.only not in case:
+            continue
+        print(f"{case} ({len(rows)} done)", file=sys.stderr, flush=True)
+        try:
+            found = plan(recipe, topology, spec, args.depth)
+        except subprocess.CalledProcessError as error:
+            omitted[case] = f"status {error.returncode}"
+        else:
+            rows.append({"recipe": recipe, "topology": topology, "spec": spec} | found)
+    publish(args, {"rows": rows, "omitted": omitted}, "libtpu", report=report)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,77 @@
+"""What a plan found, as lines for people."""
+
+from collections.abc import Iterator
+
+from crate_jax.files import Json
+
+
+def table(found: Json) -> str:
+    """What `plan` or `plan_on` found.
+
+    What formulas give and what a compiler gives stand apart.
+    """
+    lines = [*_by_formula(found), "", *_compiled(found["compiled"]), "", *_times(found)]
+    return "\n".join(lines) + "\n"
+
+
+def _by_formula(found: Json) -> Iterator[str]:
+    yield f"{found['parameters']:,} parameters"
+    yield ""
+    yield "by formula, memory of a device     GiB"
+    for name, size in found["memory"].items():
+        yield f"  {name:<28}{size / 2**30:>10.3f}"
+    yield f"added up in a step, MB        {found['gradient_bytes'] / 1e6:>10.1f}"
+    yield f"gathered in a step, MB        {found['gathered_bytes'] / 1e6:>10.1f}"
+
+
+def _compiled(compiled: Json) -> Iterator[str]:
+    where = f" for {compiled['topology']}" if "topology" in compiled else ""
+    yield f"compiled{where} in {compiled['dtype']}"
+    if "refused" in compiled:
+        yield f"  does not fit: {compiled['refused']}"
+        return
+    yield f"{'':<30}count  compiled   formula"
+    memory = [compiled[name] / 2**30 for name in ("memory", "memory_by_formula")]
+    yield f"  {'memory, GiB':<33}" + "".join(f"{size:>10.3f}" for size in memory)
+    for name, what in (("gradient", "added up"), ("gathered", "gathered")):
+        sizes = [compiled[f"{name}_bytes{by}"] / 1e6 for by in ("", "_by_formula")]
+        yield f"  {what + ', MB':<33}" + "".join(f"{size:>10.1f}" for size in sizes)
+    for kind, of in compiled["collectives"].items():
+        overlapping = f"   {of['overlapping']} overlapping" if of["overlapping"] else ""
+        yield f"  {kind + ', MB':<26}{of['count']:>7}{of['bytes'] / 1e6:>10.1f}{overlapping}"
+    if "moved" not in compiled:
+        return
+    yield f"  {'moved through memory, MB':<33}{compiled['moved'] / 1e6:>10.1f}"
+    for opcode, size in compiled["moved_by_opcode"].items():
+        if size > compiled["moved"] / 100:
+            yield f"    {'by ' + opcode:<31}{size / 1e6:>10.1f}"
+    yield f"  {'copies of all tokens':<26}{compiled['copies']:>7}"
+    yield "  operations that move most (MB, share, times, what, from where)"
+    for operation in compiled["moved_by"][:10]:
+        share = f"{operation['bytes'] / max(1, compiled['moved']):.0%}"
+        yield (
+            f"  {operation['bytes'] / 1e6:>10.1f}{share:>5}{operation['trips']:>4}  "
+            f"{operation['name'][:28]:<30}{_ending(operation['source'])}"
+        )
+
+
+def _ending(source: str, most: int = 60) -> str:
+    return source if len(source) <= most else "…" + source[1 - most :]
+
+
+def _times(found: Json) -> Iterator[str]:
+    if not found["chips"]:
+        yield "no time: the peaks of this chip are not known, or the program does not fit"
+        return
+    source = "of the program" if "topology" in found["compiled"] else "by formula"
+    yield f"at peak, {source} (ms)"
+    yield "            compute    memory     links   network      step      fits  bound by"
+    for chip, seconds in found["chips"].items():
+        cells = [
+            f"{1e3 * seconds[f'{name}_s']:.2f}" if f"{name}_s" in seconds else ""
+            for name in ("compute", "memory", "links", "network")
+        ]
+        low, high = (1e3 * s for s in seconds["step_s"])
+        cells += [f"{low:.1f}-{high:.1f}", "yes" if seconds["fits"] else "NO"]
+        row = "".join(f"{cell:>10}" for cell in cells)
+        yield f"  {chip:<7}{row}  {seconds['bound_by']}"
