@@ -80,11 +80,17 @@ def whole_of_fsdp(name: str, X: Array) -> Array:
     Its gradient is split again as the parameter is: left to itself the compiler would add up the
     whole of it on every device. `crate_jax.parallel.on_mesh` puts the axis around a function.
     """
+    if not are_weights_split():
+        return X
+    size = jax.sharding.get_abstract_mesh().shape["fsdp"]
+    return _gathered(X, share_of_fsdp(name, X.shape, size))
+
+
+def are_weights_split() -> bool:
+    """Whether an Auto axis ``fsdp`` of more than one device is around."""
     mesh = jax.sharding.get_abstract_mesh()
     types = dict(zip(mesh.axis_names, mesh.axis_types, strict=True))
-    if types.get("fsdp") is not AxisType.Auto or mesh.shape["fsdp"] == 1:
-        return X
-    return _gathered(X, share_of_fsdp(name, X.shape, mesh.shape["fsdp"]))
+    return types.get("fsdp") is AxisType.Auto and mesh.shape["fsdp"] > 1
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1,))

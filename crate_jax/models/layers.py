@@ -166,8 +166,10 @@ def times(X: Array, W: Array, axes: int = 1) -> Array:
     rows = (math.prod(front),)
     if placement.platform() == "tpu":
         rows = front
-        # Else the gradient of W has its axes (K, p) from the product on, which takes copies too.
-        matrix = jax.lax.optimization_barrier(matrix) if W.ndim > 2 else matrix
+        # Without a barrier the product that makes the gradient of W has its axes (K, p), and takes
+        # copies of the tokens for it. Where W is split its gradient could not be scattered then.
+        if W.ndim > 2 and not placement.are_weights_split():
+            matrix = jax.lax.optimization_barrier(matrix)
     flat = X.reshape(*rows, math.prod(inner)) @ matrix
     return flat.reshape(*front, *outer)
 

@@ -122,12 +122,11 @@ def test_the_program_of_a_slice_of_tpus(libtpu, tmp_path, monkeypatch):
     assert (compiled["topology"], compiled["dtype"]) == ("v5e:2x4", "bfloat16")
     kinds, depth = compiled["collectives"], 2
     assert kinds["all-gather"]["count"] == 6 * depth + 3
-    assert kinds["all-gather"]["overlapping"] >= depth
+    assert kinds["all-gather"]["overlapping"] >= 4 * depth
     # One of all matrices of a layer; and those of the patches' projection and of the head.
     assert kinds["reduce-scatter"]["count"] == depth + 2
     assert compiled["gathered_bytes"] == pytest.approx(found["gathered_bytes"], rel=0.05)
-    # A sum of some small weights is still made whole and then cut up, without a second sum.
-    assert compiled["gradient_bytes"] == pytest.approx(found["gradient_bytes"], rel=0.1)
+    assert compiled["gradient_bytes"] == pytest.approx(found["gradient_bytes"], rel=0.05)
     assert compiled["moved"] > sum(x["bytes"] for x in compiled["moved_by"]) > 0
     assert compiled["moved"] == sum(compiled["moved_by_opcode"].values())
     seconds = found["chips"]["v5e"]
