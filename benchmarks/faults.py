@@ -16,7 +16,7 @@ from pathlib import Path
 
 from frame import ROOT
 
-from crate_jax.checkpoint.manager import FOLDER
+from crate_jax.checkpoint.folder import FOLDER
 from crate_jax.cli.running import TRY_AGAIN
 
 PATIENCE_S = 120  # for whatever a process is waited for

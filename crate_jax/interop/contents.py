@@ -154,7 +154,7 @@ def find_run(path: str | Path) -> tuple[Path, str]:
     Raises:
         ValueError: it is neither.
     """
-    from crate_jax.checkpoint.manager import FOLDER
+    from crate_jax.checkpoint.folder import FOLDER
 
     path = Path(expanded(path, "weights"))
     if path.parent.name == FOLDER and path.name.isdigit():

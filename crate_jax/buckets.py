@@ -1,0 +1,199 @@
+"""Buckets: paths ``gs://…`` and ``s3://…``, by fsspec and by epath, and what their services say.
+
+pathlib knows no bucket. epath's paths have its methods (``exists``, ``iterdir``, ``read_text``, …),
+so that a run's folder is one kind of path for all code that uses it. Orbax takes them too.
+"""
+
+import contextlib
+import errno
+import functools
+import os
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, cast
+
+from crate_jax.errors import first_line
+
+# Needed besides fsspec for each kind of bucket, and the extra of this project that brings it.
+PACKAGES = {"gs": "gcsfs", "gcs": "gcsfs", "s3": "s3fs"}
+EXTRAS = {"gs": "gcs", "s3": "s3"}
+# Where each kind of bucket is let in.
+_CREDENTIALS = {
+    "gs": "gcloud auth application-default login, or the service account of the machine",
+    "s3": "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, AWS_PROFILE, or the role of the machine",
+}
+ANSWER_S = 45  # Seconds in which a service must say whether there is a bucket.
+
+# Whose errors are about a service, never about what an object holds.
+_SERVICES = ("aiohttp", "aiobotocore", "botocore", "gcsfs", "google", "requests", "urllib3")
+# How tensorstore says the same.
+_STATUS = re.compile(
+    r"\b(UNAVAILABLE|PERMISSION_DENIED|UNAUTHENTICATED|DEADLINE_EXCEEDED|ABORTED)\b"
+    r"|HTTP response code: (401|403|408|429|5\d\d)"
+)
+
+
+def is_remote(path: str | os.PathLike[str]) -> bool:
+    """Whether a path is a bucket's."""
+    return "://" in os.fspath(path)
+
+
+@functools.cache
+def filesystem(protocol: str, *, cached: bool = False) -> Any:
+    """The fsspec file system of a protocol.
+
+    Args:
+        protocol: such as ``gs``.
+        cached: whether listings are remembered: faster, where nobody writes meanwhile.
+
+    Raises:
+        ValueError: its package is not installed, or there is no such protocol.
+    """
+    import fsspec
+
+    # For epath, which passes no options: what Orbax has just written must be seen.
+    for name in PACKAGES:
+        fsspec.config.conf.setdefault(name, {}).setdefault("use_listings_cache", False)
+    try:
+        return fsspec.filesystem(protocol, use_listings_cache=cached)
+    except (ImportError, ValueError) as error:
+        package = PACKAGES.get(protocol)
+        remedy = f"pip install {package}." if package else "Use gs://, s3:// or a local path."
+        raise ValueError(f"{protocol}:// must be reachable; {error}. {remedy}") from error
+
+
+def bucket_path(text: str, name: str) -> Path:
+    """A path in a bucket; it answers to what pathlib's does, but for links.
+
+    Args:
+        text: ``gs://BUCKET/…`` or ``s3://BUCKET/…``.
+        name: of the flag, field or argument, for the error.
+
+    Raises:
+        ValueError: it is another kind of address, names no bucket, or a package is missing.
+    """
+    kind, _, rest = text.partition("://")
+    if kind not in EXTRAS or not rest.strip("/"):
+        raise ValueError(
+            f"{name} must be a local path, gs://BUCKET/PATH or s3://BUCKET/PATH; got {text}. "
+            "Correct it."
+        )
+    try:
+        filesystem(kind)
+    except ValueError as error:
+        if not isinstance(error.__cause__, ImportError):
+            raise
+        raise ValueError(
+            f"{name} must be reachable; {kind}:// needs {PACKAGES[kind]}, which is missing. "
+            f"Install it: pip install 'crate-jax[{EXTRAS[kind]}]'"
+        ) from error
+    from etils import epath
+
+    return cast(Path, epath.Path(text.rstrip("/")))
+
+
+def check_reachable(path: Path, name: str) -> None:
+    """Ask for the bucket of a path, with a time limit; local paths pass.
+
+    Raises:
+        ValueError: there is no such bucket, it lets nobody in, or its service does not answer.
+    """
+    if not is_remote(path):
+        return
+    from fsspec.asyn import sync
+
+    kind, _, rest = os.fspath(path).partition("://")
+    bucket = rest.partition("/")[0]
+    remedy = f"Check its name, and the credentials: {_CREDENTIALS[kind]}."
+    try:
+        fs = filesystem(kind)
+        sync(fs.loop, fs._info, bucket, timeout=ANSWER_S)
+        return
+    except FileNotFoundError:
+        reason = "there is no such bucket"
+    except TimeoutError:
+        reason = f"no answer within {ANSWER_S} s"
+    except Exception as error:  # of a dozen packages, none of which is about what a path holds
+        reason = first_line(error)
+    raise ValueError(f"{name} must be reachable; {kind}://{bucket} is not ({reason}). {remedy}")
+
+
+def complaint(error: BaseException) -> str | None:
+    """What a service says where it fails or refuses; None: the error is about something else."""
+    if isinstance(error, FileNotFoundError | FileExistsError):
+        return None
+    module = type(error).__module__.partition(".")[0]
+    network = isinstance(error, ConnectionError | PermissionError | TimeoutError)
+    if module in _SERVICES or network or _STATUS.search(str(error)):
+        return f"{type(error).__name__}: {first_line(error)}"
+    return None
+
+
+@contextlib.contextmanager
+def answered(path: Path) -> Iterator[None]:
+    """Tell a service's errors as OSErrors that name a path; others stay as they are.
+
+    Raises:
+        OSError: the service fails or refuses.
+    """
+    try:
+        yield
+    except Exception as error:
+        if (said := complaint(error)) is None:
+            raise
+        raise OSError(errno.EIO, said, os.fspath(path)) from error
+
+
+def create(path: Path, data: bytes) -> bool:
+    """Write an object only where there is none; returns whether it was written.
+
+    Of several that try at once one succeeds, for the service decides: ``if-none-match`` of S3,
+    generation 0 of Google.
+    """
+    fs = filesystem(os.fspath(path).partition("://")[0])
+    try:
+        fs.pipe_file(os.fspath(path), data, mode="create")
+    except FileExistsError:
+        return False
+    except Exception as error:
+        if str(getattr(error, "code", "")) == "412":  # gcsfs: precondition failed
+            return False
+        raise
+    return True
+
+
+def remove_tree(folder: Path) -> None:
+    """Remove all objects below a path, as far as that can be done."""
+    fs = filesystem(os.fspath(folder).partition("://")[0])
+    with contextlib.suppress(Exception):
+        fs.rm(os.fspath(folder), recursive=True)
+
+
+def sizes(folder: Path) -> int:
+    """Bytes of all files below a folder, here or in a bucket."""
+    if is_remote(folder):
+        return filesystem(os.fspath(folder).partition("://")[0]).du(os.fspath(folder))
+    return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+
+
+def fetch(path: Path, here: Path) -> None:
+    """Copy an object to a local file.
+
+    Raises:
+        OSError: there is none, or the service fails.
+    """
+    fs = filesystem(os.fspath(path).partition("://")[0])
+    with answered(path):
+        fs.get_file(os.fspath(path), os.fspath(here))
+
+
+def store(here: Path, path: Path) -> None:
+    """Copy a local file to an object, which appears whole or not at all.
+
+    Raises:
+        OSError: the service fails or refuses.
+    """
+    fs = filesystem(os.fspath(path).partition("://")[0])
+    with answered(path):
+        fs.put_file(os.fspath(here), os.fspath(path))
