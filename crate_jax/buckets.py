@@ -26,7 +26,7 @@ _CREDENTIALS = {
 ANSWER_S = 45  # Seconds in which a service must say whether there is a bucket.
 
 # Whose errors are about a service, never about what an object holds.
-_SERVICES = ("aiohttp", "aiobotocore", "botocore", "gcsfs", "google", "requests", "urllib3")
+_SERVICES = ("aiohttp", "aiobotocore", "botocore", "gcsfs", "google.api_core", "google.auth")
 # How tensorstore says the same.
 _STATUS = re.compile(
     r"\b(UNAVAILABLE|PERMISSION_DENIED|UNAUTHENTICATED|DEADLINE_EXCEEDED|ABORTED)\b"
@@ -123,11 +123,16 @@ def complaint(error: BaseException) -> str | None:
     """What a service says where it fails or refuses; None: the error is about something else."""
     if isinstance(error, FileNotFoundError | FileExistsError):
         return None
-    module = type(error).__module__.partition(".")[0]
     network = isinstance(error, ConnectionError | PermissionError | TimeoutError)
-    if module in _SERVICES or network or _STATUS.search(str(error)):
+    said = _STATUS.search(str(error)) and not type(error).__module__.startswith("jax")
+    if is_of_service(error) or network or said:
         return f"{type(error).__name__}: {first_line(error)}"
     return None
+
+
+def is_of_service(error: BaseException) -> bool:
+    """Whether a package that speaks with a bucket's service made an error."""
+    return type(error).__module__.startswith(_SERVICES)
 
 
 @contextlib.contextmanager
@@ -175,6 +180,17 @@ def sizes(folder: Path) -> int:
     if is_remote(folder):
         return filesystem(os.fspath(folder).partition("://")[0]).du(os.fspath(folder))
     return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+
+
+def version(path: Path) -> str:
+    """What changes whenever an object is written again, by whatever name its service has for it.
+
+    Raises:
+        OSError: there is none, or the service fails.
+    """
+    with answered(path):
+        info = filesystem(os.fspath(path).partition("://")[0]).info(os.fspath(path))
+    return next((str(info[key]) for key in ("generation", "ETag", "etag") if key in info), "")
 
 
 def fetch(path: Path, here: Path) -> None:

@@ -54,15 +54,15 @@ def sweep(directory: Path, step: int | None) -> None:
         step: which; None: all of them.
     """
     if jax.process_index() == 0:
-        for path in _unfinished(directory, "*" if step is None else str(step)):
+        for path in unfinished(directory, "*" if step is None else str(step)):
             if is_remote(path):
                 remove_tree(path)
             else:
                 shutil.rmtree(path, ignore_errors=True)
 
 
-def _unfinished(directory: Path, step: str) -> Iterator[Path]:
-    """Folders of unfinished saves."""
+def unfinished(directory: Path, step: str) -> Iterator[Path]:
+    """Folders of unfinished saves of a step, or of all for ``*``."""
     if not is_remote(directory):
         yield from directory.glob(f"{step}.*tmp*")
     elif directory.exists():

@@ -23,6 +23,7 @@ from crate_jax.files import cache_folder, expanded, written_aside
 # Of what the arrays of an index mean; another number makes them all anew.
 INDEX_VERSION = 2
 
+
 def _remote(path: str) -> Any:
     return filesystem(path.partition("://")[0], cached=True)
 
