@@ -19,7 +19,7 @@ from frame import ROOT
 from crate_jax.checkpoint.folder import FOLDER, unfinished
 from crate_jax.cli.running import TRY_AGAIN
 
-PATIENCE_S = 120  # for whatever a process is waited for
+PATIENCE_S = 300  # for whatever a process is waited for
 MISTAKE = 2  # train.py's exit status for what its user can mend, such as a full disk
 
 

@@ -51,6 +51,7 @@ def filesystem(protocol: str, *, cached: bool = False) -> Any:
         ValueError: its package is not installed, or there is no such protocol.
     """
     import fsspec
+    import fsspec.config
 
     # For epath, which passes no options: what Orbax has just written must be seen.
     for name in PACKAGES:

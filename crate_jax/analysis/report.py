@@ -65,4 +65,4 @@ def draw_layerwise(values: Mapping[str, np.ndarray], path: str | Path, *, title:
         axes.spines[["top", "right"]].set_visible(False)
     figure.suptitle(title, fontsize=11)
     with written_aside(path) as aside:
-        figure.savefig(aside, format=Path(path).suffix[1:] or None)
+        figure.savefig(aside, format=Path(path).suffix[1:] or "png")
