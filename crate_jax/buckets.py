@@ -23,7 +23,7 @@ _CREDENTIALS = {
     "gs": "gcloud auth application-default login, or the service account of the machine",
     "s3": "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, AWS_PROFILE, or the role of the machine",
 }
-ANSWER_S = 45  # Seconds in which a service must say whether there is a bucket.
+ANSWER_S = 30  # Seconds in which a service must say whether there is a bucket.
 
 # Whose errors are about a service, never about what an object holds.
 _SERVICES = ("aiohttp", "aiobotocore", "botocore", "gcsfs", "google.api_core", "google.auth")
@@ -89,6 +89,8 @@ def bucket_path(text: str, name: str) -> Path:
             f"{name} must be reachable; {kind}:// needs {PACKAGES[kind]}, which is missing. "
             f"Install it: pip install 'crate-jax[{EXTRAS[kind]}]'"
         ) from error
+    # Where TensorFlow is installed, epath would leave buckets to it, which may know none of S3.
+    os.environ.setdefault("EPATH_USE_TF", "false")
     from etils import epath
 
     return cast(Path, epath.Path(text.rstrip("/")))
@@ -167,6 +169,25 @@ def create(path: Path, data: bytes) -> bool:
             return False
         raise
     return True
+
+
+def rename_tree(folder: Path, target: Path) -> None:
+    """Rename all objects below a path, by copies: no service renames a folder, nor does s3fs.
+
+    Args:
+        folder: below which they are.
+        target: below which there is nothing yet.
+
+    Raises:
+        OSError: the service fails or refuses; what was there is there still.
+    """
+    fs = filesystem(os.fspath(folder).partition("://")[0])
+    source, sink = (fs._strip_protocol(os.fspath(path)) for path in (folder, target))
+    with answered(folder):
+        paths = fs.find(source)
+        for path in paths:
+            fs.cp_file(path, sink + path.removeprefix(source))
+        fs.rm(paths)
 
 
 def remove_tree(folder: Path) -> None:

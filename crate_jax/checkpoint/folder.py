@@ -1,5 +1,6 @@
 """The folder of a run's checkpoints: what is swept up there, and what is set aside."""
 
+import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -7,7 +8,7 @@ from pathlib import Path
 import jax
 from jax.experimental import multihost_utils
 
-from crate_jax.buckets import check_reachable, is_remote, remove_tree
+from crate_jax.buckets import check_reachable, is_remote, remove_tree, rename_tree
 from crate_jax.files import located
 
 FOLDER = "checkpoints"  # below the run's workdir
@@ -76,7 +77,8 @@ def set_aside(directory: Path, steps: list[int]) -> None:
         for step in steps:
             names = [f"{DAMAGED}{step}", *(f"{DAMAGED}{step}.{i}" for i in range(1, 1000))]
             free = next(name for name in names if not (directory / name).exists())
-            (directory / str(step)).rename(directory / free)
+            rename = rename_tree if is_remote(directory) else os.rename
+            rename(directory / str(step), directory / free)
     # Nobody looks before the names are changed.
     multihost_utils.sync_global_devices("crate_jax: damaged checkpoints are set aside")
 

@@ -27,7 +27,9 @@ def add_evaluate(subparsers: Subparsers) -> None:
     """The flags of `evaluate`."""
     parser = subparsers.add_parser("evaluate", help="exact metrics over a split, such as top-1")
     parser.add_argument(
-        "--workdir", type=path, help="a run; its newest checkpoint unless --step says else"
+        "--workdir",
+        type=path,
+        help="a run, here or in a bucket; its newest checkpoint unless --step says else",
     )
     parser.add_argument("--step", help="latest, best or a number (with --workdir)")
     parser.add_argument(
