@@ -84,11 +84,14 @@ def _leave(status: int) -> NoReturn:
 
 
 def quiet_libraries() -> None:
-    """Only errors of Orbax, Grain and TFDS, and none of clients of buckets, reach the terminal, unless --verbosity asks for more."""
+    """Only errors of Orbax, Grain and TFDS reach the terminal, unless --verbosity asks for more.
+
+    The clients of buckets say nothing there.
+    """
     if absl.flags.FLAGS.is_parsed() and absl.flags.FLAGS["verbosity"].present:
         return
     absl.logging.set_verbosity(absl.logging.ERROR)
-    for name in ("gcsfs", "google.auth"):  # what they log, with traces, they raise as well
+    for name in ("gcsfs", "google.auth"):  # what they log, they raise as well
         logging.getLogger(name).setLevel(logging.CRITICAL)
 
 
