@@ -5,7 +5,6 @@ so that a run's folder is one kind of path for all code that uses it. Orbax take
 """
 
 import contextlib
-import errno
 import functools
 import os
 import re
@@ -32,6 +31,22 @@ _STATUS = re.compile(
     r"\b(UNAVAILABLE|PERMISSION_DENIED|UNAUTHENTICATED|DEADLINE_EXCEEDED|ABORTED)\b"
     r"|HTTP response code: (401|403|408|429|5\d\d)"
 )
+
+
+class ServiceError(OSError):
+    """A bucket's service fails or refuses; nothing is said of what it holds.
+
+    Args:
+        path: what it was asked for.
+        said: its words.
+    """
+
+    def __init__(self, path: object, said: str):
+        self.said = said
+        super().__init__(
+            f"{path} must be reachable; it is not ({said}). Check the network and the credentials, "
+            "and run again."
+        )
 
 
 def is_remote(path: str | os.PathLike[str]) -> bool:
@@ -64,6 +79,11 @@ def filesystem(protocol: str, *, cached: bool = False) -> Any:
         raise ValueError(f"{protocol}:// must be reachable; {error}. {remedy}") from error
 
 
+def _of(path: Path) -> Any:
+    """The file system that a path is of."""
+    return filesystem(os.fspath(path).partition("://")[0])
+
+
 def bucket_path(text: str, name: str) -> Path:
     """A path in a bucket; it answers to what pathlib's does, but for links.
 
@@ -78,7 +98,7 @@ def bucket_path(text: str, name: str) -> Path:
     if kind not in EXTRAS or not rest.strip("/"):
         raise ValueError(
             f"{name} must be a local path, gs://BUCKET/PATH or s3://BUCKET/PATH; got {text}. "
-            "Correct it."
+            "Addresses of other kinds are not read: download or mount what is there."
         )
     try:
         filesystem(kind)
@@ -124,7 +144,7 @@ def check_reachable(path: Path, name: str) -> None:
 
 def complaint(error: BaseException) -> str | None:
     """What a service says where it fails or refuses; None: the error is about something else."""
-    if isinstance(error, FileNotFoundError | FileExistsError):
+    if isinstance(error, FileNotFoundError | FileExistsError | ServiceError):
         return None
     network = isinstance(error, ConnectionError | PermissionError | TimeoutError)
     said = _STATUS.search(str(error)) and not type(error).__module__.startswith("jax")
@@ -140,17 +160,25 @@ def is_of_service(error: BaseException) -> bool:
 
 @contextlib.contextmanager
 def answered(path: Path) -> Iterator[None]:
-    """Tell a service's errors as OSErrors that name a path; others stay as they are.
+    """Tell a service's errors as one that names a path; others stay as they are.
 
     Raises:
-        OSError: the service fails or refuses.
+        ServiceError: the service fails or refuses.
     """
     try:
         yield
     except Exception as error:
         if (said := complaint(error)) is None:
             raise
-        raise OSError(errno.EIO, said, os.fspath(path)) from error
+        raise ServiceError(path, said) from error
+
+
+def read(path: Path) -> bytes:
+    """An object as it is at one moment, even if another process writes it again meanwhile.
+
+    epath reads in two steps, and fails where the object has changed between them.
+    """
+    return _of(path).cat_file(os.fspath(path))
 
 
 def create(path: Path, data: bytes) -> bool:
@@ -159,7 +187,7 @@ def create(path: Path, data: bytes) -> bool:
     Of several that try at once one succeeds, for the service decides: ``if-none-match`` of S3,
     generation 0 of Google.
     """
-    fs = filesystem(os.fspath(path).partition("://")[0])
+    fs = _of(path)
     try:
         fs.pipe_file(os.fspath(path), data, mode="create")
     except FileExistsError:
@@ -181,7 +209,7 @@ def rename_tree(folder: Path, target: Path) -> None:
     Raises:
         OSError: the service fails or refuses; what was there is there still.
     """
-    fs = filesystem(os.fspath(folder).partition("://")[0])
+    fs = _of(folder)
     source, sink = (fs._strip_protocol(os.fspath(path)) for path in (folder, target))
     with answered(folder):
         paths = fs.find(source)
@@ -192,7 +220,7 @@ def rename_tree(folder: Path, target: Path) -> None:
 
 def remove_tree(folder: Path) -> None:
     """Remove all objects below a path, as far as that can be done."""
-    fs = filesystem(os.fspath(folder).partition("://")[0])
+    fs = _of(folder)
     with contextlib.suppress(Exception):
         fs.rm(os.fspath(folder), recursive=True)
 
@@ -200,7 +228,7 @@ def remove_tree(folder: Path) -> None:
 def sizes(folder: Path) -> int:
     """Bytes of all files below a folder, here or in a bucket."""
     if is_remote(folder):
-        return filesystem(os.fspath(folder).partition("://")[0]).du(os.fspath(folder))
+        return _of(folder).du(os.fspath(folder))
     return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
 
 
@@ -211,7 +239,7 @@ def version(path: Path) -> str:
         OSError: there is none, or the service fails.
     """
     with answered(path):
-        info = filesystem(os.fspath(path).partition("://")[0]).info(os.fspath(path))
+        info = _of(path).info(os.fspath(path))
     return next((str(info[key]) for key in ("generation", "ETag", "etag") if key in info), "")
 
 
@@ -221,7 +249,7 @@ def fetch(path: Path, here: Path) -> None:
     Raises:
         OSError: there is none, or the service fails.
     """
-    fs = filesystem(os.fspath(path).partition("://")[0])
+    fs = _of(path)
     with answered(path):
         fs.get_file(os.fspath(path), os.fspath(here))
 
@@ -232,6 +260,6 @@ def store(here: Path, path: Path) -> None:
     Raises:
         OSError: the service fails or refuses.
     """
-    fs = filesystem(os.fspath(path).partition("://")[0])
+    fs = _of(path)
     with answered(path):
         fs.put_file(os.fspath(here), os.fspath(path))

@@ -22,7 +22,7 @@ class Manager(ocp.CheckpointManager):
     """
 
     def __init__(self, directory: Path, best: Best, options: ocp.CheckpointManagerOptions):
-        s3.teach_orbax()
+        s3.teach_orbax(directory)
         self._best = best  # first: Orbax reads all metrics when it is made
         self._folder = directory
         super().__init__(directory, options=options)

@@ -19,7 +19,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from crate_jax.buckets import answered, create
+from crate_jax.buckets import ServiceError, answered, create, read
 from crate_jax.files import Json
 
 FOLDER = ".owner"  # below the run's workdir
@@ -46,16 +46,10 @@ class Lease:
         try:
             with answered(workdir):
                 self._number, self._note = _take(workdir, self._folder)
-        except FileNotFoundError as error:
+        except ServiceError as error:
             raise OSError(
-                f"workdir must be in a bucket that exists; {workdir} is not. Correct its name."
-            ) from error
-        except OSError as error:
-            if error.errno is None:  # of `_take`
-                raise
-            raise OSError(
-                f"workdir must be writable; {workdir} is not ({error.strerror}). Check who may "
-                "write into the bucket, or choose another --workdir."
+                f"workdir must be writable; {workdir} is not ({error.said}). Check who may write "
+                "into the bucket, or choose another --workdir."
             ) from error
         self._beats = threading.Thread(target=self._beat, daemon=True, name="crate_jax lease")
         self._beats.start()
@@ -166,7 +160,7 @@ def _path(folder: Path, number: int) -> Path:
 def _read(path: Path) -> Json:
     """A note; {} where it is damaged or gone."""
     try:
-        found = json.loads(path.read_text())
+        found = json.loads(read(path))
     except (ValueError, FileNotFoundError):
         return {}
     return found if isinstance(found, dict) else {}

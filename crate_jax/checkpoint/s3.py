@@ -6,20 +6,34 @@ Everything else that Orbax does in a bucket of Google it does in any bucket that
 import functools
 import os
 from collections.abc import Callable
+from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
 _SCHEME = "s3:/"  # epath's paths have lost a slash where Orbax has normalised them
 
 
-@functools.cache
-def teach_orbax() -> None:
-    """Let Orbax find arrays of ``s3://…`` by tensorstore's driver; what it does else stays.
+def teach_orbax(path: Path) -> None:
+    """Let Orbax find arrays by tensorstore's driver if a path is in S3; what it does else stays.
 
     It has one function that says where arrays are, which takes no path but local ones and Google's.
 
     Raises:
-        ImportError: this version of Orbax has no such function.
+        ValueError: this version of Orbax has no such function.
     """
+    if not os.fspath(path).startswith(_SCHEME):
+        return
+    try:
+        _teach()
+    except (ImportError, AttributeError) as error:
+        raise ValueError(
+            f"orbax-checkpoint must be a version whose arrays can be led to s3://; got "
+            f"{version('orbax-checkpoint')}. Install 0.12.8, or use gs:// or a folder."
+        ) from error
+
+
+@functools.cache
+def _teach() -> None:
     from orbax.checkpoint._src.serialization import tensorstore_utils
 
     tensorstore_utils.build_kvstore_tspec = _also_s3(tensorstore_utils.build_kvstore_tspec)

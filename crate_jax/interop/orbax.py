@@ -76,7 +76,7 @@ def _shapes(folder: Path) -> Any:
 
     from crate_jax.checkpoint.s3 import teach_orbax
 
-    teach_orbax()
+    teach_orbax(folder)
     return ocp.PyTreeCheckpointHandler().metadata(folder).tree  # type: ignore[arg-type]
 
 

@@ -108,6 +108,27 @@ def test_an_owner_elsewhere_is_followed_once_it_is_silent_and_then_saves_no_more
     first.close()
 
 
+def test_a_bucket_that_lets_nobody_write(workdir, monkeypatch):
+    def refuse(path, data):
+        raise PermissionError("Access Denied")
+
+    monkeypatch.setattr(lease, "create", refuse)
+    message = rf"^workdir must be writable; {workdir} is not \(PermissionError: Access Denied\)\. "
+    with pytest.raises(OSError, match=message):
+        Lease(workdir)
+
+
+def test_an_owner_whose_bucket_does_not_answer_saves_nothing(workdir, monkeypatch):
+    def fail(folder):
+        raise TimeoutError
+
+    owner = Lease(workdir)
+    monkeypatch.setattr(lease, "_newest", fail)
+    with pytest.raises(OSError, match=r"\.owner must be reachable; it is not \(TimeoutError: "):
+        owner.check()
+    owner.release()
+
+
 def test_of_many_at_once_one_gets_a_number(workdir):
     path = workdir / "one"
     with ThreadPoolExecutor(8) as pool:
