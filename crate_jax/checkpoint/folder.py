@@ -44,7 +44,7 @@ def checkpoints_of(workdir: str | Path) -> Path:
     return directory
 
 
-def sweep(directory: Path, step: int | None) -> None:
+def sweep(directory: Path, step: int | str | None) -> None:
     """Remove what unfinished saves of a step have left, as far as that can be done.
 
     Orbax's own sweep fails the next save where it cannot, and a failed save's writers may go on
@@ -52,10 +52,10 @@ def sweep(directory: Path, step: int | None) -> None:
 
     Args:
         directory: of the steps.
-        step: which; None: all of them.
+        step: which; "*" for all of them; None for none.
     """
     if jax.process_index() == 0:
-        for path in unfinished(directory, "*" if step is None else str(step)):
+        for path in unfinished(directory, str(step)):
             if is_remote(path):
                 remove_tree(path)
             else:

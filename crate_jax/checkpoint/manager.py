@@ -65,7 +65,7 @@ class Checkpointer:
         if read_only:
             self._manager = for_reading(self.directory, self.best)
         else:
-            folder.sweep(self.directory, None)
+            folder.sweep(self.directory, "*")
             self._manager = for_writing(
                 self.directory, self.best, keep_latest=keep_latest, keep_best=keep_best
             )
