@@ -67,9 +67,8 @@ def for_writing(directory: Path, best: Best, *, keep_latest: int, keep_best: int
     return Manager(directory, best, options)
 
 
-def _atomicity(directory: Path) -> orbax_options.AtomicityOptions:
-    """What makes a step whole: its name here, and in any bucket the object that Orbax adds last."""
-    mode = orbax_options.AtomicityMode
-    return orbax_options.AtomicityOptions(
-        mode=mode.COMMIT_FILE if is_remote(directory) else mode.AUTO
-    )
+def _atomicity(directory: Path) -> orbax_options.AtomicityOptions | None:
+    """In a bucket the object that Orbax adds last makes a step whole; None, here: its name does."""
+    if not is_remote(directory):
+        return None
+    return orbax_options.AtomicityOptions(mode=orbax_options.AtomicityMode.COMMIT_FILE)
