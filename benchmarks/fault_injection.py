@@ -1,6 +1,7 @@
 """Does a run survive what happens to machines? Faults at random moments of a digits run.
 
     python benchmarks/fault_injection.py --rounds 6
+    python benchmarks/fault_injection.py --rounds 10 --bucket gs --faults "kill -9"
 
 Every round starts the same small run with train.py and does one thing to it, at a random step or in
 the middle of a save: kill -9, SIGTERM, a file of the newest checkpoint cut short, a file or all of
@@ -10,6 +11,9 @@ compiles, and started once more. At the end the parameters must be, bit for bit,
 nothing happened to, and metrics.jsonl must hold the same lines. Lost are the steps that were
 computed again.
 
+With --bucket the runs are in a bucket: of an emulator that this program starts, or of a service.
+Then a run is killed or told to stop; nothing is done to its files.
+
 A full disk is a small tmpfs with a file that fills it; where none can be mounted (that takes root),
 a limit on the size of any file that the run writes. Linux only. The last line is JSON; the exit
 status is 1 if a round was not survived.
@@ -17,6 +21,7 @@ status is 1 if a round was not survived.
 
 import contextlib
 import json
+import os
 import random
 import shutil
 import subprocess
@@ -29,10 +34,11 @@ from typing import Any
 
 import faults
 import jax
-from frame import command_line, publish
+from frame import ROOT, command_line, publish
 
 from crate_jax.checkpoint.reading import read_params
 from crate_jax.cli.running import quiet_libraries
+from crate_jax.files import located
 
 STEPS, SAVE_EVERY = 180, 15
 RUN = [
@@ -65,6 +71,7 @@ FAULTS: dict[str, tuple[Callable[[random.Random, faults.Training], str], int]] =
     "flipped bit": (faults.flip, TWO_SAVED),
     "full disk": (faults.fill_disk, 1),
 }
+IN_BUCKETS = ("kill -9", "SIGTERM")
 
 
 def lines(workdir: Path) -> list[dict[str, Any]]:
@@ -76,11 +83,6 @@ def lines(workdir: Path) -> list[dict[str, Any]]:
     return found
 
 
-def last_step(workdir: Path) -> int:
-    """The last step that was computed and written down."""
-    return max((line["step"] for line in lines(workdir)), default=0)
-
-
 def final_parameters(workdir: Path) -> dict[str, tuple[str, tuple[int, ...], bytes]]:
     """Type, shape and bytes of every array of the last step's parameters, by path."""
     leaves = jax.tree.leaves_with_path(read_params(workdir, STEPS)[0])
@@ -90,11 +92,11 @@ def final_parameters(workdir: Path) -> dict[str, tuple[str, tuple[int, ...], byt
 def wait_for_moment(rng: random.Random, run: faults.Training, first: int) -> int:
     """Until a random step, or until some time in the save that follows it; the step reached."""
     step = rng.randint(first, LAST_MOMENT)
-    run.wait_until(lambda: last_step(run.workdir) >= step)
+    run.wait_until(lambda: run.step >= step)
     if rng.random() < 0.5:
         run.wait_until(lambda: faults.is_saving(run.workdir))
         time.sleep(rng.uniform(0, SAVE_S))
-    return last_step(run.workdir)
+    return run.step
 
 
 @contextlib.contextmanager
@@ -116,14 +118,31 @@ def new_folder(fault: str, scratch: Path) -> Iterator[Path]:
         shutil.rmtree(folder)
 
 
-def play(fault: str, rng: random.Random, scratch: Path, whole: tuple[Any, Any]) -> dict[str, Any]:
+@contextlib.contextmanager
+def bucket(asked: str | None) -> Iterator[Path | None]:
+    """A folder in a bucket, of an emulator that runs meanwhile or of a service; or None."""
+    if asked is None or "://" in asked:
+        yield located(asked, "--bucket") if asked else None
+        return
+    sys.path.append(str(ROOT / "tests"))
+    import emulators
+
+    with emulators.running(asked) as variables:
+        os.environ.update(variables)
+        yield located(f"{asked}://{emulators.BUCKET}/faults", "--bucket")
+
+
+def play(
+    fault: str, rng: random.Random, scratch: Path, whole: tuple[Any, Any], runs: Path | None
+) -> dict[str, Any]:
     """One round.
 
     Args:
         fault: one of `FAULTS`.
         rng: of this round alone.
-        scratch: folder for all that it writes.
+        scratch: folder for all that it writes on this machine.
         whole: final parameters and lines of the run that nothing happened to.
+        runs: where the run is; None: in the scratch folder.
 
     Returns:
         A row of the result; it has a ``problem`` if the round was not survived.
@@ -132,14 +151,14 @@ def play(fault: str, rng: random.Random, scratch: Path, whole: tuple[Any, Any]) 
     row: dict[str, Any] = {"fault": fault, "identical": False, "steps_lost": 0, "again": []}
     failed_save = f"--config.on_failed_save={rng.choice(('stop', 'continue'))}"
     with new_folder(fault, scratch) as folder:
-        workdir = folder / "run"
+        workdir = runs or folder / "run"
         try:
             with faults.Training(workdir, scratch / "compiled", *RUN, failed_save) as run:
                 run.wait_until(lambda: run.has_stepped)
                 start_up_s = run.age_s
                 row["at_step"] = wait_for_moment(rng, run, first)
                 row["what"] = inject(rng, run)
-            reached = last_step(workdir)
+            reached = run.step
             while run.process.returncode != 0:
                 with faults.Training(workdir, scratch / "compiled", *RUN, failed_save) as run:
                     if rng.random() < AGAIN:
@@ -149,7 +168,7 @@ def play(fault: str, rng: random.Random, scratch: Path, whole: tuple[Any, Any]) 
                 if run.resumed_from is not None:
                     row["resumed_from"] = run.resumed_from
                     row["steps_lost"] += reached - run.resumed_from
-                    reached = last_step(workdir)
+                    reached = max(run.resumed_from, run.step)
             row["identical"] = final_parameters(workdir) == whole[0]
             if not row["identical"]:
                 raise faults.NotSurvivedError("other parameters")
@@ -164,18 +183,25 @@ def main() -> int:
     """The run that nothing happens to, then the rounds; returns the exit status."""
     parser = command_line(__doc__, rounds=30)
     parser.add_argument("--seed", type=int, default=0, help="of what happens, and when")
+    parser.add_argument("--faults", help=f"some of them, with commas: {','.join(FAULTS)}")
+    parser.add_argument("--bucket", help="gs or s3: an emulator's; or gs://… or s3://…, new there")
     args = parser.parse_args()
     quiet_libraries()
     start, order = time.perf_counter(), random.Random(args.seed)
-    kinds = [kind for _ in range(args.rounds) for kind in order.sample(list(FAULTS), len(FAULTS))]
+    possible = IN_BUCKETS if args.bucket else tuple(FAULTS)
+    chosen = args.faults.split(",") if args.faults else possible
+    if not set(chosen) <= set(possible):
+        parser.error(f"--faults must be of {','.join(possible)}; got {args.faults}")
+    kinds = [kind for _ in range(args.rounds) for kind in order.sample(chosen, len(chosen))]
     rows: list[dict[str, Any]] = []
-    with tempfile.TemporaryDirectory() as name:
+    with tempfile.TemporaryDirectory() as name, bucket(args.bucket) as runs:
         scratch = Path(name)
         with faults.Training(scratch / "whole", scratch / "compiled", *RUN) as run:
             run.end(0)
         whole = final_parameters(scratch / "whole"), lines(scratch / "whole")
         for i, kind in enumerate(kinds[: args.rounds], start=1):
-            rows.append(play(kind, random.Random(f"{args.seed} {i}"), scratch, whole))
+            there = runs / str(i) if runs else None
+            rows.append(play(kind, random.Random(f"{args.seed} {i}"), scratch, whole, there))
             print(f"round {i} of {args.rounds}:", json.dumps(rows[-1]), flush=True)
     survived = sum("problem" not in row for row in rows)
     found = {
@@ -190,7 +216,9 @@ def main() -> int:
         "seconds": round(time.perf_counter() - start),
         "runs": rows,
     }
-    publish(args, found, "orbax-checkpoint")
+    services = {"gs": ("gcsfs", "gcp-storage-emulator"), "s3": ("s3fs", "moto")}
+    packages = ["tensorstore", *services.get((args.bucket or "")[:2], ())] if args.bucket else []
+    publish(args, found, "orbax-checkpoint", *packages)
     return 0 if survived == len(rows) else 1
 
 

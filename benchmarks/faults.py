@@ -16,10 +16,10 @@ from pathlib import Path
 
 from frame import ROOT
 
-from crate_jax.checkpoint.manager import FOLDER
+from crate_jax.checkpoint.folder import FOLDER, unfinished
 from crate_jax.cli.running import TRY_AGAIN
 
-PATIENCE_S = 120  # for whatever a process is waited for
+PATIENCE_S = 300  # for whatever a process is waited for
 MISTAKE = 2  # train.py's exit status for what its user can mend, such as a full disk
 
 
@@ -31,7 +31,7 @@ class Training:
     """One process of train.py. It is killed at the end of its block, whatever happens.
 
     Args:
-        workdir: of the run.
+        workdir: of the run; local, or in a bucket.
         compiled: folder of compiled programs.
         arguments: its other flags.
     """
@@ -73,6 +73,12 @@ class Training:
         return any(line.startswith("step ") for line in self.said)
 
     @property
+    def step(self) -> int:
+        """The last step that the process has said is done; 0: none."""
+        steps = (re.match(r"step (\d+)/", line) for line in reversed(self.said))
+        return next((int(step[1]) for step in steps if step), 0)
+
+    @property
     def resumed_from(self) -> int | None:
         """The step that the process went on from; None if it ended before it said so."""
         resuming = re.search(r"^resuming .* after step (\d+) of", "".join(self.said), re.M)
@@ -105,7 +111,7 @@ class Training:
 
 def is_saving(workdir: Path) -> bool:
     """Whether there is a checkpoint that is not completely written."""
-    return any((workdir / FOLDER).glob("*tmp*"))
+    return any(unfinished(workdir / FOLDER, "*"))
 
 
 def strike_start(rng: random.Random, run: Training, start_up_s: float) -> str:

@@ -2,10 +2,14 @@
 
 import contextlib
 import os
+import re
 import resource
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+
+from crate_jax.buckets import bucket_path, is_remote, store
 
 # As many open files as a process asks for, where the system allows any number.
 MOST_OPEN_FILES = 65_536
@@ -39,6 +43,28 @@ def expanded(path: str | os.PathLike[str], name: str) -> str:
     return found
 
 
+def located(path: str | os.PathLike[str], name: str, *, absolute: bool = False) -> Path:
+    """A path as one writes it, as pathlib's; that of a bucket as epath's, with the same methods.
+
+    Args:
+        path: local, ``gs://…`` or ``s3://…``; ``~`` is the home directory.
+        name: of the flag, field or argument, for the error.
+        absolute: whether a local path is made absolute.
+
+    Raises:
+        ValueError: there is no such user, no such kind of bucket, or its package is missing.
+    """
+    text = expanded(path, name)
+    if is_remote(text):
+        return bucket_path(text, name)
+    if re.match(r"(gs|gcs|s3):/", text):
+        raise ValueError(
+            f"{name} must have two slashes after gs: or s3:; got {text}, as pathlib makes of it. "
+            "Give a bucket's path as text."
+        )
+    return Path(text).absolute() if absolute else Path(text)
+
+
 def cache_folder() -> str:
     """Where this project keeps what can be made again: ``crate_jax`` below XDG_CACHE_HOME."""
     base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
@@ -49,19 +75,27 @@ def cache_folder() -> str:
 def written_aside(path: str | Path) -> Iterator[Path]:
     """A path beside ``path`` to write to; it takes its place if the block ends without an error.
 
-    What was at ``path`` is untouched until then, and stays if the block fails.
+    What was at ``path`` is untouched until then, and stays if the block fails. The file of a bucket
+    is written on this machine and then stored, for a bucket has no file that grows.
 
     Args:
-        path: the file to be; its folder exists.
+        path: the file to be; its folder exists, or is in a bucket, which needs none.
 
     Yields:
-        The path to write to, in the same folder.
+        The local path to write to; of a local file in the same folder.
 
     Raises:
         FileNotFoundError: there is no such folder.
         IsADirectoryError: the path itself is one.
+        OSError: the disk or the bucket does not take the file.
     """
-    path = Path(expanded(path, "the file"))
+    path = located(path, "the file")
+    if is_remote(path):
+        with tempfile.TemporaryDirectory(prefix="crate_jax_") as folder:
+            aside = Path(folder) / path.name
+            yield aside
+            store(aside, path)
+        return
     if not path.parent.is_dir():
         raise FileNotFoundError(
             f"{path} must lie in an existing folder; there is no {path.parent}. Make it first."

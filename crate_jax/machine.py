@@ -8,6 +8,7 @@ import re
 
 import jax
 
+from crate_jax.buckets import is_of_service
 from crate_jax.errors import first_line
 
 SHARED_MEMORY = "/dev/shm"  # through which the loader's workers hand over batches, on Linux
@@ -26,6 +27,11 @@ def explained(error: Exception) -> str | None:
         return (
             f"the program must fit into memory; it does not ({first_line(error)}). Lower the batch "
             "size, end other programs, or take a machine with more."
+        )
+    if is_of_service(error):
+        return (
+            f"the bucket must answer; it did not ({type(error).__name__}: {first_line(error)}). "
+            "Check the network and the credentials, and run again."
         )
     if not isinstance(error, RuntimeError | AssertionError):
         return None

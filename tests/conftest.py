@@ -1,15 +1,18 @@
 """What every test runs under: eight CPU devices, strict array rules, nothing written at home."""
 
+import contextlib
 import dataclasses
 import gc
 import os
 import shutil
 import tempfile
+import uuid
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")  # before the first import of jax
 
 import tracemalloc  # noqa: F401, pytest's hook for what a collected object raises
 
+import emulators
 import jax
 import pytest
 from command import OLD_EMITTERS, OPTIMISED
@@ -55,6 +58,23 @@ def pytest_collection_finish():
 def pytest_unconfigure():
     if OWNER:
         shutil.rmtree(SCRATCH, ignore_errors=True)
+
+
+@pytest.fixture(scope="session")
+def services():
+    """Emulators of Google's and of S3's buckets, to which the variables of this process lead."""
+    with contextlib.ExitStack() as stack:
+        patch = stack.enter_context(pytest.MonkeyPatch.context())
+        for kind in emulators.VARIABLES:
+            for name, value in stack.enter_context(emulators.running(kind)).items():
+                patch.setenv(name, value)
+        yield
+
+
+@pytest.fixture(params=emulators.VARIABLES)
+def bucket(request, services):
+    """A new folder in a bucket, as text."""
+    return f"{request.param}://{emulators.BUCKET}/{uuid.uuid4().hex}"
 
 
 @pytest.fixture

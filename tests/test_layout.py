@@ -16,6 +16,7 @@ ROOT = Path(__file__).parent.parent
 FLOORS = [
     "errors",
     "streams",
+    "buckets",
     "files",
     "options",
     "models.variants",  # the families' fields, which the section of the model has too
@@ -62,20 +63,21 @@ ROOMS = {
     "data": ["rows", "stores", "images", "workers", "loader"],
     "tasks": ["losses", "pixels", "mixing", "task", "classify"],
     "checkpoint": [
-        *["faults", "digest", "best", "record", "shapes", "folder", "owner"],
-        *["engine", "manager", "reading"],
+        *["faults", "digest", "best", "record", "shapes", "folder", "lease", "owner"],
+        *["s3", "engine", "manager", "reading"],
     ],
     "analysis": ["taps", "layerwise", "report"],
     "interop": [
         *["layouts", "names", "kinds", "pickled", "safetensors", "npz", "msgpack", "orbax", "pth"],
-        *["folders", "tree", "faults", "resize", "fit", "convert", "contents", "load", "save"],
+        *["folders", "nearby", "tree", "faults", "resize", "fit", "convert", "contents"],
+        *["load", "save"],
     ],
     "parity": [
         *["twin", "crate", "crate_alpha", "vit"],
         *["torch_reference", "runs", "difference", "compare", "comparison"],
     ],
     "training": [
-        *["tensorboard", "writer", "progress", "workdir", "optimizer", "state", "step"],
+        *["tensorboard", "mirror", "writer", "progress", "workdir", "optimizer", "state", "step"],
         *["run", "loop"],
     ],
     "planning": [

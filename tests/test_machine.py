@@ -155,3 +155,13 @@ def test_an_evaluation_is_not_refused_in_the_midst_of_a_run(small_shared_memory)
         train_batches(Large(), data, batch_size=8, seed=0)
     with contextlib.closing(eval_batches(Large(), data, batch_size=8)) as found:
         assert isinstance(found, Batches) and found.skipped == 0
+
+
+def test_a_bucket_that_does_not_answer_is_no_bug():
+    from botocore.exceptions import NoCredentialsError
+
+    said = machine.explained(NoCredentialsError())
+    assert said == (
+        "the bucket must answer; it did not (NoCredentialsError: Unable to locate credentials). "
+        "Check the network and the credentials, and run again."
+    )

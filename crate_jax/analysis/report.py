@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 from jax.typing import ArrayLike
 
-from crate_jax.files import expanded
+from crate_jax.files import written_aside
 
 
 def by_layer(scalars: Mapping[str, ArrayLike]) -> dict[str, np.ndarray]:
@@ -64,4 +64,5 @@ def draw_layerwise(values: Mapping[str, np.ndarray], path: str | Path, *, title:
         axes.grid(alpha=0.3)
         axes.spines[["top", "right"]].set_visible(False)
     figure.suptitle(title, fontsize=11)
-    figure.savefig(expanded(path, "path"))
+    with written_aside(path) as aside:
+        figure.savefig(aside, format=Path(path).suffix[1:] or "png")

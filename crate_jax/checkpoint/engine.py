@@ -3,8 +3,11 @@
 from pathlib import Path
 
 import orbax.checkpoint as ocp
+from orbax.checkpoint import options as orbax_options
 from orbax.checkpoint.checkpoint_managers import preservation_policy
 
+from crate_jax.buckets import is_remote
+from crate_jax.checkpoint import s3
 from crate_jax.checkpoint.best import Best
 from crate_jax.checkpoint.record import METRICS, read_from_disk
 
@@ -19,7 +22,9 @@ class Manager(ocp.CheckpointManager):
     """
 
     def __init__(self, directory: Path, best: Best, options: ocp.CheckpointManagerOptions):
+        s3.teach_orbax(directory)
         self._best = best  # first: Orbax reads all metrics when it is made
+        self._folder = directory
         super().__init__(directory, options=options)
 
     def metrics(self, step: int) -> dict[str, float] | None:
@@ -29,7 +34,7 @@ class Manager(ocp.CheckpointManager):
         """
         try:
             found = super().metrics(step)
-            record = read_from_disk(Path(self.directory), step)
+            record = read_from_disk(self._folder, step)
         except (ValueError, OSError):  # of JSON and of Unicode too
             return None
         if not isinstance(found, dict) or record.get(METRICS, found) != found:
@@ -39,7 +44,9 @@ class Manager(ocp.CheckpointManager):
 
 def for_reading(directory: Path, best: Best) -> Manager:
     """A manager that neither writes nor deletes."""
-    options = ocp.CheckpointManagerOptions(read_only=True, best_fn=best.score)
+    options = ocp.CheckpointManagerOptions(
+        read_only=True, best_fn=best.score, atomicity_options=_atomicity(directory)
+    )
     return Manager(directory, best, options)
 
 
@@ -54,5 +61,14 @@ def for_writing(directory: Path, best: Best, *, keep_latest: int, keep_best: int
             )
         )
     policy = preservation_policy.AnyPreservationPolicy(kept)
-    options = ocp.CheckpointManagerOptions(best_fn=best.score, preservation_policy=policy)
+    options = ocp.CheckpointManagerOptions(
+        best_fn=best.score, preservation_policy=policy, atomicity_options=_atomicity(directory)
+    )
     return Manager(directory, best, options)
+
+
+def _atomicity(directory: Path) -> orbax_options.AtomicityOptions | None:
+    """In a bucket the object that Orbax adds last makes a step whole; None, here: its name does."""
+    if not is_remote(directory):
+        return None
+    return orbax_options.AtomicityOptions(mode=orbax_options.AtomicityMode.COMMIT_FILE)

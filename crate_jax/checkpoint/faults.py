@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 
 import jax
 
+from crate_jax.buckets import ServiceError, complaint
 from crate_jax.errors import first_line
 from crate_jax.machine import lacks_memory
 
@@ -50,6 +51,8 @@ def damages(told: Callable[[Exception], DamagedStepError]) -> Iterator[None]:
         if lost or lacks_memory(error):  # of another process, or of this one
             raise
         number = error.errno if isinstance(error, OSError) else _number(error)
+        if number is None and (said := complaint(error)):
+            raise ServiceError("the checkpoint", said) from error
         if number is None or number in _DAMAGE:
             raise told(error) from error
         if isinstance(error, OSError):

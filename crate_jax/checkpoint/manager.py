@@ -13,16 +13,16 @@ from pathlib import Path
 import orbax.checkpoint as ocp
 from orbax.checkpoint.checkpoint_manager import METRIC_ITEM_NAME
 
+from crate_jax.checkpoint import folder
 from crate_jax.checkpoint.best import UNSAID, Best
 from crate_jax.checkpoint.digest import changed, digest
 from crate_jax.checkpoint.engine import for_reading, for_writing
 from crate_jax.checkpoint.faults import DamagedStepError, damages, refusals
-from crate_jax.checkpoint.folder import FOLDER, no_checkpoint, set_aside, sweep, unwritable
 from crate_jax.checkpoint.owner import own_together
 from crate_jax.checkpoint.record import DIGEST, best_of, is_whole, seal, unseal
 from crate_jax.checkpoint.shapes import check_fits, saved_shapes
 from crate_jax.errors import first_line
-from crate_jax.files import Json, expanded
+from crate_jax.files import Json
 from crate_jax.parallel import PyTree, all_agree
 
 # Seconds of waiting: for the others to have read a step, and for what others say that could not.
@@ -43,6 +43,7 @@ class Checkpointer:
     Raises:
         FileNotFoundError: read_only, and there is no checkpoint.
         OSError: not read_only, and another process owns the workdir, or it cannot be written to.
+        ValueError: it is in a bucket that cannot be reached.
     """
 
     def __init__(
@@ -54,22 +55,22 @@ class Checkpointer:
         keep_best: int = 1,
         read_only: bool = False,
     ):
-        self.directory = Path(expanded(workdir, "workdir")).absolute() / FOLDER
+        self.directory = folder.checkpoints_of(workdir)
         self._saving: int | None = None
         self._owner = None if read_only else own_together(self.directory.parent)
         there = self.directory.is_dir()
         if read_only and not there:
-            raise no_checkpoint(self.directory)
+            raise folder.no_checkpoint(self.directory)
         self.best = best or (best_of(self.directory) if there else UNSAID)
         if read_only:
             self._manager = for_reading(self.directory, self.best)
         else:
-            sweep(self.directory, "*")
+            folder.sweep(self.directory, "*")
             self._manager = for_writing(
                 self.directory, self.best, keep_latest=keep_latest, keep_best=keep_best
             )
         if read_only and not self.steps:
-            raise no_checkpoint(self.directory)
+            raise folder.no_checkpoint(self.directory)
 
     @property
     def steps(self) -> list[int]:
@@ -115,7 +116,10 @@ class Checkpointer:
             FileExistsError: the step is there already.
             OSError: this save could not be started, or the one before could not be finished (this
                 one is then under way). Earlier steps are intact.
+            ValueError: another process has become the owner of a workdir in a bucket.
         """
+        if self._owner:
+            self._owner.check()
         if step in self._manager.all_steps():
             raise FileExistsError(
                 f"step must be new; {self.directory} holds {step} already. Go on from that one."
@@ -182,7 +186,7 @@ class Checkpointer:
             wait_s = AGREEMENT_S if found is None else READING_S
             if all_agree(found is not None, wait_s=wait_s) and found is not None:
                 if problems:
-                    set_aside(self.directory, list(problems))
+                    folder.set_aside(self.directory, list(problems))
                     self._manager.reload()
                 return *found, list(problems.values())
             problems.setdefault(step, self._damage(step, "another process cannot read it"))
@@ -243,7 +247,7 @@ class Checkpointer:
             try:
                 self._manager.wait_until_finished()
             except Exception:
-                sweep(self.directory, step)
+                folder.sweep(self.directory, step)
                 self._manager.reload()  # or it would keep the failed step, and drop a good one
                 raise
 
@@ -279,7 +283,7 @@ class Checkpointer:
             return self._manager.restore(step, args=items)
 
     def _unwritable(self, error: Exception) -> OSError:
-        return unwritable(self.directory, self.steps, error)
+        return folder.unwritable(self.directory, self.steps, error)
 
     def _checked(self, step: int, tree: PyTree, record: Json) -> Json:
         """The record, once it and the tree are compared with what was saved, if that is known."""
@@ -293,7 +297,4 @@ class Checkpointer:
         return DamagedStepError(self._damage(step, first_line(error)))
 
     def _damage(self, step: int, reason: str) -> str:
-        others = ", ".join(str(other) for other in self.steps if other != step)
-        remedy = f"Use another step: {others}." if others else "Train anew."
-        told = f"step {step} in {self.directory} is not ({reason}). {remedy}"
-        return f"checkpoint must be readable; {told}"
+        return folder.damage(self.directory, step, self.steps, reason)

@@ -3,22 +3,21 @@
 The lock is the operating system's (flock), which frees it when its process ends, however that ends.
 Where a file system has none, a file that names its process stands in: on the same host it counts
 only as long as that process lives, and on another host until somebody removes it. Readers take no
-lock. What a dead owner leaves behind harms nobody.
+lock. What a dead owner leaves behind harms nobody. In a bucket a `Lease` takes the lock's place.
 """
 
 import contextlib
-import datetime
 import errno
 import json
 import logging
-import os
-import socket
 from pathlib import Path
 
 import jax
 from filelock import BaseFileLock, FileLock, SoftFileLock, Timeout
 
+from crate_jax.buckets import is_remote
 from crate_jax.checkpoint.folder import check_path
+from crate_jax.checkpoint.lease import Lease, described, introduction, taken
 from crate_jax.parallel import all_agree
 
 LOCK, MARKER, NOTE = ".owner.lock", ".owner.marker", ".owner.json"
@@ -52,10 +51,11 @@ class Owner:
         if lock is None:
             raise _taken(workdir)
         self._lock, self._note = lock, workdir / NOTE
-        now = datetime.datetime.now().astimezone().isoformat(" ", "seconds")
-        note = {"process": os.getpid(), "host": socket.gethostname(), "since": now}
         with contextlib.suppress(OSError):  # where the disk is full, the lock holds without it
-            self._note.write_text(json.dumps(note) + "\n")
+            self._note.write_text(json.dumps(introduction()) + "\n")
+
+    def check(self) -> None:
+        """Nothing: the system's lock stays until it is released. A `Lease` may be lost."""
 
     def release(self) -> None:
         """Let others in."""
@@ -65,7 +65,7 @@ class Owner:
             self._lock.release()
 
 
-def own_together(workdir: Path) -> Owner | None:
+def own_together(workdir: Path) -> Owner | Lease | None:
     """Make all processes of this run owners: process 0 holds the lock, or none goes on.
 
     Returns:
@@ -79,7 +79,7 @@ def own_together(workdir: Path) -> Owner | None:
     owner = failure = None
     if jax.process_index() == 0:
         try:
-            owner = Owner(workdir)
+            owner = (Lease if is_remote(workdir) else Owner)(workdir)
         except OSError as error:
             failure = error
     if all_agree(failure is None, wait_s=TOGETHER_S):
@@ -116,18 +116,19 @@ def _held(lock: BaseFileLock, workdir: Path) -> BaseFileLock | None:
 
 
 def _who(workdir: Path) -> str:
-    """The owner in words; it may have had no time to leave its name."""
+    """The owner in words."""
+    return described(_note(workdir))
+
+
+def _note(workdir: Path) -> object:
+    """What the owner has left of itself; None: it had no time to."""
     try:
-        note = json.loads((workdir / NOTE).read_text())
-        return f"process {note['process']} on {note['host']} since {note['since']}"
-    except (OSError, ValueError, KeyError, TypeError):
-        return "another process"
+        return json.loads((workdir / NOTE).read_text())
+    except (OSError, ValueError):
+        return None
 
 
 def _taken(workdir: Path) -> OSError:
     marker = workdir / MARKER
     gone = f" If that has ended on another host, remove {marker}." if marker.exists() else ""
-    return OSError(
-        f"workdir must have one owner at a time; {workdir} belongs to {_who(workdir)}. "
-        f"Stop that process or wait for its end, or choose another --workdir.{gone}"
-    )
+    return taken(workdir, _note(workdir), gone)

@@ -6,11 +6,12 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
+from crate_jax.buckets import sizes
 from crate_jax.checkpoint.faults import DamagedStepError
 from crate_jax.checkpoint.folder import FOLDER
 from crate_jax.checkpoint.manager import Checkpointer
 from crate_jax.checkpoint.record import FACTS, newest
-from crate_jax.files import Json, expanded
+from crate_jax.files import Json, located
 from crate_jax.parallel import PyTree
 
 
@@ -93,7 +94,7 @@ def read_facts(workdir: str | Path) -> Json:
 
     A run goes on with the same data alone, so what one of its records says holds for all.
     """
-    directory = Path(expanded(workdir, "workdir")) / FOLDER
+    directory = located(workdir, "workdir") / FOLDER
     return (newest(directory, FACTS) if directory.is_dir() else None) or {}
 
 
@@ -119,10 +120,9 @@ def inspect(workdir: str | Path) -> list[Json]:
 
 
 def _inspect(reader: Checkpointer, step: int) -> Json:
-    files = (reader.directory / str(step)).rglob("*")
     found: Json = {
         "step": step,
-        "mib": round(sum(p.stat().st_size for p in files if p.is_file()) / 2**20, 2),
+        "mib": round(sizes(reader.directory / str(step)) / 2**20, 2),
         "metrics": {},
         "best": step == reader.best_step,
     }

@@ -7,7 +7,6 @@ import sys
 from collections.abc import Sequence
 from importlib.metadata import version
 from importlib.util import find_spec
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -24,7 +23,7 @@ from crate_jax.cli.arguments import (
     saved_run,
 )
 from crate_jax.config import DataConfig, OptimConfig
-from crate_jax.files import Json
+from crate_jax.files import Json, located
 
 if TYPE_CHECKING:  # imported where they are used
     from jax import Array
@@ -200,7 +199,8 @@ def _inputs(
 
     if args.images and args.dataset:
         raise ValueError("compare must get one of --images and --dataset. Leave one out.")
-    data, of_run = default_data(model), Path(args.weights).is_dir() and is_run(Path(args.weights))
+    weights = located(args.weights, "--weights")
+    data, of_run = default_data(model), weights.is_dir() and is_run(weights)
     if of_run:
         data = saved_run(*find_run(args.weights))[0].data
     override_data(data, args)

@@ -1,6 +1,7 @@
 """What every command has in common: how it ends, and where compiled programs are kept."""
 
 import json
+import logging
 import os
 import platform
 import sys
@@ -83,10 +84,15 @@ def _leave(status: int) -> NoReturn:
 
 
 def quiet_libraries() -> None:
-    """Only errors of Orbax, Grain and TFDS reach the terminal, unless --verbosity asks for more."""
+    """Only errors of Orbax, Grain and TFDS reach the terminal, unless --verbosity asks for more.
+
+    The clients of buckets say nothing there.
+    """
     if absl.flags.FLAGS.is_parsed() and absl.flags.FLAGS["verbosity"].present:
         return
     absl.logging.set_verbosity(absl.logging.ERROR)
+    for name in ("gcsfs", "google.auth"):  # what they log, they raise as well
+        logging.getLogger(name).setLevel(logging.CRITICAL)
 
 
 def enable_compilation_cache() -> None:

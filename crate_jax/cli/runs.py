@@ -2,7 +2,6 @@
 
 import argparse
 import sys
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from crate_jax.cli.arguments import (
@@ -17,7 +16,7 @@ from crate_jax.cli.arguments import (
     saved_run,
 )
 from crate_jax.config import ModelConfig, TrainConfig
-from crate_jax.files import Json
+from crate_jax.files import Json, located
 
 if TYPE_CHECKING:  # imported where they are used
     from crate_jax.tasks.task import Extra, Params
@@ -28,7 +27,9 @@ def add_evaluate(subparsers: Subparsers) -> None:
     """The flags of `evaluate`."""
     parser = subparsers.add_parser("evaluate", help="exact metrics over a split, such as top-1")
     parser.add_argument(
-        "--workdir", type=path, help="a run; its newest checkpoint unless --step says else"
+        "--workdir",
+        type=path,
+        help="a run, here or in a bucket; its newest checkpoint unless --step says else",
     )
     parser.add_argument("--step", help="latest, best or a number (with --workdir)")
     parser.add_argument(
@@ -158,7 +159,7 @@ def report(args: argparse.Namespace) -> Json:
             f"report must get a run that measures the objective; {args.workdir} does not. "
             "Choose another --workdir."
         )
-    output = args.output or str(Path(args.workdir) / "layerwise.png")
+    output = args.output or str(located(args.workdir, "--workdir") / "layerwise.png")
     split = f"{config.data.dataset}/{config.data.eval_split}"
     draw_layerwise(values, output, title=f"{config.name}, step {step}, on {split}")
     rounded = {name: [round(float(v), 4) for v in array] for name, array in values.items()}
@@ -188,6 +189,6 @@ def checkpoints(args: argparse.Namespace) -> Json:
         sys.stdout.write(f"{start}  {metrics}\n")
         if "problem" in row:
             sys.stdout.write(f"  {row['problem']}\n")
-    aside = sorted(p.name for p in (Path(args.run) / FOLDER).glob(f"{DAMAGED}*"))
+    aside = sorted(p.name for p in (located(args.run, "the run") / FOLDER).glob(f"{DAMAGED}*"))
     intact = all(row["intact"] is not False for row in found)
     return {"workdir": args.run, "intact": intact, "checkpoints": found, "set_aside": aside}

@@ -31,7 +31,9 @@ def train(arguments: list[str]) -> NoReturn:
     """
     argv = ["train", *arguments]
     config = define_config_flag(DEFAULT, argv)
-    workdir = flags.DEFINE_string("workdir", None, "The run's directory; default runs/<its name>.")
+    workdir = flags.DEFINE_string(
+        "workdir", None, "The run's directory, gs:// or s3://…; default runs/<its name>."
+    )
     if set(_HELP) & set(argv):
         parse_flags([argument for argument in argv if argument not in _HELP])
         sys.stdout.write(usage(config.value))
@@ -60,7 +62,8 @@ def usage(config: TrainConfig) -> str:
         "",
         f"--config=NAME[:VARIANT] or FILE.py[:VARIANT]: the recipe; default {DEFAULT}",
         f"    names: {', '.join(recipes())}",
-        "--workdir=DIR: the run's directory; default runs/<name of the recipe>",
+        "--workdir=DIR: the run's directory, or gs://BUCKET/PATH or s3://BUCKET/PATH;",
+        "    default runs/<name of the recipe>",
         "--flagfile=FILE: flags from a file, one a line",
         "--helpfull: also the flags of the libraries",
         "",

@@ -10,13 +10,15 @@ from typing import NamedTuple
 
 import numpy as np
 
+from crate_jax.buckets import check_reachable
 from crate_jax.config import from_dict
-from crate_jax.files import Json, expanded
+from crate_jax.files import Json, located
 from crate_jax.interop import msgpack, npz, orbax, pth, safetensors
 from crate_jax.interop.folders import pieces, weights_file
 from crate_jax.interop.kinds import kind_of, not_there
 from crate_jax.interop.layouts.layout import Arrays
 from crate_jax.interop.names import TRAINING_STATE, Known, bare_names, left_aside
+from crate_jax.interop.nearby import nearby
 from crate_jax.interop.tree import flatten, tree_of
 from crate_jax.models.zoo import architecture, build_model, from_architecture
 from crate_jax.tasks.task import CLASSES
@@ -52,6 +54,7 @@ def read_contents(path: Path, own: Collection[str] = ()) -> Contents:
         FileNotFoundError: there is nothing at ``path``.
         ValueError: it is no file of weights and no run, or it is damaged.
     """
+    check_reachable(path, "weights")
     if not path.exists():
         raise FileNotFoundError(not_there(path))
     return _read(path, own)._replace(class_names=read_class_names(path))
@@ -66,7 +69,12 @@ def _read(path: Path, own: Collection[str]) -> Contents:
             known = Known(own)
             arrays, said = orbax.read(trees, path, known)
             return Contents(bare_names(arrays, path, known), {}, said)
-        path = weights_file(path)
+    with nearby(path) as here:
+        return _read_here(weights_file(here) if here.is_dir() else here, own)
+
+
+def _read_here(path: Path, own: Collection[str]) -> Contents:
+    """What a file of this machine holds."""
     if (part := re.search(r"-\d+-of-(\d+)\.\w+$", path.name)) and int(part[1]) > 1:
         raise ValueError(
             f"{path} must hold all weights; it is one of {int(part[1])} pieces. Name their folder, "
@@ -117,7 +125,8 @@ def read_class_names(path: str | Path) -> tuple[str, ...]:
         FileNotFoundError: there is nothing at ``path``.
         ValueError: the file is damaged, or its names are no text.
     """
-    path, names = Path(expanded(path, "weights")), []
+    path, names = located(path, "weights"), []
+    check_reachable(path, "weights")
     if not path.exists():
         raise FileNotFoundError(not_there(path))
     if path.is_dir() and is_run(path):
@@ -126,19 +135,20 @@ def read_class_names(path: str | Path) -> tuple[str, ...]:
 
         names = read_facts(find_run(path)[0]).get(CLASSES, [])
     else:
-        names = next(filter(None, map(_names_in, _files(path))), [])
+        names = _names_in_files(path)
     if not (isinstance(names, list) and all(isinstance(name, str) for name in names)):
         raise ValueError(f"{path} must name its classes as text; got {names}. Convert it again.")
     return tuple(names)
 
 
-def _files(path: Path) -> list[Path]:
-    """The files of weights that a path stands for: itself, that of a folder, pieces of an index."""
-    if path.is_dir():
-        if orbax.find_trees(_checkpoints(path)):
-            return []
-        path = weights_file(path)
-    return pieces(path) if kind_of(path) == "index" else [path]
+def _names_in_files(path: Path) -> object:
+    """The names of classes in a file, in that of a folder, or in a piece of an index."""
+    if path.is_dir() and orbax.find_trees(_checkpoints(path)):
+        return []
+    with nearby(path) as here:
+        file = weights_file(here) if here.is_dir() else here
+        files = pieces(file) if kind_of(file) == "index" else [file]
+        return next(filter(None, map(_names_in, files)), [])
 
 
 def _names_in(path: Path) -> object:
@@ -154,9 +164,9 @@ def find_run(path: str | Path) -> tuple[Path, str]:
     Raises:
         ValueError: it is neither.
     """
-    from crate_jax.checkpoint.manager import FOLDER
+    from crate_jax.checkpoint.folder import FOLDER
 
-    path = Path(expanded(path, "weights"))
+    path = located(path, "weights")
     if path.parent.name == FOLDER and path.name.isdigit():
         return path.parent.parent, path.name
     workdir = path.parent if path.name == FOLDER else path

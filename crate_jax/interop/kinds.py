@@ -5,6 +5,7 @@ import re
 import zipfile
 from pathlib import Path
 
+from crate_jax.buckets import is_remote
 from crate_jax.errors import first_line, of_the_system
 
 # What a file may be instead: how it begins, what that is, what to do.
@@ -103,8 +104,8 @@ def _broken(path: str | Path) -> str:
 def not_there(path: Path) -> str:
     """The line about a path at which there is nothing, with what lies near it."""
     said = f"weights must be a file or a run's folder; got {path}, not there."
-    if re.match(r"\w\w+:/", str(path)):
-        return f"{said} Addresses are not read: download it, or mount the bucket."
+    if is_remote(path):
+        return f"{said} Check its name."
     if path.is_symlink():
         return f"{said} It is a link to {path.readlink()}, which is gone."
     if not path.parent.is_dir():

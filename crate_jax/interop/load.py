@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import traverse_util
 
-from crate_jax.files import Json, expanded
+from crate_jax.files import Json, located
 from crate_jax.interop.contents import Contents, read_contents
 from crate_jax.interop.convert import check_implied, foreign_family, recognise
 from crate_jax.interop.faults import faults, mismatch
@@ -112,7 +112,7 @@ def load_fitted(
         ValueError: also where there is no model, and the file states none; or where the file names
             the classes of a head that is kept, and the facts name others.
     """
-    path, fit = Path(expanded(path, "weights")), (fit,) if isinstance(fit, str) else fit
+    path, fit = located(path, "weights"), (fit,) if isinstance(fit, str) else fit
     if method == "official_maps" and "image_size" not in fit:
         raise ValueError(
             "fit must have image_size for the method official_maps, which resizes positions; got "

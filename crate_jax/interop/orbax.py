@@ -74,6 +74,9 @@ def _shapes(folder: Path) -> Any:
     # Here, not above: Orbax is needed by those alone who read such a tree.
     import orbax.checkpoint as ocp
 
+    from crate_jax.checkpoint.s3 import teach_orbax
+
+    teach_orbax(folder)
     return ocp.PyTreeCheckpointHandler().metadata(folder).tree  # type: ignore[arg-type]
 
 

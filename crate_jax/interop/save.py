@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 
-from crate_jax.files import expanded, written_aside
+from crate_jax.files import located, written_aside
 from crate_jax.interop import npz, pth, safetensors
 from crate_jax.interop.convert import find_layout
 from crate_jax.interop.faults import faults
@@ -47,7 +47,7 @@ def save_weights(
             model's outputs, or the kind of file does not hold them.
         FileNotFoundError: there is no such folder.
     """
-    path, tree = Path(expanded(path, "weights")), tree_of(model)
+    path, tree = located(path, "weights"), tree_of(model)
     arrays = {name: np.asarray(leaf, np.float32) for name, leaf in flatten(params).items()}
     wrong = faults({name: array.shape for name, array in arrays.items()}, tree.shapes)
     if wrong:

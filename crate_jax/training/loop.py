@@ -27,7 +27,7 @@ from crate_jax.checkpoint.reading import FACTS, read_facts
 from crate_jax.config import TrainConfig, to_dict
 from crate_jax.data.loader import Batches
 from crate_jax.errors import first_line
-from crate_jax.files import Json, expanded
+from crate_jax.files import Json, located
 from crate_jax.interop import load_fitted
 from crate_jax.machine import lacks_memory
 from crate_jax.parallel import LostProcess, Shardings, replicated
@@ -81,8 +81,8 @@ def train(config: TrainConfig, workdir: str | Path) -> Json:
 
     Args:
         config: of a recipe in configs/; checked here.
-        workdir: the run's directory, made if need be: config.json, metrics.jsonl, TensorBoard
-            events, checkpoints/. What it holds already is resumed.
+        workdir: the run's directory, made if need be, or ``gs://…`` or ``s3://…``: config.json,
+            metrics.jsonl, TensorBoard events, checkpoints/. What it holds already is resumed.
 
     Returns:
         ``step``, the last ``train/loss``, and of the last evaluation the metrics of the task and
@@ -97,8 +97,7 @@ def train(config: TrainConfig, workdir: str | Path) -> Json:
         LostProcess: another process of the run has ended.
     """
     start = time.perf_counter()
-    workdir = Path(expanded(workdir, "workdir"))
-    profile = Profile(config.profile_steps, workdir)
+    workdir, profile = located(workdir, "workdir"), Profile(config.profile_steps)
     run = set_up(config, "train", "eval", workdir=workdir)
     checkpointer = open_checkpoints(run, workdir)
     try:
@@ -141,7 +140,7 @@ def _run(run: Run, checkpointer: Checkpointer, workdir: Path, profile: Profile) 
         with (
             StopSignal(run.distributed, checkpointer.reached_preemption) as stop,
             contextlib.closing(batches_after(run, record["step"])) as batches,
-            profile,
+            profile.into(reporter.folder),
             jax.transfer_guard("disallow"),
         ):
             return _steps(
@@ -272,6 +271,7 @@ def _steps(
                 }
                 with jax.transfer_guard("allow"):  # Orbax copies to the host in a way of its own
                     try:
+                        reporter.flush()
                         checkpointer.save(step, to_stored(state), record, tested)
                     except OSError as error:
                         if strict:

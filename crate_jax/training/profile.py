@@ -1,6 +1,8 @@
 """A profile of some steps of a run, for TensorBoard and xprof."""
 
+import contextlib
 import re
+from collections.abc import Iterator
 from pathlib import Path
 
 import jax
@@ -16,27 +18,29 @@ class Profile:
 
     Args:
         steps: "first:last"; None: nothing is recorded.
-        workdir: of the run.
 
     Raises:
         ValueError: the steps are no such range.
     """
 
-    def __init__(self, steps: str | None, workdir: Path):
-        self._workdir, self._running = workdir, False
+    def __init__(self, steps: str | None):
+        self._folder, self._running = Path(), False
         self._first, self._last = _parse(steps) if steps is not None else (0, -1)
 
-    def __enter__(self) -> "Profile":
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        self._stop()
+    @contextlib.contextmanager
+    def into(self, folder: Path) -> Iterator[None]:
+        """Record steps of the block into a folder of this machine; at its end nothing runs on."""
+        self._folder = folder
+        try:
+            yield
+        finally:
+            self._stop()
 
     def before(self, step: int) -> None:
         """A step is about to begin. A run that is resumed among the steps records the rest."""
         due = self._first <= step <= self._last
         if due and not self._running and jax.process_index() == 0:
-            jax.profiler.start_trace(self._workdir)
+            jax.profiler.start_trace(self._folder)
             self._running = True
 
     def after(self, step: int, result: PyTree) -> None:

@@ -19,7 +19,7 @@ class Reporter:
     """All that a run says of itself, to its files and to whoever watches.
 
     Args:
-        workdir: existing directory.
+        workdir: existing directory, or in a bucket.
         config: of the run.
         total_steps: where the run ends.
         record: of the checkpoint that the run continues from: its ``step`` and ``summary``; and
@@ -30,6 +30,7 @@ class Reporter:
 
     Attributes:
         summary: the last value of each metric that a run is judged by.
+        folder: on this machine; what is written there is in the workdir, at the end if not before.
     """
 
     def __init__(
@@ -60,12 +61,25 @@ class Reporter:
         if 0 < first < total_steps:
             self._progress.say(f"resuming {workdir} after step {first} of {total_steps}")
 
+        self.folder = self._writer.folder if self._writer else workdir
+
     def __enter__(self) -> "Reporter":
         return self
 
-    def __exit__(self, *exc: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *exc: object) -> None:
+        # A second failure would take the place of what ended the run.
+        with contextlib.suppress(OSError) if kind else contextlib.nullcontext():
+            if self._writer is not None:
+                self._writer.close()
+
+    def flush(self) -> None:
+        """Wait until all that was written is in the workdir, as it must be before a checkpoint.
+
+        Raises:
+            OSError: the bucket does not take it.
+        """
         if self._writer is not None:
-            self._writer.close()
+            self._writer.flush()
 
     def say(self, text: str) -> None:
         """A line for whoever watches."""

@@ -2,7 +2,6 @@
 
 import json
 import os
-import re
 import signal
 import threading
 from collections.abc import Callable
@@ -10,6 +9,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+from crate_jax.buckets import check_reachable, is_remote
 from crate_jax.checkpoint.folder import check_path
 from crate_jax.config import TrainConfig, differences, from_dict, to_dict
 from crate_jax.files import Json, written_aside
@@ -23,14 +23,12 @@ def check_workdir(config: TrainConfig, workdir: Path) -> None:
     may change when it is resumed.
 
     Raises:
-        ValueError: workdir is no directory, a bucket or a pattern, its config.json cannot be read,
-            or a field that makes a run what it is differs; the field is named.
+        ValueError: workdir is no directory, a bucket that cannot be reached, or a pattern, its
+            config.json cannot be read, or a field that makes a run what it is differs; the field is
+            named.
     """
-    if re.match(r"\w+:/", str(workdir)):  # pathlib has made gs://b/x gs:/b/x
-        raise ValueError(
-            f"workdir must be a directory; got {workdir}. Mount the bucket, or use a network share."
-        )
-    check_path(workdir.absolute())
+    check_path(workdir if is_remote(workdir) else workdir.absolute())
+    check_reachable(workdir, "workdir")
     if workdir.exists() and not workdir.is_dir():
         raise ValueError(f"workdir must be a directory; {workdir} is a file. Choose another.")
     path = workdir / "config.json"
@@ -78,7 +76,8 @@ def write_config(config: TrainConfig, workdir: Path, *, enabled: bool = True) ->
     """Write the resolved config into the run, whole or not at all."""
     if not enabled:
         return
-    workdir.mkdir(parents=True, exist_ok=True)
+    if not is_remote(workdir):
+        workdir.mkdir(parents=True, exist_ok=True)
     with written_aside(workdir / "config.json") as aside:
         aside.write_text(json.dumps(to_dict(config), indent=2) + "\n")
 

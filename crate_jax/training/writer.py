@@ -6,8 +6,11 @@ from pathlib import Path
 
 import numpy as np
 
-from crate_jax.files import written_aside
+from crate_jax.files import located, written_aside
+from crate_jax.training.mirror import Mirror
 from crate_jax.training.tensorboard import EventWriter
+
+NAME = "metrics.jsonl"
 
 
 class MetricsWriter:
@@ -17,15 +20,24 @@ class MetricsWriter:
     have left, are taken out, so that the file reads as if nothing had happened.
 
     Args:
-        workdir: existing directory.
+        workdir: existing directory, or in a bucket, where a `Mirror` stores the files.
         start_step: the step the run continues from.
+
+    Attributes:
+        folder: where the files are, on this machine; others that are put there are kept too.
+
+    Raises:
+        OSError: the disk does not take them, or the bucket does not give what it holds.
     """
 
     def __init__(self, workdir: str | Path, *, start_step: int = 0):
-        path = Path(workdir) / "metrics.jsonl"
-        _drop_after(path, start_step)
-        self._file = path.open("a", buffering=1)
-        self._events = EventWriter(workdir, purge_step=start_step + 1 if start_step else None)
+        self._mirror = Mirror(located(workdir, "workdir"))
+        self.folder = self._mirror.folder
+        self._mirror.fetch(NAME)
+        _drop_after(self.folder / NAME, start_step)
+        self._file = (self.folder / NAME).open("a", buffering=1)
+        purge = start_step + 1 if start_step else None
+        self._events = EventWriter(self.folder, purge_step=purge)
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
         """Write the values of one step.
@@ -35,6 +47,7 @@ class MetricsWriter:
         """
         self._file.write(json.dumps({"step": step, **values}) + "\n")
         self._events.write(step, values)
+        self._mirror.changed()
 
     def write_images(self, step: int, images: Mapping[str, np.ndarray]) -> None:
         """Write pictures of one step, (n, H, W, c) by name, for TensorBoard.
@@ -44,10 +57,23 @@ class MetricsWriter:
         """
         self._events.write_images(step, images)
 
+    def flush(self) -> None:
+        """Wait until all that was written is in the workdir.
+
+        Raises:
+            OSError: the bucket does not take it.
+        """
+        self._mirror.flush()
+
     def close(self) -> None:
-        """Flush and close the files."""
+        """Flush and close the files.
+
+        Raises:
+            OSError: the bucket does not take them.
+        """
         self._events.close()
         self._file.close()
+        self._mirror.close()
 
 
 def _drop_after(path: Path, step: int) -> None:

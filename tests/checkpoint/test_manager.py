@@ -16,7 +16,8 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from crate_jax.checkpoint.best import Best
 from crate_jax.checkpoint.faults import OtherTreeError
-from crate_jax.checkpoint.manager import FOLDER, Checkpointer
+from crate_jax.checkpoint.folder import FOLDER
+from crate_jax.checkpoint.manager import Checkpointer
 from crate_jax.checkpoint.reading import inspect, read_params, restore_params
 from crate_jax.parallel import make_mesh, replicated, state_shardings
 

@@ -20,7 +20,8 @@ import pytest
 from command import environment
 
 from crate_jax.checkpoint import owner
-from crate_jax.checkpoint.manager import FOLDER, Checkpointer
+from crate_jax.checkpoint.folder import FOLDER
+from crate_jax.checkpoint.manager import Checkpointer
 from crate_jax.checkpoint.owner import LOCK, MARKER, NOTE, Owner, own_together
 from crate_jax.checkpoint.reading import inspect
 from crate_jax.config import TrainConfig

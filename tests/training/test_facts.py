@@ -13,7 +13,8 @@ import pytest
 import tensorflow_datasets as tfds
 from stored import write_folder, write_tfds
 
-from crate_jax.checkpoint.manager import FOLDER, Checkpointer
+from crate_jax.checkpoint.folder import FOLDER
+from crate_jax.checkpoint.manager import Checkpointer
 from crate_jax.checkpoint.reading import read_facts
 from crate_jax.cli.compare import _stored_images
 from crate_jax.cli.main import main

@@ -360,12 +360,18 @@ def test_of_two_starts_at_once_the_second_belongs_to_the_config_of_the_first(
     Owner(tmp_path).release()  # it is free again
 
 
-def test_a_bucket_is_no_workdir(tiny_config):
-    message = (
-        r"workdir must be a directory; got gs:/bucket/run\. Mount the bucket, or use a network"
-    )
-    with pytest.raises(ValueError, match=message):
-        train(tiny_config(), "gs://bucket/run")
+@pytest.mark.parametrize("other", ["hf://bucket/run", "https://host/run", "gs://", "s3:///"])
+def test_another_address_is_no_workdir(tiny_config, other):
+    message = r"workdir must be a local path, gs://BUCKET/PATH or s3://BUCKET/PATH; got "
+    with pytest.raises(ValueError, match=message + other):
+        train(tiny_config(), other)
+
+
+def test_a_bucket_that_pathlib_has_mangled_is_told(tiny_config):
+    with pytest.raises(
+        ValueError, match=r"workdir must have two slashes after gs: or s3:; got gs:"
+    ):
+        train(tiny_config(), Path("gs://bucket/run"))
 
 
 def test_too_little_memory_is_a_mistake_with_a_remedy(tiny_config, tmp_path, monkeypatch):

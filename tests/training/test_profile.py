@@ -51,7 +51,8 @@ def recorded(monkeypatch):
     ],
 )
 def test_the_steps_that_are_recorded(recorded, steps, run, expected):
-    with Profile(steps, "w") as profile:
+    profile = Profile(steps)
+    with profile.into("w"):
         for step in run:
             profile.before(step)
             recorded.append(str(step))
@@ -61,14 +62,16 @@ def test_the_steps_that_are_recorded(recorded, steps, run, expected):
 
 def test_other_processes_record_nothing(recorded, monkeypatch):
     monkeypatch.setattr(jax, "process_index", lambda: 1)
-    with Profile("1:2", "w") as profile:
+    profile = Profile("1:2")
+    with profile.into("w"):
         profile.before(1)
         profile.after(1, ())
     assert recorded == []
 
 
 def test_a_run_that_fails_ends_its_trace(recorded):
-    with pytest.raises(KeyError), Profile("1:5", "w") as profile:
+    profile = Profile("1:5")
+    with pytest.raises(KeyError), profile.into("w"):
         profile.before(1)
         raise KeyError
     assert recorded == ["start w", "stop"]

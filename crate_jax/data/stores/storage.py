@@ -6,7 +6,6 @@ cannot be read, and does not follow links. Hence `os` serves local paths.
 """
 
 import errno
-import functools
 import hashlib
 import io
 import os
@@ -17,40 +16,16 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
+from crate_jax.buckets import filesystem, is_remote
 from crate_jax.config import DataConfig
 from crate_jax.files import cache_folder, expanded, written_aside
 
 # Of what the arrays of an index mean; another number makes them all anew.
 INDEX_VERSION = 2
 
-# Needed besides fsspec for each kind of bucket.
-PACKAGES = {"gs": "gcsfs", "gcs": "gcsfs", "s3": "s3fs"}
-
-
-def is_remote(path: str) -> bool:
-    """Whether a path is a bucket's."""
-    return "://" in path
-
-
-@functools.lru_cache
-def filesystem(protocol: str) -> Any:
-    """The fsspec file system of a protocol.
-
-    Raises:
-        ValueError: its package is not installed, or there is no such protocol.
-    """
-    import fsspec
-
-    try:
-        return fsspec.filesystem(protocol)
-    except (ImportError, ValueError) as error:
-        package = PACKAGES.get(protocol)
-        remedy = f"pip install {package}." if package else "Use gs://, s3:// or a local path."
-        raise ValueError(f"{protocol}:// must be reachable; {error}. {remedy}") from error
-
 
 def _remote(path: str) -> Any:
-    return filesystem(path.partition("://")[0])
+    return filesystem(path.partition("://")[0], cached=True)
 
 
 def is_folder(path: str) -> bool:

@@ -740,7 +740,7 @@ def test_formats_that_no_bucket_can_serve(kind):
 def test_missing_package_is_named(monkeypatch):
     import fsspec
 
-    def missing(protocol):
+    def missing(protocol, **options):
         raise ImportError("Install gcsfs to access Google Storage")
 
     monkeypatch.setattr(fsspec, "filesystem", missing)
