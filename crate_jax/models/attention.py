@@ -132,7 +132,7 @@ def _attend(V_BxNxKxp: Array, mask: Array | None, kernel: str) -> Array:
 
 def _attend_and_keep(V_BxNxKxp: Array, mask: Array | None, kernel: str):
     way = _Way(_with_kernel(V_BxNxKxp, mask, kernel))
-    found = _by_platform(V_BxNxKxp, way) if way.kernels else _attend_by_xla(V_BxNxKxp, mask)
+    found: Any = _by_platform(V_BxNxKxp, way) if way.kernels else _attend_by_xla(V_BxNxKxp, mask)
     O_BxNxKxp, *of_rows = found
     return keep_merged(O_BxNxKxp, "attended"), (V_BxNxKxp, mask, *keep(of_rows, "statistics"), way)
 
@@ -144,7 +144,7 @@ def _attend_backward(
     V_BxNxKxp, mask, largest_BxKxN, total_BxKxN, way = kept
     inputs = (V_BxNxKxp, largest_BxKxN, total_BxKxN, dO_BxNxKxp)
     if way.kernels:
-        dV = _backward_by_platform(*inputs, way)
+        dV: Any = _backward_by_platform(*inputs, way)
     elif (images := _images_at_a_time(V_BxNxKxp, mask)) < V_BxNxKxp.shape[0]:
         by_images = functools.partial(_backward_by_images, images)
         dV = jax.lax.platform_dependent(*inputs, cpu=by_images, default=_backward_by_xla)
