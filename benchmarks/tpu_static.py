@@ -17,12 +17,15 @@ import argparse
 import dataclasses
 import importlib.util
 import json
+import os
 import sys
 import tempfile
 from pathlib import Path
 
 from bundles import FLAGS, Schedule, schedules
 from frame import ROOT, Result, child, command_line, publish, table
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")  # where libtpu is, JAX would look for a TPU
 
 CLOCK = 1.503e9  # Hz of a v5e: its peak over the multiply-adds of four units of 128 x 128
 SHOWN = 25

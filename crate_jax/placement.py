@@ -128,7 +128,8 @@ def rows_over(X: Array) -> tuple[str, ...] | None:
         axes = first if isinstance(first, tuple) else (first,)
         alone = not auto and not any(others) and None not in axes
         return axes if alone else None
-    if auto and (AxisType.Manual in types.values() or not set(auto) <= {"data", "fsdp"}):
+    partly_manual = 0 < list(types.values()).count(AxisType.Manual) < len(types)
+    if partly_manual or not set(auto) <= {"data", "fsdp"}:
         return None
     axes = tuple(axis for axis in auto if axis not in _TAKEN.get())
     even = X.shape[0] % math.prod(mesh.shape[axis] for axis in axes) == 0
@@ -147,17 +148,28 @@ def by_rows(
         *arrays: of as many rows each; of the first `rows_over` is not None.
         whole: arrays that it takes besides, which every device has whole.
     """
-    axes = rows_over(arrays[0]) or ()
-    taken = _TAKEN.get()
-    if not axes and not taken:
+    axes, mesh = rows_over(arrays[0]) or (), jax.sharding.get_abstract_mesh()
+    if mesh.size <= 1 or AxisType.Manual in mesh.axis_types:
         return function(*arrays, *whole)
     rows = PartitionSpec(axes) if axes else PartitionSpec()
     specs = (*(rows for _ in arrays), *(PartitionSpec() for _ in whole))
-    # No gradient is taken of what is called here, so nothing is checked for one.
+    # No gradient is taken of what is called here, so nothing is checked for one. A TPU's kernel
+    # wants to be told of every axis, of those of one device too.
     on_each = jax.shard_map(
-        function, in_specs=specs, out_specs=rows, axis_names={*axes, *taken}, check_vma=False
+        function, in_specs=specs, out_specs=rows, axis_names={*mesh.axis_names}, check_vma=False
     )
     return on_each(*arrays, *whole)
+
+
+def may_be_of_one_device() -> bool:
+    """Whether a kernel is called right where nothing says what the devices share.
+
+    Without a mesh around it a program may be for arrays that several devices share, which JAX says
+    to nobody who is traced, and a TPU's kernel is an error then.
+    """
+    if not jax.sharding.get_abstract_mesh().empty or jax.default_backend() != "tpu":
+        return True
+    return jax.device_count() == 1
 
 
 def reshape(X: Array, shape: tuple[int, ...]) -> Array:

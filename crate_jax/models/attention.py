@@ -108,7 +108,7 @@ def _with_kernel(V_BxNxKxp: Array, mask: Array | None, kernel: str) -> frozenset
     on_gpu = V_BxNxKxp.dtype in _HALF and V_BxNxKxp.shape[-1] <= gpu.LONGEST_SUBSPACE
     fits = {
         "cuda": on_gpu and gpu.is_new_enough(),
-        "tpu": tpu.takes(V_BxNxKxp) and tpu.is_new_enough(),
+        "tpu": tpu.takes(V_BxNxKxp) and tpu.is_new_enough() and placement.may_be_of_one_device(),
     }
     return frozenset(name for name in fits if fits[name])
 
