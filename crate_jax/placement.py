@@ -149,6 +149,8 @@ def by_rows(
         whole: arrays that it takes besides, which every device has whole.
     """
     axes, mesh = rows_over(arrays[0]) or (), jax.sharding.get_abstract_mesh()
+    if mesh.empty:  # the type of an array knows its own
+        mesh = jax.typeof(arrays[0]).sharding.mesh
     if mesh.size <= 1 or AxisType.Manual in mesh.axis_types:
         return function(*arrays, *whole)
     rows = PartitionSpec(axes) if axes else PartitionSpec()
@@ -156,7 +158,12 @@ def by_rows(
     # No gradient is taken of what is called here, so nothing is checked for one. A TPU's kernel
     # wants to be told of every axis, of those of one device too.
     on_each = jax.shard_map(
-        function, in_specs=specs, out_specs=rows, axis_names={*mesh.axis_names}, check_vma=False
+        function,
+        mesh=mesh,
+        in_specs=specs,
+        out_specs=rows,
+        axis_names={*mesh.axis_names},
+        check_vma=False,
     )
     return on_each(*arrays, *whole)
 

@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import jax
@@ -14,6 +15,10 @@ ROOT = Path(__file__).parents[1]
 # the older compiles in two thirds of the time; jax 0.11 has one, and no such flag.
 OPTIMISED = os.environ.get("CRATE_JAX_TESTS_OPTIMISED") == "1"
 OLD_EMITTERS = "--xla_cpu_use_fusion_emitters=false" if jax.__version_info__ < (0, 11) else ""
+
+# Seconds after which a program counts as stuck, many times what one takes: a busy machine needs
+# them, and where all is well nobody waits for them. pyproject.toml has those of a whole test.
+LIMIT_S = 600
 
 # A run of train.py that takes seconds: every field but these is the digits recipe's.
 TINY = [
@@ -54,11 +59,20 @@ def start(*arguments, devices=1, group=False, optimised=OPTIMISED):
     )
 
 
-def run(*arguments, devices=1, timeout=200, optimised=OPTIMISED):
+def wait_for(count, text, workdir, *processes):
+    """Until a run has logged a text so often; its processes must live meanwhile."""
+    log, deadline = workdir / "metrics.jsonl", time.monotonic() + LIMIT_S
+    while not (log.exists() and log.read_text().count(text) >= count):
+        assert all(p.poll() is None for p in processes), processes[0].stderr.read()
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+
+
+def run(*arguments, devices=1, optimised=OPTIMISED):
     """A command to its end: (exit status, stdout, stderr)."""
     process = start(*arguments, devices=devices, optimised=optimised)
     try:
-        out, err = process.communicate(timeout=timeout)
+        out, err = process.communicate(timeout=LIMIT_S)
     except subprocess.TimeoutExpired:
         process.kill()
         raise

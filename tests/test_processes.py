@@ -1,6 +1,7 @@
 """Two processes of four devices: the same training, stopped and resumed together, none left alone.
 
 Gloo joins them over localhost. Every process ends by SIGKILL at its time limit, whatever happens.
+How soon it must end by itself is said for a quiet machine.
 """
 
 import json
@@ -16,14 +17,16 @@ from pathlib import Path
 import cv2
 import numpy as np
 import pytest
-from command import ROOT, TINY, environment
+from command import LIMIT_S, ROOT, TINY, environment, wait_for
 from stored import write_folder
 
 pytestmark = pytest.mark.slow
-LIMIT_S = 120
+QUIET_S = 20  # more than a run of one process takes where nothing else runs
 STEPS = 60
+LOSS = '"train/loss"'  # of a step, in the log
 ARGUMENTS = [*TINY, f"--config.total_steps={STEPS}", f"--config.eval_every_steps={STEPS}"]
-CLOCK = ("examples_per_s", "data_wait_share")
+# Told only to those of which one dies: a busy machine may keep a healthy one silent as long.
+QUICK = ["--config.parallel.heartbeat_timeout_seconds=10"]
 
 
 def start_all(workdir, count, *arguments, own=((), ()), program=("train.py",)):
@@ -40,13 +43,12 @@ def start_all(workdir, count, *arguments, own=((), ()), program=("train.py",)):
             f"--config.parallel.coordinator=localhost:{port}",
             f"--config.parallel.num_processes={count}",
             f"--config.parallel.process_id={i}",
-            "--config.parallel.heartbeat_timeout_seconds=10",
         ]
         processes.append(
             subprocess.Popen(
                 ["timeout", "--signal=KILL", str(LIMIT_S), sys.executable, *program]
                 + [f"--workdir={workdir}{f'/{i}' if own[i] else ''}", *ARGUMENTS]
-                + [*addressed[: 4 * (count > 1)], *arguments, *own[i]],
+                + [*addressed[: 3 * (count > 1)], *arguments, *own[i]],
                 cwd=ROOT,
                 env=environment(devices=4),
                 stdin=subprocess.DEVNULL,
@@ -72,14 +74,6 @@ def child_of(process):
     return int(Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()[0])
 
 
-def wait_for_step(workdir, step, processes):
-    log, deadline = workdir / "metrics.jsonl", time.monotonic() + LIMIT_S
-    while not (log.exists() and log.read_text().count('"train/loss"') >= step):
-        assert all(p.poll() is None for p in processes), processes[0].stderr.read()
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
-
-
 def losses(workdir):
     lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
     return {line["step"]: line["train/loss"] for line in lines if "train/loss" in line}
@@ -87,18 +81,24 @@ def losses(workdir):
 
 @pytest.fixture(scope="module")
 def one_process(tmp_path_factory):
-    workdir = tmp_path_factory.mktemp("one")
+    workdir, start = tmp_path_factory.mktemp("one"), time.monotonic()
     ((status, out, err),) = finish(start_all(workdir, 1))
     assert status == 0, err
-    return json.loads(out), losses(workdir), workdir
+    return json.loads(out), losses(workdir), workdir, time.monotonic() - start
+
+
+@pytest.fixture(scope="module")
+def slower(one_process):
+    """How many times as long as a quiet machine this one may take: as it did for one process."""
+    return max(1, one_process[3] / QUIET_S)
 
 
 def test_two_are_one_stopped_and_resumed_by_two_one_and_two(one_process, tmp_path):
-    expected, expected_losses, _ = one_process
+    expected, expected_losses, *_ = one_process
     steps = []
     for count, step in ((2, 6), (1, 40)):
         processes = start_all(tmp_path, count)
-        wait_for_step(tmp_path, step, processes)
+        wait_for(step, LOSS, tmp_path, *processes)
         # One process is told, the last; both stop, at the same step, with the status to try again.
         os.kill(child_of(processes[-1]), signal.SIGTERM)
         found = finish(processes)
@@ -127,13 +127,13 @@ def test_two_are_one_stopped_and_resumed_by_two_one_and_two(one_process, tmp_pat
 
 
 @pytest.mark.parametrize("victim", [0, 1])
-def test_a_process_that_dies_ends_the_other_within_a_minute(tmp_path, victim):
-    processes = start_all(tmp_path, 2, "--config.total_steps=4000")
-    wait_for_step(tmp_path, 5, processes)
+def test_a_process_that_dies_ends_the_other_within_a_minute(slower, tmp_path, victim):
+    processes = start_all(tmp_path, 2, "--config.total_steps=4000", *QUICK)
+    wait_for(5, LOSS, tmp_path, *processes)
     os.kill(child_of(processes[victim]), signal.SIGKILL)
     start = time.monotonic()
     found = finish(processes)
-    assert time.monotonic() - start < 60
+    assert time.monotonic() - start < 60 * slower
     status, out, err = found[1 - victim]
     assert status not in (0, 2) and "{" not in out
     # Ours, or, where they were quicker, JAX's own word or Gloo's.
@@ -141,7 +141,7 @@ def test_a_process_that_dies_ends_the_other_within_a_minute(tmp_path, victim):
     assert any(word in err for word in words), err
 
 
-def test_a_process_that_fails_says_why_and_ends_the_other_within_a_minute(tmp_path):
+def test_a_process_that_fails_says_why_and_ends_the_other_within_a_minute(slower, tmp_path):
     """One of two cannot read its images: a mistake there, a lost process to the other."""
     png = cv2.imencode(".png", np.zeros((16, 16), np.uint8))[1].tobytes()
     for i in range(2):
@@ -152,9 +152,9 @@ def test_a_process_that_fails_says_why_and_ends_the_other_within_a_minute(tmp_pa
     flags = ["--config.data.dataset=folder", "--config.data.eval_split=train"]
     own = [[*flags, f"--config.data.data_dir={tmp_path}/data{i}"] for i in range(2)]
     start = time.monotonic()
-    processes = start_all(tmp_path, 2, own=own)
+    processes = start_all(tmp_path, 2, *QUICK, own=own)
     (other, _, other_err), (status, out, err) = finish(processes)
-    assert time.monotonic() - start < 90  # both have to be started first
+    assert time.monotonic() - start < 90 * slower  # both have to be started first
     assert status == 2 and "{" not in out, (status, out, err)
     last = err.splitlines()[-1]
     assert last.startswith("error: ") and "must be an image; its 8 bytes do not decode" in last
@@ -180,15 +180,15 @@ runpy.run_path("train.py", run_name="__main__")
 """
 
 
-def test_a_checkpoint_that_one_process_cannot_read_hangs_nobody(one_process, tmp_path):
+def test_a_checkpoint_that_one_process_cannot_read_hangs_nobody(one_process, slower, tmp_path):
     shutil.copytree(one_process[2], tmp_path / "run")
     start = time.monotonic()
-    flags = ["--config.total_steps=90", "--config.eval_every_steps=90"]
+    flags = ["--config.total_steps=90", "--config.eval_every_steps=90", *QUICK]
     program = ("-c", ONE_CANNOT_READ)
     (other, _, other_err), (status, out, err) = finish(
         start_all(tmp_path / "run", 2, *flags, program=program)
     )
-    assert time.monotonic() - start < 90
+    assert time.monotonic() - start < 90 * slower
     assert status == 75 and "{" not in out, (status, out, err)
     assert "processes must stay; one was lost" in err.splitlines()[-1]
     assert other not in (0, 2), other_err

@@ -18,7 +18,7 @@ FEW += ["--config.log_objective_every_steps=0", "--config.checkpoint_every_steps
 
 
 def result_of(*arguments):
-    status, out, err = run(*arguments, timeout=280, optimised=True)  # big enough to be worth it
+    status, out, err = run(*arguments, optimised=True)  # big enough to be worth it
     assert status == 0, err
     return json.loads(out.splitlines()[-1])
 

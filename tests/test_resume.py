@@ -2,13 +2,12 @@
 
 import json
 import random
-import time
 
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
-from command import TINY, run, start
+from command import TINY, run, start, wait_for
 
 STEPS = 40
 ARGUMENTS = [*TINY, f"--config.total_steps={STEPS}", "--config.checkpoint_every_steps=5"]
@@ -36,11 +35,7 @@ def lines(workdir):
 def kill_at(step, workdir, *arguments):
     """Start a run and send it SIGKILL as soon as it has logged a step."""
     process = start("train.py", f"--workdir={workdir}", *ARGUMENTS, *arguments)
-    log, deadline = workdir / "metrics.jsonl", time.monotonic() + 150
-    while not (log.exists() and log.read_text().count('"train/loss"') >= step):
-        assert process.poll() is None, process.stderr.read()
-        assert time.monotonic() < deadline
-        time.sleep(0.005)
+    wait_for(step, '"train/loss"', workdir, process)
     process.kill()
     process.communicate()
 

@@ -9,7 +9,7 @@ import subprocess
 import sys
 
 import pytest
-from command import ROOT, TINY, environment
+from command import LIMIT_S, ROOT, TINY, environment
 
 from crate_jax.checkpoint.reading import inspect
 from crate_jax.cli.main import main
@@ -115,7 +115,7 @@ def shell(line, **options):
         env=environment(),
         capture_output=True,
         text=True,
-        timeout=200,
+        timeout=LIMIT_S,
         **options,
     )
     return done.returncode, done.stdout, done.stderr

@@ -9,10 +9,9 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 
 import pytest
-from command import ROOT, TINY, environment, run, start
+from command import LIMIT_S, ROOT, TINY, environment, run, start, wait_for
 
 from crate_jax.checkpoint.reading import inspect
 from crate_jax.cli.flags import parse_config
@@ -87,7 +86,7 @@ def trained(tmp_path_factory):
         env=environment() | {"PYTHONPATH": str(ROOT)},
         capture_output=True,
         text=True,
-        timeout=200,
+        timeout=LIMIT_S,
     )
     assert done.returncode == 0, done.stderr
     return folder / "runs" / "digits", json.loads(done.stdout.splitlines()[-1])
@@ -211,7 +210,7 @@ def test_the_package_trains_from_anywhere(trained, tmp_path):
         env=environment() | {"PYTHONPATH": str(ROOT)},
         capture_output=True,
         text=True,
-        timeout=200,
+        timeout=LIMIT_S,
     )
     assert done.returncode == 0, done.stderr
     assert "runs/digits is complete at step 8. Nothing to do." in done.stderr
@@ -335,13 +334,9 @@ def test_ctrl_c_saves_and_says_how_to_resume(tmp_path):
     arguments = ["train.py", f"--workdir={tmp_path}", *TINY, "--config.total_steps=400"]
     arguments += ["--config.eval_every_steps=400", "--config.data.num_workers=1"]
     process = start(*arguments, group=True)
-    log, deadline = tmp_path / "metrics.jsonl", time.monotonic() + 150
-    while not (log.exists() and log.read_text().count("\n") >= 5):
-        assert process.poll() is None, process.stderr.read()
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
+    wait_for(5, "\n", tmp_path, process)
     os.killpg(process.pid, signal.SIGINT)
-    out, err = process.communicate(timeout=100)
+    out, err = process.communicate(timeout=LIMIT_S)
     assert process.returncode == 75 and out == ""
     last = err.splitlines()[-1]
     assert last.startswith("error: SIGINT at step ") and "which is saved. Run the same" in last

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from jax.sharding import AbstractDevice, AbstractMesh, AxisType, NamedSharding, PartitionSpec
 from jax.test_util import check_grads
 
 from crate_jax import create_model, placement
@@ -22,6 +22,9 @@ from crate_jax.parallel import make_mesh, on_mesh
 CLOSE = {jnp.float32: 1e-5, jnp.bfloat16: 1e-2, jnp.float16: 1e-2}
 BACKEND = jax.default_backend()
 KERNELS = {"gpu": gpu, "tpu": tpu}
+# jaxlib 0.11 leaves products of bfloat16 to a library. Where it then folds a transpose into one,
+# the library does not take it, and XLA itself refuses it when it runs.
+INTERPRETED = {"xla_disable_hlo_passes": "transpose-folding"}
 # B, N, K, p: a class token more than a square, one token, blocks that are full and blocks that have
 # one row; more tokens than fit at once; subspaces of 1, and of no power of two.
 FEW = [(2, 17, 3, 8), (1, 1, 2, 32), (2, 197, 2, 64), (1, 64, 1, 48), (3, 4, 2, 1), (1, 65, 2, 33)]
@@ -65,7 +68,8 @@ def assert_exact(way, shape, scale, dtype):
     """Half precision is held against the float32 of the same, rounded, numbers."""
     V, dO = scale * normal(0, *shape, dtype=dtype), normal(1, *shape, dtype=dtype)
     if way in KERNELS:
-        got = jax.jit(functools.partial(by_kernel, way))(V, dO)
+        options = INTERPRETED if way != BACKEND else {}
+        got = jax.jit(functools.partial(by_kernel, way), compiler_options=options)(V, dO)
     else:
         got = pulled(functools.partial(attend_by, way), V, dO)
     expected = pulled(plain, V.astype(jnp.float32), dO.astype(jnp.float32))
@@ -449,7 +453,10 @@ def test_gpus_and_tpus_get_their_kernels_and_other_devices_the_compilers_program
     def lowered(dtype, platform, kernel="auto"):
         V = jax.ShapeDtypeStruct((2, 5, 2, 16), dtype)
         run = jax.jit(lambda V, dO: jax.vjp(functools.partial(attend_by, kernel), V)[1](dO))
-        return run.trace(V, V).lower(lowering_platforms=(platform,)).as_text()
+        # jax 0.11 has no kernel lowered for a GPU without knowing which one.
+        device = AbstractDevice("NVIDIA H100", 132, "gpu") if platform == "cuda" else None
+        with jax.sharding.use_abstract_mesh(AbstractMesh((), (), abstract_device=device)):
+            return run.trace(V, V).lower(lowering_platforms=(platform,)).as_text()
 
     names = {
         "cuda": ["attend", "attend_deltas", "attend_backward"],

@@ -6,7 +6,7 @@ import sys
 
 import numpy as np
 import pytest
-from command import ROOT
+from command import LIMIT_S, ROOT
 
 from crate_jax.config import DataConfig
 from crate_jax.data.images.decode import decode_image
@@ -104,7 +104,7 @@ def test_prepared_elsewhere_without_tensorflow_and_in_the_same_order(tmp_path):
         capture_output=True,
         text=True,
         check=True,
-        timeout=120,
+        timeout=LIMIT_S,
         cwd=ROOT,
     )
     seen = json.loads(done.stdout.splitlines()[-1])
