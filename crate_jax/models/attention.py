@@ -66,13 +66,15 @@ def _check(kernel: str, V_BxNxKxp: Array, mask: Array | None) -> None:
     if kernel in ("auto", "xla"):
         return
     here, reason = placement.platform(), None
-    if here == "cpu" or (kernel == "cudnn" and here != "gpu"):
+    if here not in ("gpu", "tpu") or (kernel == "cudnn" and here != "gpu"):
         makers = "NVIDIA's GPUs" if kernel == "cudnn" else "NVIDIA's GPUs and on TPUs"
         reason = f"it runs on {makers}; here is a {here}"
     elif mask is not None:
         reason = "it knows no mask"
     elif here == "tpu" and not tpu.is_new_enough():
         reason = f"it needs TPU v{tpu.OLDEST}; this one is older"
+    elif here == "tpu" and not placement.may_be_of_one_device():
+        reason = "without a mesh around it nothing says what several TPUs share"
     elif here == "tpu" and not tpu.takes(V_BxNxKxp):
         sizes = " x ".join(map(str, V_BxNxKxp.shape[1:]))
         reason = f"a core's memory must hold an image, in bfloat16 or float32; here are {sizes} "
@@ -116,7 +118,7 @@ def _with_kernel(V_BxNxKxp: Array, mask: Array | None, kernel: str) -> frozenset
 @jax.tree_util.register_static
 @dataclasses.dataclass(frozen=True)
 class _Way:
-    """Who computed the forward pass. The backward pass takes over its units, wherever it runs.
+    """Who computed the forward pass. The backward pass of the same program takes over its units.
 
     Attributes:
         kernels: the platforms that have a kernel.

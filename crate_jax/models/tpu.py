@@ -17,9 +17,16 @@ from jax.experimental.pallas import tpu
 
 from crate_jax import placement
 from crate_jax.models.gpu import like
-from crate_jax.models.tpu_programs import LONGEST, Group, attend_rows, gradient_rows
+from crate_jax.models.tpu_programs import (
+    LONGEST,
+    Group,
+    attend_rows,
+    gradient_rows,
+    precision,
+)
 
-_MEBIBYTES = {"TPU v5 lite": 128, "TPU v5": 64, "TPU v5p": 64, "TPU v6 lite": 128, "TPU7x": 64}
+_MEBIBYTES = {"TPU v5 lite": 128, "TPU v5": 64, "TPU v5p": 64, "TPU v6 lite": 128}
+_MEBIBYTES |= {"TPU v5e": 128, "TPU v6e": 128, "TPU7": 64, "TPU7x": 64}
 _LEAST = 16  # of a core of TPU v4, and what is taken for granted of any other
 
 OLDEST = 4  # generation of the TPUs for which Mosaic compiles
@@ -32,9 +39,14 @@ def is_new_enough() -> bool:
 
 
 def takes(V_BxNxKxp: Array) -> bool:
-    """Whether the kernels take such tokens: bfloat16 or float32, of an image that fits."""
+    """Whether the kernels take such tokens: bfloat16 or float32, of an image that fits.
+
+    And of float32 only where products have one pass or all, by `jax_default_matmul_precision`.
+    """
     _, N, K, p = V_BxNxKxp.shape
     if V_BxNxKxp.dtype not in (jnp.bfloat16, jnp.float32) or not 1 < N <= LONGEST or K * p == 1:
+        return False
+    if precision(V_BxNxKxp.dtype) is None:
         return False
     mebibytes = _MEBIBYTES.get(placement.device_kind(), _LEAST)
     return _memory(V_BxNxKxp) <= mebibytes * 3 * 2**18

@@ -205,4 +205,14 @@ def gradient_rows(
 def _product(X: Array, Y: Array, axis_of_X: int, axis_of_Y: int) -> Array:
     """The sum over an axis of each, added up in float32."""
     axes = (((axis_of_X,), (axis_of_Y,)), ((), ()))
-    return jax.lax.dot_general(X, Y, axes, preferred_element_type=jnp.float32)
+    return jax.lax.dot_general(
+        X, Y, axes, precision=precision(X.dtype), preferred_element_type=jnp.float32
+    )
+
+
+def precision(dtype: Any) -> jax.lax.Precision | None:
+    """Of products of a dtype, as JAX is set; None: Mosaic has none like it."""
+    asked = jax.config.jax_default_matmul_precision
+    if dtype == jnp.bfloat16 or asked in (None, "default", "fastest", "bfloat16"):
+        return jax.lax.Precision.DEFAULT
+    return jax.lax.Precision.HIGHEST if asked in ("highest", "float32") else None

@@ -102,7 +102,7 @@ def test_more_tokens_than_a_block(way, shape, dtype):
 def test_random_shapes(way, seed):
     """Up to 1,025 tokens, an odd number of them, in subspaces of 32 to 128 dimensions."""
     draw = np.random.default_rng(seed)
-    N = 2 * int(draw.integers(8 ** (seed + 1) // 8, 8 ** (seed + 1) // 4)) % 1025 + 1
+    N = min(2 * int(draw.integers(8 ** (seed + 1) // 8, 8 ** (seed + 1) // 4)), 1024) + 1
     K, p = int(draw.integers(1, 4)), int(draw.integers(32, 129))
     for dtype in (jnp.float32, jnp.bfloat16):
         assert_exact(way, (1, N, K, p), 1, dtype)
@@ -488,6 +488,31 @@ def test_old_tpus_take_the_compilers_program(kind, new, monkeypatch):
             ValueError, match=r"it needs TPU v4; this one is older\. Set it to auto"
         ):
             attend_by("pallas", V)
+
+
+def test_several_tpus_without_a_mesh_take_the_compilers_program(monkeypatch):
+    """Nothing says what they share, and their compiler refuses a kernel that it has to split."""
+    V = jnp.zeros((4, 5, 2, 16), jnp.bfloat16)
+    monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
+    assert jax.device_count() > 1 and "tpu" not in attention._with_kernel(V, None, "auto")
+    with pytest.raises(ValueError, match=r"without a mesh around it nothing says what several"):
+        attend_by("pallas", V)
+    mesh = make_mesh("data:4", jax.devices()[:4])
+    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+        assert "tpu" in attention._with_kernel(V, None, "auto")
+
+
+@pytest.mark.parametrize(
+    ("asked", "half", "single"),
+    [(None, True, True), ("highest", True, True), ("high", True, False)],
+)
+def test_the_precision_of_products_that_is_asked_for(asked, half, single):
+    with jax.default_matmul_precision(asked):
+        for dtype, taken in ((jnp.bfloat16, half), (jnp.float32, single)):
+            V = jax.ShapeDtypeStruct((2, 5, 2, 16), dtype)
+            run = jax.jit(lambda V: jax.vjp(functools.partial(attend_by, "auto"), V)[1](V))
+            text = run.trace(V).lower(lowering_platforms=("tpu",)).as_text()
+            assert ("tpu_custom_call" in text) is taken, dtype
 
 
 def test_what_a_tpu_cannot_hold_is_refused(monkeypatch):
