@@ -212,7 +212,7 @@ def _product(X: Array, Y: Array, axis_of_X: int, axis_of_Y: int) -> Array:
 
 def precision(dtype: Any) -> jax.lax.Precision | None:
     """Of products of a dtype, as JAX is set; None: Mosaic has none like it."""
-    asked = jax.config.jax_default_matmul_precision
+    asked = jax.config.values["jax_default_matmul_precision"]
     if dtype == jnp.bfloat16 or asked in (None, "default", "fastest", "bfloat16"):
         return jax.lax.Precision.DEFAULT
     return jax.lax.Precision.HIGHEST if asked in ("highest", "float32") else None
