@@ -44,6 +44,7 @@ FLOORS = [
 ROOMS = {
     "models": [
         "variants",
+        "kernels",
         "gpu",
         "gpu_norm",
         "derivatives",

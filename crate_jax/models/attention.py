@@ -1,9 +1,10 @@
 """How the tokens of a subspace attend to each other, as each kind of device does it fastest.
 
-O = softmax(s V Vᵀ) V, s = p^{-1/2}. Nothing of size (N, N) is kept for the backward pass: it has V
-and two numbers for each row of scores, and computes the scores again: the largest, and the sum of
-the exponentials of what the others lie below it, in the units of whoever computed them. Only
-reverse mode knows that pass; the plain function is `crate_jax.models.derivatives.attend`.
+O = softmax(S) V, S = s V Vᵀ, s = p^{-1/2}. Nothing of size (N, N) is kept for the backward pass. It
+has V and two numbers for each row of scores, and computes the scores again. The numbers are the
+largest score, max S, and the sum of e^(S − max S), whoever computes them: a backward pass may run
+elsewhere than its forward pass did. Only reverse mode knows that pass; the plain function is
+`crate_jax.models.derivatives.attend`.
 The letters are those of `crate_jax.models.layers`.
 """
 
@@ -118,7 +119,7 @@ def _with_kernel(V_BxNxKxp: Array, mask: Array | None, kernel: str) -> frozenset
 @jax.tree_util.register_static
 @dataclasses.dataclass(frozen=True)
 class _Way:
-    """Who computed the forward pass. The backward pass of the same program takes over its units.
+    """Who computes the forward pass, and the backward pass of the same program.
 
     Attributes:
         kernels: the platforms that have a kernel.

@@ -3,9 +3,10 @@
 A program of a kernel holds a few rows of the result in registers and reads the rest in pieces, so
 that no score is ever in the GPU's memory. Triton's arrays have powers of two for lengths: what lies
 beyond an array is masked, read as zero and never written.
-The letters are those of `crate_jax.models.layers`; s = p^{-1/2}. Of each row of scores, scaled by
-s log₂ e, the largest is kept, and the sum of 2^(score − largest): apart, since the logarithm of the
-sum, added to a large score, would lose digits. Sizes of blocks: docs/performance.md.
+The letters are those of `crate_jax.models.layers`; s = p^{-1/2}. Of each row of scores, S = s V Vᵀ,
+the largest is kept, and the sum of e^(S − largest): apart, since the logarithm of the sum, added to
+a large score, would lose digits. Inside of a kernel scores are S log₂ e. Sizes of blocks:
+docs/performance.md.
 """
 
 import functools
@@ -19,6 +20,9 @@ from jax import Array
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton
 
+from crate_jax import placement
+from crate_jax.models.kernels import from_natural, like, to_natural
+
 _LOG2E = math.log2(math.e)  # a GPU has 2^x alone
 _FEW = 256  # tokens whose scores with a block of rows fit into registers
 
@@ -27,11 +31,15 @@ OLDEST = 8.0  # compute capability of the GPUs for which Triton has bfloat16; tr
 
 
 def is_new_enough() -> bool:
-    """Whether the GPUs here run the kernels; True where there is none, whoever compiles for one."""
-    if jax.default_backend() != "gpu":
+    """Whether the GPUs of the mesh around run the kernels; True where none like them is here.
+
+    A mesh says what they are called, and not how old they are: those here do, which are called so.
+    """
+    if placement.platform() != "gpu" or jax.default_backend() != "gpu":
         return True
+    alike = [x for x in jax.devices() if x.device_kind == placement.device_kind()]
     try:
-        return float(jax.devices()[0].compute_capability) >= OLDEST
+        return all(float(x.compute_capability) >= OLDEST for x in alike)
     except (AttributeError, ValueError):  # of another maker
         return False
 
@@ -45,7 +53,8 @@ def attend(V_BxNxKxp: Array, *, interpret: bool = False) -> tuple[Array, Array, 
         interpret: run on any device, slowly.
 
     Returns:
-        O (B, N, K, p) of V's dtype; the largest of each row and the sum, (B, K, N) float32.
+        O (B, N, K, p) of V's dtype; of each row of scores the largest, max S, and the sum of
+        e^(S − max S), (B, K, N) float32.
     """
     N = V_BxNxKxp.shape[1]
     # Rows of the result, and of what they are multiplied with; warps, and stages of the pipeline.
@@ -53,7 +62,7 @@ def attend(V_BxNxKxp: Array, *, interpret: bool = False) -> tuple[Array, Array, 
     kinds = ("tokens", "row", "row")
     made = _over_groups(_attend_rows, "attend", sizes, (V_BxNxKxp,), kinds, interpret)
     O_BxNxKxp, largest_BxKxN, total_BxKxN = made
-    return O_BxNxKxp, largest_BxKxN, total_BxKxN
+    return O_BxNxKxp, *to_natural(largest_BxKxN, total_BxKxN, 1 / _LOG2E)
 
 
 def attend_backward(
@@ -79,7 +88,8 @@ def attend_backward(
     Returns:
         dV (B, N, K, p), of V's dtype.
     """
-    inputs = (V_BxNxKxp, largest_BxKxN, total_BxKxN, dO_BxNxKxp)
+    own_BxKxN = from_natural(largest_BxKxN, 1 / _LOG2E)
+    inputs = (V_BxNxKxp, own_BxKxN, total_BxKxN, dO_BxNxKxp)
     (deltas,) = _over_groups(
         _delta_rows, "attend_deltas", (64, 64, 4, 3), inputs, ("row",), interpret
     )
@@ -259,8 +269,3 @@ def upto(n: int) -> Array:
 def _product(X: Array, Y: Array) -> Array:
     """X Y, added up in float32."""
     return jnp.dot(X, Y, preferred_element_type=jnp.float32)
-
-
-def like(X: Array, shape: tuple[int, ...], dtype: Any) -> jax.ShapeDtypeStruct:
-    """A shape that varies along the axes of a `jax.shard_map` along which X does."""
-    return jax.ShapeDtypeStruct(shape, dtype, manual_axis_type=jax.typeof(X).mat)

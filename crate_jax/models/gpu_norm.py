@@ -10,7 +10,8 @@ from jax import Array
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton
 
-from crate_jax.models.gpu import like, upto
+from crate_jax.models.gpu import upto
+from crate_jax.models.kernels import like
 
 LONGEST_ROW = 4096  # d, of which a row and two rows of sums fit into registers
 _PROGRAMS = 1056  # eight for each of an H100's multiprocessors

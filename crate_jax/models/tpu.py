@@ -2,8 +2,8 @@
 
 No score is ever in the TPU's main memory, and nothing is copied to another layout: the kernels read
 and write tokens as the projections do. How they work: `crate_jax.models.tpu_programs`.
-The letters are those of `crate_jax.models.layers`; s = p^{-1/2}. Of each row of scores, not scaled,
-the largest is kept, and the sum of 2^((score − largest) s log₂ e).
+The letters are those of `crate_jax.models.layers`; s = p^{-1/2}. Of each row of scores, S = s V Vᵀ,
+the largest is kept, and the sum of e^(S − largest). Inside of a kernel scores are V Vᵀ.
 """
 
 import functools
@@ -16,7 +16,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu
 
 from crate_jax import placement
-from crate_jax.models.gpu import like
+from crate_jax.models.kernels import from_natural, like, to_natural
 from crate_jax.models.tpu_programs import (
     LONGEST,
     Group,
@@ -72,11 +72,12 @@ def attend(V_BxNxKxp: Array, *, interpret: bool = False) -> tuple[Array, Array, 
         interpret: run on any device, slowly.
 
     Returns:
-        O (B, N, K, p) of V's dtype; the largest of each row and the sum, (B, K, N) float32.
+        O (B, N, K, p) of V's dtype; of each row of scores the largest, max S, and the sum of
+        e^(S − max S), (B, K, N) float32.
     """
     kinds = ("tokens", "rows", "rows")
     O_BxNxKxp, largest, total = _over_images(attend_rows, "attend", (V_BxNxKxp,), kinds, interpret)
-    return O_BxNxKxp, largest, total
+    return O_BxNxKxp, *to_natural(largest, total, V_BxNxKxp.shape[-1] ** -0.5)
 
 
 def attend_backward(
@@ -101,7 +102,8 @@ def attend_backward(
     Returns:
         dV (B, N, K, p), of V's dtype.
     """
-    inputs = (V_BxNxKxp, largest_BxKxN, total_BxKxN, dO_BxNxKxp)
+    own_BxKxN = from_natural(largest_BxKxN, V_BxNxKxp.shape[-1] ** -0.5)
+    inputs = (V_BxNxKxp, own_BxKxN, total_BxKxN, dO_BxNxKxp)
     (dV,) = _over_images(gradient_rows, "attend_backward", inputs, ("tokens",), interpret)
     return dV
 

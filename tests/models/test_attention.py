@@ -143,16 +143,27 @@ def test_finite_differences():
     check_grads(attended, (V,), order=1, modes=["rev"], atol=2e-2, rtol=2e-2)
 
 
-def test_what_is_kept_is_of_the_scaled_scores():
-    V = normal(0, 2, 37, 3, 8)
+def test_what_is_kept_is_the_same_whoever_keeps_it():
+    """A backward pass may run on another kind of device than its forward pass did."""
+    V, dO = 2 * normal(0, 2, 37, 3, 8), normal(1, 2, 37, 3, 8)
     S = jnp.einsum("bnkp,bmkp->bknm", V, V, precision="highest") * 8**-0.5
-    expected = jax.scipy.special.logsumexp(S, axis=-1)
-    _, largest, total = attention._attend_by_xla(V)
-    np.testing.assert_allclose(largest + jnp.log(total), expected, rtol=1e-5)
-    _, largest, total = gpu.attend(V, interpret=BACKEND != "gpu")
-    np.testing.assert_allclose((largest + jnp.log2(total)) * np.log(2), expected, rtol=1e-5)
-    _, largest, total = tpu.attend(V, interpret=BACKEND != "tpu")
-    np.testing.assert_allclose(largest * 8**-0.5 + jnp.log(total), expected, rtol=1e-5)
+    highest = S.max(-1)
+    total = jnp.exp(S - highest[..., None]).sum(-1)
+    gradient = pulled(plain, V, dO)[1]
+    ways = {
+        name: (
+            functools.partial(of.attend, interpret=name != BACKEND),
+            functools.partial(of.attend_backward, interpret=name != BACKEND),
+        )
+        for name, of in KERNELS.items()
+    }
+    ways["xla"] = (attention._attend_by_xla, attention._backward_by_xla)
+    for forward, _ in ways.values():
+        _, *of_rows = forward(V)
+        for got, expected in zip(of_rows, (highest, total), strict=True):
+            np.testing.assert_allclose(got, expected, rtol=1e-5)
+        for _, backward in ways.values():
+            assert_near([backward(V, *of_rows, dO)], [gradient], jnp.float32)
 
 
 @pytest.mark.parametrize("images", [1, 2, 3])
@@ -298,7 +309,7 @@ def test_other_axes_may_be_shared_by_type(spec):
 
 
 def test_a_backward_pass_outside_of_the_mesh_goes_the_way_of_its_forward_pass(monkeypatch):
-    """What is kept of the scores is in the units of who computed them."""
+    """Who has the kernels for one has them for the other."""
     asked = []
     monkeypatch.setattr(attention, "_backward_by_platform", lambda *inputs: asked.append(inputs))
     mesh = make_mesh("data:4", jax.devices()[:4])
@@ -431,6 +442,13 @@ def test_old_gpus_take_the_compilers_program(capability, new, monkeypatch):
             ValueError, match=r"it needs compute capability 8\.0; this GPU is older"
         ):
             attend_by("pallas", V)
+    # A program for other GPUs, which are not here, and one for TPUs.
+    for other in (AbstractDevice("NVIDIA H100", 132, "gpu"), AbstractDevice("TPU v5e", 1, "tpu")):
+        with jax.sharding.use_abstract_mesh(AbstractMesh((), (), abstract_device=other)):
+            assert gpu.is_new_enough()
+    mine = AbstractDevice(Device.device_kind, 40, "gpu")
+    with jax.sharding.use_abstract_mesh(AbstractMesh((), (), abstract_device=mine)):
+        assert gpu.is_new_enough() is new
 
 
 @pytest.mark.parametrize("changes", [dict(backward="autodiff"), dict(attention="mhsa")])
