@@ -98,6 +98,7 @@ def publish(
     found: Result,
     *packages: str,
     report: Callable[[Result], Iterable[str]] | None = None,
+    quiet: bool = False,
     **hardware: Any,
 ) -> None:
     """Print the tables and, as the last line, the JSON; write both to --output.
@@ -107,6 +108,7 @@ def publish(
         found: what was measured. Floats are cut to five digits.
         *packages: whose versions matter besides JAX's, Flax's and NumPy's.
         report: from the whole result to the lines of its tables.
+        quiet: write alone, such as what there is so far.
         **hardware: what else matters of the machine.
     """
     import jax  # not at the top: a benchmark may have to set variables that JAX reads
@@ -126,10 +128,12 @@ def publish(
         args.output.write_text(json.dumps(result, indent=2) + "\n")
     if report:
         text = "\n".join([*report(result), "", *measured_on(result)]) + "\n"
-        print(text)
+        if not quiet:
+            print(text)
         if args.output:
             args.output.with_suffix(".md").write_text(text)
-    print(json.dumps(result), flush=True)
+    if not quiet:
+        print(json.dumps(result), flush=True)
 
 
 def shorten(value: Any) -> Any:

@@ -4,7 +4,8 @@
 
 Needs ``pip install 'crate-jax[tpu-compiler]'`` and no TPU. Nothing is run, so no figure is a
 measurement. A program takes minutes to compile and is kept: stop it, start it again, and it goes on
-where it was. docs/scaling.md holds the table that this prints.
+where it was. --output is written after every case, and says which are left. docs/scaling.md holds
+the table that this prints.
 """
 
 import argparse
@@ -14,8 +15,8 @@ import sys
 
 from frame import Result, child, command_line, publish, table
 
-CHIPS_16 = ("v4:2x2x4", "v5e:4x4", "v5p:2x2x4", "v6e:4x4")
 POD = "v5e:16x16"
+FIRST, THEN = ("v5e:4x4", POD), ("v6e:4x4", "v5p:2x2x4", "v4:2x2x4")
 RECIPES = [
     *[f"imagenet1k:{size}" for size in ("tiny", "small", "base", "large")],
     *[f"alpha_imagenet21k:{size}" for size in ("base-32", "base-16", "large-14")],
@@ -24,8 +25,9 @@ RECIPES = [
 ]
 CASES = [
     ("digits", "v5e:1x1", "data:-1"),
-    *[(recipe, topology, "data:-1") for recipe in RECIPES for topology in (*CHIPS_16, POD)],
+    *[(recipe, topology, "data:-1") for topology in FIRST for recipe in RECIPES],
     *[(f"imagenet1k:{size}", POD, "data:64,fsdp:4") for size in ("base", "large")],
+    *[(recipe, topology, "data:-1") for topology in THEN for recipe in RECIPES],
 ]
 
 
@@ -54,10 +56,13 @@ def counts(compiled: Result) -> str:
 
 
 def report(result: Result) -> list[str]:
-    """The table."""
+    """The table, and what it lacks."""
     heads = ["recipe", "slice", "mesh", "images a device", "GiB compiled", "GiB by formula"]
     heads += ["off", "GB moved", "copies", "collectives", "ms at least", "bound by"]
-    return table(" | ".join(heads), map(line, result["rows"]), words=3)
+    lines = table(" | ".join(heads), map(line, result["rows"]), words=3)
+    if result["left"]:
+        lines += ["", f"Not compiled yet: {'; '.join(result['left'])}."]
+    return lines
 
 
 def plan(recipe: str, topology: str, spec: str, depth: int | None) -> Result:
@@ -77,10 +82,14 @@ def main() -> None:
     args: argparse.Namespace = parser.parse_args()
     os.nice(10)
     rows, omitted = [], {}
-    for recipe, topology, spec in CASES:
-        case = f"{recipe} on {topology}, {spec}"
-        if args.only not in case:
-            continue
+    cases = {
+        f"{recipe} on {topology}, {spec}": (recipe, topology, spec)
+        for recipe, topology, spec in CASES
+    }
+    left = [case for case in cases if args.only in case]
+    while left:
+        case = left[0]
+        recipe, topology, spec = cases[case]
         print(f"{case} ({len(rows)} done)", file=sys.stderr, flush=True)
         try:
             found = plan(recipe, topology, spec, args.depth)
@@ -88,7 +97,9 @@ def main() -> None:
             omitted[case] = f"status {error.returncode}"
         else:
             rows.append({"recipe": recipe, "topology": topology, "spec": spec} | found)
-    publish(args, {"rows": rows, "omitted": omitted}, "libtpu", report=report)
+        left = left[1:]
+        found_so_far = {"rows": rows, "omitted": omitted, "left": left}
+        publish(args, found_so_far, "libtpu", report=report, quiet=bool(left))
 
 
 if __name__ == "__main__":

@@ -10,19 +10,23 @@ no measurement.
 Beside it are two formulas. Arithmetic: `crate_jax.models.cost.step_flops` at the chip's peak.
 Unavoidable bytes: each weight, gradient and moment read once and written once, and tokens in and
 out of every layer in both directions. --before compiles the step of another checkout too, such as
-a worktree of an earlier commit. The last line is JSON; --output writes it, the tables beside it.
+a worktree of an earlier commit. --keep is for a second look: what the compiler wrote stays in that
+folder, and what is there is not compiled again. The last line is JSON; --output writes it, the
+tables beside it.
 """
 
 import argparse
+import contextlib
 import dataclasses
 import importlib.util
 import json
 import os
 import sys
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
-from bundles import FLAGS, Schedule, schedules
+from bundles import FLAGS, Schedule, schedules, shared, without_schedule
 from frame import ROOT, Result, child, command_line, publish, table
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")  # where libtpu is, JAX would look for a TPU
@@ -40,6 +44,8 @@ def main() -> None:
     parser.add_argument(
         "--variants", nargs="+", default=["auto"], help="auto, and fields such as backward=autodiff"
     )
+    parser.add_argument("--keep", type=Path, help="a folder for what the compiler writes")
+    parser.add_argument("--source", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--compile-into", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.compile_into:
@@ -52,7 +58,7 @@ def main() -> None:
 
 def compile_step(args: argparse.Namespace) -> None:
     """In a process that libtpu is told to write its schedule: compile the step, write its text."""
-    sys.path.insert(0, str(args.before))
+    sys.path.insert(0, str(args.source))
     import jax
     from jax.experimental import topologies
 
@@ -61,7 +67,7 @@ def compile_step(args: argparse.Namespace) -> None:
     from crate_jax.training.run import jit_train_step, set_up
     from crate_jax.training.state import abstract_state
 
-    recipe = args.before / "configs" / "imagenet1k.py"
+    recipe = args.source / "configs" / "imagenet1k.py"
     spec = importlib.util.spec_from_file_location("recipe", recipe)
     module = importlib.util.module_from_spec(spec)  # type: ignore[arg-type]
     spec.loader.exec_module(module)  # type: ignore[union-attr]
@@ -104,26 +110,35 @@ def row(name: str, args: argparse.Namespace, source: Path, variant: str) -> Resu
     from crate_jax import create_model
     from crate_jax.models.cost import step_flops
     from crate_jax.planning.chips import CHIPS
+    from crate_jax.planning.hlo import read
     from crate_jax.planning.program import account
 
-    with tempfile.TemporaryDirectory() as folder:
-        made = child(
-            Path(__file__),
-            f"--compile-into={folder}",
-            f"--before={source.resolve()}",
-            f"--size={args.size}",
-            f"--batch-size={args.batch_size}",
-            "--variants",
-            variant,
-            JAX_PLATFORMS="cpu",
-            TPU_WORKER_HOSTNAMES="localhost",
-            TPU_SKIP_MDS_QUERY="1",
-            TPU_ACCELERATOR_TYPE="v5litepod-4",
-            ALLOW_MULTIPLE_LIBTPU_LOAD="1",
-            LIBTPU_INIT_ARGS=FLAGS.format(folder),
+    with kept(args, name) as folder:
+        made = folder / "made.json"
+        text = made.read_text() if made.exists() else ""
+        made = (
+            json.loads(text)
+            if text
+            else child(
+                Path(__file__),
+                f"--compile-into={folder}",
+                f"--source={source.resolve()}",
+                f"--size={args.size}",
+                f"--batch-size={args.batch_size}",
+                "--variants",
+                variant,
+                JAX_PLATFORMS="cpu",
+                TPU_WORKER_HOSTNAMES="localhost",
+                TPU_SKIP_MDS_QUERY="1",
+                TPU_ACCELERATOR_TYPE="v5litepod-4",
+                ALLOW_MULTIPLE_LIBTPU_LOAD="1",
+                LIBTPU_INIT_ARGS=FLAGS.format(folder),
+            )
         )
-        operations = account((Path(folder) / "program.txt").read_text())
-        scheduled = schedules(Path(folder))
+        text = (folder / "program.txt").read_text()
+        (folder / "made.json").write_text(json.dumps(made))
+        operations, program = account(text), read(text)
+        scheduled = shared(schedules(folder), program)
     chip, model = CHIPS["v5e"], create_model(f"crate_{args.size}_patch16_224", dtype="bfloat16")
     tokens = args.batch_size * model.num_tokens * model.width
     lines = [
@@ -151,9 +166,24 @@ def row(name: str, args: argparse.Namespace, source: Path, variant: str) -> Resu
         "arithmetic_ms": 1e3 * arithmetic,
         "unavoidable_ms": 1e3 * bytes_at_least / chip.memory_bandwidth,
         "times_the_floor": estimate / (1e3 * floor),
-        "loops_of_unknown_length": sum(s.unknown for n, s in scheduled.items() if "TLP" not in n),
+        "loops_of_unknown_length": sum(
+            scheduled[x.name].unknown for x in operations if x.name in scheduled
+        ),
+        "without_schedule": without_schedule([x.name for x in operations], scheduled, program),
         "operations": sorted(lines, key=lambda x: -x["ms"])[:SHOWN],
     }
+
+
+@contextlib.contextmanager
+def kept(args: argparse.Namespace, name: str) -> Iterator[Path]:
+    """The folder of what the compiler writes about a variant."""
+    if not args.keep:
+        with tempfile.TemporaryDirectory() as folder:
+            yield Path(folder)
+        return
+    folder = args.keep.resolve() / f"{args.size}-{args.batch_size}-{name.rpartition('=')[2]}"
+    folder.mkdir(parents=True, exist_ok=True)
+    yield folder
 
 
 def line_of(
@@ -180,8 +210,12 @@ def report(result: Result) -> list[str]:
     """What the variants come to, and the dearest operations of the last one."""
     heads = ["variant", "HBM, GB", "ms", "bundles, ms", "estimate, ms", "of it layers"]
     heads += ["arithmetic, ms", "unavoidable bytes, ms", "x the larger", "copies a layer"]
-    heads += ["GiB", "of it temporary"]
+    heads += ["GiB", "of it temporary", "loops of unknown length", "products without a schedule"]
     lines = table(" | ".join(heads), map(_line, result["rows"]))
+    lines += ["", "A loop of unknown length counts once. Without a schedule bytes alone count."]
+    for row in result["rows"]:
+        if names := row["without_schedule"]:
+            lines += [f"In {row['variant']} these products have none: {', '.join(names)}."]
     heads = ["operation", "of", "times", "HBM, GB", "ms", "bundles, ms", "estimate, ms", "busiest"]
     dearest = result["rows"][-1]["operations"]
     lines += ["", f"The dearest operations of {result['rows'][-1]['variant']}:", ""]
@@ -193,7 +227,9 @@ def _line(row: Result) -> str:
     times = ["hbm_ms", "bundles_ms", "estimate_ms", "layers_ms", "arithmetic_ms", "unavoidable_ms"]
     cells = [row["variant"], f"{row['hbm_gb']:.1f}", *(f"{row[name]:.1f}" for name in times)]
     cells += [f"{row['times_the_floor']:.2f}", f"{row['copies_a_layer']:.0f}"]
-    return " | ".join([*cells, f"{row['memory_gib']:.2f}", f"{row['temporary_gib']:.2f}"])
+    cells += [f"{row['memory_gib']:.2f}", f"{row['temporary_gib']:.2f}"]
+    cells += [str(row["loops_of_unknown_length"]), str(len(row["without_schedule"]))]
+    return " | ".join(cells)
 
 
 def _operation(x: Result) -> str:
