@@ -12,9 +12,9 @@ from typing import Any, TypeVar
 import numpy as np
 
 from crate_jax.files import Json, expanded
-from crate_jax.models.variants import ModelConfig, check_family, values_of
-from crate_jax.models.variants import overrides as overrides
-from crate_jax.models.variants import renamed as renamed
+from crate_jax.models.sections import ModelConfig, check_family, values_of
+from crate_jax.models.sections import overrides as overrides
+from crate_jax.models.sections import renamed as renamed
 from crate_jax.options import check, did_you_mean, option, option_of, unknown
 
 _Recipe = TypeVar("_Recipe")

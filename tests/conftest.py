@@ -18,7 +18,7 @@ import pytest
 from command import OLD_EMITTERS, OPTIMISED
 
 from crate_jax import Crate
-from crate_jax.models import variants
+from crate_jax.models import fields, sections, variants
 from crate_jax.options import option
 
 # Of the process that starts pytest-xdist's workers, and of these.
@@ -138,10 +138,10 @@ def other_family(monkeypatch):
     """A second family of models, with a ratio and without eta, and one model: other_tiny."""
 
     @dataclasses.dataclass(eq=False, repr=False)
-    class OtherFields(variants.ImageFields):
+    class OtherFields(fields.ImageFields):
         ratio: int = option(4, "the width of something", low=1)
 
-    fields = dict(patch_size=16, width=8, depth=1, num_heads=2)
-    monkeypatch.setitem(variants.FAMILIES, "other", OtherFields)
-    monkeypatch.setitem(variants.VARIANTS, "other_tiny", variants.Variant("other", fields))
-    monkeypatch.setitem(variants._SECTIONS, "other", variants._section("other"))
+    row = dict(patch_size=16, width=8, depth=1, num_heads=2)
+    monkeypatch.setitem(fields.FAMILIES, "other", OtherFields)
+    monkeypatch.setitem(variants.VARIANTS, "other_tiny", variants.Variant("other", row))
+    monkeypatch.setitem(sections._SECTIONS, "other", sections._section("other"))

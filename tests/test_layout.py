@@ -19,7 +19,9 @@ FLOORS = [
     "buckets",
     "files",
     "options",
-    "models.variants",  # the families' fields, which the section of the model has too
+    "models.fields",  # of the families, which the section of the model has too
+    "models.variants",
+    "models.sections",
     "config",
     "placement",
     "objective",
@@ -43,7 +45,6 @@ FLOORS = [
 # long as there is no circle. The folder's own __init__ is on top of it.
 ROOMS = {
     "models": [
-        "variants",
         "kernels",
         "gpu",
         "gpu_norm",
@@ -52,6 +53,7 @@ ROOMS = {
         "parameters",
         "layers",
         "block",
+        "stacked",
         "embedding",
         "classifier",
         "transformer",

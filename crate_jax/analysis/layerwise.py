@@ -5,7 +5,8 @@ import jax.numpy as jnp
 from jax import Array
 
 from crate_jax.analysis.taps import taps
-from crate_jax.models.classifier import ImageClassifier, Params
+from crate_jax.models.classifier import ImageClassifier
+from crate_jax.models.parameters import Params
 from crate_jax.objective import coding_rate, projected_coding_rate, sparsity, subspace_coding_rate
 
 DEFINITIONS = ("paper", "official_code")

@@ -5,7 +5,8 @@ from collections.abc import Iterable
 from jax import Array
 
 from crate_jax.models.block import chosen_taps
-from crate_jax.models.classifier import ImageClassifier, Params
+from crate_jax.models.classifier import ImageClassifier
+from crate_jax.models.parameters import Params
 
 
 def taps(

@@ -29,7 +29,8 @@ if TYPE_CHECKING:  # imported where they are used
     from jax import Array
 
     from crate_jax.data.images.labelled import LabelledImages
-    from crate_jax.models.classifier import ImageClassifier, Params
+    from crate_jax.models.classifier import ImageClassifier
+    from crate_jax.models.parameters import Params
     from crate_jax.parity.difference import Comparison
 
 

@@ -12,7 +12,8 @@ from crate_jax.interop.faults import faults
 from crate_jax.interop.layouts import LAYOUTS
 from crate_jax.interop.layouts.layout import Layout, own_paths
 from crate_jax.interop.tree import flatten, tree_of
-from crate_jax.models.classifier import ImageClassifier, Params
+from crate_jax.models.classifier import ImageClassifier
+from crate_jax.models.parameters import Params
 from crate_jax.models.zoo import family_of, has_family
 
 _REMEDY = "Build the model with the sizes of these weights."

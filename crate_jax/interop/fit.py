@@ -16,8 +16,8 @@ from crate_jax.interop.faults import faults, mismatch
 from crate_jax.interop.layouts.layout import Arrays
 from crate_jax.interop.resize import METHODS, Size, resized_kernel, resized_positions
 from crate_jax.interop.tree import PROJECTION, flatten, tree_of
-from crate_jax.models.classifier import ImageClassifier, Params, pair
-from crate_jax.models.cost import sample_images
+from crate_jax.models.classifier import ImageClassifier, pair
+from crate_jax.models.parameters import Params
 from crate_jax.models.zoo import architecture, family_of
 
 # What may be fitted on request. The last three are constants that a file may declare: the model's
@@ -218,7 +218,7 @@ def _new_head(model: ImageClassifier, key: jax.Array) -> Arrays:
     """The head of a model as it starts, by path."""
 
     def init(key: jax.Array) -> Params:
-        return model.init(key, sample_images(model), train=False)["params"]["head"]
+        return model.init(key, model.sample_input(), train=False)["params"]["head"]
 
     return {f"head/{name}": np.asarray(leaf) for name, leaf in jax.jit(init)(key).items()}
 

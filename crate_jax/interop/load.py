@@ -19,7 +19,8 @@ from crate_jax.interop.layouts.forms import Shape
 from crate_jax.interop.layouts.layout import Arrays, Layout
 from crate_jax.interop.names import left_aside
 from crate_jax.interop.tree import sizes, tree_of
-from crate_jax.models.classifier import ImageClassifier, Params
+from crate_jax.models.classifier import ImageClassifier
+from crate_jax.models.parameters import Params
 from crate_jax.models.zoo import architecture, from_architecture
 from crate_jax.options import difference, listed
 from crate_jax.tasks.task import CLASSES

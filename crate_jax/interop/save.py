@@ -10,7 +10,8 @@ from crate_jax.interop import npz, pth, safetensors
 from crate_jax.interop.convert import find_layout
 from crate_jax.interop.faults import faults
 from crate_jax.interop.tree import flatten, tree_of
-from crate_jax.models.classifier import ImageClassifier, Params
+from crate_jax.models.classifier import ImageClassifier
+from crate_jax.models.parameters import Params
 from crate_jax.models.zoo import architecture, has_family
 
 # How a file may be written, by the end of its name.

@@ -12,11 +12,12 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from crate_jax.models.classifier import ImageClassifier, Params, pair
+from crate_jax.models.parameters import Params
+from crate_jax.models.stacked import BlockModel
 
 
 class Cost(NamedTuple):
-    """What an operator of one layer costs, for one image.
+    """What an operator of one layer costs, for one example.
 
     Attributes:
         products: multiply-adds of its matrix products with weights.
@@ -39,7 +40,7 @@ class Cost(NamedTuple):
     parts: int = 0
 
 
-def _mssa(model: ImageClassifier) -> Cost:
+def _mssa(model: BlockModel) -> Cost:
     """U and W_out, which one full subspace has not; V and O are kept.
 
     Besides them automatic differentiation keeps A, and the derived pass two numbers for each row.
@@ -55,7 +56,7 @@ def _mssa(model: ImageClassifier) -> Cost:
     )
 
 
-def _mhsa(model: ImageClassifier) -> Cost:
+def _mhsa(model: BlockModel) -> Cost:
     """Maps to queries, keys and values, and W_out; those three, A and O are kept."""
     N, d, K, p = _sizes(model)
     return Cost(
@@ -66,7 +67,7 @@ def _mhsa(model: ImageClassifier) -> Cost:
     )
 
 
-def _ista(model: ImageClassifier) -> Cost:
+def _ista(model: BlockModel) -> Cost:
     """Y Dᵀ and E D; E is kept, and where the ReLU lets through."""
     N, d, _, _ = _sizes(model)
     return Cost(2 * N * d * d, 0, outputs=2 * N * d, kept=N * d, kept_bytes=N * d, parts=d * d)
@@ -99,12 +100,12 @@ COSTS: dict[str, Callable[[Any], Cost]] = {
 }  # fmt: skip
 
 
-def _sizes(model: ImageClassifier) -> tuple[int, int, int, int]:
+def _sizes(model: BlockModel) -> tuple[int, int, int, int]:
     """N, d, K, p."""
     return model.num_tokens, model.width, model.num_heads, model.subspace_dim
 
 
-def _layer(model: ImageClassifier) -> Cost:
+def _layer(model: BlockModel) -> Cost:
     """One layer: its operators, and what is kept around them.
 
     Around them are the tokens before either LayerNorm and after it (4 N d), and in float32 the mean
@@ -122,22 +123,17 @@ def _layer(model: ImageClassifier) -> Cost:
     return layer._replace(outputs=outputs, kept=layer.kept + 2 * N * d, last=0)
 
 
-def gradient_parts(model: ImageClassifier) -> int:
+def gradient_parts(model: BlockModel) -> int:
     """Values of the layers' gradients that come in parts, once for each part but the first."""
     return model.depth * _layer(model).parts
 
 
-def sample_images(model: ImageClassifier) -> Array:
-    """One blank image of the size the model takes, (1, H, W, c) float32; what `init` needs."""
-    return jnp.zeros((1, *model.input_shape), jnp.float32)
-
-
-def count_parameters(model: ImageClassifier) -> int:
+def count_parameters(model: BlockModel) -> int:
     """Exact number of parameters, from the shapes of `init` (nothing is computed)."""
     return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(abstract_parameters(model)))
 
 
-def abstract_parameters(model: ImageClassifier) -> Params:
+def abstract_parameters(model: BlockModel) -> Params:
     """The parameter tree as `jax.ShapeDtypeStruct` leaves.
 
     Raises:
@@ -145,37 +141,31 @@ def abstract_parameters(model: ImageClassifier) -> Params:
     """
 
     def init(key: Array) -> Params:
-        return model.init(key, sample_images(model), train=False)["params"]
+        return model.init(key, model.sample_input(), train=False)["params"]
 
     return jax.eval_shape(init, jax.random.key(0))
 
 
 def has_formula(model: object) -> bool:
     """Whether the functions here know what a model computes."""
-    if not isinstance(model, ImageClassifier):
+    if not isinstance(model, BlockModel):
         return False
     parts = (model.attention_part, model.nonlinearity_part)
     return all(part.name in COSTS for part in parts if part)
 
 
-def multiply_adds(model: ImageClassifier) -> int:
-    """Multiply-adds of the matrix products of one forward pass for one image.
+def multiply_adds(model: BlockModel) -> int:
+    """Multiply-adds of the matrix products of one forward pass for one example.
 
     Embedding, layers and head; norms, softmax and thresholds are left out.
     """
     layer = _layer(model)
     layers = model.depth * (layer.products + layer.attention)
-    return _embedding(model) + layers + model.width * model.num_classes
+    return model.embedding_products + layers + model.head_products
 
 
-def _embedding(model: ImageClassifier) -> int:
-    """Multiply-adds of the linear map of the patches."""
-    h, w = pair(model.patch_size)
-    return (model.num_tokens - 1) * h * w * model.in_channels * model.width
-
-
-def step_flops(model: ImageClassifier) -> int:
-    """Operations of the matrix products of a training step, for one image.
+def step_flops(model: BlockModel) -> int:
+    """Operations of the matrix products of a training step, for one example.
 
     Two for each multiply-add; the backward pass takes twice the forward pass. The derived one of
     MSSA computes the scores again and leaves out one of the four other products, so it has four.
@@ -192,12 +182,12 @@ def step_flops(model: ImageClassifier) -> int:
     ):
         again += product
     if "patch_norm" not in abstract_parameters(model)["embedding"]:
-        again -= 2 * _embedding(model)
+        again -= 2 * model.embedding_products
     return 6 * multiply_adds(model) + again
 
 
-def activation_bytes(model: ImageClassifier) -> int:
-    """Bytes per image that the layers keep for the backward pass, by formula.
+def activation_bytes(model: BlockModel) -> int:
+    """Bytes per example that the layers keep for the backward pass, by formula.
 
     Without recomputation a layer keeps what `crate_jax.models.block.KEPT` names, and its input.
     With remat "dots" it keeps its input and the products with weights; with "full", its input

@@ -8,9 +8,9 @@ import flax.linen as nn
 from crate_jax.models.block import Part
 from crate_jax.models.classifier import ImageClassifier, pair
 from crate_jax.models.embedding import PatchEmbedding
+from crate_jax.models.fields import CrateFields
 from crate_jax.models.layers import ISTA, MSSA
 from crate_jax.models.transformer import MHSA, MLP
-from crate_jax.models.variants import CrateFields
 
 
 class Crate(CrateFields, ImageClassifier):

@@ -13,9 +13,9 @@ from crate_jax.models.block import Part
 from crate_jax.models.classifier import ImageClassifier, pair
 from crate_jax.models.derivatives import plain
 from crate_jax.models.embedding import PatchEmbedding
+from crate_jax.models.fields import AlphaFields
 from crate_jax.models.layers import ISTA, MSSA, Linear, relu, times
 from crate_jax.models.parameters import dictionary_init, read
-from crate_jax.models.variants import AlphaFields
 
 
 def odl(Y_BxNxd: Array, D_dxm: Array, D1_dxm: Array, *, eta: float, lmbda: float) -> Array:

@@ -1,6 +1,7 @@
 """The parameters of modules: how they start, and how the equations get them."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -10,6 +11,8 @@ from jax.nn import initializers as init
 from jax.typing import DTypeLike
 
 from crate_jax import placement
+
+Params = Mapping[str, Any]  # of a model: arrays, or their shapes, in nested dicts
 
 # nn.Linear's defaults in PyTorch: weight and bias uniform in ±1/√fan_in.
 linear_kernel_init = init.variance_scaling(1 / 3, "fan_in", "uniform")

@@ -10,9 +10,9 @@ from jax.nn import initializers as init
 from crate_jax.models.block import Part
 from crate_jax.models.classifier import ImageClassifier, pair
 from crate_jax.models.embedding import PatchEmbedding
+from crate_jax.models.fields import VitFields
 from crate_jax.models.layers import Linear
 from crate_jax.models.transformer import MHSA, MLP, kernel_init
-from crate_jax.models.variants import VitFields
 
 
 class ViT(VitFields, ImageClassifier):

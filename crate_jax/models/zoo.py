@@ -11,7 +11,9 @@ from crate_jax.files import Json
 from crate_jax.models.classifier import ImageClassifier, pair
 from crate_jax.models.crate import Crate
 from crate_jax.models.crate_alpha import CrateAlpha
-from crate_jax.models.variants import VARIANTS, ModelConfig, Size, fields_of, find, overrides
+from crate_jax.models.fields import FAMILIES, Size, fields_of
+from crate_jax.models.sections import ModelConfig, overrides
+from crate_jax.models.variants import VARIANTS, find
 from crate_jax.models.vit import ViT
 from crate_jax.options import check, did_you_mean, option_of, unknown
 
@@ -45,7 +47,7 @@ def create_model(name: str, **overrides: object) -> Model:
     for field in overrides:
         if field not in known:
             raise unknown(f"model.{field}", field, known, name)
-    values = {"image_size": 224, "num_classes": 1000, **variant.fields, **overrides}
+    values = {**FAMILIES[variant.family].USUAL, **variant.fields, **overrides}
     return _build(variant.family, values)
 
 

@@ -19,7 +19,8 @@ from jax import Array
 from crate_jax.analysis import taps as analysed
 from crate_jax.config import OptimConfig
 from crate_jax.interop import to_state_dict
-from crate_jax.models.classifier import ImageClassifier, Params
+from crate_jax.models.classifier import ImageClassifier
+from crate_jax.models.parameters import Params
 from crate_jax.parity.twin import Lion, Twin
 
 SMOOTHING = 0.1  # of the labels, in every loss

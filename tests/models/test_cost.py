@@ -13,7 +13,6 @@ from crate_jax.models.cost import (
     activation_bytes,
     count_parameters,
     multiply_adds,
-    sample_images,
     step_flops,
 )
 from crate_jax.models.crate_alpha import CrateAlpha
@@ -34,8 +33,8 @@ def test_tokens_are_the_patches_and_the_class_token():
     assert create_model("crate_base_patch8_224").num_tokens == 28 * 28 + 1
 
 
-def test_sample_images_fit_the_model():
-    images = sample_images(Crate(**SIZES, num_heads=4, in_channels=2))
+def test_a_sample_fits_the_model():
+    images = Crate(**SIZES, num_heads=4, in_channels=2).sample_input()
     assert (images.shape, images.dtype) == ((1, 8, 24, 2), jnp.float32)
 
 
@@ -77,7 +76,7 @@ def abstract_variables(model):
 
 @functools.cache
 def _abstract_variables(model):
-    init = lambda key: model.init(key, sample_images(model), train=False)  # noqa: E731
+    init = lambda key: model.init(key, model.sample_input(), train=False)  # noqa: E731
     return jax.eval_shape(init, jax.random.key(0))
 
 
@@ -95,7 +94,7 @@ WAYS = [
 def test_multiply_adds_are_those_of_the_program(heads, count_multiply_adds):
     model = Crate(**SIZES, **heads, in_channels=2)
     apply = lambda variables, images: model.apply(variables, images, train=False)  # noqa: E731
-    counted = count_multiply_adds(apply, abstract_variables(model), sample_images(model))
+    counted = count_multiply_adds(apply, abstract_variables(model), model.sample_input())
     assert multiply_adds(model) == counted
 
 
@@ -103,7 +102,7 @@ def test_multiply_adds_are_those_of_the_program(heads, count_multiply_adds):
 @pytest.mark.parametrize("way", [way for way in WAYS if "dtype" not in way], ids=str)
 def test_step_flops_are_those_of_loss_and_gradient(heads, way, count_multiply_adds):
     model = Crate(**SIZES, **heads, in_channels=2, **way)
-    images = sample_images(model)
+    images = model.sample_input()
     loss = lambda variables: model.apply(variables, images, train=False).sum()  # noqa: E731
     counted = count_multiply_adds(jax.value_and_grad(loss), abstract_variables(model))
     assert step_flops(model) == 2 * counted
@@ -113,12 +112,12 @@ def test_step_flops_are_those_of_loss_and_gradient(heads, way, count_multiply_ad
 def test_products_of_the_other_operators_are_those_of_the_program(name, count_multiply_adds):
     model = OTHERS[name]()
     apply = lambda variables, images: model.apply(variables, images, train=False)  # noqa: E731
-    counted = count_multiply_adds(apply, abstract_variables(model), sample_images(model))
+    counted = count_multiply_adds(apply, abstract_variables(model), model.sample_input())
     assert multiply_adds(model) == counted
     for remat in ("none", "dots", "full"):
         again = model.clone(remat=remat)
         loss = lambda variables, of=again: (  # noqa: E731
-            of.apply(variables, sample_images(of), train=False).sum()
+            of.apply(variables, of.sample_input(), train=False).sum()
         )
         counted = count_multiply_adds(jax.value_and_grad(loss), abstract_variables(again))
         assert step_flops(again) == 2 * counted, remat

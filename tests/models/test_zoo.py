@@ -13,9 +13,10 @@ import pytest
 
 from crate_jax import create_model, list_models
 from crate_jax.config import ModelConfig
-from crate_jax.models import variants
+from crate_jax.models import fields, sections, variants
 from crate_jax.models.cost import count_parameters
-from crate_jax.models.variants import FAMILIES, VARIANTS, fields_of
+from crate_jax.models.fields import FAMILIES, fields_of
+from crate_jax.models.variants import VARIANTS
 from crate_jax.models.zoo import (
     CLASSES,
     architecture,
@@ -170,14 +171,15 @@ def test_a_type_may_be_stated_as_a_word():
 
 def test_every_family_has_a_class_with_its_fields():
     assert set(CLASSES) == set(FAMILIES) >= {variant.family for variant in VARIANTS.values()}
-    for family, fields in FAMILIES.items():
-        assert issubclass(CLASSES[family], fields)
+    for family, declared in FAMILIES.items():
+        assert issubclass(CLASSES[family], declared)
         own = {f.name for f in dataclasses.fields(CLASSES[family])} - {"parent", "name"}
         assert own == set(fields_of(family))
 
 
-def test_the_fields_are_declared_without_jax():
-    tree = ast.parse(Path(variants.__file__).read_text("utf-8"))
+@pytest.mark.parametrize("module", [fields, variants, sections], ids=lambda m: m.__name__)
+def test_the_fields_are_declared_without_jax(module):
+    tree = ast.parse(Path(module.__file__).read_text("utf-8"))
     names = {
         name
         for node in ast.walk(tree)

@@ -1,0 +1,136 @@
+"""The fields of every family of models, a dataclass each.
+
+The section `model` of a config and the Flax module read the same fields. Nothing here imports JAX.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import ClassVar
+
+import numpy as np
+
+from crate_jax.options import option
+
+Size = int | tuple[int, ...]
+DType = str | type | np.dtype
+
+
+@dataclasses.dataclass(eq=False, repr=False)
+class ModelFields:
+    """What every model has that is a stack of blocks."""
+
+    USUAL: ClassVar[Mapping[str, object]] = {}  # what `create_model` takes where nothing is said
+
+    width: int = option(..., "d, the length of a token", low=1)
+    depth: int = option(..., "L, the number of layers", low=1)
+    num_heads: int = option(..., "K, the number of subspaces", low=1)
+    head_dim: int | None = option(None, "p, of a subspace; width / num_heads if unset", low=1)
+    dropout: float = option(0.0, "share dropped while training", low=0, below=1, how=True)
+    dtype: DType = option(
+        np.float32, "of the computation", choices=("float32", "bfloat16"), how=True
+    )
+    backward: str = option(
+        "derived",
+        "the backward pass of LayerNorms and of MSSA; forward mode (jax.jvp) needs autodiff",
+        choices=("derived", "autodiff"),
+        how=True,
+    )
+    remat: str = option(
+        "none",
+        "what the backward pass computes again; dots: all but matrix products",
+        choices=("none", "dots", "full"),
+        how=True,
+    )
+    scan_unroll: int | None = option(
+        None,
+        "layers per iteration of the compiled loop; if unset, all on GPUs without remat, else one",
+        low=1,
+        how=True,
+    )
+
+
+@dataclasses.dataclass(eq=False, repr=False)
+class _Classifier:
+    """What an image classifier takes and gives. It stands before `ModelFields` by position."""
+
+    image_size: Size = option(..., "pixels: a side, or height and width", low=1, lengths=(1, 2))
+    patch_size: Size = option(..., "pixels, likewise; divides image_size", low=1, lengths=(1, 2))
+    num_classes: int = option(
+        ..., "Y, the number of logits; of the data set if unset; 0: no head, features", low=0
+    )
+
+
+@dataclasses.dataclass(eq=False, repr=False)
+class ImageFields(ModelFields, _Classifier):
+    """What every image classifier has. Sizes in pixels are a side, or (height, width)."""
+
+    USUAL: ClassVar[Mapping[str, object]] = {"image_size": 224, "num_classes": 1000}
+
+    pool: str = option(
+        "cls", "the token that the head reads, or their mean", choices=("cls", "mean")
+    )
+    in_channels: int = option(3, "channels; 1 (grey) or 3 (RGB) for decoded images", low=1)
+
+
+@dataclasses.dataclass(eq=False, repr=False)
+class SubspaceFields(ModelFields):
+    """What every model with MSSA has."""
+
+    attention_kernel: str = option(
+        "auto",
+        "by whom MSSA is computed; auto: by a kernel where the device has one",
+        choices=("auto", "xla", "pallas", "cudnn"),
+        how=True,
+    )
+
+    @property
+    def kernel(self) -> str | None:
+        """By whom MSSA is computed; None: by the plain function, which JAX differentiates."""
+        return self.attention_kernel if self.backward == "derived" else None
+
+
+@dataclasses.dataclass(eq=False, repr=False)
+class CrateFields(SubspaceFields, ImageFields):
+    """CRATE, arXiv 2306.01129, and the operators that its ablations put in place of its own."""
+
+    eta: float = option(0.1, "step size of ISTA", above=0)
+    lmbda: float = option(0.1, "sparsity weight of ISTA", low=0)
+    attention: str = option("mssa", "the first half of a layer", choices=("mssa", "mhsa"))
+    nonlinearity: str = option("ista", "the second half of a layer", choices=("ista", "mlp"))
+
+
+@dataclasses.dataclass(eq=False, repr=False)
+class AlphaFields(SubspaceFields, ImageFields):
+    """CRATE-α, arXiv 2405.20299, with a switch for each step of its ablation."""
+
+    pool: str = option("cls", "the token that the head reads", choices=("cls",))
+    eta: float = option(0.1, "step size of ISTA", above=0)
+    lmbda: float = option(0.1, "sparsity weight of ISTA", low=0)
+    nonlinearity: str = option("odl", "the second half of a layer", choices=("odl", "ista"))
+    overcompleteness: int = option(4, "of odl: atoms of the dictionary over the width", low=1)
+    decoupled: bool = option(True, "of odl: whether the code is read with a dictionary of its own")
+    residual: bool = option(True, "whether the second half's output is added to the tokens")
+    layer_scale: float | None = option(None, "start of learned factors on both halves", above=0)
+    drop_path: float = option(0.0, "stochastic depth of the last layer", low=0, below=1, how=True)
+
+
+@dataclasses.dataclass(eq=False, repr=False)
+class VitFields(ImageFields):
+    """The ViT of arXiv 2010.11929, as timm builds it and as CRATE's repository trains it."""
+
+    pool: str = option(
+        "cls", "the token that the head reads", choices=("cls", "patches", "patches_twice")
+    )
+    mlp_ratio: int = option(4, "hidden units of the MLP over the width", low=1)
+
+
+FAMILIES: dict[str, type[ModelFields]] = {
+    "crate": CrateFields,
+    "crate_alpha": AlphaFields,
+    "vit": VitFields,
+}
+
+
+def fields_of(family: str) -> dict[str, dataclasses.Field]:
+    """The fields of a family by name."""
+    return {field.name: field for field in dataclasses.fields(FAMILIES[family])}

@@ -1,0 +1,176 @@
+"""What the models of the family share: an embedding → a stack of blocks → a reading."""
+
+import dataclasses
+from collections.abc import Callable, Iterable
+from typing import Any, ClassVar
+
+import flax.linen as nn
+from jax import Array
+
+from crate_jax import placement
+from crate_jax.models.block import Block, Context, Dropout, Part, chosen_taps, stack, tap_names
+from crate_jax.models.fields import ModelFields
+from crate_jax.options import option_of
+
+
+class BlockModel(ModelFields, nn.Module):
+    """A stack of blocks; a kind of model says what goes in and what is read.
+
+    A model is a subclass with the fields of its family (`crate_jax.models.fields`) that gives
+    `attention_part` and `nonlinearity_part`, and overrides what differs of `block_fields` and
+    `drop_path_rates`. A kind of model, such as the image classifier, gives the properties and
+    methods of this class that raise TypeError here. Parameters are float32; the computation is in
+    ``dtype``, with norms, softmax and logits in float32. Layers are stacked on axis 0 of every leaf
+    under ``blocks``.
+    """
+
+    EPSILON: ClassVar[float] = 1e-5  # of the LayerNorms
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        """Mark what a subclass overrides of the helpers of its bases as the helpers are marked.
+
+        Flax would record what they return, modules among it, under ``capture_intermediates``.
+        """
+        for name, method in vars(cls).items():
+            if hasattr(getattr(super(cls, cls), name, None), "nowrap"):
+                nn.nowrap(method)
+        super().__init_subclass__(**options)
+
+    @property
+    def attention_part(self) -> Part:
+        """The first half of a block."""
+        raise TypeError("a model must say what its attention is")
+
+    @property
+    def nonlinearity_part(self) -> Part | None:
+        """The second half of a block."""
+        raise TypeError("a model must say what its nonlinearity is")
+
+    @property
+    def num_tokens(self) -> int:
+        """N, the tokens that a block sees of one example."""
+        raise TypeError("a kind of model must say how many tokens it has")
+
+    @property
+    def embedding_products(self) -> int:
+        """Multiply-adds of the embedding's matrix products, for one example."""
+        raise TypeError("a kind of model must say what its embedding costs")
+
+    @property
+    def head_products(self) -> int:
+        """Multiply-adds of the head's matrix products, for one example."""
+        raise TypeError("a kind of model must say what its head costs")
+
+    @nn.nowrap
+    def sample_input(self) -> Array:
+        """One blank example, (1, …), as a call takes it; what `init` needs."""
+        raise TypeError("a kind of model must say what it takes")
+
+    @nn.nowrap
+    def block_fields(self) -> dict[str, Any]:
+        """Fields of `Block` that are not its defaults."""
+        return {}
+
+    @nn.nowrap
+    def drop_path_rates(self) -> Array | None:
+        """The rate of stochastic depth of every layer (L,); None: no half is ever skipped."""
+        return None
+
+    @property
+    def layers_at_once(self) -> int:
+        """Layers per iteration of the compiled loop.
+
+        A loop copies what each layer keeps in and out of one array for all: on an H100 that is a
+        third of a training step of CRATE-B, and compiling all layers takes some seconds longer.
+        With remat memory comes first, and a loop is certain to forget what is computed again.
+        """
+        if self.scan_unroll is not None:
+            return self.scan_unroll
+        return self.depth if placement.platform() == "gpu" and self.remat == "none" else 1
+
+    @property
+    def subspace_dim(self) -> int:
+        """p, the dimension of a subspace.
+
+        Raises:
+            ValueError: head_dim is not set and width is not a multiple of num_heads.
+        """
+        if self.head_dim is not None:
+            return self.head_dim
+        if self.width % self.num_heads:
+            raise ValueError(
+                "model.width must be a multiple of model.num_heads when model.head_dim is not set; "
+                f"got {self.width} and {self.num_heads}. Set model.head_dim."
+            )
+        return self.width // self.num_heads
+
+    @property
+    def tap_names(self) -> tuple[str, ...]:
+        """What the layers can show, in the order of computation."""
+        return tap_names(self.attention_part, self.nonlinearity_part)
+
+    @nn.compact
+    def with_layers(self, compute: Callable[[], Any]) -> Any:
+        """What a function returns that makes layers; Flax has one method of a module make them.
+
+        Raises:
+            ValueError: a field breaks a rule.
+        """
+        for field in dataclasses.fields(self):
+            choices = option_of(field).choices if "option" in field.metadata else ()
+            value = getattr(self, field.name)
+            if choices and isinstance(value, str) and value not in choices:
+                raise ValueError(
+                    f"model.{field.name} must be one of {', '.join(choices)}; got {value}."
+                )
+        kernel = getattr(self, "attention_kernel", "auto")
+        if kernel in ("pallas", "cudnn") and (
+            self.backward == "autodiff" or self.attention_part.name != "mssa"
+        ):
+            raise ValueError(
+                "model.attention_kernel must be auto or xla without MSSA, and with "
+                f"model.backward=autodiff; got {kernel}. Leave it unset."
+            )
+        return compute()
+
+    @nn.nowrap
+    def run_blocks(
+        self,
+        Z_BxNxd: Array,
+        *,
+        train: bool,
+        taps: str | Iterable[str] = (),
+        context: Context | None = None,
+    ) -> tuple[Array, dict[str, Array]]:
+        """Embedded tokens through the stack; to be called within `with_layers`.
+
+        Args:
+            Z_BxNxd: tokens.
+            train: whether dropout and stochastic depth act; they need a "dropout" key.
+            taps: names out of `tap_names`, or one.
+            context: what all blocks see besides the tokens; None: nothing.
+
+        Returns:
+            Tokens (B, N, d) after the last block, and the taps with the layers on axis 0.
+
+        Raises:
+            KeyError: an unknown tap.
+        """
+        names = chosen_taps(taps, self.tap_names)
+        Z_BxNxd = Dropout(self.dropout, train)(Z_BxNxd)
+        blocks = stack(
+            Block,
+            self.depth,
+            remat=self.remat,
+            unroll=self.layers_at_once,
+            attention=self.attention_part,
+            nonlinearity=self.nonlinearity_part,
+            dtype=self.dtype,
+            backward=self.backward,
+            epsilon=self.EPSILON,
+            dropout=self.dropout,
+            train=train,
+            taps=names,
+            **self.block_fields(),
+        )
+        return blocks(Z_BxNxd, self.drop_path_rates(), context or Context())
