@@ -128,6 +128,16 @@ def gradient_parts(model: BlockModel) -> int:
     return model.depth * _layer(model).parts
 
 
+def sample_input(model: Any) -> Array:
+    """One blank example, as a call takes it; what `init` needs.
+
+    A module that is none of ours says its `input_shape` alone, and takes float32.
+    """
+    if isinstance(model, BlockModel):
+        return model.sample_input()
+    return jnp.zeros((1, *model.input_shape), jnp.float32)
+
+
 def count_parameters(model: BlockModel) -> int:
     """Exact number of parameters, from the shapes of `init` (nothing is computed)."""
     return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(abstract_parameters(model)))
@@ -141,7 +151,7 @@ def abstract_parameters(model: BlockModel) -> Params:
     """
 
     def init(key: Array) -> Params:
-        return model.init(key, model.sample_input(), train=False)["params"]
+        return model.init(key, sample_input(model), train=False)["params"]
 
     return jax.eval_shape(init, jax.random.key(0))
 
