@@ -18,7 +18,7 @@ import pytest
 from command import OLD_EMITTERS, OPTIMISED
 
 from crate_jax import Crate
-from crate_jax.models import fields, sections, variants
+from crate_jax.models import fields, variants
 from crate_jax.options import option
 
 # Of the process that starts pytest-xdist's workers, and of these.
@@ -144,4 +144,3 @@ def other_family(monkeypatch):
     row = dict(patch_size=16, width=8, depth=1, num_heads=2)
     monkeypatch.setitem(fields.FAMILIES, "other", OtherFields)
     monkeypatch.setitem(variants.VARIANTS, "other_tiny", variants.Variant("other", row))
-    monkeypatch.setitem(sections._SECTIONS, "other", sections._section("other"))

@@ -4,9 +4,10 @@ Nothing here imports JAX.
 """
 
 import dataclasses
+import functools
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from crate_jax.models.fields import FAMILIES, DType, Size, fields_of
+from crate_jax.models.fields import FAMILIES, DType, ModelFields, Size, fields_of
 from crate_jax.models.variants import find
 from crate_jax.options import is_legal, option, option_of, unknown
 
@@ -45,11 +46,11 @@ class ModelConfig:
         for field in values:
             if field not in known:
                 raise unknown(f"model.{field}", field, known, name)
-        return object.__new__(_SECTIONS[family])
+        return blank_section(family)
 
     def __reduce__(self) -> tuple[Any, ...]:
         """The family's class by the family's name: pickle would look for it in this module."""
-        return _blank_section, (self.family,), vars(self)
+        return blank_section, (self.family,), vars(self)
 
     if TYPE_CHECKING:
 
@@ -58,14 +59,20 @@ class ModelConfig:
         def __getattr__(self, field: str) -> Any: ...
 
 
-def _section(family: str) -> type[ModelConfig]:
+def blank_section(family: str) -> ModelConfig:
+    """The section of a family, before `ModelConfig.__init__` fills it."""
+    return object.__new__(_section(family, FAMILIES[family]))
+
+
+@functools.cache
+def _section(family: str, fields: type[ModelFields]) -> type[ModelConfig]:
     """The fields of a family, unset, and of the types that flags and JSON can state."""
     stated: dict[object, Any] = {Size: tuple[int, ...], DType: str}
     optional = []
-    for name, field in fields_of(family).items():
+    for field in dataclasses.fields(fields):
         told = dataclasses.replace(option_of(field), identity=True)
         unset = dataclasses.field(default=None, metadata={"option": told})
-        optional.append((name, stated.get(field.type, field.type) | None, unset))
+        optional.append((field.name, stated.get(field.type, field.type) | None, unset))
     return dataclasses.make_dataclass(
         "ModelConfig",
         optional,
@@ -73,13 +80,6 @@ def _section(family: str) -> type[ModelConfig]:
         namespace={"family": family},
         kw_only=True,
     )
-
-
-_SECTIONS = {family: _section(family) for family in FAMILIES}
-
-
-def _blank_section(family: str) -> ModelConfig:
-    return object.__new__(_SECTIONS[family])
 
 
 def check_family(model: ModelConfig) -> None:
