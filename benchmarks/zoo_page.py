@@ -1,0 +1,100 @@
+"""Write docs/zoo.md: every named model, what it costs, what its authors got, where its weights are.
+
+    python benchmarks/zoo_page.py
+
+Parameters and multiply-adds are computed here. Published results and weights are those of
+`crate_jax.models.sources`, and the digits those that `benchmarks/zoo.py` measured. A test holds the
+page against this program.
+"""
+
+import json
+
+from frame import ROOT, Result, measured_on, table
+
+PAGE = ROOT / "docs" / "zoo.md"
+DIGITS = ROOT / "benchmarks" / "results" / "zoo_cpu_2core.json"
+HEAD = """# The zoo
+
+Made by `python benchmarks/zoo_page.py`; do not edit.
+
+Every model that `crate_jax.list_models()` names, by where it comes from. Parameters and
+multiply-adds (GMACs, of the matrix products of one example) are computed, at the sizes that the
+name stands for. Published results are their authors', and were not measured here.
+"""
+WEIGHTS = """## Released weights
+
+What the authors released, with its licence as they state it. `load_weights` reads each of these
+files once it lies on your disk. A digest is given by its first digits.
+"""
+
+
+def models(names: list[str]) -> list[str]:
+    """The table of a group."""
+    from crate_jax import create_model
+    from crate_jax.models import cost
+    from crate_jax.models.sources import RESULTS
+
+    rows = []
+    built = {name: create_model(name) for name in names}
+    sizes = {name: cost.count_parameters(model) for name, model in built.items()}
+    for name in sorted(names, key=lambda name: sizes[name]):
+        model = built[name]
+        known = cost.has_formula(model)
+        gmacs = f"{cost.multiply_adds(model) / 1e9:.2f}" if known else "no formula"
+        results = "; ".join(f"{what} {value:.1f}" for what, value in RESULTS.get(name, {}).items())
+        cells = [f"`{name}`", f"{sizes[name]:,}", gmacs, results or "none"]
+        rows.append(" | ".join(cells))
+    lines = table("model | parameters | GMACs | published", rows)
+    lines[1] = "| --- | ---: | ---: | --- |"
+    return lines
+
+
+def groups() -> list[str]:
+    """Every source with its models."""
+    from crate_jax import list_models
+    from crate_jax.models.sources import SOURCES, source_of
+
+    lines = []
+    for source in SOURCES:
+        names = [name for name in list_models() if source_of(name) is source]
+        told = [f"Paper: [arXiv {source.paper}](https://arxiv.org/abs/{source.paper})."]
+        told += [f"Official code: {source.code}." if source.code else "No code was released."]
+        told += [source.note] if source.note else []
+        lines += [f"## {source.title}", "", " ".join(told), "", *models(names), ""]
+    return lines
+
+
+def weights() -> list[str]:
+    """The released files."""
+    from crate_jax.models.sources import RELEASED
+
+    rows = []
+    for file in RELEASED:
+        size = f"{file.bytes:,}" if file.bytes else "not known"
+        cells = [f"`{file.model}`", f"`{file.file}`", file.licence, f"{file.classes:,}", size]
+        rows.append(" | ".join([*cells, f"{file.sha256}…" if file.sha256 else "not known"]))
+    heads = "model | file | licence | classes | bytes | SHA-256"
+    return [WEIGHTS, *table(heads, rows, words=3), ""]
+
+
+def digits() -> list[str]:
+    """What the forms of the digits recipe reach."""
+    import zoo
+
+    if not DIGITS.exists():
+        return []
+    result: Result = json.loads(DIGITS.read_text())
+    told = (
+        "Small models (width 96, 4 layers), trained here by `configs/digits.py`, each with the "
+        "same tuning budget: three learning rates."
+    )
+    return ["## On digits", "", told, "", *zoo.report(result), "", *measured_on(result), ""]
+
+
+def page() -> str:
+    """The whole page."""
+    return "\n".join([HEAD, *digits(), *groups(), *weights()]).rstrip() + "\n"
+
+
+if __name__ == "__main__":
+    PAGE.write_text(page())

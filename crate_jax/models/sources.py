@@ -1,0 +1,141 @@
+"""Where the named models come from: papers, code, published results, released weights.
+
+One table, which docs/zoo.md is made from. Nothing here imports JAX, and nothing here is computed.
+"""
+
+import dataclasses
+import fnmatch
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+    """Where a group of models comes from.
+
+    Attributes:
+        title: what the group is called.
+        pattern: a shell pattern of their names.
+        paper: its number on arXiv.
+        code: the official repository, and its licence; "": none was released.
+        note: what a reader should know besides; "": nothing.
+    """
+
+    title: str
+    pattern: str
+    paper: str
+    code: str
+    note: str = ""
+
+
+@dataclasses.dataclass(frozen=True)
+class Released:
+    """One file of released weights.
+
+    Attributes:
+        model: the named model that it fits.
+        file: where it lies: hf://owner/repository/path on the Hugging Face hub.
+        licence: that its owner states.
+        classes: outputs of its head.
+        bytes: its size; None: not known to the byte.
+        sha256: the first digits of its digest; "": not known.
+    """
+
+    model: str
+    file: str
+    licence: str
+    classes: int
+    bytes: int | None = None
+    sha256: str = ""
+
+
+SOURCES = (
+    Source(
+        "CRATE",
+        "crate_[tsbl]*_patch16_224",
+        "2306.01129",
+        "Ma-Lab-Berkeley/CRATE, MIT",
+        "The link to the small weights is dead, and others were not released.",
+    ),
+    Source(
+        "CRATE on 8-pixel patches",
+        "crate_[sb]*_patch8_224",
+        "2308.16271",
+        "LeslieTrue/crate-emergence-notebooks, no licence",
+        "The demo's base model has 6 heads.",
+    ),
+    Source("MSSA or MHSA, ISTA or MLP", "crate_m*_patch8_224", "2308.16271", ""),
+    Source(
+        "CRATE-α",
+        "crate_alpha_*",
+        "2405.20299",
+        "UCSC-VLAA/CRATE-alpha, no licence; headers Apache-2.0",
+    ),
+    Source("ViT, the baseline", "vit_*", "2010.11929", "timm, Apache-2.0"),
+)
+
+# By model and by what was measured. Top-1 in percent, of models trained on ImageNet-1K alone.
+IN1K, IN21K, REAL = "ImageNet-1K", "ImageNet-21K → 1K", "ImageNet ReaL"
+CIFAR10, CIFAR100 = "CIFAR-10, fine-tuned", "CIFAR-100, fine-tuned"
+FLOWERS, PETS = "Flowers-102, fine-tuned", "Oxford Pets, fine-tuned"
+_TRANSFER = (IN1K, REAL, CIFAR10, CIFAR100, FLOWERS, PETS)
+RESULTS: dict[str, dict[str, float]] = {
+    name: dict(zip(_TRANSFER, numbers, strict=True))
+    for name, numbers in {
+        "crate_tiny_patch16_224": (66.7, 74.0, 95.5, 78.9, 84.6, 81.4),
+        "crate_small_patch16_224": (69.2, 76.0, 96.0, 81.0, 87.1, 84.9),
+        "crate_base_patch16_224": (70.8, 76.5, 96.8, 82.7, 88.7, 85.3),
+        "crate_large_patch16_224": (71.3, 77.4, 97.2, 83.6, 88.3, 87.4),
+        # The ViT-T and ViT-S that CRATE's paper compares with.
+        "vit_tiny_patch16_224": (71.5, 78.3, 96.6, 81.8, 85.1, 88.5),
+        "vit_small_patch16_224": (72.4, 78.4, 97.2, 83.2, 88.5, 88.6),
+    }.items()
+}
+RESULTS |= {
+    "crate_small_384_patch8_224": {
+        **{IN21K: 74.2, CIFAR10: 97.2, CIFAR100: 84.1, FLOWERS: 92.2, PETS: 86.4}
+    },
+    "crate_base_patch8_224": {
+        **{IN21K: 79.5, CIFAR10: 98.1, CIFAR100: 87.9, FLOWERS: 96.7, PETS: 91.8}
+    },
+}
+RESULTS |= {
+    f"crate_alpha_{name}_224": {IN21K: top1}
+    for name, top1 in {
+        "base_patch32": 76.5,
+        "base_patch16": 81.2,
+        "base_patch8": 83.2,
+        "large_patch32": 80.2,
+        "large_patch14": 83.9,
+        "large_patch8": 85.1,
+    }.items()
+}
+
+_ALPHA = "hf://UCSC-VLAA/CRATE-alpha"
+RELEASED = tuple(
+    Released(f"crate_alpha_{model}_224", f"{_ALPHA}/{file}", "Apache-2.0", classes, size, sha256)
+    for model, file, classes, size, sha256 in (
+        ("base_patch16", "jax/crate_alpha_B16_in1k.npz", 1000, 723_400_850, "5d84b128"),
+        ("base_patch8", "jax/crate_alpha_B8_in1k.npz", 1000, 723_493_010, "0ffd17cc"),
+        ("large_patch14", "jax/crate_alpha_L14_in1k.npz", 1000, 2_536_725_406, "09f7412c"),
+        ("large_patch8", "jax/crate_alpha_L8_in1k.npz", 1000, 2_538_077_086, "5f641413"),
+        ("base_patch16", "torch/crate_alpha_B16.pth", 1000, None, ""),
+        ("large_patch14", "torch/crate_alpha_L14.pth", 1000, None, ""),
+        ("base_patch32", "torch/in21k_Pretrain/crate_alpha_B32_in21k.pth", 19_167, None, ""),
+        ("base_patch16", "torch/in21k_Pretrain/crate_alpha_B16_IN21K", 19_167, None, ""),
+        ("base_patch8", "torch/in21k_Pretrain/crate_alpha_B8_IN21K", 19_167, None, ""),
+        ("large_patch32", "torch/in21k_Pretrain/crate_alpha_L32_in21k.pth", 19_167, None, ""),
+        ("large_patch14", "torch/in21k_Pretrain/crate_alpha_L14_IN21K", 19_167, None, ""),
+        ("large_patch8", "torch/in21k_Pretrain/crate_alpha_L8_IN21K", 19_167, None, ""),
+    )
+)
+
+
+def source_of(model: str) -> Source:
+    """Where a named model comes from.
+
+    Raises:
+        KeyError: the table does not say; every named model has one row of `SOURCES`.
+    """
+    for source in SOURCES:
+        if fnmatch.fnmatch(model, source.pattern):
+            return source
+    raise KeyError(f"model must be of a known source; got {model}. Add a row to SOURCES.")
