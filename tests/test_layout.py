@@ -58,6 +58,7 @@ ROOMS = {
         "embedding",
         "classifier",
         "transformer",
+        "theory",
         "crate",
         "crate_alpha",
         "vit",

@@ -41,6 +41,8 @@ def find_layout(model: ImageClassifier, name: str | None = None, *, torch: bool 
             check_implied(layout, model, "Choose another layout.")
         if name == layout.name or (name is None and _agree(layout, model)):
             return layout
+    if known and name is None:
+        check_implied(known[0], model, "Use .safetensors, which states the model.")
     of = f"{type(model).__name__}{' in PyTorch files' if torch else ''}"
     if not known:
         raise ValueError(f"{of} must have an official layout; it has none. Use .safetensors.")
@@ -72,7 +74,7 @@ def check_implied(
     """
     report = []
     for field, (sign, values) in layout.implies.items():
-        ours, theirs = getattr(model, field), " or ".join(values)
+        ours, theirs = getattr(model, field), " or ".join(map(str, values))
         if ours in values:
             continue
         if field not in fit:

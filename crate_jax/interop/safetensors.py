@@ -69,5 +69,9 @@ def write(
     if class_names:
         metadata[NAMES_KEY] = json.dumps(list(class_names))
     # The library writes the memory of an array as it lies.
-    contiguous = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
+    contiguous = {
+        # A scalar would come back with an axis.
+        name: np.ascontiguousarray(array).reshape(array.shape)
+        for name, array in arrays.items()
+    }
     save_file(contiguous, path, metadata=metadata)

@@ -71,9 +71,12 @@ class Context(NamedTuple):
 
     Attributes:
         mask: which token may see which, as `crate_jax.models.derivatives.attend` takes it.
+        step_sizes: of the nonlinearity, where all layers have the same; it takes them beside the
+            tokens.
     """
 
     mask: Array | None = None
+    step_sizes: tuple[Any, ...] | None = None
 
 
 class Dropout(nn.Module):
@@ -147,7 +150,7 @@ class Block(nn.Module):
             if part is self.attention:
                 Z_BxNxd = self._attend(part, Z_BxNxd, drop_path, context.mask, seen)
             else:
-                Z_BxNxd = self._replace_or_add(part, Z_BxNxd, drop_path, seen)
+                Z_BxNxd = self._replace_or_add(part, Z_BxNxd, drop_path, context.step_sizes, seen)
         seen["out"] = Z_BxNxd
         return Z_BxNxd, {name: seen[name] for name in self.taps}
 
@@ -167,10 +170,16 @@ class Block(nn.Module):
         return Z_BxNxd + update_BxNxd if self.sign > 0 else Z_BxNxd - update_BxNxd
 
     def _replace_or_add(
-        self, part: Part, Z_BxNxd: Array, drop_path: Array | None, seen: dict[str, Array]
+        self,
+        part: Part,
+        Z_BxNxd: Array,
+        drop_path: Array | None,
+        step_sizes: tuple[Any, ...] | None,
+        seen: dict[str, Array],
     ) -> Array:
         """The half of the nonlinearity; its output is put into `seen`."""
-        update_BxNxd = part.make(name=part.name)(self._norm(part, Z_BxNxd))
+        besides = () if step_sizes is None else (step_sizes,)
+        update_BxNxd = part.make(name=part.name)(self._norm(part, Z_BxNxd), *besides)
         seen[part.name] = update_BxNxd
         if not self.residual:  # an example that skipped it would have no tokens left
             return self._gated(part, update_BxNxd, None)

@@ -44,15 +44,18 @@ def _mssa(model: BlockModel) -> Cost:
     """U and W_out, which one full subspace has not; V and O are kept.
 
     Besides them automatic differentiation keeps A, and the derived pass two numbers for each row.
+    Where W_out is U again, the gradient of U comes in two parts.
     """
     N, d, K, p = _sizes(model)
-    maps, derived = 1 + ((K, p) != (1, d)), model.backward == "derived"
+    tied = getattr(model, "tied_output", False)
+    maps, derived = 1 + (tied or (K, p) != (1, d)), model.backward == "derived"
     return Cost(
         products=maps * N * d * K * p,
         attention=2 * N * N * K * p,
         outputs=N * K * p + (maps - 1) * N * d,
         kept=maps * N * K * p + (0 if derived else K * N * N),
         kept_bytes=8 * K * N if derived else 0,
+        parts=tied * d * K * p,
     )
 
 
@@ -67,10 +70,23 @@ def _mhsa(model: BlockModel) -> Cost:
     )
 
 
-def _ista(model: BlockModel) -> Cost:
-    """Y Dᵀ and E D; E is kept, and where the ReLU lets through."""
+def _ista(model: Any) -> Cost:
+    """A Dᵀ and E D of every step; E is kept, and where a ReLU lets through.
+
+    A soft threshold has two ReLUs, and the gradient of a learned η asks for E D.
+    """
     N, d, _, _ = _sizes(model)
-    return Cost(2 * N * d * d, 0, outputs=2 * N * d, kept=N * d, kept_bytes=N * d, parts=d * d)
+    steps = getattr(model, "ista_steps", 1)
+    relus = 2 if getattr(model, "threshold", "relu") == "soft" else 1
+    arrays = 1 if getattr(model, "step_sizes", "fixed") == "fixed" else 2
+    return Cost(
+        products=2 * steps * N * d * d,
+        attention=0,
+        outputs=2 * steps * N * d,
+        kept=arrays * steps * N * d,
+        kept_bytes=relus * steps * N * d,
+        parts=(2 * steps - 1) * d * d,
+    )
 
 
 def _odl(model: Any) -> Cost:

@@ -1,15 +1,16 @@
 """CRATE, the classifier: alternating compression (MSSA) and sparsification (ISTA)."""
 
 import functools
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import flax.linen as nn
 
-from crate_jax.models.block import Part
+from crate_jax.models.block import Context, Part
 from crate_jax.models.classifier import ImageClassifier, pair
 from crate_jax.models.embedding import PatchEmbedding
 from crate_jax.models.fields import CrateFields
 from crate_jax.models.layers import ISTA, MSSA
+from crate_jax.models.theory import IteratedISTA, StepSizes, TiedMSSA, learned_sizes
 from crate_jax.models.transformer import MHSA, MLP
 
 
@@ -49,9 +50,36 @@ class Crate(CrateFields, ImageClassifier):
         lmbda: sparsity weight of ISTA.
         attention: "mssa" or "mhsa".
         nonlinearity: "ista" or "mlp".
+        attention_sign: of the attention's step, "plus", or "minus": Z^l − MSSA(LN(Z^l)), the
+            CRATE-N of OpenReview CAC74VuMWX.
+        tied_output: `crate_jax.models.theory.TiedMSSA` in the place of MSSA.
+        threshold: of `crate_jax.models.theory.ista`, "relu" or "soft".
+        ista_steps: of the same.
+        step_sizes: "fixed": eta and lmbda are numbers; "shared": they start there and are learned,
+            one of each for all layers; "per_layer": one of each for every layer.
     """
 
     mlp_ratio: ClassVar[int] = 4  # hidden units over the width, of an MLP in the place of ISTA
+
+    def check_fields(self) -> None:
+        """Refuse switches of an operator that is not there, and λ = 0 where it is learned."""
+        if self.attention == "mhsa" and self.tied_output:
+            raise ValueError(
+                "model.tied_output must be False where model.attention is mhsa; got True. "
+                "It is a switch of mssa."
+            )
+        if self.nonlinearity == "mlp":
+            for field, value in dict(threshold="relu", ista_steps=1, step_sizes="fixed").items():
+                if (got := getattr(self, field)) != value:
+                    raise ValueError(
+                        f"model.{field} must be {value} where model.nonlinearity is mlp; got {got}."
+                        " It is a switch of ista."
+                    )
+        if self.step_sizes != "fixed" and not self.lmbda > 0:
+            raise ValueError(
+                f"model.lmbda must be > 0 where model.step_sizes is {self.step_sizes}, which "
+                f"learns its logarithm; got {self.lmbda}. Set model.lmbda."
+            )
 
     @property
     def attention_part(self) -> Part:
@@ -59,7 +87,8 @@ class Crate(CrateFields, ImageClassifier):
         if self.attention == "mhsa":
             make = functools.partial(MHSA, self.num_heads, self.subspace_dim, self.dtype)
             return Part("mhsa", make, MHSA.TAPS)
-        make = functools.partial(MSSA, self.num_heads, self.subspace_dim, self.dtype, self.kernel)
+        of = TiedMSSA if self.tied_output else MSSA
+        make = functools.partial(of, self.num_heads, self.subspace_dim, self.dtype, self.kernel)
         return Part("mssa", make, MSSA.TAPS)
 
     @property
@@ -67,11 +96,29 @@ class Crate(CrateFields, ImageClassifier):
         """ISTA, or an MLP."""
         if self.nonlinearity == "mlp":
             return Part("mlp", functools.partial(MLP, self.mlp_ratio * self.width, self.dtype))
-        return Part("ista", functools.partial(ISTA, self.eta, self.lmbda, self.dtype))
+        make = functools.partial(ISTA, self.eta, self.lmbda, self.dtype)
+        if (self.threshold, self.ista_steps, self.step_sizes) != ("relu", 1, "fixed"):
+            make = functools.partial(
+                IteratedISTA,
+                self.eta,
+                self.lmbda,
+                self.dtype,
+                steps=self.ista_steps,
+                soft=self.threshold == "soft",
+                learned=self.step_sizes == "per_layer",
+            )
+        return Part("ista", make)
 
-    def block_fields(self) -> dict[str, bool]:
-        """ISTA's output replaces the tokens, an MLP's is added to them."""
-        return {"residual": self.nonlinearity == "mlp"}
+    def block_fields(self) -> dict[str, Any]:
+        """The sign; ISTA's output replaces the tokens, an MLP's is added to them."""
+        sign = -1 if self.attention_sign == "minus" else 1
+        return {"residual": self.nonlinearity == "mlp", "sign": sign}
+
+    def shared_context(self) -> Context:
+        """η and λ, where all layers share learned ones."""
+        if self.step_sizes != "shared":
+            return Context()
+        return Context(step_sizes=learned_sizes(self, StepSizes(self.eta, self.lmbda)))
 
     def embed(self) -> nn.Module:
         """Patches between two LayerNorms."""

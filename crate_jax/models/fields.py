@@ -97,6 +97,19 @@ class CrateFields(SubspaceFields, ImageFields):
     lmbda: float = option(0.1, "sparsity weight of ISTA", low=0)
     attention: str = option("mssa", "the first half of a layer", choices=("mssa", "mhsa"))
     nonlinearity: str = option("ista", "the second half of a layer", choices=("ista", "mlp"))
+    attention_sign: str = option(
+        "plus", "of the attention's step; minus: CRATE-N", choices=("plus", "minus")
+    )
+    tied_output: bool = option(False, "of MSSA: U and a scalar step in place of W_out; CRATE-T")
+    threshold: str = option(
+        "relu", "of ISTA; soft: the code may be negative", choices=("relu", "soft")
+    )
+    ista_steps: int = option(1, "steps of ISTA in a layer", low=1)
+    step_sizes: str = option(
+        "fixed",
+        "eta and lmbda: as set, learned for all layers, or learned for each",
+        choices=("fixed", "shared", "per_layer"),
+    )
 
 
 @dataclasses.dataclass(eq=False, repr=False)

@@ -76,6 +76,19 @@ class BlockModel(ModelFields, nn.Module):
         """The rate of stochastic depth of every layer (L,); None: no half is ever skipped."""
         return None
 
+    @nn.nowrap
+    def check_fields(self) -> None:
+        """Refuse fields that do not go together.
+
+        Raises:
+            ValueError: some do not.
+        """
+
+    @nn.nowrap
+    def shared_context(self) -> Context:
+        """What all blocks see besides the tokens, parameters of the model among it."""
+        return Context()
+
     @property
     def layers_at_once(self) -> int:
         """Layers per iteration of the compiled loop.
@@ -123,6 +136,7 @@ class BlockModel(ModelFields, nn.Module):
                 raise ValueError(
                     f"model.{field.name} must be one of {', '.join(choices)}; got {value}."
                 )
+        self.check_fields()
         kernel = getattr(self, "attention_kernel", "auto")
         if kernel in ("pallas", "cudnn") and (
             self.backward == "autodiff" or self.attention_part.name != "mssa"
@@ -148,7 +162,7 @@ class BlockModel(ModelFields, nn.Module):
             Z_BxNxd: tokens.
             train: whether dropout and stochastic depth act; they need a "dropout" key.
             taps: names out of `tap_names`, or one.
-            context: what all blocks see besides the tokens; None: nothing.
+            context: what all blocks see besides the tokens; None: `shared_context`.
 
         Returns:
             Tokens (B, N, d) after the last block, and the taps with the layers on axis 0.
@@ -173,4 +187,5 @@ class BlockModel(ModelFields, nn.Module):
             taps=names,
             **self.block_fields(),
         )
-        return blocks(Z_BxNxd, self.drop_path_rates(), context or Context())
+        context = self.shared_context() if context is None else context
+        return blocks(Z_BxNxd, self.drop_path_rates(), context)

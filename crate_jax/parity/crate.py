@@ -189,6 +189,13 @@ class TorchCrate(Twin):
         return self.mlp_head(pooled), seen
 
 
+# The switches of the theory, as the official code has them.
+_OFFICIAL: dict[str, object] = {
+    **{"attention_sign": "plus", "tied_output": False},
+    **{"threshold": "relu", "ista_steps": 1, "step_sizes": "fixed"},
+}
+
+
 def crate_twin(model: Crate) -> TorchCrate:
     """The twin of a CRATE, of the same sizes and constants.
 
@@ -201,6 +208,12 @@ def crate_twin(model: Crate) -> TorchCrate:
             "model.attention and model.nonlinearity must be mssa and ista for a PyTorch twin; got "
             f"{' and '.join(operators)}. The official code has no other operators."
         )
+    for field, value in _OFFICIAL.items():
+        if (got := getattr(model, field)) != value:
+            raise ValueError(
+                f"model.{field} must be {value} for a PyTorch twin; got {got}. The official code "
+                "has no such switch."
+            )
     return TorchCrate(
         image_size=model.image_size,
         patch_size=model.patch_size,

@@ -1,7 +1,7 @@
 """CRATE: the names of the official implementation (arXiv 2306.01129)."""
 
 from crate_jax.interop.layouts.forms import Leading, Linear, Same
-from crate_jax.interop.layouts.layout import Layout
+from crate_jax.interop.layouts.layout import Implied, Layout
 
 OFFICIAL = Layout(
     name="official",
@@ -28,6 +28,10 @@ OFFICIAL = Layout(
         "head/bias": ("mlp_head.1.bias", Same()),
     },
     head=r"mlp_head\.[1-9]\d*\..*",  # behind mlp_head.0, the norm
+    implies={
+        field: Implied("the official names", (value,))
+        for field, value in dict(attention_sign="plus", threshold="relu", ista_steps=1).items()
+    },
 )
 
 LAYOUTS = (OFFICIAL,)

@@ -54,7 +54,7 @@ class Implied(NamedTuple):
     """
 
     sign: str
-    values: tuple[str, ...]
+    values: tuple[object, ...]
 
 
 @dataclasses.dataclass(frozen=True)
