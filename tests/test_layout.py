@@ -22,6 +22,7 @@ FLOORS = [
     "models.fields",  # of the families, which the section of the model has too
     "models.variants",
     "models.sections",
+    "sections",
     "config",
     "placement",
     "objective",
