@@ -19,6 +19,7 @@ from crate_jax.options import check, did_you_mean, option, option_of, unknown
 from crate_jax.sections import DataConfig as DataConfig
 from crate_jax.sections import OptimConfig as OptimConfig
 from crate_jax.sections import ParallelConfig as ParallelConfig
+from crate_jax.sections import PenaltyConfig as PenaltyConfig
 
 _Recipe = TypeVar("_Recipe")
 
@@ -61,10 +62,11 @@ class TrainConfig:
     model: ModelConfig = dataclasses.field(default_factory=ModelConfig)
     data: DataConfig = dataclasses.field(default_factory=DataConfig)
     optim: OptimConfig = dataclasses.field(default_factory=OptimConfig)
+    penalty: PenaltyConfig = dataclasses.field(default_factory=PenaltyConfig)
     parallel: ParallelConfig = dataclasses.field(default_factory=ParallelConfig)
 
 
-Section = ModelConfig | DataConfig | OptimConfig | ParallelConfig
+Section = ModelConfig | DataConfig | OptimConfig | PenaltyConfig | ParallelConfig
 
 # The usual evaluation geometry on ImageNet, and the statistics of its pixels in [0, 1].
 IMAGENET_EVAL = "resize_shorter(256)|center_crop(224)"

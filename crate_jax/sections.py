@@ -1,4 +1,4 @@
-"""The sections of a config beside the model's: data, optimizer, devices.
+"""The sections of a config beside the model's: data, optimizer, penalties, devices.
 
 Nothing here imports JAX.
 """
@@ -86,10 +86,26 @@ class OptimConfig:
     clip_norm: float = option(
         0.0, "largest global gradient norm; 0: no clipping", low=0, identity=True
     )
+    orthonormal: tuple[str, ...] = option(
+        (), "names of parameters that each step projects, such as U,D; none: none", identity=True
+    )
     accumulate_steps: int = option(1, "micro-batches per optimizer step", low=1)
     ema_decay: float = option(
         0.0, "of the averaged parameters; 0: none kept", low=0, below=1, identity=True
     )
+
+
+@dataclasses.dataclass(kw_only=True)
+class PenaltyConfig:
+    """What a training loss may pay for besides its task; see crate_jax/tasks/penalties.py."""
+
+    orthogonality: float = option(0.0, "weight of ‖UᵀU − I‖² and ‖DᵀD − I‖²; 0: none", low=0)
+    srr: float = option(0.0, "weight of R^c − R + λ‖Z‖₁ of a layer, per token; 0: none", low=0)
+    srr_layer: str = option(
+        "random", "whose: a random layer's at each step, or all", choices=("random", "all")
+    )
+    srr_lmbda: float = option(0.1, "λ of srr", low=0)
+    srr_eps: float = option(0.1, "quantisation precision ε of srr, in the unit of tokens", above=0)
 
 
 @dataclasses.dataclass(kw_only=True)

@@ -14,6 +14,7 @@ from crate_jax.config import (
     ModelConfig,
     OptimConfig,
     ParallelConfig,
+    PenaltyConfig,
     TrainConfig,
     choose,
     did_you_mean,
@@ -55,6 +56,7 @@ BOUNDS = {
     "model.in_channels": AT_LEAST_ONE,
     "model.eta": POSITIVE,
     "model.lmbda": AMOUNT,
+    "model.ista_steps": AT_LEAST_ONE,
     "model.dropout": SHARE,
     "model.scan_unroll": AT_LEAST_ONE,
     "parallel.num_processes": AT_LEAST_ONE,
@@ -81,6 +83,10 @@ BOUNDS = {
     "optim.clip_norm": AMOUNT,
     "optim.accumulate_steps": ([1, 2], [0, -1]),
     "optim.ema_decay": SHARE,
+    "penalty.orthogonality": AMOUNT,
+    "penalty.srr": AMOUNT,
+    "penalty.srr_lmbda": AMOUNT,
+    "penalty.srr_eps": POSITIVE,
 }
 # field: (every legal value, an illegal one, the legal one nearest to it)
 CHOICES = {
@@ -91,6 +97,10 @@ CHOICES = {
     "model.remat": ([None, "none", "dots", "full"], "dot", "dots"),
     "model.attention": ([None, "mssa", "mhsa"], "msa", "mssa"),
     "model.nonlinearity": ([None, "ista", "mlp"], "mpl", "mlp"),
+    "model.attention_sign": ([None, "plus", "minus"], "pluss", "plus"),
+    "model.threshold": ([None, "relu", "soft"], "sofft", "soft"),
+    "model.step_sizes": ([None, "fixed", "shared", "per_layer"], "perlayer", "per_layer"),
+    "penalty.srr_layer": (["random", "all"], "al", "all"),
     "optim.optimizer": (["adamw", "lion"], "adam", "adamw"),
     "optim.schedule": (["cosine", "official_readme"], "cosin", "cosine"),
     "data.on_bad_example": (["raise", "skip"], "skipp", "skip"),
@@ -118,6 +128,8 @@ UNRULED = {
     "data.train_transforms",
     "data.eval_transforms",
     "data.mean",
+    "model.tied_output",
+    "optim.orthonormal",
     "optim.no_decay",
     "optim.decay_only",
     "parallel.mesh",
@@ -128,6 +140,7 @@ SECTIONS = {
     "model": type(ModelConfig()),
     "data": DataConfig,
     "optim": OptimConfig,
+    "penalty": PenaltyConfig,
     "parallel": ParallelConfig,
 }
 # What a started run may not change, besides all of the model.
@@ -152,6 +165,7 @@ IDENTITY = {
     "optim.no_decay",
     "optim.decay_only",
     "optim.mu_dtype",
+    "optim.orthonormal",
 }
 
 
@@ -401,6 +415,11 @@ def unusual():
         scan_unroll=2,
         attention="mhsa",
         nonlinearity="mlp",
+        attention_sign="minus",
+        tied_output=True,
+        threshold="soft",
+        ista_steps=2,
+        step_sizes="shared",
     )
     config.data = DataConfig(
         dataset="folder",
@@ -443,8 +462,12 @@ def unusual():
         cooldown_epochs=0.4,
         label_smoothing=0.7,
         clip_norm=0.8,
+        orthonormal=("U",),
         accumulate_steps=2,
         ema_decay=0.9,
+    )
+    config.penalty = PenaltyConfig(
+        orthogonality=0.1, srr=0.2, srr_layer="all", srr_lmbda=0.3, srr_eps=0.4
     )
     config.parallel = ParallelConfig(
         mesh="fsdp:-1",

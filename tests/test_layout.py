@@ -67,7 +67,7 @@ ROOMS = {
         "zoo",
     ],
     "data": ["rows", "stores", "images", "workers", "loader"],
-    "tasks": ["losses", "pixels", "mixing", "task", "classify"],
+    "tasks": ["losses", "pixels", "mixing", "task", "penalties", "classify"],
     "checkpoint": [
         *["faults", "digest", "best", "record", "shapes", "folder", "lease", "owner"],
         *["s3", "engine", "manager", "reading"],
@@ -83,7 +83,8 @@ ROOMS = {
         *["torch_reference", "runs", "difference", "compare", "comparison"],
     ],
     "training": [
-        *["tensorboard", "mirror", "writer", "progress", "workdir", "optimizer", "state", "step"],
+        *["tensorboard", "mirror", "writer", "progress", "workdir"],
+        *["orthonormal", "optimizer", "state", "step"],
         *["run", "loop"],
     ],
     "planning": [

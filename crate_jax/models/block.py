@@ -36,8 +36,8 @@ KEPT = (
     "attention",  # of the plain function; kernels compute it again
     "attended",
     "half",  # tokens between the halves
-    "error",  # Y − D Y of ISTA
-    "code",  # of CRATE-α in its wide dictionary
+    "error",  # Y − D Y of ISTA, and the step that a learned η scales
+    "code",  # of CRATE-α in its wide dictionary; of ISTA between two steps
     "active",  # where a ReLU lets through
     "hidden",  # units of an MLP before their nonlinearity
     "unscaled",  # what LayerScale multiplies

@@ -71,7 +71,7 @@ def _mhsa(model: BlockModel) -> Cost:
 
 
 def _ista(model: Any) -> Cost:
-    """A Dᵀ and E D of every step; E is kept, and where a ReLU lets through.
+    """A Dᵀ and E D of every step; E is kept, where a ReLU lets through, and A between two steps.
 
     A soft threshold has two ReLUs, and the gradient of a learned η asks for E D.
     """
@@ -83,7 +83,7 @@ def _ista(model: Any) -> Cost:
         products=2 * steps * N * d * d,
         attention=0,
         outputs=2 * steps * N * d,
-        kept=arrays * steps * N * d,
+        kept=(arrays * steps + steps - 1) * N * d,
         kept_bytes=relus * steps * N * d,
         parts=(2 * steps - 1) * d * d,
     )

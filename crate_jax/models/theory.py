@@ -57,7 +57,8 @@ def ista(
     """
     eta, lmbda = (x.astype(Y_BxNxd.dtype) if isinstance(x, Array) else plain(x) for x in sizes)
     A_BxNxd = Y_BxNxd
-    for _ in range(steps):
+    for step in range(steps):
+        A_BxNxd = keep(A_BxNxd, "code") if step else A_BxNxd
         E_BxNxd = keep(Y_BxNxd - times(A_BxNxd, D_dxd.T), "error")
         descent_BxNxd = times(E_BxNxd, D_dxd)
         if isinstance(eta, Array):  # whose gradient asks for it

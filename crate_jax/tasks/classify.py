@@ -17,6 +17,7 @@ from crate_jax.models.cost import has_formula, multiply_adds
 from crate_jax.models.zoo import build_model
 from crate_jax.tasks.losses import cross_entropy
 from crate_jax.tasks.mixing import make_mix
+from crate_jax.tasks.penalties import Penalties
 from crate_jax.tasks.pixels import normalize
 from crate_jax.tasks.task import CLASSES, Batch, Extra, Images, Params, Scalars, Task
 
@@ -41,6 +42,7 @@ class Classify(Task):
         mixup_alpha: of `crate_jax.tasks.mixing.make_mix`.
         cutmix_alpha: likewise.
         mix_switch: likewise.
+        penalties: added to the training loss.
     """
 
     model: Any
@@ -50,6 +52,7 @@ class Classify(Task):
     mixup_alpha: float = 0.0
     cutmix_alpha: float = 0.0
     mix_switch: float = 0.5
+    penalties: Penalties = dataclasses.field(default_factory=Penalties)
 
     headline: ClassVar[str] = "top1"
     higher_is_better: ClassVar[bool] = True
@@ -61,6 +64,11 @@ class Classify(Task):
             raise ValueError(
                 "model.num_classes must be at least 1 for a classifier; got 0, features. Leave it "
                 "unset: it is that of the data."
+            )
+        if self.penalties.srr and "mssa" not in getattr(self.model, "tap_names", ()):
+            raise ValueError(
+                "penalty.srr must be 0 for a model without MSSA, which has no U; got "
+                f"{self.penalties.srr}. Set it to 0."
             )
 
     @classmethod
@@ -75,6 +83,7 @@ class Classify(Task):
             mixup_alpha=config.data.mixup_alpha,
             cutmix_alpha=config.data.cutmix_alpha,
             mix_switch=config.data.mix_switch,
+            penalties=Penalties.from_config(config.penalty),
         )
 
     @classmethod
@@ -173,19 +182,30 @@ class Classify(Task):
     def loss(
         self, params: Params, extra: Extra, batch: Batch, key: Array
     ) -> tuple[Array, tuple[Extra, Scalars]]:
-        """Mean cross-entropy in nats; ``top1``, of mixed images against the heavier class."""
+        """Mean cross-entropy in nats, and the penalties.
+
+        Scalars: ``top1``, of mixed images against the heavier class; each penalty.
+        """
         images, targets = self.normalized(batch["image"]), batch["label"]
         labels_B = targets.argmax(axis=1) if targets.ndim == 2 else targets
-        logits_BxY, updated = self.model.apply(
+        found, updated = self.model.apply(
             {"params": params, **dict(extra)},
             images,
             train=True,
             rngs={"dropout": key},
             mutable=list(extra),
+            **self._asked(),
         )
+        logits_BxY, seen = found if self.penalties.taps else (found, {})
         loss = cross_entropy(logits_BxY, targets, label_smoothing=self.label_smoothing).mean()
         top1 = (logits_BxY.argmax(axis=1) == labels_B).mean(dtype=jnp.float32)
-        return loss, (updated or (), {"top1": top1})
+        penalty, penalties = self.penalties(params, seen, jax.random.fold_in(key, 1))
+        return loss + penalty, (updated or (), {"top1": top1} | penalties)
+
+    def _asked(self) -> dict[str, Any]:
+        """How the model is called where a penalty asks for taps."""
+        taps = self.penalties.taps
+        return {"method": "forward", "taps": taps} if taps else {}
 
     def sums(self, params: Params, extra: Extra, batch: Batch) -> Scalars:
         """``loss`` (nats, no smoothing), ``top1``, ``top5`` (of fewer classes, all), ``examples``.

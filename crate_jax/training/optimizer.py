@@ -12,6 +12,7 @@ import optax
 from crate_jax.config import OptimConfig, did_you_mean
 from crate_jax.files import Json
 from crate_jax.parallel import PyTree
+from crate_jax.training.orthonormal import orthonormal
 
 
 def make_schedule(optim: OptimConfig, *, total_steps: int, steps_per_epoch: int) -> optax.Schedule:
@@ -93,7 +94,7 @@ def decay_mask(
 
 
 def make_optimizer(optim: OptimConfig, schedule: optax.Schedule) -> optax.GradientTransformation:
-    """Clipping (if any), then AdamW or Lion with decoupled weight decay.
+    """Clipping (if any), AdamW or Lion with decoupled weight decay, and the projection (if any).
 
     By default every parameter decays, norms and biases included, as in the official code. The first
     moment is kept in optim.mu_dtype, everything else in float32.
@@ -113,4 +114,4 @@ def make_optimizer(optim: OptimConfig, schedule: optax.Schedule) -> optax.Gradie
         tx = optax.lion(schedule, **common)
     if optim.clip_norm:
         tx = optax.chain(optax.clip_by_global_norm(optim.clip_norm), tx)
-    return tx
+    return optax.chain(tx, orthonormal(optim.orthonormal)) if optim.orthonormal else tx

@@ -55,7 +55,7 @@ def test_every_field_has_a_flag():
     for path, section, field in options(parsed()):
         value = getattr(section, field.name)
         if value is None or value == ():
-            examples = (1, 0.5, "x", (1,), ("x",))
+            examples = (1, 0.5, "x", True, (1,), ("x",))
             value = next(example for example in examples if is_of(example, field.type))
         word = ",".join(map(str, value)) if isinstance(value, tuple) else value
         config = parsed(f"--config.{path}={word}")

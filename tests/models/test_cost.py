@@ -22,6 +22,11 @@ SIZES = dict(image_size=(8, 24), patch_size=(2, 4), num_classes=5, width=20, dep
 OTHERS = {  # the ablations, and the other families
     "mhsa": functools.partial(Crate, **SIZES, num_heads=3, head_dim=8, attention="mhsa"),
     "mlp": functools.partial(Crate, **SIZES, num_heads=3, head_dim=8, nonlinearity="mlp"),
+    "tied": functools.partial(Crate, **SIZES, num_heads=3, head_dim=8, tied_output=True),
+    "steps": functools.partial(
+        Crate, **SIZES, num_heads=3, head_dim=8, ista_steps=2, threshold="soft"
+    ),
+    "learned": functools.partial(Crate, **SIZES, num_heads=3, head_dim=8, step_sizes="per_layer"),
     "alpha": functools.partial(CrateAlpha, **SIZES, num_heads=3, head_dim=8, overcompleteness=2),
     "vit": functools.partial(ViT, **SIZES, num_heads=3, head_dim=8, mlp_ratio=3),
 }

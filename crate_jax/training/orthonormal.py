@@ -1,0 +1,58 @@
+"""Parameters that stay orthonormal: each optimizer step ends with a projection."""
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax import Array
+
+from crate_jax.options import did_you_mean
+from crate_jax.parallel import PyTree
+
+
+def orthonormal(names: tuple[str, ...]) -> optax.GradientTransformation:
+    """Project what an update leads to onto orthonormal columns; to be chained last.
+
+    A parameter (L, d, …) is a matrix (d, m) for each layer, its last axes side by side. The update
+    X → X + ΔX becomes X → P(X + ΔX). P is the nearest matrix with orthonormal columns, or rows
+    where m > d: P(X) = A Bᵀ for the singular value decomposition X = A Σ Bᵀ.
+
+    Args:
+        names: of the parameters, the last part of their paths.
+
+    Raises:
+        KeyError: a name that no parameter of three axes or more has.
+    """
+
+    def project(updates: PyTree, params: PyTree | None) -> PyTree:
+        if params is None:
+            raise ValueError("update must be given params; got None. Hand them in.")
+        chosen = _chosen(params, names)
+        return jax.tree.map(
+            lambda of, x, dx: nearest(x + dx) - x if of else dx, chosen, params, updates
+        )
+
+    return optax.stateless(project)
+
+
+def nearest(X: Array) -> Array:
+    """The nearest (L, d, …) to X whose matrices (d, m) have orthonormal columns, or rows."""
+    left, _, right = jnp.linalg.svd(X.reshape(*X.shape[:2], -1), full_matrices=False)
+    found = jnp.einsum("ldr,lrm->ldm", left, right, precision="highest")
+    return found.reshape(X.shape).astype(X.dtype)
+
+
+def _chosen(params: PyTree, names: tuple[str, ...]) -> PyTree:
+    """Which leaves have one of the names."""
+    leaves, treedef = jax.tree.flatten_with_path(params)
+    ends = [
+        jax.tree_util.keystr(path[-1:], simple=True) if leaf.ndim > 2 else ""
+        for path, leaf in leaves
+    ]
+    for name in names:
+        if name not in ends:
+            known = {end for end in ends if end}
+            raise KeyError(
+                f"optim.orthonormal must name parameters of three axes or more; got {name}. "
+                + did_you_mean(name, known)
+            )
+    return jax.tree.unflatten(treedef, [end in names for end in ends])
