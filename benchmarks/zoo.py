@@ -25,6 +25,15 @@ CONTENDERS: dict[str, tuple[str, tuple[str, ...]]] = {
     "vit": ("vit", ()),
     "crate, MHSA for MSSA": ("crate", ("--config.model.attention=mhsa",)),
     "crate, MLP for ISTA": ("crate", ("--config.model.nonlinearity=mlp",)),
+    "crate, minus sign": ("crate", ("--config.model.attention_sign=minus",)),
+    "crate, tied output": ("crate", ("--config.model.tied_output=True",)),
+    "crate, soft threshold": ("crate", ("--config.model.threshold=soft",)),
+    "crate, three steps of ISTA": ("crate", ("--config.model.ista_steps=3",)),
+    "crate, step sizes learned": ("crate", ("--config.model.step_sizes=shared",)),
+    "crate, step sizes by layer": ("crate", ("--config.model.step_sizes=per_layer",)),
+    "crate, U and D orthonormal": ("crate", ("--config.optim.orthonormal=U,D",)),
+    "crate, penalty on skew U and D": ("crate", ("--config.penalty.orthogonality=0.001",)),
+    "crate, penalty on SRR": ("crate", ("--config.penalty.srr=0.01",)),
 }
 TEST = 297  # digits that nothing trains on and no rate is chosen by
 

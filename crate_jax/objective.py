@@ -7,6 +7,9 @@ computes in float32 at full matrix precision. Rates are in nats. The determinant
 smaller of the two Gram matrices (Sylvester's identity).
 """
 
+import functools
+
+import jax
 import jax.numpy as jnp
 from jax import Array
 from jax.core import Tracer
@@ -107,7 +110,8 @@ def rate_reduction(Z: Array, U: Array, *, eps: float) -> Array:
     Raises:
         ValueError: as `subspace_coding_rate`.
     """
-    return coding_rate(Z, eps=eps) - subspace_coding_rate(Z, U, eps=eps)
+    compressed = subspace_coding_rate(Z, U, eps=eps)
+    return coding_rate(placement.after(Z, compressed), eps=eps) - compressed
 
 
 def sparse_rate_reduction(Z: Array, U: Array, *, lmbda: float, eps: float) -> Array:
@@ -152,19 +156,41 @@ def sparsity(Z: Array) -> Array:
     return jnp.mean(jnp.equal(Z, 0), axis=(-2, -1), dtype=jnp.float32)
 
 
+@functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
 def _half_logdet(X_xNxd: Array, scale: float) -> Array:
     """½ logdet(I + scale · Gram(X)), as log|det R| of the QR factors of [√scale X; I]; (...).
 
     The Gram matrix is never formed: that squares the condition number, and the Cholesky factor of a
     float32 Gram matrix is NaN for tokens that are compressed to nearly one direction.
     """
+    R_xnxn, _ = _factor(X_xNxd, scale)
+    return jnp.log(jnp.abs(jnp.diagonal(R_xnxn, axis1=-2, axis2=-1))).sum(-1)
+
+
+@_half_logdet.defjvp
+def _half_logdet_derivative(
+    scale: float, inputs: tuple[Array], tangents: tuple[Array]
+) -> tuple[Array, Array]:
+    """D ½ logdet(I + s XᵀX) = s tr((I + s XᵀX)⁻¹ Xᵀ dX), by R of the QR factors: I + s XᵀX = RᵀR.
+
+    The derivative of a QR decomposition would be of its orthogonal factor too, which is not needed.
+    """
+    R_xnxn, X_xmxn = _factor(inputs[0], scale)
+    dX_xmxn = tangents[0] if X_xmxn.shape == inputs[0].shape else tangents[0].swapaxes(-2, -1)
+    solve = functools.partial(jax.scipy.linalg.solve_triangular, R_xnxn)
+    G_xnxm = scale * solve(solve(X_xmxn.swapaxes(-2, -1), trans=1))
+    value = placement.after(_half_logdet(inputs[0], scale), G_xnxm)
+    return value, jnp.einsum("...nm,...mn->...", G_xnxm, dX_xmxn)
+
+
+def _factor(X_xNxd: Array, scale: float) -> tuple[Array, Array]:
+    """R of the QR factors of [√scale X; I], and X or its transpose, whichever has fewer columns."""
     n = min(X_xNxd.shape[-2:])
     X_xmxn = X_xNxd if X_xNxd.shape[-1] == n else jnp.swapaxes(X_xNxd, -2, -1)
     I_xnxn = jnp.broadcast_to(jnp.eye(n, dtype=X_xmxn.dtype), (*X_xmxn.shape[:-2], n, n))
     scaled_xmxn = jnp.asarray(scale**0.5, X_xmxn.dtype) * X_xmxn
     joined = jnp.concatenate([scaled_xmxn, placement.beside(I_xnxn, X_xmxn)], axis=-2)
-    R_xnxn = jnp.linalg.qr(joined, mode="r")
-    return jnp.log(jnp.abs(jnp.diagonal(R_xnxn, axis1=-2, axis2=-1))).sum(-1)
+    return jnp.linalg.qr(joined, mode="r"), X_xmxn
 
 
 def _check_tokens(Z: Array, eps: float) -> None:

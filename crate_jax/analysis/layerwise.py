@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from crate_jax import placement
 from crate_jax.analysis.taps import taps
 from crate_jax.models.classifier import ImageClassifier
 from crate_jax.models.parameters import Params
@@ -62,7 +63,10 @@ def layerwise(
     if "subspace_tokens" in model.tap_names:
         compressed_LxB = _compressed(params, seen, eps)
     if definition == "paper":
-        rate_LxB = jax.lax.map(lambda z: coding_rate(z, eps=eps), seen["z_half"])
+        Z_LxBxNxd = seen["z_half"]
+        if compressed_LxB is not None:
+            Z_LxBxNxd = placement.after(Z_LxBxNxd, compressed_LxB)
+        rate_LxB = jax.lax.map(lambda z: coding_rate(z, eps=eps), Z_LxBxNxd)
         values["rate_mean"] = rate_LxB.mean(axis=1)
         if compressed_LxB is not None:
             values["rate_reduction_mean"] = (rate_LxB - compressed_LxB).mean(axis=1)

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from crate_jax import placement
-from crate_jax.objective import coding_rate, subspace_coding_rate
+from crate_jax.objective import rate_reduction
 from crate_jax.parallel import PyTree
 from crate_jax.sections import PenaltyConfig
 from crate_jax.tasks.task import Params, Scalars
@@ -125,5 +125,5 @@ def srr_penalty(Z_BxNxd: Array, U_dxKxp: Array, *, lmbda: float, eps: float) -> 
         The mean over the examples in nats, a float32 scalar.
     """
     Z_BxNxd = Z_BxNxd.astype(jnp.float32)
-    rates_B = subspace_coding_rate(Z_BxNxd, U_dxKxp, eps=eps) - coding_rate(Z_BxNxd, eps=eps)
-    return (rates_B + lmbda * jnp.abs(Z_BxNxd).sum((1, 2))).mean() / Z_BxNxd.shape[1]
+    gain_B = rate_reduction(Z_BxNxd, U_dxKxp, eps=eps)
+    return (lmbda * jnp.abs(Z_BxNxd).sum((1, 2)) - gain_B).mean() / Z_BxNxd.shape[1]

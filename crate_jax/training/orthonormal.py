@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import optax
 from jax import Array
 
+from crate_jax import placement
 from crate_jax.options import did_you_mean
 from crate_jax.parallel import PyTree
 
@@ -14,7 +15,8 @@ def orthonormal(names: tuple[str, ...]) -> optax.GradientTransformation:
 
     A parameter (L, d, …) is a matrix (d, m) for each layer, its last axes side by side. The update
     X → X + ΔX becomes X → P(X + ΔX). P is the nearest matrix with orthonormal columns, or rows
-    where m > d: P(X) = A Bᵀ for the singular value decomposition X = A Σ Bᵀ.
+    where m > d: P(X) = A Bᵀ for the singular value decomposition X = A Σ Bᵀ. A step costs these
+    decompositions.
 
     Args:
         names: of the parameters, the last part of their paths.
@@ -26,10 +28,16 @@ def orthonormal(names: tuple[str, ...]) -> optax.GradientTransformation:
     def project(updates: PyTree, params: PyTree | None) -> PyTree:
         if params is None:
             raise ValueError("update must be given params; got None. Hand them in.")
-        chosen = _chosen(params, names)
-        return jax.tree.map(
-            lambda of, x, dx: nearest(x + dx) - x if of else dx, chosen, params, updates
-        )
+        chosen, treedef = jax.tree.flatten(_chosen(params, names))
+        leaves = zip(treedef.flatten_up_to(params), treedef.flatten_up_to(updates), strict=True)
+        moved, before = [], None
+        for of, (x, dx) in zip(chosen, leaves, strict=True):
+            if of:
+                X = x + dx if before is None else placement.after(x + dx, before)
+                before = nearest(X)
+                dx = before - x
+            moved.append(dx)
+        return treedef.unflatten(moved)
 
     return optax.stateless(project)
 
