@@ -23,6 +23,7 @@ FLOORS = [
     "models.variants",
     "models.sections",
     "models.sources",
+    "sections",
     "config",
     "placement",
     "objective",

@@ -1,0 +1,102 @@
+"""The sections of a config beside the model's: data, optimizer, devices.
+
+Nothing here imports JAX.
+"""
+
+import dataclasses
+
+from crate_jax.options import option
+
+
+@dataclasses.dataclass(kw_only=True)
+class DataConfig:
+    """Where the examples come from and what happens to each on its way to the device."""
+
+    dataset: str = option("digits", "digits, folder, tar, synthetic, or a TFDS name", identity=True)
+    data_dir: str | None = option(None, "TFDS directory or folder root; unset: TFDS's", path=True)
+    train_split: str = option("train", "TFDS split, or a folder under data_dir", identity=True)
+    eval_split: str = option("test", "likewise")
+    image_key: str = option("image", "TFDS feature; a/b: b within a", identity=True)
+    label_key: str = option("label", "likewise", identity=True)
+    download: bool = option(False, "whether TFDS may download and prepare a missing data set")
+    train_transforms: str = option(
+        "", "name(arguments)|name(arguments), see data/images/augment.py", identity=True
+    )
+    eval_transforms: str = option("", "likewise, without randomness")
+    mean: tuple[float, ...] = option(
+        (0.5,), "subtracted from pixels in [0, 1]; one, or one a channel"
+    )
+    std: tuple[float, ...] = option((0.5,), "then divided by; one, or one a channel", above=0)
+    num_workers: int = option(0, "loader processes; 0: threads of this process", low=0)
+    num_threads: int = option(4, "reading threads per loader process", low=1)
+    prefetch_mib: int = option(256, "host memory for rows made ahead, over all workers, MiB", low=1)
+    mixup_alpha: float = option(0.0, "Beta(α, α) of blended images; 0: none", low=0, identity=True)
+    cutmix_alpha: float = option(0.0, "Beta(α, α) of pasted boxes; 0: none", low=0, identity=True)
+    mix_switch: float = option(
+        0.5, "how often CutMix, where both are on", low=0, high=1, identity=True
+    )
+    on_bad_example: str = option(
+        "raise",
+        "skip: take the next good one (evaluation: leave it out)",
+        choices=("raise", "skip"),
+    )
+    max_bad_share: float = option(0.01, "of the examples that may be skipped", low=0, high=1)
+    check_crc: bool = option(False, "whether TFRecord checksums are verified at each read")
+    index_dir: str | None = option(
+        None, "of TFRecord and tar indices; unset: beside the files", path=True
+    )
+
+
+@dataclasses.dataclass(kw_only=True)
+class OptimConfig:
+    """The optax chain and its schedule."""
+
+    optimizer: str = option("adamw", "the update rule", choices=("adamw", "lion"), identity=True)
+    lr: float = option(1e-3, "peak learning rate", above=0)
+    weight_decay: float = option(0.05, "decoupled", low=0)
+    decay_only: tuple[str, ...] = option(
+        (), "names of the only parameters that decay; none: no_decay decides", identity=True
+    )
+    no_decay: tuple[str, ...] = option(
+        (), "names of parameters without decay; none: decay on every one", identity=True
+    )
+    b1: float = option(0.9, "AdamW's and Lion's first β", low=0, below=1)
+    b2: float = option(0.999, "AdamW's and Lion's second β", low=0, below=1)
+    eps: float = option(1e-8, "added to AdamW's denominator", above=0)
+    mu_dtype: str = option(
+        "float32",
+        "of the first moment; bfloat16 halves its memory",
+        choices=("float32", "bfloat16"),
+        identity=True,
+    )
+    schedule: str = option(
+        "cosine",
+        "cosine steps once a step, official_readme once an epoch",
+        choices=("cosine", "official_readme"),
+        identity=True,
+    )
+    warmup_epochs: float = option(0.0, "linear warm-up, epochs", low=0)
+    end_lr: float = option(0.0, "where the cosine ends; official_readme takes none", low=0)
+    label_smoothing: float = option(0.0, "share of a label spread over all classes", low=0, below=1)
+    clip_norm: float = option(
+        0.0, "largest global gradient norm; 0: no clipping", low=0, identity=True
+    )
+    accumulate_steps: int = option(1, "micro-batches per optimizer step", low=1)
+    ema_decay: float = option(
+        0.0, "of the averaged parameters; 0: none kept", low=0, below=1, identity=True
+    )
+
+
+@dataclasses.dataclass(kw_only=True)
+class ParallelConfig:
+    """How the devices are laid out."""
+
+    mesh: str = option("data:-1", "axis:size,… of data and fsdp; one size may be -1: what is left")
+    coordinator: str | None = option(
+        None, "host:port of process 0; auto: TPU pod, SLURM, …; unset: one process"
+    )
+    num_processes: int | None = option(None, "with host:port: how many there are", low=1)
+    process_id: int | None = option(None, "with host:port: which one this is", low=0)
+    heartbeat_timeout_seconds: int = option(
+        30, "a process that is silent for longer ends the others", low=1
+    )
