@@ -132,17 +132,39 @@ def validate(config: TrainConfig) -> TrainConfig:
         if option_of(field).path and value is not None:
             setattr(section, field.name, expanded(value, path))
     check_family(config.model)
-    if config.optim.schedule == "official_readme" and config.optim.end_lr:
-        raise ValueError(
-            "optim.end_lr must be 0 where optim.schedule is official_readme; got "
-            f"{config.optim.end_lr}. Set --config.optim.end_lr=0, or choose the schedule cosine."
-        )
+    _check_schedule(config.optim)
     if config.batch_size % config.optim.accumulate_steps:
         raise ValueError(
             f"batch_size must be a multiple of optim.accumulate_steps; got {config.batch_size} and "
             f"{config.optim.accumulate_steps}. Change one of them."
         )
+    if config.data.repeats > config.batch_size:
+        raise ValueError(
+            f"data.repeats must be at most batch_size; got {config.data.repeats} and "
+            f"{config.batch_size}. Set --config.data.repeats."
+        )
     return config
+
+
+def _check_schedule(optim: OptimConfig) -> None:
+    """Refuse what the schedule would not read, and a warm-up that goes down."""
+    for name in ("end_lr", "warmup_lr", "cooldown_epochs"):
+        if optim.schedule == "official_readme" and getattr(optim, name):
+            raise ValueError(
+                f"optim.{name} must be 0 where optim.schedule is official_readme; got "
+                f"{getattr(optim, name)}. Set --config.optim.{name}=0, or choose the schedule "
+                "cosine."
+            )
+    if optim.warmup_lr > optim.lr:
+        raise ValueError(
+            f"optim.warmup_lr must be at most optim.lr; got {optim.warmup_lr} and {optim.lr}. "
+            "Set --config.optim.warmup_lr."
+        )
+    if optim.warmup_lr and not optim.warmup_epochs:
+        raise ValueError(
+            f"optim.warmup_lr must be 0 where optim.warmup_epochs is 0; got {optim.warmup_lr}. "
+            "Set --config.optim.warmup_lr=0."
+        )
 
 
 def _split(names: tuple[str, ...]) -> tuple[str, ...]:

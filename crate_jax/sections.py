@@ -27,6 +27,9 @@ class DataConfig:
         (0.5,), "subtracted from pixels in [0, 1]; one, or one a channel"
     )
     std: tuple[float, ...] = option((0.5,), "then divided by; one, or one a channel", above=0)
+    repeats: int = option(
+        1, "how often in a row an example comes, each time augmented anew", low=1, identity=True
+    )
     num_workers: int = option(0, "loader processes; 0: threads of this process", low=0)
     num_threads: int = option(4, "reading threads per loader process", low=1)
     prefetch_mib: int = option(256, "host memory for rows made ahead, over all workers, MiB", low=1)
@@ -76,7 +79,9 @@ class OptimConfig:
         identity=True,
     )
     warmup_epochs: float = option(0.0, "linear warm-up, epochs", low=0)
+    warmup_lr: float = option(0.0, "where the warm-up of cosine starts", low=0)
     end_lr: float = option(0.0, "where the cosine ends; official_readme takes none", low=0)
+    cooldown_epochs: float = option(0.0, "of the run, its last at end_lr, epochs; cosine", low=0)
     label_smoothing: float = option(0.0, "share of a label spread over all classes", low=0, below=1)
     clip_norm: float = option(
         0.0, "largest global gradient norm; 0: no clipping", low=0, identity=True

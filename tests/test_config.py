@@ -60,6 +60,7 @@ BOUNDS = {
     "parallel.num_processes": AT_LEAST_ONE,
     "parallel.process_id": AT_LEAST_ZERO,
     "parallel.heartbeat_timeout_seconds": AT_LEAST_ONE,
+    "data.repeats": ([1, 128], [0, -1]),
     "data.num_workers": AT_LEAST_ZERO,
     "data.num_threads": AT_LEAST_ONE,
     "data.prefetch_mib": AT_LEAST_ONE,
@@ -73,6 +74,8 @@ BOUNDS = {
     "optim.b2": SHARE,
     "optim.eps": POSITIVE,
     "optim.warmup_epochs": AMOUNT,
+    "optim.warmup_lr": ([0.0], [-0.001, math.inf, math.nan]),
+    "optim.cooldown_epochs": AMOUNT,
     "optim.end_lr": AMOUNT,
     "optim.label_smoothing": SHARE,
     "optim.clip_norm": AMOUNT,
@@ -138,6 +141,7 @@ IDENTITY = {
     "data.image_key",
     "data.label_key",
     "data.train_transforms",
+    "data.repeats",
     "data.mixup_alpha",
     "data.cutmix_alpha",
     "data.mix_switch",
@@ -310,18 +314,45 @@ def test_micro_batches_divide_the_batch():
     )
 
 
-def test_the_official_schedule_takes_no_end():
-    config = TrainConfig(optim=OptimConfig(end_lr=1e-6))
+def test_an_example_is_repeated_within_a_batch():
+    config = TrainConfig(batch_size=6)
+    config.data.repeats = 6
+    validate(config)
+    config.data.repeats = 7
+    with pytest.raises(ValueError) as caught:
+        validate(config)
+    assert str(caught.value) == (
+        "data.repeats must be at most batch_size; got 7 and 6. Set --config.data.repeats."
+    )
+
+
+@pytest.mark.parametrize("field", ["end_lr", "warmup_lr", "cooldown_epochs"])
+def test_the_official_schedule_takes_no_end(field):
+    config = TrainConfig(optim=OptimConfig(warmup_epochs=1, **{field: 1e-6}))
     validate(config)
     config.optim.schedule = "official_readme"
     with pytest.raises(ValueError) as caught:
         validate(config)
     assert str(caught.value) == (
-        "optim.end_lr must be 0 where optim.schedule is official_readme; got 1e-06. "
-        "Set --config.optim.end_lr=0, or choose the schedule cosine."
+        f"optim.{field} must be 0 where optim.schedule is official_readme; got 1e-06. "
+        f"Set --config.optim.{field}=0, or choose the schedule cosine."
     )
-    config.optim.end_lr = 0.0
+    setattr(config.optim, field, 0.0)
     validate(config)
+
+
+@pytest.mark.parametrize(
+    ("optim", "rule"),
+    [
+        (dict(warmup_epochs=5, warmup_lr=0.2, lr=0.1), "at most optim.lr; got 0.2 and 0.1. Set "),
+        (dict(warmup_lr=1e-6), "0 where optim.warmup_epochs is 0; got 1e-06. Set "),
+    ],
+)
+def test_a_warm_up_goes_up_from_its_start(optim, rule):
+    with pytest.raises(ValueError) as caught:
+        validate(TrainConfig(optim=OptimConfig(**optim)))
+    assert str(caught.value).startswith(f"optim.warmup_lr must be {rule}--config.optim.warmup_lr")
+    validate(TrainConfig(optim=OptimConfig(**optim | dict(warmup_epochs=5, lr=0.2))))
 
 
 # --- there and back -------------------------------------------------------------------------------
@@ -383,6 +414,7 @@ def unusual():
         eval_transforms="resize(9)",
         mean=(0.1, 0.2, 0.3),
         std=(0.4, 0.5, 0.6),
+        repeats=3,
         num_workers=1,
         num_threads=2,
         prefetch_mib=3,
@@ -406,7 +438,9 @@ def unusual():
         mu_dtype="bfloat16",
         schedule="official_readme",
         warmup_epochs=0.6,
+        warmup_lr=0.001,
         end_lr=0.01,
+        cooldown_epochs=0.4,
         label_smoothing=0.7,
         clip_norm=0.8,
         accumulate_steps=2,

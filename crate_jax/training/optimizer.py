@@ -17,31 +17,39 @@ from crate_jax.parallel import PyTree
 def make_schedule(optim: OptimConfig, *, total_steps: int, steps_per_epoch: int) -> optax.Schedule:
     """Learning rate as a function of the optimizer step.
 
-    ``cosine``: linear from 0 to lr over warmup_epochs, then half a cosine to end_lr at total_steps.
+    ``cosine``: linear from warmup_lr to lr over warmup_epochs, then half a cosine to end_lr, which
+    it stays at for the last cooldown_epochs of the run.
     ``official_readme``: constant within an epoch e, lr · min((e + 1)/w, ½(cos(π e/E) + 1)), with w
     the warmup_epochs and E the epochs of the run, as the official training script computes it.
 
     Args:
-        optim: reads lr, end_lr, schedule and warmup_epochs.
+        optim: reads schedule, lr, warmup_epochs, warmup_lr, end_lr and cooldown_epochs.
         total_steps: optimizer steps of the run.
         steps_per_epoch: optimizer steps per pass over the training set.
 
     Raises:
-        ValueError: the warm-up is longer than the run.
+        ValueError: the warm-up, or it and the cool-down, are as long as the run.
     """
     if optim.schedule == "official_readme":
         return _official_readme(optim, total_steps / steps_per_epoch, steps_per_epoch)
     warmup_steps = round(optim.warmup_epochs * steps_per_epoch)
+    cooldown_steps = round(optim.cooldown_epochs * steps_per_epoch)
     if warmup_steps >= total_steps:
         raise ValueError(
             f"optim.warmup_epochs must be shorter than the run; got {warmup_steps} steps of "
             f"{total_steps}. Lower it, or raise total_epochs."
         )
+    end = total_steps - cooldown_steps  # of the cosine
+    if warmup_steps >= end:
+        raise ValueError(
+            "optim.cooldown_epochs must be shorter than what follows the warm-up; got "
+            f"{cooldown_steps} steps of {total_steps - warmup_steps}. Lower it, or raise "
+            "total_epochs."
+        )
+    start, peak, floor = optim.warmup_lr, optim.lr, optim.end_lr
     if warmup_steps == 0:
-        return optax.cosine_decay_schedule(optim.lr, total_steps, optim.end_lr / optim.lr)
-    return optax.warmup_cosine_decay_schedule(
-        0.0, optim.lr, warmup_steps, total_steps, optim.end_lr
-    )
+        return optax.cosine_decay_schedule(peak, end, floor / peak)
+    return optax.warmup_cosine_decay_schedule(start, peak, warmup_steps, end, floor)
 
 
 def _official_readme(optim: OptimConfig, epochs: float, steps_per_epoch: int) -> optax.Schedule:

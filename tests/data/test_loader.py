@@ -223,6 +223,67 @@ def test_worker_processes_change_nothing_and_need_no_flags():
             flags.FLAGS.unparse_flags()
 
 
+# --- repeated augmentation ------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def repeated():
+    """Fifteen batches of eight, each example seven times in a row: two epochs of sixty."""
+    return train(15, data=config(repeats=7))
+
+
+def test_each_example_comes_so_often_in_a_row(repeated):
+    _, labels = repeated
+    epochs = labels.reshape(2, 60)
+    for epoch in epochs:
+        first = epoch[::7]
+        np.testing.assert_array_equal(epoch, first.repeat(7)[:60])  # the last of nine, four times
+        assert len(set(first)) == 9
+    assert len(set(epochs[0]) & set(epochs[1])) < 6  # another order
+    plain = train(15)[1].reshape(2, 60)
+    np.testing.assert_array_equal(epochs[:, ::7], plain[:, :9])  # the first of the epoch's order
+
+
+def test_copies_are_augmented_each_in_its_own_way(repeated):
+    images, _ = repeated
+    copies = images[:56].reshape(8, 7, *SHAPE)
+    assert np.mean([(a != b).any() for row in copies for a, b in itertools.pairwise(row)]) > 0.9
+
+
+@pytest.mark.parametrize("count", [2, 4])
+def test_copies_go_to_the_processes_in_turn(repeated, count):
+    data = config(repeats=7)
+    parts = [train(15, data=data, process_index=i, process_count=count) for i in range(count)]
+    for k, expected in enumerate(repeated):
+        rows = np.stack([part[k] for part in parts], axis=1)
+        np.testing.assert_array_equal(rows.reshape(expected.shape), expected)
+    shares = [
+        [list(part[1][: 28 // count]).count(label) for part in parts]
+        for label in repeated[1][:28:7]
+    ]
+    assert all(7 // count <= n <= -(-7 // count) for share in shares for n in share)
+
+
+@pytest.mark.parametrize("seen", [8, 40, 56, 64])
+def test_resumed_among_the_copies_it_goes_on(repeated, seen):
+    """Within an epoch, at its end, and within the copies of an example."""
+    found = train((120 - seen) // 8, data=config(repeats=7), examples_seen=seen)
+    assert_same(found, [part[seen:] for part in repeated])
+
+
+def test_copies_are_the_same_with_workers_and_in_other_batches(repeated):
+    synthetic = Source("synthetic/all", SyntheticImages(SHAPE, 10, length=60), num_classes=10)
+    expected = train(8, source=synthetic, data=config(repeats=7))
+    found = train(4, source=synthetic, data=config(repeats=7, num_workers=2), examples_seen=32)
+    assert_same(found, [part[32:] for part in expected])
+    assert_same(train(6, data=config(repeats=7), batch_size=20), repeated)
+
+
+def test_an_epoch_of_fewer_examples_than_copies_is_of_one():
+    _, labels = train(3, source=numbered(5), data=config(repeats=7), batch_size=5)
+    assert [len(set(epoch)) for epoch in labels.reshape(3, 5)] == [1, 1, 1]
+
+
 # --- photographs, through everything that is random ----------------------------------------------
 
 EVERYTHING = (

@@ -44,6 +44,26 @@ def test_cosine_ends_where_it_is_told_to(warmup_epochs):
     np.testing.assert_allclose(got, expected, rtol=1e-5)
 
 
+def test_warm_up_starts_and_cool_down_stays_where_they_are_told_to():
+    optim = OptimConfig(lr=1e-3, warmup_epochs=2, warmup_lr=1e-4, end_lr=2e-4, cooldown_epochs=3.5)
+    schedule = make_schedule(optim, total_steps=80, steps_per_epoch=8)
+    # Two epochs up, 4.5 epochs (36 steps) of half a cosine, 3.5 epochs (28 steps) at its end.
+    by_hand = {0: 1e-4, 8: 5.5e-4, 15: 1e-4 + 9e-4 * 15 / 16, 16: 1e-3}
+    by_hand |= {
+        25: 2e-4 + 4e-4 * (1 + np.sqrt(0.5)),
+        34: 6e-4,
+        43: 2e-4 + 4e-4 * (1 - np.sqrt(0.5)),
+    }
+    by_hand |= dict.fromkeys((52, 53, 66, 79), 2e-4)
+    np.testing.assert_allclose(rates(schedule, by_hand), list(by_hand.values()), rtol=1e-5)
+    assert rates(schedule, [51]) > 2e-4
+    optim.warmup_epochs = optim.warmup_lr = 0
+    schedule = make_schedule(optim, total_steps=80, steps_per_epoch=8)
+    np.testing.assert_allclose(
+        rates(schedule, [0, 26, 52, 79]), [1e-3, 6e-4, 2e-4, 2e-4], rtol=1e-5
+    )
+
+
 def test_official_schedule_steps_once_an_epoch():
     optim = OptimConfig(lr=2e-4, schedule="official_readme", warmup_epochs=20)
     schedule = make_schedule(optim, total_steps=200 * 7, steps_per_epoch=7)
@@ -57,6 +77,17 @@ def test_official_schedule_steps_once_an_epoch():
 def test_warm_up_longer_than_the_run_is_refused():
     with pytest.raises(ValueError, match=r"optim.warmup_epochs must be shorter .* 50 steps of 30"):
         make_schedule(OptimConfig(warmup_epochs=5), total_steps=30, steps_per_epoch=10)
+
+
+@pytest.mark.parametrize("cooldown", [2, 3])
+def test_a_cool_down_that_leaves_no_cosine_is_refused(cooldown):
+    optim = OptimConfig(warmup_epochs=1, cooldown_epochs=cooldown)
+    with pytest.raises(ValueError) as caught:
+        make_schedule(optim, total_steps=30, steps_per_epoch=10)
+    assert str(caught.value) == (
+        "optim.cooldown_epochs must be shorter than what follows the warm-up; got "
+        f"{10 * cooldown} steps of 20. Lower it, or raise total_epochs."
+    )
 
 
 def test_every_parameter_decays_by_default_and_names_exempt():
