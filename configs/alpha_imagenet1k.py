@@ -6,8 +6,8 @@ as those of L/32 for L/14, are fitted with ``--config.init_fit=head,patch_size,i
 ``--config.init_method=crate_alpha`` resizes as the official code does.
 
 Source: the configuration of the official JAX code; what the paper states of it could not be read.
-As ``alpha_imagenet21k.py``, but lr 1e-5 · 4096/256 = 1.6e-4, RandAugment(2, 9) and label smoothing
-0.1.
+As ``alpha_imagenet21k.py``, but lr 1e-5 · 4096/256 = 1.6e-4, timm's RandAugment(2, 9) and label
+smoothing 0.1.
 
 Expected top-1 (the official repository), B/32 76.5, B/16 81.2, B/8 83.2, L/32 80.2, L/14 83.9, L/8
 85.1. Ablation of B/32: CRATE 68.5, overcomplete 73.8, decoupled 75.8, residual 76.5; its models are
@@ -59,7 +59,10 @@ def get_config(arg: str | None = None) -> TrainConfig:
         data=DataConfig(
             dataset="imagenet2012",
             eval_split="validation",
-            train_transforms="random_resized_crop(224)|random_flip()|randaugment(2, 9)",
+            train_transforms=(
+                "random_resized_crop(224)|random_flip()"
+                "|timm_randaugment(2, 9, 0.5, fill=(124, 116, 104))"
+            ),
             eval_transforms=IMAGENET_EVAL,
             mean=IMAGENET_MEAN,
             std=IMAGENET_STD,

@@ -287,9 +287,9 @@ def test_an_epoch_of_fewer_examples_than_copies_is_of_one():
 # --- photographs, through everything that is random ----------------------------------------------
 
 EVERYTHING = (
-    "random_resized_crop((24, 30))|random_flip()|randaugment(2, 14)"
+    "random_resized_crop((24, 30))|random_flip()|randaugment(2, 14)|timm_randaugment(2, 9, 0.5)"
     "|color_jitter(0.4, 0.4, 0.4, 0.1)|random_blur()|random_solarize(probability=0.2)"
-    "|random_erasing(0.25, value='noise')"
+    "|random_erasing(0.25, value='noise')|random_erasing(0.25, deviation=58)"
 )
 
 

@@ -56,6 +56,16 @@ def solarize(image: np.ndarray, threshold: float) -> np.ndarray:
     return _lookup(image, np.where(threshold > _LEVELS, _LEVELS, 255 - _LEVELS))
 
 
+def solarize_add(image: np.ndarray, amount: float, threshold: float = 128) -> np.ndarray:
+    """Add to what is below the threshold."""
+    return _lookup(image, np.where(threshold > _LEVELS, _LEVELS + amount, _LEVELS))
+
+
+def invert(image: np.ndarray) -> np.ndarray:
+    """Turn every value over."""
+    return 255 - image
+
+
 def autocontrast(image: np.ndarray) -> np.ndarray:
     """Stretch each channel to the whole range."""
     channels = []

@@ -12,7 +12,7 @@ import numpy as np
 from crate_jax.config import did_you_mean
 from crate_jax.data.images import augment
 from crate_jax.data.images.decode import MAX_PIXELS
-from crate_jax.data.images.randaugment import randaugment
+from crate_jax.data.images.randaugment import randaugment, timm_randaugment
 from crate_jax.data.images.resize import SUPPORT
 
 Argument = Any  # of a transform, as `ast.literal_eval` reads it: nobody has checked it yet
@@ -28,6 +28,7 @@ TRANSFORMS: dict[str, Callable[..., np.ndarray]] = {
         augment.random_flip,
         augment.random_affine,
         randaugment,
+        timm_randaugment,
         augment.color_jitter,
         augment.random_grayscale,
         augment.random_solarize,
@@ -55,13 +56,24 @@ def _is_level(value: Argument) -> bool:
     return type(value) is int and 0 <= value <= 255
 
 
+def _is_one_or_each(check: Callable[[Argument], bool]) -> Callable[[Argument], bool]:
+    """Whether one passes a check, or one for each channel."""
+
+    def checks(value: Argument) -> bool:
+        return check(value) or (
+            type(value) is tuple and len(value) in (1, 3) and all(map(check, value))
+        )
+
+    return checks
+
+
 def _is_one_or_two_sizes(value: Argument) -> bool:
     if type(value) is not tuple:
         value = (value, value)
     return len(value) == 2 and all(map(_is_size, value)) and value[0] * value[1] <= MAX_PIXELS
 
 
-# What each argument must be, for whichever transform takes it.
+# What each argument must be, for whichever transform takes it; some by transform.argument.
 _side_or_two = (
     _is_one_or_two_sizes,
     f"a positive whole number of pixels, or (height, width), of at most {MAX_PIXELS} in all",
@@ -93,27 +105,34 @@ RULES: dict[str, tuple[Callable[[Argument], bool], str]] = {
     "max_sigma": _sigma,
     "num_ops": (lambda v: type(v) is int and v >= 0, "a whole number >= 0"),
     "magnitude": (lambda v: type(v) is int and 0 <= v <= 30, "a whole number in 0 … 30"),
+    "timm_randaugment.magnitude": (_is_between(0, 10), "in [0, 10]"),
+    "magnitude_std": (_is_between(0, 10), "in [0, 10]"),
+    "fill": (_is_one_or_each(_is_level), "a level in 0 … 255, or one for each channel"),
     "value": (
-        lambda v: (type(v) is str and v == "noise") or _is_level(v) or (
-            type(v) is tuple and len(v) in (1, 3) and all(map(_is_level, v))
-        ),
+        lambda v: (type(v) is str and v == "noise") or _is_one_or_each(_is_level)(v),
         "a level in 0 … 255, one for each channel, or 'noise'",
     ),
+    "deviation": (_is_one_or_each(_is_between(0, 255)), "in [0, 255], or one for each channel"),
+    "resize_shorter.size": (_is_size, "a positive whole number of pixels"),
 }  # fmt: skip
 
 
-def _broken_rule(name: str, arguments: dict[str, Argument]) -> str | None:
+def _broken_rule(name: str, arguments: dict[str, Argument], channels: int | None) -> str | None:
     """What is wrong with the arguments of a transform, or None."""
     for key, value in arguments.items():
-        holds, rule = RULES[key]
-        if name == "resize_shorter" and key == "size":
-            holds, rule = _is_size, "a positive whole number of pixels"
+        holds, rule = RULES.get(f"{name}.{key}") or RULES[key]
         if not holds(value):
             return f"{key} must be {rule}; got {value!r}"
     for low in (key for key in arguments if key.startswith("min_")):
         high = low.replace("min_", "max_")
         if arguments[low] > arguments[high]:
             return f"{low} must be at most {high}; got {arguments[low]} and {arguments[high]}"
+    for key in ("fill", "value", "deviation"):
+        levels = arguments.get(key)
+        if channels and type(levels) is tuple and len(levels) not in (1, channels):
+            return f"{key} must have a level for each of {channels} channels; got {levels}"
+    if arguments.get("value") == "noise" and np.any(arguments["deviation"]):
+        return f"deviation must be 0 where value is 'noise'; got {arguments['deviation']}"
     return None
 
 
@@ -156,10 +175,7 @@ def parse_transforms(spec: str, field: str, *, channels: int | None = None) -> l
             raise ValueError(f"{field}: {part} does not fit {call.func.id}({options}).") from error
         bound.apply_defaults()
         arguments = dict(list(bound.arguments.items())[2:])
-        broken = _broken_rule(call.func.id, arguments)
-        levels = arguments.get("value")
-        if not broken and channels and type(levels) is tuple and len(levels) not in (1, channels):
-            broken = f"value must have a level for each of {channels} channels; got {levels}"
+        broken = _broken_rule(call.func.id, arguments, channels)
         if broken:
             raise ValueError(f"{field}: in {part}, {broken}. Mend it.")
         transforms.append(functools.partial(function, **arguments))

@@ -5,6 +5,7 @@ import math
 import numpy as np
 import pytest
 from PIL import Image, ImageEnhance, ImageOps
+from pillow import by_pillow, small
 
 from crate_jax.data.images import color
 from crate_jax.data.images.augment import (
@@ -15,19 +16,6 @@ from crate_jax.data.images.augment import (
     random_solarize,
 )
 from crate_jax.data.images.randaugment import RANDAUGMENT, SIGNED, randaugment
-
-
-def small(photographs, channels=3):
-    image = np.ascontiguousarray(photographs[0][100:260, 200:380])
-    return image if channels == 3 else image[:, :, 1:2].copy()
-
-
-def by_pillow(image, function):
-    """Apply a function of Pillow images to an array."""
-    grey = image.shape[2] == 1
-    out = np.asarray(function(Image.fromarray(image[:, :, 0] if grey else image)))
-    return out[:, :, None] if grey else out
-
 
 FACTORS = [0.0, 0.1, 0.7, 1.0, 1.3, 1.9]
 ENHANCERS = {
@@ -236,3 +224,31 @@ def test_erasing_fills_one_window():
     noise = random_erasing(image, rng, 1.0, value="noise")
     filled = noise[(noise != 7).any(axis=2)]
     assert math.isclose(filled.mean(), 127.5, abs_tol=15)
+
+
+def test_erasing_with_normal_pixels():
+    image = np.full((40, 50, 3), 7, np.uint8)
+    rng, values = np.random.default_rng(0), []
+    for _ in range(60):
+        out = random_erasing(image, rng, 1.0, value=(124, 100, 250), deviation=(58, 5, 57))
+        values.append(out[(out != 7).any(axis=2)])
+    red, green, blue = np.concatenate(values).astype(float).T
+    assert len(red) > 15_000
+    assert abs(red.mean() - 124) < 1.5 and abs(green.mean() - 100) < 0.2
+    assert abs(green.std() - 5) < 0.15  # and of the rounding
+    # P(N(124, 58²) < 0.5) and P(N(250, 57²) > 254.5): cut off at black and at white.
+    assert abs((red == 0).mean() - 0.0167) < 0.005
+    assert abs((blue == 255).mean() - 0.4685) < 0.02
+    assert abs(np.corrcoef(red, green)[0, 1]) < 0.05
+    grey = random_erasing(image[:, :, :1], rng, 1.0, value=128, deviation=30.0)
+    assert grey.shape == (40, 50, 1) and len(np.unique(grey)) > 20
+
+
+def test_erasing_without_a_deviation_draws_nothing_for_the_pixels():
+    image, states = np.full((40, 50, 3), 7, np.uint8), []
+    for deviation in (0, (0, 0, 0), 3):
+        rng = np.random.default_rng(5)
+        out = random_erasing(image, rng, 1.0, value=9, deviation=deviation)
+        states.append(rng.bit_generator.state)
+        assert ((out == 7) | (out == 9)).all() == (deviation != 3)
+    assert states[0] == states[1] != states[2]

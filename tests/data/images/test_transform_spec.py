@@ -53,6 +53,7 @@ def test_every_transform_has_its_name():
         "random_flip",
         "random_affine",
         "randaugment",
+        "timm_randaugment",
         "color_jitter",
         "random_grayscale",
         "random_solarize",
@@ -110,6 +111,10 @@ def test_arguments_that_do_not_fit(part, options):
 
 
 SIZES = "a positive whole number of pixels, or (height, width), of at most 134217728 in all"
+KERNELS = "interpolation must be one of bilinear, bicubic"
+NOISE = "deviation must be 0 where value is 'noise'"
+FILLS = "a level in 0 … 255, or one for each channel"
+DEVIATIONS = "in [0, 255], or one for each channel"
 LEVELS = "a level in 0 … 255, one for each channel, or 'noise'"
 
 
@@ -139,6 +144,15 @@ LEVELS = "a level in 0 … 255, one for each channel, or 'noise'"
         ("color_jitter(1e999)", "brightness must be in [0, 100]; got inf"),
         ("randaugment(-2)", "num_ops must be a whole number >= 0; got -2"),
         ("randaugment(2, 31)", "magnitude must be a whole number in 0 … 30; got 31"),
+        ("timm_randaugment(2, 11)", "magnitude must be in [0, 10]; got 11"),
+        ("timm_randaugment(2, 9, -1)", "magnitude_std must be in [0, 10]; got -1"),
+        ("timm_randaugment(2, 9, fill='noise')", f"fill must be {FILLS}; got 'noise'"),
+        ("timm_randaugment(2, 9, fill=(1, 2))", f"fill must be {FILLS}; got (1, 2)"),
+        ("timm_randaugment(2.0)", "num_ops must be a whole number >= 0; got 2.0"),
+        ("timm_randaugment(interpolation=3)", f"{KERNELS}; got 3"),
+        ("random_erasing(deviation=256)", f"deviation must be {DEVIATIONS}; got 256"),
+        ("random_erasing(deviation=(1, 2))", f"deviation must be {DEVIATIONS}; got (1, 2)"),
+        ("random_erasing(value='noise', deviation=3)", f"{NOISE}; got 3"),
         ("random_affine(scale=1.0)", "scale must be in [0, 1); got 1.0"),
         ("random_affine(shear=90)", "shear must be in [0, 90) degrees; got 90"),
         ("random_solarize(-1)", "threshold must be in [0, 256]; got -1"),
@@ -157,13 +171,20 @@ def test_every_argument_has_a_rule_that_its_default_keeps():
         assert set(transform.keywords) <= set(RULES)
 
 
-def test_levels_are_as_many_as_channels():
-    spec = "random_erasing(value=(1, 2, 3))"
+@pytest.mark.parametrize(
+    ("spec", "argument"),
+    [
+        ("timm_randaugment(fill=(1, 2, 3))", "fill"),
+        ("random_erasing(deviation=(1, 2, 3))", "deviation"),
+        ("random_erasing(value=(1, 2, 3))", "value"),
+    ],
+)
+def test_levels_are_as_many_as_channels(spec, argument):
     assert parse_transforms(spec, "x", channels=3) and parse_transforms(spec, "x")
-    message = r"x: in .*, value must have a level for each of 1 channels; got \(1, 2, 3\)\."
+    message = rf"x: in .*, {argument} must have a level for each of 1 channels; got \(1, 2, 3\)\."
     with pytest.raises(ValueError, match=message):
         parse_transforms(spec, "x", channels=1)
-    with pytest.raises(ValueError, match=r"value must have a level for each of 1 channels"):
+    with pytest.raises(ValueError, match=rf"{argument} must have a level for each of 1 channels"):
         make_pipeline(DataConfig(train_transforms=spec), (8, 8, 1), train=True)
 
 
