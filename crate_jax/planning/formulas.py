@@ -89,7 +89,8 @@ def memory_bytes(
         (what the backward pass keeps of all layers), ``working`` (what it holds of one layer for a
         moment, or of those that scan_unroll joins and remat computes again), ``copies`` (of what
         XLA for CPUs overwrites while it is still read) and ``batch``. ``working`` and ``copies``
-        are fitted to compiled programs.
+        are fitted to compiled programs. Of joined layers that are computed again jaxlib 0.11 for
+        CPUs holds fewer at a time: the formula says more than it needs.
     """
     micro_batches = optim.accumulate_steps
     any_of_batch = jax.tree.leaves(batch)[0]

@@ -52,6 +52,8 @@ def test_method_and_layout_reach_the_file(weights, capsys):
 
 @pytest.mark.parametrize("suffix", ["safetensors", "npz", "pth"])
 def test_names_of_classes_go_along_where_they_can(weights, capsys, suffix):
+    if suffix == "pth":
+        pytest.importorskip("torch")
     params, names = load_weights(weights, MODEL), ("ant", "bee", "cat")
     save_weights(weights, params, MODEL, class_names=names)
     target = weights.with_name(f"x.{suffix}")

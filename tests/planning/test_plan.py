@@ -38,7 +38,7 @@ def recipe(name, arg, **changes):
         ("large", "fsdp:8", dict(batch_size=128, model__remat="full", optim__ema_decay=0.99)),
         ("base", "data:8", dict(batch_size=128, optim__accumulate_steps=4, model__remat="dots")),
         ("tiny", "data:2,fsdp:4", dict(batch_size=64, optim__accumulate_steps=2)),
-        ("tiny", "data:8", dict(batch_size=64, model__remat="full", model__scan_unroll=3)),
+        ("base", "data:8", dict(batch_size=64, model__remat="full", model__scan_unroll=3)),
         ("base", "data:8", dict(batch_size=8, model__remat="full", optim__optimizer="adamw")),
     ],
 )
