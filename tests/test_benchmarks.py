@@ -11,6 +11,7 @@ sys.path.append(str(ROOT / "benchmarks"))
 
 import frame
 import growth
+import slices
 
 RESULT = {
     "a/forward/ratio_eager": 1.5,
@@ -155,3 +156,24 @@ def test_growth_is_by_the_middle_case_and_by_round():
     assert large["growth"] == large["lowest_growth"] == pytest.approx(25 / 13)
     assert large["highest_growth"] == 2.0
     assert growth.seconds_each([3, 6, 12], times) == [2.0, pytest.approx(13 / 6)]
+
+
+def test_slices_say_what_does_not_fit_what_is_far_off_and_what_is_left():
+    compiled = {"memory": 2**31, "memory_by_formula": 2**31 + 2**28, "moved": 12_340_000}
+    compiled |= {"copies": 3, "collectives": {"all-reduce": {"count": 2, "overlapping": 1}}}
+    row = {"recipe": "a", "topology": "v5e:2x2", "spec": "data:-1", "batch_size": 32}
+    row |= {"mesh": {"data": 4, "fsdp": 1}, "compiled": compiled}
+    row |= {"chips": {"v5e": {"step_s": [0.00123, 0.00456], "bound_by": "memory"}}}
+    large = row | {"recipe": "b", "compiled": {"memory_by_formula": 2**35, "refused": "No."}}
+    head, rule, first, second, _, far, _, left = slices.report(
+        {"rows": [row, large], "left": ["c on v4:2x2x1, data:-1"]}
+    )
+    shared = "v5e:2x2 | data:-1 | 8 |"
+    assert first == (
+        f"| a | {shared} 2 | 2.25 | +12.5% | 0.0123 | 3 | 2 all-reduce (1 overlap) | "
+        "1.23 to 4.56 | memory |"
+    )
+    assert second.startswith(f"| b | {shared} does not fit | 32 |")
+    assert {line.count("|") for line in (head, rule, first, second)} == {13}
+    assert far == "Off by more than 10%: a on v5e:2x2, data:-1."
+    assert left == "Not compiled yet: c on v4:2x2x1, data:-1."

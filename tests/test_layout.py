@@ -88,7 +88,7 @@ ROOMS = {
         *["run", "loop"],
     ],
     "planning": [
-        *["chips", "hlo", "collectives", "program", "topology", "compiling", "formulas"],
+        *["chips", "hlo", "collectives", "program", "topology", "compiling", "memory", "formulas"],
         *["plan", "report"],
     ],
     "cli": ["mistakes", "recipes", "flags", "running", "arguments", "train", "main"],

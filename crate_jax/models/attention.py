@@ -101,6 +101,11 @@ def _refused_by_gpu(kernel: str, V_BxNxKxp: Array) -> str | None:
     return None
 
 
+def has_kernel(platform: str, V_BxNxKxp: Array, kernel: str) -> bool:
+    """Whether a kernel of ours does `attend_by` on "cuda" or "tpu": no score is in memory then."""
+    return platform in _with_kernel(V_BxNxKxp, None, kernel)
+
+
 def _with_kernel(V_BxNxKxp: Array, mask: Array | None, kernel: str) -> frozenset[str]:
     """The platforms that take a kernel of ours, "cuda" and "tpu"; elsewhere XLA has the program."""
     if kernel == "xla" or mask is not None or not V_BxNxKxp.size:

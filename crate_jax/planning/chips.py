@@ -16,6 +16,7 @@ class Chip:
         flops: dense bfloat16 operations a second.
         memory: bytes.
         memory_bandwidth: bytes a second.
+        inside: bytes of memory inside the chip in which its compiler keeps whole arrays; 0 of GPUs.
         link: bytes a second that a chip sends to its neighbours, one way: half of what is quoted
             for both ways.
         domain: how many chips those links join.
@@ -26,6 +27,7 @@ class Chip:
     flops: float
     memory: float
     memory_bandwidth: float
+    inside: float
     link: float
     domain: int
     network: float
@@ -33,14 +35,15 @@ class Chip:
 
 
 _GOOGLE, _NVIDIA = "docs.cloud.google.com/tpu/docs/", "NVIDIA's data sheets of "
+_V4 = _GOOGLE + "v4, arXiv:2304.01433"
 CHIPS = {
     # Google publishes no network of v4 beyond the links: that of v5p stands in.
-    "v4": Chip(275e12, 32 * 2**30, 1200e9, 300e9, 4096, 50e9 / 8, _GOOGLE + "v4, arXiv:2304.01433"),
-    "v5e": Chip(197e12, 16e9, 819e9, 200e9, 256, 6.4e12 / 8 / 256, _GOOGLE + "v5e"),
-    "v5p": Chip(459e12, 95 * 2**30, 2765e9, 600e9, 6144, 50e9 / 8, _GOOGLE + "v5p"),
-    "v6e": Chip(918e12, 32e9, 1600e9, 400e9, 256, 25.6e12 / 8 / 256, _GOOGLE + "v6e"),
-    "h100": Chip(989e12, 80e9, 3.35e12, 450e9, 8, 50e9, _NVIDIA + "H100 SXM and DGX H100"),
-    "h200": Chip(989e12, 141e9, 4.8e12, 450e9, 8, 50e9, _NVIDIA + "H200 SXM and DGX H200"),
+    "v4": Chip(275e12, 32 * 2**30, 1200e9, 2**27, 300e9, 4096, 50e9 / 8, _V4),
+    "v5e": Chip(197e12, 16e9, 819e9, 2**27, 200e9, 256, 6.4e12 / 8 / 256, _GOOGLE + "v5e"),
+    "v5p": Chip(459e12, 95 * 2**30, 2765e9, 2**26, 600e9, 6144, 50e9 / 8, _GOOGLE + "v5p"),
+    "v6e": Chip(918e12, 32e9, 1600e9, 2**27, 400e9, 256, 25.6e12 / 8 / 256, _GOOGLE + "v6e"),
+    "h100": Chip(989e12, 80e9, 3.35e12, 0, 450e9, 8, 50e9, _NVIDIA + "H100 SXM and DGX H100"),
+    "h200": Chip(989e12, 141e9, 4.8e12, 0, 450e9, 8, 50e9, _NVIDIA + "H200 SXM and DGX H200"),
 }
 
 

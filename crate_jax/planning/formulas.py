@@ -7,19 +7,14 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from crate_jax.config import OptimConfig
 from crate_jax.models.classifier import ImageClassifier
-from crate_jax.models.cost import activation_bytes, gradient_parts
+from crate_jax.models.cost import gradient_parts
 from crate_jax.parallel import PyTree
-from crate_jax.planning.chips import Joined
+from crate_jax.planning.chips import Chip, Joined
+from crate_jax.planning.memory import memory_bytes
 from crate_jax.tasks.task import Batch
 from crate_jax.training.run import Run
 from crate_jax.training.state import TrainState
-
-# What a backward pass holds for a moment, beside the activations of the layer under way: so many
-# float32 arrays of tokens, and of the patches' pixels. Fitted to programs compiled for CPU devices,
-# and to those for accelerators, which fuse more and overwrite in place.
-_WORKING_ON_CPU, _WORKING = (2, 6), (1, 0)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,7 +22,7 @@ class Need:
     """What the formulas give for a step.
 
     Attributes:
-        memory: bytes of a device by kind, see `memory_bytes`.
+        memory: bytes of a device by kind, see `crate_jax.planning.memory.memory_bytes`.
         joined: what devices add up and gather.
     """
 
@@ -46,78 +41,33 @@ class Need:
 
 
 def need(
-    run: Run, model: ImageClassifier, state: TrainState, batch: Batch, *, on_cpu: bool = False
+    run: Run,
+    model: ImageClassifier,
+    state: TrainState,
+    batch: Batch,
+    *,
+    platform: str,
+    chip: Chip | None = None,
 ) -> Need:
     """What a step of a run needs with a model in place of its own.
 
     Args:
         run: reads its mesh and the optimizer's config.
-        model: see `memory_bytes`.
+        model: see `crate_jax.planning.memory.memory_bytes`.
         state: shapes with shardings.
         batch: likewise.
-        on_cpu: whether the compiler is that for CPUs. It adds the gradient of a weight in several
-            products up over the devices product by product: D's from Y Dᵀ and E D.
+        platform: whose compiler. That for a "cpu" adds the gradient of a weight in several products
+            up over the devices product by product: D's from Y Dᵀ and E D.
+        chip: see `crate_jax.planning.memory.memory_bytes`.
     """
     optim = run.config.optim
-    parts = gradient_parts(model) if on_cpu else 0
+    parts = gradient_parts(model) if platform == "cpu" else 0
     sums = gradient_sums(model, state, run.mesh, optim.accumulate_steps, parts)
     gathered = gathered_bytes(model, state, optim.accumulate_steps)
     if gathered:
         sums.append(Joined("all-gather", gathered, run.mesh.shape["fsdp"]))
-    return Need(memory_bytes(model, state, batch, optim, on_cpu=on_cpu), sums)
-
-
-def memory_bytes(
-    model: ImageClassifier,
-    state: TrainState,
-    batch: Batch,
-    optim: OptimConfig,
-    *,
-    on_cpu: bool = False,
-) -> dict[str, int]:
-    """Bytes that one device holds at the height of a training step, by kind.
-
-    Args:
-        model: reads its sizes, backward, dtype, remat and scan_unroll.
-        state: shapes with shardings.
-        batch: likewise.
-        optim: reads optimizer and accumulate_steps.
-        on_cpu: whether the program is compiled for CPUs.
-
-    Returns:
-        ``parameters``, ``optimizer`` (with the average, if any), ``gradients``, ``activations``
-        (what the backward pass keeps of all layers), ``working`` (what it holds of one layer for a
-        moment, or of those that scan_unroll joins and remat computes again), ``copies`` (of what
-        XLA for CPUs overwrites while it is still read) and ``batch``. ``working`` and ``copies``
-        are fitted to compiled programs. Of joined layers that are computed again jaxlib 0.11 for
-        CPUs holds fewer at a time: the formula says more than it needs.
-    """
-    micro_batches = optim.accumulate_steps
-    any_of_batch = jax.tree.leaves(batch)[0]
-    rows = any_of_batch.sharding.shard_shape(any_of_batch.shape)[0] // micro_batches
-    params = _bytes(state.params, per_device=True)
-    at_once = 1 if model.remat == "none" else model.layers_at_once
-    layers = at_once * activation_bytes(model.clone(remat="none")) // model.depth
-    of_tokens, of_patches = _WORKING_ON_CPU if on_cpu else _WORKING
-    values = of_tokens * model.num_tokens * model.width
-    values += of_patches * math.prod(model.input_shape)
-    working = rows * (layers + 4 * values)
-    # Lion's moment makes both the update and the next moment; with more micro-batches the second
-    # set of gradients is free by then.
-    copies = params if on_cpu and optim.optimizer == "lion" and micro_batches == 1 else 0
-    if params < _bytes(state.params, per_device=False):
-        # The weights of a layer, gathered, and their gradients; and the shards of all layers.
-        working += 2 * _bytes(state.params["blocks"], per_device=False) // model.depth
-        copies += _bytes(state.params["blocks"], per_device=True) if on_cpu else 0
-    return {
-        "parameters": params,
-        "optimizer": _bytes(state, per_device=True) - params,
-        "gradients": params * (2 if micro_batches > 1 else 1),
-        "activations": rows * activation_bytes(model),
-        "working": working,
-        "copies": copies,
-        "batch": _bytes(batch, per_device=True),
-    }
+    memory = memory_bytes(run, model, state, batch, platform=platform, chip=chip)
+    return Need(memory, sums)
 
 
 def gradient_sums(
@@ -146,7 +96,8 @@ def gradient_sums(
         if fsdp > 1:
             sums.append(Joined("reduce-scatter", micro_batches * shares, fsdp))
             sums.append(Joined("all-reduce", micro_batches * other, fsdp))
-        shares, other = _bytes(state.params, per_device=True), 0
+        leaves = jax.tree.leaves(state.params)
+        shares, other = 4 * sum(math.prod(x.sharding.shard_shape(x.shape)) for x in leaves), 0
     elif split:
         sums.append(Joined("reduce-scatter", shares, fsdp))
     sums.append(Joined("all-reduce", shares, data, stride=fsdp))
@@ -188,12 +139,3 @@ def _split_values(tree: PyTree) -> int:
 def values(tree: PyTree) -> int:
     """How many values all leaves have together."""
     return sum(leaf.size for leaf in jax.tree.leaves(tree))
-
-
-def _bytes(tree: PyTree, *, per_device: bool) -> int:
-    """Bytes of all leaves, or of one device's share of them."""
-    total = 0
-    for leaf in jax.tree.leaves(tree):
-        shape = leaf.sharding.shard_shape(leaf.shape) if per_device else leaf.shape
-        total += math.prod(shape) * leaf.dtype.itemsize
-    return total

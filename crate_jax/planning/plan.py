@@ -58,7 +58,7 @@ def plan(config: TrainConfig, spec: str) -> Json:
     model: Any = run.task.model
     twin = model.clone(dtype=jnp.dtype("float32"))
     state, batch, lowered = _lower(run, twin)
-    need = formulas.need(run, model, state, batch)
+    need = formulas.need(run, model, state, batch, platform="gpu")
     chips = {
         name: least_seconds(
             chip,
@@ -75,7 +75,7 @@ def plan(config: TrainConfig, spec: str) -> Json:
     return _by_formula(run, model, state, need) | {
         "chips": chips,
         "compiled": {"dtype": "float32"}
-        | _beside(formulas.need(run, twin, state, batch, on_cpu=True))
+        | _beside(formulas.need(run, twin, state, batch, platform="cpu"))
         | {
             "memory": held.argument_size_in_bytes + held.temp_size_in_bytes,
             **_sent(found),
@@ -113,7 +113,9 @@ def plan_on(
     """
     step = lower_step(config, spec, topology)
     run, model = step.run, step.model
-    need = formulas.need(run, model, step.state, step.batch)
+    need = formulas.need(
+        run, model, step.state, step.batch, platform=topology.platform, chip=topology.chip
+    )
     made = compile_for(topology, step.lowered, say)
     compiled: Json = {
         "topology": topology.name,

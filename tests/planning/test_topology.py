@@ -6,6 +6,7 @@ import json
 import math
 import time
 import types
+from pathlib import Path
 
 import jax
 import pytest
@@ -218,6 +219,33 @@ def test_what_the_compiler_finds_too_large_is_told_and_kept(here):
         made = compile_for(here, Refused(), said.append)  # type: ignore[arg-type]
         assert (made.text, made.refused) == ("", "RESOURCE_EXHAUSTED: Used 20G of 15.75G hbm.")
     assert said == ["compiling for v5e:2 with this compiler; this takes a minute or several"]
+
+
+class Reported:
+    """A program whose compiler writes a report of its memory, as libtpu does."""
+
+    def __init__(self, report):
+        self.report = report
+
+    def as_text(self):
+        return f"module @reported {self.report}"
+
+    def compile(self, compiler_options):
+        name = "module_0000.jit_train_step.cl_1.after_optimizations-memory-usage-report.txt"
+        (Path(compiler_options["xla_dump_to"]) / name).write_text(self.report)
+        return types.SimpleNamespace(as_text=lambda: "HloModule jit_train_step")
+
+
+def test_the_memory_of_a_tpu_is_what_its_compiler_reports(here):
+    """Of its memories the large one counts."""
+    tpu = dataclasses.replace(here, platform="tpu")
+    spaces = [("default (color=0)", "5457408 (5.20MiB)"), ("vmem (color=1)", "7 (7B)")]
+    report = "\n\n".join(f"Memory Space: {name}\nTotal bytes: {size}" for name, size in spaces)
+    made = compile_for(tpu, Reported(report))  # type: ignore[arg-type]
+    assert (made.memory, made.text) == (5457408, "HloModule jit_train_step")
+    message = r"--topology=v5e:2 must have a compiler that reports the memory of a program; this co"
+    with pytest.raises(ValueError, match=message):
+        compile_for(tpu, Reported("Memory: much"))  # type: ignore[arg-type]
 
 
 def test_another_failure_of_the_compiler_is_no_answer(here, tmp_path):
