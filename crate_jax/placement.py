@@ -195,3 +195,15 @@ def beside(X: Array, other: Array) -> Array:
     lengths = zip(spec, X.shape, other.shape, strict=True)
     spec = PartitionSpec(*(axis if length == theirs else None for axis, length, theirs in lengths))
     return jax.sharding.reshard(X, NamedSharding(mesh, spec))
+
+
+def taken(table: Array, index: Array) -> Array:
+    """Rows of a table, which every device has whole; the result is shared as the index is.
+
+    An index beyond the table gives its nearest row.
+    """
+    if not is_shared(index):
+        return jnp.take(table, index, axis=0, mode="clip")
+    mesh, spec = jax.typeof(index).sharding.mesh, jax.typeof(index).sharding.spec
+    rows = NamedSharding(mesh, PartitionSpec(*spec, *(None,) * (table.ndim - 1)))
+    return table.at[index].get(mode="clip", out_sharding=rows)

@@ -57,8 +57,8 @@ class Part(NamedTuple):
         make: from ``name=…`` to the module. An attention takes normalised tokens (B, N, d), a mask
             and the names of the taps that it must show, and returns
             `crate_jax.models.layers.Attended`; a nonlinearity takes normalised tokens and returns
-            tokens.
-        taps: what an attention also shows.
+            tokens, and with taps also these, by name.
+        taps: what it also shows.
     """
 
     name: str
@@ -170,8 +170,9 @@ class Block(nn.Module):
         self, part: Part, Z_BxNxd: Array, drop_path: Array | None, seen: dict[str, Array]
     ) -> Array:
         """The half of the nonlinearity; its output is put into `seen`."""
-        update_BxNxd = part.make(name=part.name)(self._norm(part, Z_BxNxd))
-        seen[part.name] = update_BxNxd
+        made = part.make(name=part.name)(self._norm(part, Z_BxNxd))
+        update_BxNxd, shown = made if part.taps else (made, {})
+        seen |= shown | {part.name: update_BxNxd}
         if not self.residual:  # an example that skipped it would have no tokens left
             return self._gated(part, update_BxNxd, None)
         return Z_BxNxd + self._gated(part, update_BxNxd, drop_path)
@@ -197,7 +198,7 @@ class Block(nn.Module):
 
 def tap_names(attention: Part, nonlinearity: Part | None) -> tuple[str, ...]:
     """What a block of these parts can show, in the order of computation (attention first)."""
-    second = () if nonlinearity is None else ("z_half", nonlinearity.name)
+    second = () if nonlinearity is None else ("z_half", *nonlinearity.taps, nonlinearity.name)
     return (*attention.taps, attention.name, *second, "out")
 
 
