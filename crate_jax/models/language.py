@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterable
 from typing import Any, ClassVar
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
@@ -262,9 +263,13 @@ class LanguageModel(LanguageFields, BlockModel):
 
 def _check(tokens_BxN: Array, context_length: int) -> None:
     """Refuse what is no array of token ids, or too long."""
-    shape, dtype = jnp.shape(tokens_BxN), getattr(tokens_BxN, "dtype", type(tokens_BxN))
-    if len(shape) != 2 or not jnp.issubdtype(dtype, np.integer) or shape[1] > context_length:
-        raise ValueError(
-            f"tokens must be an array (B, N) of integers with N <= {context_length}, "
-            f"model.context_length; got {dtype} {shape}. Cut them, or set model.context_length."
-        )
+    got = type(tokens_BxN).__name__
+    if isinstance(tokens_BxN, jax.Array | np.ndarray):
+        shape, dtype = tokens_BxN.shape, tokens_BxN.dtype
+        if len(shape) == 2 and jnp.issubdtype(dtype, jnp.integer) and shape[1] <= context_length:
+            return
+        got = f"{dtype} {shape}"
+    raise ValueError(
+        f"tokens must be an array (B, N) of integers with N <= {context_length}, "
+        f"model.context_length; got {got}. Make them one, or set model.context_length."
+    )
