@@ -159,7 +159,9 @@ class BertFields(CausalFields):
     """CRATE-BERT, arXiv 2311.13110."""
 
     dropout: float = option(0.1, "share dropped while training", low=0, below=1, how=True)
-    pad_token: int = option(1, "the token that fills a text up; positions count from behind it")
+    pad_token: int = option(
+        1, "the token that fills a text up; positions count from behind it", low=0
+    )
 
 
 FAMILIES: dict[str, type[ModelFields]] = {

@@ -1,4 +1,7 @@
-"""Models of text against what their official implementations computed; see tests/golden/README.md."""
+"""Models of text against what their official implementations computed.
+
+The cases are told in tests/golden/README.md.
+"""
 
 import json
 from pathlib import Path
