@@ -81,11 +81,12 @@ def summary(args: argparse.Namespace) -> Json:
     stated = {name: getattr(args, name) for name in fields}
     overrides = {name: value for name, value in stated.items() if value is not None}
     model = create_model(args.model, **overrides)
-    takes, example = {}, "text"
+    takes, example = {}, "example"
     if isinstance(model, ImageClassifier):
         takes, example = {"image_size": list(model.input_shape[:2])}, "image"
     elif isinstance(model, LanguageModel):
-        takes = {"context_length": model.context_length, "vocab_size": model.vocab_size}
+        sizes = {"context_length": model.context_length, "vocab_size": model.vocab_size}
+        takes, example = sizes, "text"
     return {
         "model": args.model,
         **takes,
