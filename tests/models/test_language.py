@@ -7,7 +7,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from crate_jax import CrateBert, CrateCausal, CrateLM, ViT, create_model, list_models
+from crate_jax import (
+    CrateBert,
+    CrateCausal,
+    CrateLM,
+    ViT,
+    analysis,
+    create_model,
+    list_models,
+)
 from crate_jax.models.cost import (
     abstract_parameters,
     activation_bytes,
@@ -15,6 +23,7 @@ from crate_jax.models.cost import (
     multiply_adds,
     step_flops,
 )
+from crate_jax.models.crate_alpha import OvercompleteISTA
 from crate_jax.models.crate_bert import places_of
 from crate_jax.models.layers import LayerNorm
 from crate_jax.models.variants import VARIANTS
@@ -149,6 +158,31 @@ def test_how_parameters_start():
     assert not mssa["b_out"].any()
     D = params["blocks"]["ista"]["D"]
     assert np.abs(D).max() <= (6 / 48) ** 0.5 and np.std(D) == pytest.approx(1 / 24**0.5, rel=0.03)
+
+
+# --- the second half of CRATE-LM ------------------------------------------------------------------
+
+
+def test_a_layer_of_crate_lm_is_odl_with_one_dictionary_and_no_residual():
+    """CRATE-α's two dictionaries with D₁ = D; and the equations, with W = Dᵀ, of the authors."""
+    model, params = made("crate_lm")
+    _, seen = analysis.taps(model, params, texts(2, 7), ("z_half", "code", "odl", "out"))
+    for layer in range(model.depth):
+        own = jax.tree.map(lambda x, layer=layer: x[layer], params["blocks"])
+        norm = LayerNorm(epsilon=model.EPSILON)
+        Y = norm.apply({"params": own["odl_norm"]}, seen["z_half"][layer])
+        two = {"D": own["odl"]["D"], "D1": own["odl"]["D"]}
+        decoupled = OvercompleteISTA(model.eta, model.lmbda, 4 * model.width, decoupled=True)
+        expected, code = decoupled.apply({"params": two}, Y)
+        np.testing.assert_allclose(seen["out"][layer], expected, atol=1e-5)
+        np.testing.assert_allclose(seen["code"][layer], code["code"], atol=1e-5)
+        np.testing.assert_array_equal(seen["odl"][layer], seen["out"][layer])
+        Y, W = (np.asarray(x, np.float64) for x in (Y, own["odl"]["D"].T))
+        eta, shrink = model.eta, model.eta * model.lmbda
+        A1 = np.maximum(eta * Y @ W.T - shrink, 0)
+        A2 = np.maximum(A1 + eta * (Y @ W.T - A1 @ W @ W.T) - shrink, 0)
+        assert 0 < (A2 == 0).mean() < 1
+        np.testing.assert_allclose(seen["out"][layer], A2 @ W, atol=1e-5)
 
 
 # --- who sees whom --------------------------------------------------------------------------------
