@@ -37,20 +37,31 @@ def _last(variables, window):
     return MODEL.apply(variables, window, train=False)[:, -1]
 
 
-def by_steps(variables, tokens, steps):
-    """The most likely tokens, everything computed anew for each."""
-    for _ in range(steps):
-        best = logits_after(variables, tokens).argmax(axis=-1)
-        tokens = np.concatenate([tokens, best[:, None].astype(np.int32)], axis=1)
+def by_steps(variables, tokens, steps, key=None, temperature=1.0):
+    """Everything computed anew for each token: the most likely one, or one drawn with the key."""
+    for step in range(steps):
+        logits = logits_after(variables, tokens)
+        if key is None:
+            token = logits.argmax(axis=-1)
+        else:
+            token = jax.random.categorical(jax.random.fold_in(key, step), logits / temperature)
+        tokens = np.concatenate([tokens, np.asarray(token)[:, None].astype(np.int32)], axis=1)
     return tokens
 
 
-@pytest.mark.parametrize("steps", [0, 1, 4, 5, 6, 10])
-def test_the_most_likely_tokens_within_and_past_the_context(params, prompt, steps):
-    """With 4 tokens the context is full; the fifth is the last that what is kept can give."""
+@pytest.mark.parametrize("steps", [0, 1, 4, 5, 6, 12])
+def test_a_text_within_and_past_the_context(params, prompt, steps):
+    """With 4 tokens the context is full; the fifth is the last that what is kept can give.
+
+    The most likely tokens of so small a model are few, those drawn from it are not.
+    """
     got = generate(MODEL, params, prompt, steps)
     assert got.dtype == jnp.int32
     np.testing.assert_array_equal(got, by_steps({"params": params}, prompt, steps))
+    draws = dict(key=jax.random.key(9), temperature=2.0)
+    drawn = generate(MODEL, params, prompt, steps, **draws)
+    np.testing.assert_array_equal(drawn, by_steps({"params": params}, prompt, steps, **draws))
+    assert steps < 12 or all(len(np.unique(text[4:])) > 5 for text in drawn)
 
 
 @pytest.mark.parametrize("length", [8, 11])
