@@ -18,8 +18,9 @@ HEAD = """# The zoo
 Made by `python benchmarks/zoo_page.py`; do not edit.
 
 Every model that `crate_jax.list_models()` names, by where it comes from. Parameters and
-multiply-adds (GMACs, of the matrix products of one example) are computed, at the sizes that the
-name stands for. Published results are their authors', and were not measured here.
+multiply-adds (GMACs, of the matrix products of one image, or of one text as long as the context)
+are computed, at the sizes that the name stands for. Published results are their authors', and were
+not measured here. A loss is a cross-entropy in nats a token.
 """
 WEIGHTS = """## Released weights
 
@@ -41,7 +42,10 @@ def models(names: list[str]) -> list[str]:
         model = built[name]
         known = cost.has_formula(model)
         gmacs = f"{cost.multiply_adds(model) / 1e9:.2f}" if known else "no formula"
-        results = "; ".join(f"{what} {value:.1f}" for what, value in RESULTS.get(name, {}).items())
+        results = "; ".join(
+            f"{what} {value:.{2 if 'loss' in what else 1}f}"
+            for what, value in RESULTS.get(name, {}).items()
+        )
         cells = [f"`{name}`", f"{sizes[name]:,}", gmacs, results or "none"]
         rows.append(" | ".join(cells))
     lines = table("model | parameters | GMACs | published", rows)

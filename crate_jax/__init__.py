@@ -4,6 +4,10 @@ from crate_jax import analysis, objective
 from crate_jax.interop import load_weights, save_weights
 from crate_jax.models.crate import Crate
 from crate_jax.models.crate_alpha import CrateAlpha
+from crate_jax.models.crate_bert import CrateBert
+from crate_jax.models.crate_causal import CrateCausal, CrateLM
+from crate_jax.models.generation import generate
+from crate_jax.models.steering import Steer, steering
 from crate_jax.models.vit import ViT
 from crate_jax.models.zoo import create_model, list_models
 
@@ -12,11 +16,17 @@ __version__ = "0.1.0"
 __all__ = [
     "Crate",
     "CrateAlpha",
+    "CrateBert",
+    "CrateCausal",
+    "CrateLM",
+    "Steer",
     "ViT",
     "analysis",
     "create_model",
+    "generate",
     "list_models",
     "load_weights",
     "objective",
     "save_weights",
+    "steering",
 ]

@@ -206,3 +206,15 @@ def after(X: Array, done: Array) -> Array:
     that may be NaN.
     """
     return X + jnp.zeros((), X.dtype) * done.ravel()[:1].sum().astype(X.dtype)
+
+
+def taken(table: Array, index: Array) -> Array:
+    """Rows of a table, which every device has whole; the result is shared as the index is.
+
+    An index beyond the table gives its nearest row.
+    """
+    if not is_shared(index):
+        return jnp.take(table, index, axis=0, mode="clip")
+    mesh, spec = jax.typeof(index).sharding.mesh, jax.typeof(index).sharding.spec
+    rows = NamedSharding(mesh, PartitionSpec(*spec, *(None,) * (table.ndim - 1)))
+    return table.at[index].get(mode="clip", out_sharding=rows)

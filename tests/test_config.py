@@ -586,13 +586,35 @@ def test_a_section_has_the_fields_of_its_family(other_family):
 
 @pytest.mark.parametrize("name", EXAMPLES)
 def test_a_config_can_be_pickled_and_copied(name):
-    config = TrainConfig(model=ModelConfig(name=name, depth=2, image_size=(32, 32)))
+    config = TrainConfig(model=ModelConfig(name=name, depth=2, num_heads=3))
     for back in (pickle.loads(pickle.dumps(config)), copy.deepcopy(config)):
         assert back == config and type(back.model) is type(config.model)
         back.model.depth = 3
         assert config.model.depth == 2
     assert copy.copy(config.model) == config.model
     assert dataclasses.replace(config.model, depth=3).depth == 3
+
+
+@pytest.mark.parametrize(
+    ("field", "legal", "illegal"),
+    [
+        ("context_length", [1, 10**6], [0, -1]),
+        ("vocab_size", [1, 10**6], [0, -1]),
+        ("overcompleteness", [1, 9], [0]),
+        ("eta", *POSITIVE),
+        ("lmbda", *AMOUNT),
+        ("pad_token", [0, 50_264], [-1]),
+        ("tied", [True, False], [1, "yes"]),
+    ],
+)
+def test_bounds_of_a_model_of_text(field, legal, illegal):
+    name = "crate_lm_1l" if field == "overcompleteness" else "crate_bert_base"
+    for value in [None, *legal]:
+        validate(TrainConfig(model=ModelConfig(name=name, **{field: value})))
+    for value in illegal:
+        config = TrainConfig(model=ModelConfig(name=name, **{field: value}))
+        with pytest.raises(ValueError, match=rf"^model\.{field} must be .*Set --config\.model\."):
+            validate(config)
 
 
 def test_a_section_keeps_to_its_family():

@@ -6,15 +6,16 @@ from jax import Array
 
 from crate_jax import placement
 from crate_jax.analysis.taps import taps
-from crate_jax.models.classifier import ImageClassifier
 from crate_jax.models.parameters import Params
+from crate_jax.models.stacked import BlockModel
 from crate_jax.objective import coding_rate, projected_coding_rate, sparsity, subspace_coding_rate
 
 DEFINITIONS = ("paper", "official_code")
+_SPARSE = ("ista", "code")  # taps of what a layer makes sparse
 
 
 def layerwise(
-    model: ImageClassifier,
+    model: BlockModel,
     params: Params,
     images: Array,
     *,
@@ -26,24 +27,26 @@ def layerwise(
     ``paper`` measures what the captions of the paper's figures name: R^c(Z^{l+1/2}; U^l),
     R(Z^{l+1/2}) and their difference on the tokens after MSSA. ``official_code`` measures what the
     released script computes: R^c of U_kᵀ LN(Z^l), each token scaled to unit length in each
-    subspace. Sparsity is the share of exact zeros after ISTA in both. The class token counts as a
-    token. Float32 throughout, whatever the model's dtype, because bfloat16 moves ISTA's zeros.
+    subspace. Sparsity is the share of exact zeros in both, after ISTA or in the code of a wide
+    dictionary. The class token counts as a token, and so does padding. Float32 throughout, whatever
+    the model's dtype, because bfloat16 moves ISTA's zeros.
 
     R needs tokens alone, so every model has it. R^c needs the subspaces of MSSA, and the share of
-    zeros needs ISTA: a model with other operators goes without them.
+    zeros needs ISTA or a code: a model with other operators goes without them.
 
     Source: arXiv 2306.01129, section 3.1 and its code.
 
     Args:
         model: a model of `crate_jax.create_model`.
         params: its parameters.
-        images: (B, H, W, C), normalised, B >= 1.
+        images: (B, H, W, C), normalised, B >= 1; for a model of text, token ids (B, N).
         definition: "paper" or "official_code".
         eps: quantisation precision ε; both sources use ε² = 0.01.
 
     Returns:
         Arrays (L,), float32. With MSSA: ``coding_rate_mean`` and ``coding_rate_std`` (R^c in nats,
-        over the images, unbiased; of one image the deviation is NaN). With ISTA: ``zero_fraction``.
+        over the images, unbiased; of one image the deviation is NaN). With ISTA or a code:
+        ``zero_fraction``.
         By the paper's definition also ``rate_mean`` (R), and with MSSA ``rate_reduction_mean``
         (ΔR), in nats. Their gradients are finite: zero where the rates of all images are equal, and
         at a zero token, which has no direction.
@@ -55,7 +58,7 @@ def layerwise(
     _check(definition, model)
     exact = model.clone(dtype=jnp.float32)
     token_tap = "z_half" if definition == "paper" else "subspace_tokens"
-    names = [name for name in (token_tap, "ista") if name in model.tap_names]
+    names = [name for name in (token_tap, *_SPARSE) if name in model.tap_names]
     _, seen = taps(exact, params, images, names=names)
     if not len(images):
         raise ValueError(f"images must be at least one; got {images.shape}. A mean needs some.")
@@ -73,12 +76,12 @@ def layerwise(
     if compressed_LxB is not None:
         values["coding_rate_mean"] = compressed_LxB.mean(axis=1)
         values["coding_rate_std"] = _deviation(compressed_LxB)
-    if "ista" in seen:
-        values["zero_fraction"] = sparsity(seen["ista"]).mean(axis=1)
+    for name in {*_SPARSE} & seen.keys():  # a block has one of them
+        values["zero_fraction"] = sparsity(seen[name]).mean(axis=1)
     return values
 
 
-def _check(definition: str, model: ImageClassifier) -> None:
+def _check(definition: str, model: BlockModel) -> None:
     """Refuse a definition that is unknown, or that the model does not have."""
     if definition not in DEFINITIONS:
         raise ValueError(f"definition must be one of {', '.join(DEFINITIONS)}; got {definition}.")

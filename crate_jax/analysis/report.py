@@ -25,7 +25,8 @@ def by_layer(scalars: Mapping[str, ArrayLike]) -> dict[str, np.ndarray]:
 def draw_layerwise(values: Mapping[str, np.ndarray], path: str | Path, *, title: str) -> None:
     """Draw R^c and sparsity over the layers, as figure 3 of arXiv 2306.01129 does.
 
-    A model without subspaces has R in the place of R^c; one without ISTA has no second panel.
+    A model without subspaces has R in the place of R^c; one that makes nothing sparse has no second
+    panel.
 
     Args:
         values: of `layerwise` by the paper's definition, arrays (L,).
@@ -58,7 +59,7 @@ def draw_layerwise(values: Mapping[str, np.ndarray], path: str | Path, *, title:
     rate.plot(layers, mean, marker="o", color="tab:blue")
     for axes in zeros:
         axes.plot(layers, np.asarray(values["zero_fraction"]), marker="o", color="tab:orange")
-        axes.set(title="sparsification", ylabel=r"share of zeros in $Z^{\ell+1}$")
+        axes.set(title="sparsification", ylabel="share of zeros")
     for axes in (rate, *zeros):
         axes.set(xlabel=r"layer $\ell$", xticks=layers)
         axes.grid(alpha=0.3)

@@ -5,12 +5,12 @@ from collections.abc import Iterable
 from jax import Array
 
 from crate_jax.models.block import chosen_taps
-from crate_jax.models.classifier import ImageClassifier
 from crate_jax.models.parameters import Params
+from crate_jax.models.stacked import BlockModel
 
 
 def taps(
-    model: ImageClassifier,
+    model: BlockModel,
     params: Params,
     images: Array,
     names: str | Iterable[str] | None = None,
@@ -20,13 +20,14 @@ def taps(
     Args:
         model: a model of `crate_jax.create_model`.
         params: its parameters.
-        images: (B, H, W, C), normalised.
+        images: (B, H, W, C), normalised; for a model of text, token ids (B, N).
         names: out of ``model.tap_names``, or one; only these are stored. Those of a CRATE are
             ``subspace_tokens`` (L, B, N, K, p), ``attention`` (L, B, K, N, N), ``mssa``,
             ``z_half``, ``ista`` and ``out`` (L, B, N, d). None: all of them.
 
     Returns:
-        Logits (B, Y), float32, and {name: array} in the model's dtype, layers on axis 0.
+        Logits, float32, of each image (B, Y) or of each token (B, N, V); and
+        {name: array} in the model's dtype, layers on axis 0.
 
     Raises:
         KeyError: an unknown name.

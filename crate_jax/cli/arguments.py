@@ -18,6 +18,7 @@ from crate_jax.files import Json, expanded
 
 if TYPE_CHECKING:  # imported where it is used, with JAX
     from crate_jax.models.classifier import ImageClassifier
+    from crate_jax.models.stacked import BlockModel
 
 Subparsers = argparse._SubParsersAction  # what `add_subparsers` gives; argparse hides its name
 
@@ -72,7 +73,7 @@ def add_data(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def named_model(args: argparse.Namespace) -> "ImageClassifier | None":
+def named_model(args: argparse.Namespace) -> "BlockModel | None":
     """The model of --model and --model-kwargs, or None for what the weights state.
 
     Raises:

@@ -108,12 +108,14 @@ def _compare(args: argparse.Namespace) -> "tuple[Comparison, Json]":
     import jax.numpy as jnp
 
     from crate_jax.interop import load_fitted
+    from crate_jax.models.classifier import of_images
     from crate_jax.parity.compare import SMOOTHING
     from crate_jax.parity.compare import compare as compare_both
     from crate_jax.tasks.losses import cross_entropy
 
     fits = functools.partial(load_fitted, fit=args.fit, method=resize_method(args))
     params, model, fitted, classes = fits(args.weights, named_model(args))
+    model = of_images(model)
     if not model.num_classes:
         raise ValueError(
             "model.num_classes must be at least 1 for its PyTorch twin; got 0, features. Set it by "

@@ -30,8 +30,9 @@ def add_convert(subparsers: Subparsers) -> None:
     )
     parser.add_argument(
         "--layout",
-        help="whose names to write: official for CRATE; torch, jax or clipa for CRATE-α; timm or "
-        "crate_baseline for ViT; default: our own paths, and in PyTorch files the first that fits",
+        help="whose names to write: official for CRATE, causal CRATE and CRATE-LM; torch, jax or "
+        "clipa for CRATE-α; timm or crate_baseline for ViT; transformers for CRATE-BERT; default: "
+        "our own paths, and in PyTorch files the first that fits",
     )
     add_model(parser)
     parser.set_defaults(function=convert)
@@ -63,25 +64,36 @@ def add_summary(subparsers: Subparsers) -> None:
     parser = subparsers.add_parser("summary", help="parameters, multiply-adds, tokens, memory")
     parser.add_argument("model", help="one of crate_jax.list_models()")
     parser.add_argument("--image_size", type=int, nargs="+", help="pixels: a side, or two")
-    parser.add_argument("--num_classes", type=int)
+    parser.add_argument("--num_classes", type=int, help="of a model of images")
+    parser.add_argument("--context_length", type=int, help="of a model of text, in tokens")
+    parser.add_argument("--vocab_size", type=int, help="of a model of text")
     parser.set_defaults(function=summary)
 
 
 def summary(args: argparse.Namespace) -> Json:
     """What a model costs, by formula."""
     from crate_jax.models import cost
+    from crate_jax.models.classifier import ImageClassifier
+    from crate_jax.models.language import LanguageModel
     from crate_jax.models.zoo import create_model
 
-    stated = {name: getattr(args, name) for name in ("image_size", "num_classes")}
+    fields = ("image_size", "num_classes", "context_length", "vocab_size")
+    stated = {name: getattr(args, name) for name in fields}
     overrides = {name: value for name, value in stated.items() if value is not None}
     model = create_model(args.model, **overrides)
+    takes, example = {}, "example"
+    if isinstance(model, ImageClassifier):
+        takes, example = {"image_size": list(model.input_shape[:2])}, "image"
+    elif isinstance(model, LanguageModel):
+        sizes = {"context_length": model.context_length, "vocab_size": model.vocab_size}
+        takes, example = sizes, "text"
     return {
         "model": args.model,
-        "image_size": list(model.input_shape[:2]),
+        **takes,
         "tokens": model.num_tokens,
         "parameters": cost.count_parameters(model),
         "gmacs": round(cost.multiply_adds(model) / 1e9, 3),
-        "activation_mib_per_image": round(cost.activation_bytes(model) / 2**20, 1),
+        f"activation_mib_per_{example}": round(cost.activation_bytes(model) / 2**20, 1),
     }
 
 

@@ -77,10 +77,11 @@ def _check_evaluate(args: argparse.Namespace) -> None:
 
 def _config_of_model(args: argparse.Namespace) -> TrainConfig:
     """The config that --model stands for."""
+    from crate_jax.models.classifier import of_images
     from crate_jax.models.zoo import create_model
 
     kwargs = model_kwargs(args)
-    model = create_model(args.model, **kwargs)
+    model = of_images(create_model(args.model, **kwargs))
     for name in {"image_size", "patch_size"} & set(kwargs):
         sides = kwargs[name]
         kwargs[name] = (sides, sides) if isinstance(sides, int) else tuple(sides)

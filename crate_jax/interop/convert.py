@@ -12,19 +12,19 @@ from crate_jax.interop.faults import faults
 from crate_jax.interop.layouts import LAYOUTS
 from crate_jax.interop.layouts.layout import Layout, own_paths
 from crate_jax.interop.tree import flatten, tree_of
-from crate_jax.models.classifier import ImageClassifier
 from crate_jax.models.parameters import Params
+from crate_jax.models.stacked import BlockModel
 from crate_jax.models.zoo import family_of, has_family
 
 _REMEDY = "Build the model with the sizes of these weights."
 
 
-def layouts_of(model: ImageClassifier) -> tuple[Layout, ...]:
+def layouts_of(model: BlockModel) -> tuple[Layout, ...]:
     """The official layouts of a model's family; of a model of no family none."""
     return LAYOUTS.get(family_of(model), ()) if has_family(model) else ()
 
 
-def find_layout(model: ImageClassifier, name: str | None = None, *, torch: bool = False) -> Layout:
+def find_layout(model: BlockModel, name: str | None = None, *, torch: bool = False) -> Layout:
     """An official layout of a model's family: the one named, or else the first that it agrees with.
 
     Args:
@@ -50,13 +50,13 @@ def find_layout(model: ImageClassifier, name: str | None = None, *, torch: bool 
     raise ValueError(f"layout must be one of {names} for {of}; got {name}. Choose one of these.")
 
 
-def _agree(layout: Layout, model: ImageClassifier) -> bool:
+def _agree(layout: Layout, model: BlockModel) -> bool:
     """Whether the model's fields have the values that the layout implies."""
     return all(getattr(model, field) in told.values for field, told in layout.implies.items())
 
 
 def check_implied(
-    layout: Layout, model: ImageClassifier, remedy: str, fit: Collection[str] = ()
+    layout: Layout, model: BlockModel, remedy: str, fit: Collection[str] = ()
 ) -> list[str]:
     """Refuse a model whose fields are not what the layout's names imply.
 
@@ -86,7 +86,7 @@ def check_implied(
     return report
 
 
-def recognise(names: Collection[str], model: ImageClassifier) -> Layout:
+def recognise(names: Collection[str], model: BlockModel) -> Layout:
     """The layout that most of the names belong to: our own paths, or one of the model's family.
 
     Names that belong to none are taken for our own if they are paths, else for official ones.
@@ -96,7 +96,7 @@ def recognise(names: Collection[str], model: ImageClassifier) -> Layout:
     return max(candidates, key=lambda layout: layout.recognised(names))
 
 
-def foreign_family(names: Collection[str], model: ImageClassifier) -> str:
+def foreign_family(names: Collection[str], model: BlockModel) -> str:
     """Another family that more of the names belong to than to the model's; "" if none is."""
     best, found = recognise(names, model).recognised(names), ""
     for family, layouts in LAYOUTS.items():
@@ -106,7 +106,7 @@ def foreign_family(names: Collection[str], model: ImageClassifier) -> str:
 
 
 def from_state_dict(
-    state: Mapping[str, np.ndarray], model: ImageClassifier, *, skip: Collection[str] = ()
+    state: Mapping[str, np.ndarray], model: BlockModel, *, skip: Collection[str] = ()
 ) -> Params:
     """The parameters of a model from an official state dict.
 
@@ -124,6 +124,7 @@ def from_state_dict(
             names imply another value of one of the model's fields.
     """
     layout, tree = recognise(state, model), tree_of(model)
+    state = layout.parameters(state, tree)
     dropped = {*layout.in_groups(state, skip), *layout.set_aside(state)}
     state = {name: array for name, array in state.items() if name not in dropped}
     expected = {name: entry.official for name, entry in layout.entries(tree, skip).items()}
@@ -135,7 +136,7 @@ def from_state_dict(
 
 
 def to_state_dict(
-    params: Params, model: ImageClassifier, *, layout: str | None = None
+    params: Params, model: BlockModel, *, layout: str | None = None
 ) -> dict[str, np.ndarray]:
     """The official state dict of a model's parameters, or of anything shaped like them.
 

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 
 from crate_jax.interop.layouts.layout import Shapes
 from crate_jax.interop.tree import LAYER_SIZES, sizes, tree_of
-from crate_jax.models.classifier import ImageClassifier
+from crate_jax.models.stacked import BlockModel
 from crate_jax.models.zoo import VARIANTS, create_model
 
 _FITS = {"num_classes": "head", "positions": "image_size", "pixels of a patch": "patch_size"}
@@ -44,7 +44,7 @@ def _ranges(numbers: list[int]) -> str:
     return text if len(numbers) < 2 else "{" + text + "}"
 
 
-def mismatch(shapes: Shapes, model: ImageClassifier) -> tuple[str, str]:
+def mismatch(shapes: Shapes, model: BlockModel) -> tuple[str, str]:
     """By sizes alone: how a flat tree of ours is not the model's ("": it is), and what to do."""
     found, wanted = sizes(shapes), sizes(tree_of(model).shapes)
     wrong = [name for name, size in found.items() if size != wanted.get(name)]
@@ -63,7 +63,7 @@ def mismatch(shapes: Shapes, model: ImageClassifier) -> tuple[str, str]:
         remedy = f"Build the model with these sizes, or ask to fit: {', '.join(fits)}."
     patch, layers = "pixels of a patch", {n: found[n] for n in LAYER_SIZES if n in found}
     named = {n: s for n, s in _named_sizes(type(model)).items() if layers.items() <= s.items()}
-    names = [n for n, s in named.items() if s[patch] == found.get(patch)] or list(named)
+    names = [n for n, s in named.items() if s.get(patch) == found.get(patch)] or list(named)
     whose = f"these weights are {' or '.join(names)}'s" if names else "these weights differ"
     pairs = (f"{name} {found[name]} where the model has {wanted.get(name)}" for name in wrong)
     return f"{whose}: {', '.join(pairs)}", remedy

@@ -18,6 +18,7 @@ from crate_jax.interop.resize import METHODS, Size, resized_kernel, resized_posi
 from crate_jax.interop.tree import PROJECTION, flatten, tree_of
 from crate_jax.models.classifier import ImageClassifier, pair
 from crate_jax.models.parameters import Params
+from crate_jax.models.stacked import BlockModel
 from crate_jax.models.zoo import architecture, family_of
 
 # What may be fitted on request. The last three are constants that a file may declare: the model's
@@ -33,9 +34,9 @@ _POSITIONS = "embedding/pos_embedding"
 def source_model(
     found: Mapping[str, int],
     declared: Json,
-    model: ImageClassifier,
+    model: BlockModel,
     fit: Collection[str],
-) -> ImageClassifier:
+) -> BlockModel:
     """The model that weights are for: `model`, except in what is to be fitted.
 
     A size that the file does not declare is told from the shapes: patches keep the model's
@@ -57,6 +58,8 @@ def source_model(
     if not fit:
         return model
     _check_family(declared.get("family", family_of(model)), model)
+    if not isinstance(model, ImageClassifier):
+        return _source_of_text(declared, model, fit)
     stated = {name: declared[name] for name in FITS[1:] if name in declared and name in fit}
     if "patch_size" in fit and "image_size" in declared:
         stated["image_size"] = declared["image_size"]  # the grid changes with the patches
@@ -74,7 +77,19 @@ def source_model(
     return model.clone(image_size=size, patch_size=tuple(patch), in_channels=channels, **constants)
 
 
-def _check_family(family: object, model: ImageClassifier) -> None:
+def _source_of_text(declared: Json, model: BlockModel, fit: Collection[str]) -> BlockModel:
+    """`source_model` of a model of text, whose constants alone may differ."""
+    known = [name for name in CONSTANTS if hasattr(model, name)]
+    for name in fit:
+        if name not in known:
+            raise ValueError(
+                f"fit must be among {', '.join(known)} for a model of text; got {name}. "
+                "Build the model with the sizes of these weights."
+            )
+    return model.clone(**{name: declared[name] for name in fit if name in declared})
+
+
+def _check_family(family: object, model: BlockModel) -> None:
     """Weights of one family cannot be fitted to another."""
     if family != family_of(model):
         raise ValueError(
@@ -113,8 +128,8 @@ def _scale(area: Fraction, sides: Size) -> Size | None:
 
 def fit_params(
     params: Params,
-    source: ImageClassifier,
-    model: ImageClassifier,
+    source: BlockModel,
+    model: BlockModel,
     *,
     method: str = "right",
     key: jax.Array | None = None,
@@ -150,14 +165,10 @@ def fit_params(
     if method not in METHODS:
         raise ValueError(f"method must be one of {', '.join(METHODS)}; got {method}. Choose one.")
     flat = {path: np.asarray(leaf) for path, leaf in flatten(params).items()}
-    report = _fit_patches(flat, source, model, method) + _fit_grid(flat, source, model, method)
-    if not model.num_classes:
-        kept = {path: leaf for path, leaf in flat.items() if not path.startswith("head/")}
-        report += ["head: left out"] if len(kept) < len(flat) else []
-        flat = kept
-    elif "head/kernel" not in flat:
-        flat |= _new_head(model, jax.random.key(0) if key is None else key)
-        report.append(f"head: new, for {model.num_classes} classes")
+    report = []
+    if isinstance(source, ImageClassifier) and isinstance(model, ImageClassifier):
+        report += _fit_patches(flat, source, model, method) + _fit_grid(flat, source, model, method)
+        report += _fit_head(flat, model, key)
     theirs, ours = architecture(source), architecture(model)
     for name in CONSTANTS:
         if name in ours and theirs[name] != ours[name]:
@@ -208,6 +219,17 @@ def _fit_grid(
     flat[_POSITIONS] = resized_positions(flat[_POSITIONS], old, new, method)
     how = {"right": "bicubic", "crate_alpha": "linear", "official_maps": "as official maps"}[method]
     return [f"{_POSITIONS}: {_size(old)} to {_size(new)} patches, {how}"]
+
+
+def _fit_head(flat: Arrays, model: ImageClassifier, key: jax.Array | None) -> list[str]:
+    """A new head where there is none, and none for a model without, in ``flat``; what was done."""
+    if model.num_classes and "head/kernel" not in flat:
+        flat |= _new_head(model, jax.random.key(0) if key is None else key)
+        return [f"head: new, for {model.num_classes} classes"]
+    left = [] if model.num_classes else [path for path in flat if path.startswith("head/")]
+    for path in left:
+        del flat[path]
+    return ["head: left out"] if left else []
 
 
 def _by(method: str, resized: bool, name: str) -> str:

@@ -19,8 +19,8 @@ from crate_jax.interop.layouts.forms import Shape
 from crate_jax.interop.layouts.layout import Arrays, Layout
 from crate_jax.interop.names import left_aside
 from crate_jax.interop.tree import sizes, tree_of
-from crate_jax.models.classifier import ImageClassifier
 from crate_jax.models.parameters import Params
+from crate_jax.models.stacked import BlockModel
 from crate_jax.models.zoo import architecture, from_architecture
 from crate_jax.options import difference, listed
 from crate_jax.tasks.task import CLASSES
@@ -28,7 +28,7 @@ from crate_jax.tasks.task import CLASSES
 
 def load_weights(
     path: str | Path,
-    model: ImageClassifier,
+    model: BlockModel,
     *,
     fit: Collection[str] = (),
     method: str = "right",
@@ -84,14 +84,14 @@ class Loaded(NamedTuple):
     """
 
     params: Params
-    model: ImageClassifier
+    model: BlockModel
     report: list[str]
     class_names: tuple[str, ...] = ()
 
 
 def load_fitted(
     path: str | Path,
-    model: ImageClassifier | None,
+    model: BlockModel | None,
     *,
     fit: Collection[str] = (),
     method: str = "right",
@@ -128,6 +128,11 @@ def load_fitted(
             raise ValueError(f"{path} must state its model; it does not. Name the model.")
         model = from_architecture(contents.fields)
     layout = recognise(contents.arrays, model)
+    try:
+        arrays = layout.parameters(contents.arrays, tree_of(model))
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+    contents = contents._replace(arrays=arrays)
     left = layout.set_aside(contents.arrays)
     report = contents.left + ([left_aside(left)] if left else [])
     skip = ("head",) if "head" in fit or headless else ()
@@ -178,7 +183,7 @@ def _declared(tree_shapes: Mapping[str, Shape]) -> Json:
 
 
 def _check_fit(
-    path: Path, contents: Contents, layout: Layout, source: ImageClassifier, skip: Collection[str]
+    path: Path, contents: Contents, layout: Layout, source: BlockModel, skip: Collection[str]
 ) -> None:
     """Every entry of the file has its place in the model, and every place is filled."""
     expected = {name: e.official for name, e in layout.entries(tree_of(source), skip).items()}

@@ -10,8 +10,8 @@ from crate_jax.interop import npz, pth, safetensors
 from crate_jax.interop.convert import find_layout
 from crate_jax.interop.faults import faults
 from crate_jax.interop.tree import flatten, tree_of
-from crate_jax.models.classifier import ImageClassifier
 from crate_jax.models.parameters import Params
+from crate_jax.models.stacked import BlockModel
 from crate_jax.models.zoo import architecture, has_family
 
 # How a file may be written, by the end of its name.
@@ -21,7 +21,7 @@ SUFFIXES = (".npz", ".safetensors", *pth.FORMS)
 def save_weights(
     path: str | Path,
     params: Params,
-    model: ImageClassifier,
+    model: BlockModel,
     *,
     layout: str | None = None,
     class_names: Sequence[str] = (),
@@ -63,9 +63,10 @@ def save_weights(
             f"class_names must be () for PyTorch's files; got {len(class_names)} for {path}. "
             "Write .safetensors or .npz, or leave them out."
         )
-    if class_names and len(class_names) != model.num_classes:
+    outputs = getattr(model, "num_classes", 0)  # a model of text has tokens, and no classes
+    if class_names and len(class_names) != outputs:
         raise ValueError(
-            f"class_names must be one for each of the {model.num_classes} outputs of the model; "
+            f"class_names must be one for each of the {outputs} outputs of the model; "
             f"got {len(class_names)}. Name all of them, or none."
         )
     if layout is not None or torch:

@@ -9,15 +9,16 @@ import jax
 from flax import traverse_util
 
 from crate_jax.interop.layouts.layout import Shapes, Tree
-from crate_jax.models.classifier import ImageClassifier, pair
+from crate_jax.models.classifier import pair
 from crate_jax.models.cost import abstract_parameters
+from crate_jax.models.stacked import BlockModel
 
 PROJECTION = "embedding/projection/kernel"
 
 # What the shapes of a parameter tree tell: the leaf, and the axes whose product it is. A model has
 # one of the leaves.
 _SIZES: dict[str, dict[str, slice]] = {
-    "width": {"head_norm/scale": slice(0, 1)},
+    "width": {"head_norm/scale": slice(0, 1), "embedding/tokens": slice(1, 2)},
     "depth": {"blocks/mssa_norm/scale": slice(0, 1), "blocks/mhsa_norm/scale": slice(0, 1)},
     "num_heads x head_dim": {
         "blocks/mssa/U": slice(2, None),
@@ -28,20 +29,22 @@ _SIZES: dict[str, dict[str, slice]] = {
     "pixels of a patch": {PROJECTION: slice(0, -1)},
     "positions": {"embedding/pos_embedding": slice(0, 1)},
     "num_classes": {"head/kernel": slice(-1, None)},
+    "vocab_size": {"embedding/tokens": slice(0, 1)},
+    "positions in a text": {"embedding/positions": slice(0, 1)},
 }
 # Those that no fit can change.
 LAYER_SIZES = ("width", "depth", "num_heads x head_dim", "atoms", "hidden")
 
 
-def tree_of(model: ImageClassifier) -> Tree:
+def tree_of(model: BlockModel) -> Tree:
     """The shapes of a model's parameters by path, and its patch.
 
     Any Flax module will do that has an `input_shape` and is called as an image classifier is.
 
     Raises:
-        ValueError: it has no `input_shape`.
+        ValueError: it has none, and is no `BlockModel`.
     """
-    if not hasattr(model, "input_shape"):
+    if not (isinstance(model, BlockModel) or hasattr(model, "input_shape")):
         raise ValueError(
             "model must have an input_shape, by which its parameters are known; "
             f"{type(model).__name__} has none. Add the property, (H, W, c)."

@@ -57,8 +57,8 @@ class Part(NamedTuple):
         make: from ``name=…`` to the module. An attention takes normalised tokens (B, N, d), a mask
             and the names of the taps that it must show, and returns
             `crate_jax.models.layers.Attended`; a nonlinearity takes normalised tokens and returns
-            tokens.
-        taps: what an attention also shows.
+            tokens, and with taps also these, by name.
+        taps: what it also shows.
     """
 
     name: str
@@ -179,8 +179,9 @@ class Block(nn.Module):
     ) -> Array:
         """The half of the nonlinearity; its output is put into `seen`."""
         besides = () if step_sizes is None else (step_sizes,)
-        update_BxNxd = part.make(name=part.name)(self._norm(part, Z_BxNxd), *besides)
-        seen[part.name] = update_BxNxd
+        made = part.make(name=part.name)(self._norm(part, Z_BxNxd), *besides)
+        update_BxNxd, shown = made if part.taps else (made, {})
+        seen |= shown | {part.name: update_BxNxd}
         if not self.residual:  # an example that skipped it would have no tokens left
             return self._gated(part, update_BxNxd, None)
         return Z_BxNxd + self._gated(part, update_BxNxd, drop_path)
@@ -206,7 +207,7 @@ class Block(nn.Module):
 
 def tap_names(attention: Part, nonlinearity: Part | None) -> tuple[str, ...]:
     """What a block of these parts can show, in the order of computation (attention first)."""
-    second = () if nonlinearity is None else ("z_half", nonlinearity.name)
+    second = () if nonlinearity is None else ("z_half", *nonlinearity.taps, nonlinearity.name)
     return (*attention.taps, attention.name, *second, "out")
 
 

@@ -18,6 +18,20 @@ def pair(size: int | Sequence[int]) -> tuple[int, int]:
     return (int(sides[0]), int(sides[-1]))
 
 
+def of_images(model: object) -> "ImageClassifier":
+    """The model itself, which must classify images.
+
+    Raises:
+        ValueError: it does not.
+    """
+    if isinstance(model, ImageClassifier):
+        return model
+    raise ValueError(
+        f"model must classify images here; got a {type(model).__name__}, of text. There is no "
+        "next-token task yet: choose a model of images."
+    )
+
+
 class ImageClassifier(ImageFields, BlockModel):
     """A stack of blocks between an embedding and a head; a model says which.
 

@@ -1,6 +1,7 @@
 """CRATE-α: CRATE with a sparse code in an overcomplete dictionary in the place of ISTA."""
 
 import functools
+from typing import ClassVar
 
 import flax.linen as nn
 import jax.numpy as jnp
@@ -16,6 +17,15 @@ from crate_jax.models.embedding import PatchEmbedding
 from crate_jax.models.fields import AlphaFields
 from crate_jax.models.layers import ISTA, MSSA, Linear, relu, times
 from crate_jax.models.parameters import dictionary_init, read
+from crate_jax.models.steering import STEERING, steered
+
+
+def odl_code(Y_BxNxd: Array, D_dxm: Array, *, eta: float, lmbda: float) -> Array:
+    """Two steps of ISTA in an overcomplete dictionary: the sparse code A² (B, N, m) of `odl`."""
+    eta, lmbda = plain(eta), plain(lmbda)
+    A1_BxNxm = keep(relu(eta * times(Y_BxNxd, D_dxm) - eta * lmbda), "code")
+    E_BxNxd = keep(times(A1_BxNxm, D_dxm.T) - Y_BxNxd, "error")
+    return keep(relu(A1_BxNxm - eta * times(E_BxNxd, D_dxm) - eta * lmbda), "code")
 
 
 def odl(Y_BxNxd: Array, D_dxm: Array, D1_dxm: Array, *, eta: float, lmbda: float) -> Array:
@@ -35,18 +45,17 @@ def odl(Y_BxNxd: Array, D_dxm: Array, D1_dxm: Array, *, eta: float, lmbda: float
     Returns:
         Tokens (B, N, d), before the residual; of the tokens' dtype, which the dictionaries share.
     """
-    eta, lmbda = plain(eta), plain(lmbda)
-    A1_BxNxm = keep(relu(eta * times(Y_BxNxd, D_dxm) - eta * lmbda), "code")
-    E_BxNxd = keep(times(A1_BxNxm, D_dxm.T) - Y_BxNxd, "error")
-    A2_BxNxm = keep(relu(A1_BxNxm - eta * times(E_BxNxd, D_dxm) - eta * lmbda), "code")
-    return times(A2_BxNxm, D1_dxm.T)
+    return times(odl_code(Y_BxNxd, D_dxm, eta=eta, lmbda=lmbda), D1_dxm.T)
 
 
 class OvercompleteISTA(nn.Module):
     """`odl` with its dictionaries D and D1 (d, m), which start uniform in ±√(6/d).
 
-    Without ``decoupled`` there is no D1: the code is read with D.
+    Without ``decoupled`` there is no D1: the code is read with D. What the collection `STEERING`
+    sets of the code is set before it is read.
     """
+
+    TAPS: ClassVar[tuple[str, ...]] = ("code",)
 
     eta: float
     lmbda: float
@@ -55,12 +64,15 @@ class OvercompleteISTA(nn.Module):
     dtype: DTypeLike = jnp.float32
 
     @nn.compact
-    def __call__(self, Y_BxNxd: Array) -> Array:
-        """Normalised tokens (B, N, d) to tokens (B, N, d), before the residual."""
+    def __call__(self, Y_BxNxd: Array) -> tuple[Array, dict[str, Array]]:
+        """Normalised tokens (B, N, d) to tokens (B, N, d), before the residual, and the code."""
         shape = (Y_BxNxd.shape[-1], self.atoms)
         D_dxm = read(self, "D", dictionary_init, shape, self.dtype)
         D1_dxm = read(self, "D1", dictionary_init, shape, self.dtype) if self.decoupled else D_dxm
-        return odl(Y_BxNxd.astype(self.dtype), D_dxm, D1_dxm, eta=self.eta, lmbda=self.lmbda)
+        Y_BxNxd = Y_BxNxd.astype(self.dtype)
+        A_BxNxm = odl_code(Y_BxNxd, D_dxm, eta=self.eta, lmbda=self.lmbda)
+        A_BxNxm = steered(A_BxNxm, self.get_variable(STEERING, "code"))
+        return times(A_BxNxm, D1_dxm.T), {"code": A_BxNxm}
 
 
 class CrateAlpha(AlphaFields, ImageClassifier):
@@ -110,7 +122,7 @@ class CrateAlpha(AlphaFields, ImageClassifier):
         make = functools.partial(
             OvercompleteISTA, self.eta, self.lmbda, atoms, self.decoupled, self.dtype
         )
-        return Part("odl", make)
+        return Part("odl", make, OvercompleteISTA.TAPS)
 
     def block_fields(self) -> dict[str, bool | float | None]:
         """The residual and LayerScale."""

@@ -33,7 +33,9 @@ def plain(number: float) -> float:
     return number.item() if isinstance(number, np.generic) else number
 
 
-def attend(V_BxKxNxp: Array, mask: Array | None = None) -> tuple[Array, Array]:
+def attend(
+    V_BxKxNxp: Array, mask: Array | None = None, seen_BxKxMxp: Array | None = None
+) -> tuple[Array, Array]:
     """Softmax attention of tokens to each other: A = softmax(p^{-1/2} V Vᵀ) and A V.
 
     Scores and softmax are of dtype `wide`.
@@ -41,18 +43,20 @@ def attend(V_BxKxNxp: Array, mask: Array | None = None) -> tuple[Array, Array]:
     Args:
         V_BxKxNxp: tokens in K subspaces, attended in each of them apart.
         mask: True where token n (the last axis but one) may see token m (the last axis); it
-            broadcasts to (B, K, N, N). None: every token sees all.
+            broadcasts to (B, K, N, M). None: every token sees all.
+        seen_BxKxMxp: the tokens that are seen; None: V itself, so that M = N.
 
     Returns:
-        A V (B, K, N, p) and A (B, K, N, N), whose rows sum to one; both of the input's dtype.
+        A V (B, K, N, p) and A (B, K, N, M), whose rows sum to one; both of the input's dtype.
     """
+    W_BxKxMxp = V_BxKxNxp if seen_BxKxMxp is None else seen_BxKxMxp
     product = functools.partial(jnp.einsum, preferred_element_type=wide(V_BxKxNxp.dtype))
-    S_BxKxNxN = product("bknp,bkmp->bknm", V_BxKxNxp, V_BxKxNxp) * V_BxKxNxp.shape[-1] ** -0.5
+    S_BxKxNxM = product("bknp,bkmp->bknm", V_BxKxNxp, W_BxKxMxp) * V_BxKxNxp.shape[-1] ** -0.5
     if mask is not None:
-        S_BxKxNxN = jnp.where(mask, S_BxKxNxN, -jnp.inf)
-    A_BxKxNxN = jax.nn.softmax(S_BxKxNxN, axis=-1).astype(V_BxKxNxp.dtype)
-    A_BxKxNxN = checkpoint_name(A_BxKxNxN, "attention")
-    return jnp.einsum("bknm,bkmp->bknp", A_BxKxNxN, V_BxKxNxp), A_BxKxNxN
+        S_BxKxNxM = jnp.where(mask, S_BxKxNxM, -jnp.inf)
+    A_BxKxNxM = jax.nn.softmax(S_BxKxNxM, axis=-1).astype(V_BxKxNxp.dtype)
+    A_BxKxNxM = checkpoint_name(A_BxKxNxM, "attention")
+    return jnp.einsum("bknm,bkmp->bknp", A_BxKxNxM, W_BxKxMxp), A_BxKxNxM
 
 
 def normalise(X: Array, scale_d: Array, bias_d: Array, dtype: DTypeLike, epsilon: float) -> Array:

@@ -73,6 +73,21 @@ class ImageFields(ModelFields, _Classifier):
 
 
 @dataclasses.dataclass(eq=False, repr=False)
+class _Text:
+    """What a model of text takes and gives. It stands before `ModelFields` by position."""
+
+    context_length: int = option(..., "T, the most tokens that it sees at once", low=1)
+    vocab_size: int = option(..., "V, how many tokens there are to choose from", low=1)
+
+
+@dataclasses.dataclass(eq=False, repr=False)
+class LanguageFields(ModelFields, _Text):
+    """What every model of text has."""
+
+    tied: bool = option(True, "whether the head reads with the table of the embedding")
+
+
+@dataclasses.dataclass(eq=False, repr=False)
 class SubspaceFields(ModelFields):
     """What every model with MSSA has."""
 
@@ -137,10 +152,38 @@ class VitFields(ImageFields):
     mlp_ratio: int = option(4, "hidden units of the MLP over the width", low=1)
 
 
+@dataclasses.dataclass(eq=False, repr=False)
+class CausalFields(SubspaceFields, LanguageFields):
+    """Causal CRATE, arXiv 2311.13110."""
+
+    eta: float = option(0.1, "step size of ISTA", above=0)
+    lmbda: float = option(0.1, "sparsity weight of ISTA", low=0)
+
+
+@dataclasses.dataclass(eq=False, repr=False)
+class CrateLMFields(CausalFields):
+    """CRATE-LM, arXiv 2410.16443."""
+
+    overcompleteness: int = option(4, "atoms of the dictionary over the width", low=1)
+
+
+@dataclasses.dataclass(eq=False, repr=False)
+class BertFields(CausalFields):
+    """CRATE-BERT, arXiv 2311.13110."""
+
+    dropout: float = option(0.1, "share dropped while training", low=0, below=1, how=True)
+    pad_token: int = option(
+        1, "the token that fills a text up; positions count from behind it", low=0
+    )
+
+
 FAMILIES: dict[str, type[ModelFields]] = {
     "crate": CrateFields,
     "crate_alpha": AlphaFields,
     "vit": VitFields,
+    "crate_causal": CausalFields,
+    "crate_lm": CrateLMFields,
+    "crate_bert": BertFields,
 }
 
 

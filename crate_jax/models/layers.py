@@ -37,6 +37,8 @@ from crate_jax.models.parameters import (
     parameter,
     read,
 )
+from crate_jax.models.past import PAST, SubspaceTokens
+from crate_jax.models.steering import STEERING, Steering, steered
 
 
 class Attended(NamedTuple):
@@ -59,6 +61,8 @@ def mssa(
     *,
     mask: Array | None = None,
     kernel: str | None = None,
+    past: SubspaceTokens | None = None,
+    steering: Steering | None = None,
 ) -> Attended:
     """Multi-head subspace self-attention: W_out [SSA_1; …; SSA_K] + b_out.
 
@@ -88,6 +92,8 @@ def mssa(
         mask: as for `crate_jax.models.derivatives.attend`.
         kernel: one of `crate_jax.models.attention.KERNELS`, which keep no attention and know
             reverse mode alone; None: the plain function.
+        past: tokens before these, which these see too; the plain function attends to them.
+        steering: of the subspace tokens.
 
     Returns:
         The update (B, N, d); seen are ``subspace_tokens`` (B, N, K, p) and, without a kernel,
@@ -97,10 +103,11 @@ def mssa(
     Raises:
         ValueError: the kernel does not run here, or not on these tokens.
     """
-    V_BxNxKxp = keep_merged(times(Y_BxNxd, U_dxKxp), "subspace_tokens")
+    V_BxNxKxp = steered(keep_merged(times(Y_BxNxd, U_dxKxp), "subspace_tokens"), steering)
     seen = {"subspace_tokens": V_BxNxKxp}
-    if kernel is None:
-        O_BxKxNxp, seen["attention"] = attend(V_BxNxKxp.swapaxes(1, 2), mask)
+    if kernel is None or past is not None:
+        all_BxKxMxp = past.grown(V_BxNxKxp).V_BxTxKxp.swapaxes(1, 2) if past else None
+        O_BxKxNxp, seen["attention"] = attend(V_BxNxKxp.swapaxes(1, 2), mask, all_BxKxMxp)
         O_BxNxKxp = keep_merged(O_BxKxNxp.swapaxes(1, 2), "attended")
     else:
         O_BxNxKxp = attend_by(kernel, V_BxNxKxp, mask)
@@ -232,6 +239,8 @@ class MSSA(nn.Module):
     kernel: str | None = "auto"
     bias: bool = True
     kernel_init: Callable[..., Array] | None = None  # None: nn.Linear's
+    out_init: Callable[..., Array] | None = None  # of W_out; None: kernel_init
+    bias_init: Callable[..., Array] | None = None  # None: nn.Linear's
 
     @nn.compact
     def __call__(
@@ -239,7 +248,8 @@ class MSSA(nn.Module):
     ) -> Attended:
         """Normalised tokens (B, N, d) to their update, as `mssa` returns it.
 
-        Where ``attention`` is among the taps, no kernel computes it.
+        Where ``attention`` is among the taps, no kernel computes it. The collections `PAST` and
+        `STEERING` count where the model is given them.
         """
         Y_BxNxd = Y_BxNxd.astype(self.dtype)
         d, K, p = Y_BxNxd.shape[-1], self.num_heads, self.head_dim
@@ -249,11 +259,18 @@ class MSSA(nn.Module):
         W_out_Kxpxd = b_out_d = None
         if (K, p) != (1, d):
             W_init = init.variance_scaling(1 / 3, "fan_in", "uniform", in_axis=(0, 1), out_axis=2)
-            W_out_Kxpxd = read(self, "W_out", self.kernel_init or W_init, (K, p, d), self.dtype)
+            W_init = self.out_init or self.kernel_init or W_init
+            W_out_Kxpxd = read(self, "W_out", W_init, (K, p, d), self.dtype)
             if self.bias:
-                b_out_d = read(self, "b_out", linear_bias_init(K * p), (d,), self.dtype)
+                b_init = self.bias_init or linear_bias_init(K * p)
+                b_out_d = read(self, "b_out", b_init, (d,), self.dtype)
         kernel = None if "attention" in taps else self.kernel
-        return mssa(Y_BxNxd, U_dxKxp, W_out_Kxpxd, b_out_d, mask=mask, kernel=kernel)
+        given = {of: self.get_variable(of, "subspace_tokens") for of in (PAST, STEERING)}
+        attended = mssa(Y_BxNxd, U_dxKxp, W_out_Kxpxd, b_out_d, mask=mask, kernel=kernel, **given)
+        if (past := given[PAST]) is not None:
+            grown = past.grown(attended.seen["subspace_tokens"])
+            self.put_variable(PAST, "subspace_tokens", grown)
+        return attended
 
 
 class ISTA(nn.Module):

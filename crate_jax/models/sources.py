@@ -69,10 +69,33 @@ SOURCES = (
         "2405.20299",
         "UCSC-VLAA/CRATE-alpha, no licence; headers Apache-2.0",
     ),
+    Source(
+        "Causal CRATE",
+        "crate_causal_*",
+        "2311.13110",
+        "Ma-Lab-Berkeley/CRATE, pull request 13, MIT",
+        "The authors' weights of the base model are JackBAI/CRATE-GPT2-Base on the Hugging Face "
+        "hub.",
+    ),
+    Source(
+        "CRATE-LM",
+        "crate_lm_*",
+        "2410.16443",
+        "crate-lm/crate-lm, MIT",
+        "The authors' weights of the base model are JackBAI/CRATE-GPT-12L-Pile-600000steps on the "
+        "Hugging Face hub.",
+    ),
+    Source(
+        "CRATE-BERT",
+        "crate_bert_*",
+        "2311.13110",
+        "huggingface/transformers, pull request 27759, Apache-2.0",
+    ),
     Source("ViT, the baseline", "vit_*", "2010.11929", "timm, Apache-2.0"),
 )
 
-# By model and by what was measured. Top-1 in percent, of models trained on ImageNet-1K alone.
+# By model and by what was measured. Top-1 in percent, of models trained on ImageNet-1K alone; and
+# cross-entropy in nats, where it is called a loss.
 IN1K, IN21K, REAL = "ImageNet-1K", "ImageNet-21K → 1K", "ImageNet ReaL"
 CIFAR10, CIFAR100 = "CIFAR-10, fine-tuned", "CIFAR-100, fine-tuned"
 FLOWERS, PETS = "Flowers-102, fine-tuned", "Oxford Pets, fine-tuned"
@@ -107,6 +130,13 @@ RESULTS |= {
         "large_patch14": 83.9,
         "large_patch8": 85.1,
     }.items()
+}
+# Of text: of the training's own kind, and zero-shot.
+RESULTS["crate_causal_base"] = {
+    "OpenWebText loss": 3.37,
+    "LAMBADA loss": 4.91,
+    "WikiText loss": 4.61,
+    "PTB loss": 5.53,
 }
 
 _ALPHA = "hf://UCSC-VLAA/CRATE-alpha"

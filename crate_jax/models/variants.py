@@ -64,6 +64,27 @@ VARIANTS |= {
 VARIANTS |= {f"vit_{size}_patch16_224": _variant("vit", 16, *shape) for size, shape in _VIT.items()}
 
 
+def _text(family: str, width: int, depth: int, num_heads: int, **fields: object) -> Variant:
+    """A model of texts of 1,024 tokens, of GPT-2's 50,257 padded to a multiple of 64."""
+    sizes = dict(width=width, depth=depth, num_heads=num_heads)
+    return Variant(family, dict(context_length=1024, vocab_size=50_304) | sizes | fields)
+
+
+# arXiv 2311.13110 and 2410.16443: GPT-2's sizes, and those of the study of neurons.
+VARIANTS |= {
+    "crate_causal_base": _text("crate_causal", 768, 12, 12),
+    "crate_causal_medium": _text("crate_causal", 1024, 24, 16),
+    "crate_causal_large": _text("crate_causal", 1280, 36, 20),
+    "crate_causal_xl": _text("crate_causal", 1600, 48, 25),
+    "crate_lm_1l": _text("crate_lm", 128, 1, 4),
+    "crate_lm_2l": _text("crate_lm", 128, 2, 4),
+    "crate_lm_3l": _text("crate_lm", 128, 3, 4),
+    "crate_lm_small": _text("crate_lm", 768, 6, 12),
+    "crate_lm_base": _text("crate_lm", 768, 12, 12),
+    "crate_bert_base": _text("crate_bert", 768, 12, 12, context_length=512, vocab_size=50_265),
+}
+
+
 def find(name: str) -> Variant:
     """The variant of a name.
 

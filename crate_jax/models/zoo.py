@@ -8,18 +8,28 @@ from typing import Any
 import jax.numpy as jnp
 
 from crate_jax.files import Json
-from crate_jax.models.classifier import ImageClassifier, pair
+from crate_jax.models.classifier import pair
 from crate_jax.models.crate import Crate
 from crate_jax.models.crate_alpha import CrateAlpha
+from crate_jax.models.crate_bert import CrateBert
+from crate_jax.models.crate_causal import CrateCausal, CrateLM
 from crate_jax.models.fields import FAMILIES, Size, fields_of
 from crate_jax.models.sections import ModelConfig, overrides
+from crate_jax.models.stacked import BlockModel
 from crate_jax.models.variants import VARIANTS, find
 from crate_jax.models.vit import ViT
 from crate_jax.options import check, did_you_mean, option_of, unknown
 
-Model = ImageClassifier
+Model = BlockModel
 
-CLASSES: dict[str, type[Model]] = {"crate": Crate, "crate_alpha": CrateAlpha, "vit": ViT}
+CLASSES: dict[str, type[Model]] = {
+    "crate": Crate,
+    "crate_alpha": CrateAlpha,
+    "vit": ViT,
+    "crate_causal": CrateCausal,
+    "crate_lm": CrateLM,
+    "crate_bert": CrateBert,
+}
 
 
 def list_models(pattern: str = "*") -> list[str]:

@@ -40,12 +40,12 @@ class ODL(nn.Module):
             # PyTorch takes the columns for the inputs, of which there are as many as atoms.
             nn.init.kaiming_uniform_(dictionary, mode="fan_out")
 
-    def forward(self, Y: Tensor) -> Tensor:
-        """Normalised tokens (B, N, d) to tokens (B, N, d), before the residual."""
+    def forward(self, Y: Tensor) -> tuple[Tensor, Tensor]:
+        """Normalised tokens (B, N, d) to tokens (B, N, d), before the residual, and the code."""
         shrink = self.eta * self.lmbda
         A = F.relu(self.eta * (Y @ self.D) - shrink)
         A = F.relu(A - self.eta * ((A @ self.D.t() - Y) @ self.D) - shrink)
-        return A @ (self.D if self.D1 is None else self.D1).t()
+        return A @ (self.D if self.D1 is None else self.D1).t(), A
 
 
 class PreNorm(nn.Module):
@@ -79,9 +79,9 @@ class Transformer(nn.Module):
         for mssa, odl in self.layers:  # type: ignore
             update, seen = mssa(Z)
             half = Z + update
-            code = odl(half)
-            Z = half + code if self.residual else code
-            seen |= {"mssa": update, "z_half": half, "odl": code, "out": Z}
+            read, code = odl(half)
+            Z = half + read if self.residual else read
+            seen |= {"mssa": update, "z_half": half, "code": code, "odl": read, "out": Z}
             for name in taps:
                 kept[name].append(seen[name])
         return Z, {name: torch.stack(values) for name, values in kept.items()}
@@ -106,7 +106,7 @@ class TorchCrateAlpha(Twin):
             official name.
     """
 
-    TAPS = ("subspace_tokens", "attention", "mssa", "z_half", "odl", "out")
+    TAPS = ("subspace_tokens", "attention", "mssa", "z_half", "code", "odl", "out")
 
     def __init__(self, model: CrateAlpha):
         super().__init__()

@@ -13,7 +13,9 @@ from crate_jax.analysis import layerwise
 from crate_jax.config import TrainConfig
 from crate_jax.data.rows import Rows
 from crate_jax.files import Json
+from crate_jax.models.classifier import of_images
 from crate_jax.models.cost import has_formula, multiply_adds
+from crate_jax.models.stacked import BlockModel
 from crate_jax.models.zoo import build_model
 from crate_jax.tasks.losses import cross_entropy
 from crate_jax.tasks.mixing import make_mix
@@ -59,7 +61,9 @@ class Classify(Task):
     by_row: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        """Refuse a model without classes."""
+        """Refuse a model of ours that takes no images, and one without classes."""
+        if isinstance(self.model, BlockModel):
+            of_images(self.model)
         if getattr(self.model, "num_classes", None) == 0:
             raise ValueError(
                 "model.num_classes must be at least 1 for a classifier; got 0, features. Leave it "

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from crate_jax import Crate, ViT
+from crate_jax import Crate, CrateAlpha, CrateBert, CrateCausal, CrateLM, ViT
 from crate_jax.analysis import layerwise, taps
 from crate_jax.analysis.layerwise import _unit_length
 from crate_jax.analysis.report import draw_layerwise
@@ -125,7 +125,10 @@ MEASURED = {
         Crate(**TINY, nonlinearity="mlp"),
         {"coding_rate_mean", "coding_rate_std", "rate_reduction_mean"},
     ),
+    "alpha": (CrateAlpha(**TINY), PAPER - {"rate_mean"}),
 }
+TEXT = dict(context_length=6, vocab_size=9, width=12, depth=2, num_heads=2)
+MODELS_OF_TEXT = {"causal": CrateCausal(**TEXT), "lm": CrateLM(**TEXT), "bert": CrateBert(**TEXT)}
 
 
 def some_params(model):
@@ -148,12 +151,31 @@ def test_what_a_model_has_is_measured(name, images, tmp_path):
     R_LxB = np.array([[rate(Z) for Z in Z_BxNxd] for Z_BxNxd in Z_LxBxNxd])
     np.testing.assert_allclose(got["rate_mean"], R_LxB.mean(1), rtol=2e-5)
     if "zero_fraction" in measured:
+        sparse = np.asarray(seen["code" if name == "alpha" else "ista"])
         np.testing.assert_allclose(
-            got["zero_fraction"], (np.asarray(seen["ista"]) == 0).mean(axis=(1, 2, 3)), rtol=1e-6
+            got["zero_fraction"], (sparse == 0).mean(axis=(1, 2, 3)), rtol=1e-6
         )
     pytest.importorskip("matplotlib")
     draw_layerwise(got, tmp_path / "picture.png", title=name)
     assert (tmp_path / "picture.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize("name", MODELS_OF_TEXT)
+def test_a_model_of_text_is_measured_on_tokens(name):
+    """Tokens see those before them alone, and R and R^c are those of a whole text."""
+    model, tokens = MODELS_OF_TEXT[name], jax.random.randint(jax.random.key(0), (3, 6), 2, 9)
+    params = some_params(model)
+    got = jax.jit(lambda p, x: layerwise(model, p, x))(params, tokens)
+    assert set(got) == PAPER
+    _, seen = jax.jit(lambda p, x: taps(model, p, x))(params, tokens)
+    Z_LxBxNxd = np.asarray(seen["z_half"], np.float64)
+    R_LxB = np.array([[rate(Z) for Z in Z_BxNxd] for Z_BxNxd in Z_LxBxNxd])
+    np.testing.assert_allclose(got["rate_mean"], R_LxB.mean(1), rtol=2e-5)
+    sparse = np.asarray(seen["code" if name == "lm" else "ista"])
+    zeros = (sparse == 0).mean(axis=(1, 2, 3))
+    np.testing.assert_allclose(got["zero_fraction"], zeros, rtol=1e-6)
+    official = layerwise(model, params, tokens, definition="official_code")
+    assert set(official) == {"coding_rate_mean", "coding_rate_std", "zero_fraction"}
 
 
 def test_the_official_definition_needs_mssa(images):

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from sizes import sizes_of
 
 from crate_jax.models.classifier import ImageClassifier
 from crate_jax.models.cost import abstract_parameters
@@ -69,5 +70,5 @@ def test_a_model_runs_in_the_bridge_to_nnx():
 @pytest.mark.parametrize("family", CLASSES)
 def test_no_method_has_the_name_of_a_parameter(family):
     """Flax would let it pass, and the bridge to NNX take one for the other."""
-    model = CLASSES[family](**SIZES)
+    model = CLASSES[family](**sizes_of(family))
     assert set(abstract_parameters(model)) & set(dir(model)) == set()

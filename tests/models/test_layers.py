@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from crate_jax import Crate, objective
-from crate_jax.models import layers
+from crate_jax.models import crate_bert, layers
 from crate_jax.models.derivatives import attend
 from crate_jax.models.layers import ista_step, mssa
 from crate_jax.models.parameters import dictionary_init, linear_bias_init
@@ -50,7 +50,7 @@ def paper_ista(Y_dxN, D_dxd, eta, lmbda):
 
 
 def test_the_examples_of_the_docstrings():
-    for module, functions in ((layers, 2), (objective, 1)):
+    for module, functions in ((layers, 2), (objective, 1), (crate_bert, 1)):
         tests = [test for test in doctest.DocTestFinder().find(module) if test.examples]
         assert len(tests) == functions
         for test in tests:

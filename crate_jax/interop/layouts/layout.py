@@ -6,7 +6,7 @@ no file is known here.
 
 import dataclasses
 import re
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import NamedTuple
 
 import numpy as np
@@ -69,6 +69,11 @@ class Layout:
         zeros: paths that have no entry there and are zero.
         left_out: pattern of entries that belong to no parameter of ours and are left aside.
         head: pattern of the head's entries besides those of the table, such as its further layers.
+        copies: names under which an array of the table lies there a second time: that of the copy,
+            that in the table. A name that is in the table too is a copy where the model has no
+            parameter for it.
+        constants: names, in which ``{i}`` is the layer, of what each layer has there besides its
+            parameters, and how it follows from the shapes of these.
         implies: what the names tell of fields of the model that no shape shows.
     """
 
@@ -79,12 +84,17 @@ class Layout:
     zeros: tuple[str, ...] = ()
     left_out: str = ""
     head: str = ""
+    copies: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    constants: Mapping[str, Callable[[Shapes], np.ndarray]] = dataclasses.field(
+        default_factory=dict
+    )
     implies: Mapping[str, Implied] = dataclasses.field(default_factory=dict)
 
     @property
     def names(self) -> str:
-        """Pattern of the names in the table and of the head's."""
-        patterns = [_regex(pattern) for pattern, _ in self.table.values()]
+        """Pattern of the names in the table, of their copies, of constants and of the head's."""
+        named = [pattern for pattern, _ in self.table.values()]
+        patterns = [_regex(pattern) for pattern in (*named, *self.copies, *self.constants)]
         return "|".join(patterns + [self.head] * bool(self.head))
 
     def recognised(self, names: Iterable[str]) -> int:
@@ -95,6 +105,43 @@ class Layout:
     def set_aside(self, names: Iterable[str]) -> list[str]:
         """Which of the names are left aside."""
         return [name for name in names if self.left_out and re.fullmatch(self.left_out, name)]
+
+    def parameters(self, arrays: Mapping[str, np.ndarray], tree: Tree) -> Arrays:
+        """The arrays by official name without copies and constants.
+
+        Of an array that lies there under one of its two names alone, that one counts.
+
+        Raises:
+            ValueError: a copy or a constant is not what it must be.
+        """
+        found = dict(arrays)
+        for name, of in self._copies(tree).items():
+            if name not in found:
+                continue
+            copy = found.pop(name)
+            if not np.array_equal(copy, found.setdefault(of, copy)):
+                raise ValueError(
+                    f"{name} must equal {of} in weights of this model; it does not. Build a model "
+                    "whose head has a table of its own: tied=False."
+                )
+        for name, value in self._constants(tree).items():
+            given = found.pop(name, value)
+            if np.shape(given) == value.shape and not np.array_equal(given, value):
+                raise ValueError(f"{name} must be as the model computes it; it is not.")
+        return found
+
+    def _copies(self, tree: Tree) -> Mapping[str, str]:
+        """Those that are no parameters of the model."""
+        own = {pattern for path, (pattern, _) in self.table.items() if path in tree.shapes}
+        return {name: of for name, of in self.copies.items() if name not in own}
+
+    def _constants(self, tree: Tree) -> Arrays:
+        depths = {shape[0] for path, shape in tree.shapes.items() if path.startswith("blocks/")}
+        return {
+            pattern.format(i=layer): compute(tree.shapes)
+            for pattern, compute in self.constants.items()
+            for layer in range(max(depths))
+        }
 
     def in_groups(self, names: Iterable[str], groups: Collection[str]) -> list[str]:
         """Which of the names belong to these top-level groups of our tree."""
@@ -169,7 +216,8 @@ class Layout:
         """The official arrays by name, of a flat tree of the model's parameters.
 
         Returns:
-            New contiguous arrays of the dtypes of ``flat``, by name, without the prefix.
+            New contiguous arrays of the dtypes of ``flat``, by name, without the prefix; copies and
+            constants too.
 
         Raises:
             ValueError: the layout has no place for a parameter.
@@ -185,7 +233,8 @@ class Layout:
             whole = flat[entry.path]
             value = (whole if entry.layer is None else whole[entry.layer]).reshape(entry.ours)
             official[name] = np.array(entry.form.to_official(value), order="C")
-        return official
+        official |= {name: official[of].copy() for name, of in self._copies(tree).items()}
+        return official | self._constants(tree)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,0 +1,47 @@
+"""What attention keeps of the tokens so far, so that those that follow need nothing else of them.
+
+It lies in the collection `PAST` of a model's variables, a value for each layer. A module that finds
+its own there takes the tokens of a call for those that follow, and puts the grown one back.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from crate_jax import placement
+
+PAST = "past"
+
+
+class SubspaceTokens(NamedTuple):
+    """Of MSSA: the subspace tokens so far, with room for a whole context.
+
+    A token is query, key and value at once, so that one array is all of it.
+
+    Attributes:
+        V_BxTxKxp: subspace tokens; those beyond the length are empty.
+        length: how many there are, int32.
+    """
+
+    V_BxTxKxp: Array
+    length: Array
+
+    def grown(self, V_BxNxKxp: Array) -> "SubspaceTokens":
+        """With N more tokens, for which there must be room."""
+        V_BxTxKxp = placement.beside(self.V_BxTxKxp, V_BxNxKxp)
+        V_BxTxKxp = jax.lax.dynamic_update_slice_in_dim(V_BxTxKxp, V_BxNxKxp, self.length, axis=1)
+        return SubspaceTokens(V_BxTxKxp, self.length + V_BxNxKxp.shape[1])
+
+
+def _of_mssa(model: Any, batch_size: int) -> dict[str, SubspaceTokens]:
+    room = (batch_size, model.context_length, model.num_heads, model.subspace_dim)
+    V_LxBxTxKxp = jnp.zeros((model.depth, *room), model.dtype)
+    return {"subspace_tokens": SubspaceTokens(V_LxBxTxKxp, jnp.zeros(model.depth, jnp.int32))}
+
+
+# What there is before the first token, with the layers on axis 0: by the name that the attention
+# has in a block, from the model and the number of texts.
+EMPTY: dict[str, Callable[[Any, int], dict[str, Any]]] = {"mssa": _of_mssa}

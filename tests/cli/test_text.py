@@ -1,0 +1,83 @@
+"""The commands for models of text: what works, and one line from each that does not."""
+
+import json
+
+import numpy as np
+import pytest
+from command import ROOT
+from weights import assert_equal_trees, random_params
+
+from crate_jax import CrateLM, load_weights, save_weights
+from crate_jax.cli.flags import parse_config
+from crate_jax.cli.main import main
+from crate_jax.cli.running import run_command
+from crate_jax.tasks import Classify
+from crate_jax.training.loop import train
+
+TINY = dict(context_length=5, vocab_size=7, width=6, depth=2, num_heads=2)
+MODEL = CrateLM(**TINY)
+KWARGS = ["--model-kwargs", *(f"{name}={value}" for name, value in TINY.items())]
+NO_TASK = "of text. There is no next-token task yet: choose a model of images."
+
+
+@pytest.fixture
+def weights(tmp_path):
+    save_weights(tmp_path / "w.safetensors", random_params(MODEL), MODEL)
+    return tmp_path / "w.safetensors"
+
+
+def result(capsys, *arguments):
+    assert main([str(argument) for argument in arguments]) == 0
+    return json.loads(capsys.readouterr().out.splitlines()[-1])
+
+
+def refused(capsys, status):
+    out, err = capsys.readouterr()
+    assert status == 2 and out == ""
+    (line,) = err.splitlines()
+    return line
+
+
+def test_summary(capsys):
+    found = result(capsys, "summary", "crate_causal_base")
+    assert found["context_length"] == found["tokens"] == 1024 and found["vocab_size"] == 50_304
+    assert found["parameters"] == 60_699_648 and "image_size" not in found
+    layer = 1024 * (2 * 768**2 + 2 * 1024 * 768 + 2 * 768**2)
+    assert found["gmacs"] == round((12 * layer + 1024 * 768 * 50_304) / 1e9, 3)
+    assert found["activation_mib_per_text"] > 0
+    sizes = ["--context_length", "64", "--vocab_size", "256"]
+    small = result(capsys, "summary", "crate_lm_1l", *sizes)
+    assert small["tokens"] == 64
+    assert small["parameters"] == 6_538_112 - (50_304 - 256) * 128 + 64 * 128
+    line = refused(capsys, main(["summary", "crate_lm_1l", "--image_size", "32"]))
+    assert "model.image_size must name a field of crate_lm_1l." in line
+    line = refused(capsys, main(["summary", "vit_tiny_patch16_224", "--vocab_size", "32"]))
+    assert "model.vocab_size must name a field of vit_tiny_patch16_224." in line
+
+
+def test_convert_by_official_names_and_back(weights, tmp_path, capsys):
+    official, back = tmp_path / "w.npz", tmp_path / "back.safetensors"
+    layout = "--layout=official"
+    found = result(capsys, "convert", f"--from={weights}", f"--to={official}", layout)
+    assert found["fitted"] == [] and found["parameters"] > 0
+    with np.load(official) as file:
+        assert {"transformer.wte.weight", "lm_head.weight"} <= set(file.files)
+    names = [f"--from={official}", f"--to={back}", "--model=crate_lm_2l", *KWARGS]
+    result(capsys, "convert", *names)
+    assert_equal_trees(load_weights(back, MODEL), random_params(MODEL))
+
+
+def test_training_planning_evaluating_and_comparing_are_refused(weights, capsys, tmp_path):
+    recipe, name = str(ROOT / "configs/digits.py"), "--config.model.name=crate_lm_1l"
+    flags = [name, "--config.batch_size=16"]  # as the tests have eight devices
+    status = run_command(lambda: train(parse_config(recipe, flags), tmp_path / "run"))
+    assert refused(capsys, status).endswith(f"got a CrateLM, {NO_TASK}")
+    plan = main(["plan", f"--config={recipe}", *flags, "--mesh=data:8"])
+    assert refused(capsys, plan).endswith(NO_TASK)
+    model = ["--model=crate_lm_2l", *KWARGS]
+    evaluate = ["evaluate", f"--weights={weights}", "--dataset=digits", *model]
+    assert refused(capsys, main(evaluate)).endswith(NO_TASK)
+    compare = ["compare", f"--weights={weights}", *model]
+    assert refused(capsys, main(compare)).endswith(NO_TASK)
+    with pytest.raises(ValueError, match=r"^model must classify images here; got a CrateLM, of te"):
+        Classify(MODEL)
