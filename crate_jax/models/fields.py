@@ -124,10 +124,19 @@ class VitFields(ImageFields):
     mlp_ratio: int = option(4, "hidden units of the MLP over the width", low=1)
 
 
+@dataclasses.dataclass(eq=False, repr=False)
+class HyperSetFields(ImageFields):
+    """Hyper-SET, arXiv 2502.11646: one block, applied depth times."""
+
+    pool: str = option("cls", "the token that the head reads", choices=("cls",))
+    mlp_ratio: int = option(1, "hidden units of the tied MLP over the width", low=1)
+
+
 FAMILIES: dict[str, type[ModelFields]] = {
     "crate": CrateFields,
     "crate_alpha": AlphaFields,
     "vit": VitFields,
+    "hyper_set": HyperSetFields,
 }
 
 

@@ -12,6 +12,7 @@ from crate_jax.models.classifier import ImageClassifier, pair
 from crate_jax.models.crate import Crate
 from crate_jax.models.crate_alpha import CrateAlpha
 from crate_jax.models.fields import FAMILIES, Size, fields_of
+from crate_jax.models.hyper_set import HyperSet
 from crate_jax.models.sections import ModelConfig, overrides
 from crate_jax.models.variants import VARIANTS, find
 from crate_jax.models.vit import ViT
@@ -19,7 +20,12 @@ from crate_jax.options import check, did_you_mean, option_of, unknown
 
 Model = ImageClassifier
 
-CLASSES: dict[str, type[Model]] = {"crate": Crate, "crate_alpha": CrateAlpha, "vit": ViT}
+CLASSES: dict[str, type[Model]] = {
+    "crate": Crate,
+    "crate_alpha": CrateAlpha,
+    "vit": ViT,
+    "hyper_set": HyperSet,
+}
 
 
 def list_models(pattern: str = "*") -> list[str]:

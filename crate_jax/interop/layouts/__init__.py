@@ -1,6 +1,6 @@
 """Official names and shapes: one file a family, one table a layout, used in both directions."""
 
-from crate_jax.interop.layouts import crate, crate_alpha, vit
+from crate_jax.interop.layouts import crate, crate_alpha, hyper_set, vit
 from crate_jax.interop.layouts.layout import Layout
 
 # By family. PyTorch files are written in the
@@ -9,4 +9,5 @@ LAYOUTS: dict[str, tuple[Layout, ...]] = {
     "crate": crate.LAYOUTS,
     "crate_alpha": crate_alpha.LAYOUTS,
     "vit": vit.LAYOUTS,
+    "hyper_set": hyper_set.LAYOUTS,
 }
