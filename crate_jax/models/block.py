@@ -43,6 +43,7 @@ KEPT = (
     "active",  # where a ReLU lets through
     "hidden",  # units of an MLP before their nonlinearity
     "unscaled",  # what the factors g multiply
+    "modulation",  # factors that are computed
 )
 REMAT = {
     "none": policies.save_only_these_names(*KEPT),
@@ -157,7 +158,8 @@ class Block(nn.Module):
         modulations: tuple[Modulation | None, ...] = (None, None)
         if self.modulation:
             modulate = self.modulation.make(name=self.modulation.name)
-            modulations = modulate(Z_BxNxd, condition, context.condition)
+            computed = modulate(Z_BxNxd, condition, context.condition)
+            modulations = keep(computed, "modulation")
         others = () if context.others is None else (context.others,)
         halves = [(self.attention, modulations[0])]
         if self.nonlinearity:

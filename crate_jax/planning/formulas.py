@@ -106,8 +106,9 @@ def memory_bytes(
     copies = params if on_cpu and optim.optimizer == "lion" and micro_batches == 1 else 0
     if params < _bytes(state.params, per_device=False):
         # The weights of a layer, gathered, and their gradients; and the shards of all layers.
-        working += 2 * _bytes(state.params["blocks"], per_device=False) // model.depth
-        copies += _bytes(state.params["blocks"], per_device=True) if on_cpu else 0
+        stacked, many = _layers_of(model, state.params)
+        working += 2 * _bytes(stacked, per_device=False) // many
+        copies += _bytes(stacked, per_device=True) if on_cpu else 0
     return {
         "parameters": params,
         "optimizer": _bytes(state, per_device=True) - params,
@@ -173,9 +174,15 @@ def gathered_bytes(model: ImageClassifier, state: TrainState, micro_batches: int
     For every micro-batch those of every layer twice, for the forward and for the backward pass, in
     the dtype of the computation; once in a step patch projection, positions and head.
     """
-    layers, all_split = _split_values(state.params["blocks"]), _split_values(state.params)
+    stacked, _ = _layers_of(model, state.params)
+    layers, all_split = _split_values(stacked), _split_values(state.params)
     values = 2 * micro_batches * layers + all_split - layers
     return jnp.dtype(model.dtype).itemsize * values
+
+
+def _layers_of(model: ImageClassifier, params: PyTree) -> tuple[PyTree, int]:
+    """The parameters of the layers, and of how many layers; of one where all share them."""
+    return (params["block"], 1) if model.SHARED else (params["blocks"], model.depth)
 
 
 def _split_values(tree: PyTree) -> int:
