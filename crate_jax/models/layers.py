@@ -194,10 +194,12 @@ class LayerNorm(nn.Module):
     @nn.compact
     def __call__(self, X: Array) -> Array:
         """(…, d) to (…, d)."""
-        scale_d, bias_d = jnp.ones(X.shape[-1:]), jnp.zeros(X.shape[-1:])
         if self.affine:
             scale_d = parameter(self, "scale", init.ones, X.shape[-1:])
             bias_d = parameter(self, "bias", init.zeros, X.shape[-1:])
+        else:
+            scale_d = jnp.ones(X.shape[-1:], jnp.float32)
+            bias_d = jnp.zeros(X.shape[-1:], jnp.float32)
         Y = NORMALISE[self.backward](X, scale_d, bias_d, self.dtype, float(self.epsilon))
         return keep(Y, "normalised")
 
