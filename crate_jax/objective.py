@@ -28,7 +28,7 @@ def coding_rate(Z: Array, *, eps: float) -> Array:
     1.4979
 
     Args:
-        Z: tokens (..., N, d), any float dtype.
+        Z: tokens (..., N, d), any float dtype, or complex.
         eps: quantisation precision ε, > 0, in the unit of the tokens.
 
     Returns:
@@ -39,7 +39,7 @@ def coding_rate(Z: Array, *, eps: float) -> Array:
     """
     _check_tokens(Z, eps)
     N, d = Z.shape[-2:]
-    return _half_logdet(Z.astype(jnp.float32), d / (N * eps**2))
+    return _half_logdet(_exact(Z), d / (N * eps**2))
 
 
 def subspace_coding_rate(Z: Array, U: Array, *, eps: float) -> Array:
@@ -114,6 +114,40 @@ def rate_reduction(Z: Array, U: Array, *, eps: float) -> Array:
     return coding_rate(placement.after(Z, compressed), eps=eps) - compressed
 
 
+def class_coding_rate(Z: Array, Pi: Array, *, eps: float) -> Array:
+    """Rate of the tokens coded class by class: Σ_j m_j/(2N) logdet(I + d/(m_j ε²) Z Π_j Zᵀ).
+
+    m_j, the tokens in class j, is the sum of its memberships Π_j. A class without tokens adds
+    nothing.
+    Source: arXiv 2006.08558, section 2.
+
+    Args:
+        Z: tokens (..., N, d), any float dtype, or complex.
+        Pi: memberships (N, J), >= 0; a row of labels known for certain holds a single one.
+        eps: quantisation precision ε, > 0, in the unit of the tokens.
+
+    Returns:
+        Rate in nats (...), float32.
+
+    Raises:
+        ValueError: the shapes of ``Z`` and ``Pi`` do not fit, there is no token, or ``eps`` is not
+            positive.
+    """
+    _check_tokens(Z, eps)
+    N, d = Z.shape[-2:]
+    if Pi.ndim != 2 or Pi.shape[0] != N:
+        raise ValueError(
+            f"Pi must be (N, J) with N = {N} as in Z; got {Pi.shape}. "
+            "Make it of labels by jax.nn.one_hot."
+        )
+    members_JxN = Pi.T.astype(jnp.float32)
+    m_J = members_JxN.sum(-1)
+    weights_JxN = jnp.sqrt(members_JxN * (d / (jnp.maximum(m_J, 1e-8) * eps**2))[:, None])
+    Z = _exact(Z)
+    weighted_JxxNxd = jnp.einsum("...nd,jn->j...nd", Z, weights_JxN.astype(Z.dtype))
+    return jnp.tensordot(m_J / N, _half_logdet(weighted_JxxNxd, 1.0), 1)
+
+
 def sparse_rate_reduction(Z: Array, U: Array, *, lmbda: float, eps: float) -> Array:
     """The objective that a CRATE layer ascends: ΔR(Z; U) − λ ‖Z‖₀.
 
@@ -156,6 +190,11 @@ def sparsity(Z: Array) -> Array:
     return jnp.mean(jnp.equal(Z, 0), axis=(-2, -1), dtype=jnp.float32)
 
 
+def _exact(Z: Array) -> Array:
+    """Tokens in single precision, complex ones as they are."""
+    return Z.astype(jnp.complex64 if jnp.iscomplexobj(Z) else jnp.float32)
+
+
 @functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
 def _half_logdet(X_xNxd: Array, scale: float) -> Array:
     """½ logdet(I + scale · Gram(X)), as log|det R| of the QR factors of [√scale X; I]; (...).
@@ -171,16 +210,17 @@ def _half_logdet(X_xNxd: Array, scale: float) -> Array:
 def _half_logdet_derivative(
     scale: float, inputs: tuple[Array], tangents: tuple[Array]
 ) -> tuple[Array, Array]:
-    """D ½ logdet(I + s XᵀX) = s tr((I + s XᵀX)⁻¹ Xᵀ dX), by R of the QR factors: I + s XᵀX = RᵀR.
+    """The derivative s tr((I + s XᵀX)⁻¹ Xᵀ dX), by R of the QR factors: I + s XᵀX = RᵀR.
 
-    The derivative of a QR decomposition would be of its orthogonal factor too, which is not needed.
+    That of a QR decomposition would be of its orthogonal factor too, which is not needed. Of
+    complex numbers Xᵀ and Rᵀ are the conjugate transposes, and the trace's real part counts.
     """
     R_xnxn, X_xmxn = _factor(inputs[0], scale)
     dX_xmxn = tangents[0] if X_xmxn.shape == inputs[0].shape else tangents[0].swapaxes(-2, -1)
     solve = functools.partial(jax.scipy.linalg.solve_triangular, R_xnxn)
-    G_xnxm = scale * solve(solve(X_xmxn.swapaxes(-2, -1), trans=1))
+    G_xnxm = scale * solve(solve(X_xmxn.swapaxes(-2, -1).conj(), trans="C"))
     value = placement.after(_half_logdet(inputs[0], scale), G_xnxm)
-    return value, jnp.einsum("...nm,...mn->...", G_xnxm, dX_xmxn)
+    return value, jnp.einsum("...nm,...mn->...", G_xnxm, dX_xmxn).real
 
 
 def _factor(X_xNxd: Array, scale: float) -> tuple[Array, Array]:

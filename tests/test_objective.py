@@ -1,5 +1,8 @@
 """The objective against the paper's formulas in float64, tokens as columns as in the paper."""
 
+import json
+from pathlib import Path
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,9 +14,11 @@ from crate_jax.objective import projected_coding_rate, sparsity
 # Compiled, which is how they are used and faster to test; one test below compares with eager.
 coding_rate = jax.jit(objective.coding_rate, static_argnames="eps")
 subspace_coding_rate = jax.jit(objective.subspace_coding_rate, static_argnames="eps")
+class_coding_rate = jax.jit(objective.class_coding_rate, static_argnames="eps")
 rate_reduction = jax.jit(objective.rate_reduction, static_argnames="eps")
 sparse_rate_reduction = jax.jit(objective.sparse_rate_reduction, static_argnames=("lmbda", "eps"))
 
+GOLDEN = Path(__file__).parent / "golden"
 EPS = 0.5
 # (N, d, K, p): fewer and more tokens than d, fewer and more than p, and the two ties.
 SHAPES = [(5, 8, 2, 3), (13, 8, 2, 4), (8, 8, 3, 2), (4, 12, 2, 6), (6, 12, 2, 6), (9, 4, 5, 2)]
@@ -81,6 +86,61 @@ def test_projected_rate_takes_what_the_model_taps():
     np.testing.assert_allclose(
         projected_coding_rate(W_NxKxp, eps=EPS), paper_Rc(Z_dxN, U_Kxdxp, EPS), rtol=1e-5
     )
+
+
+def test_rate_by_class_is_the_papers():
+    """Memberships of one and of shares; a class without tokens adds nothing."""
+    rng = np.random.default_rng(7)
+    Z = rng.normal(size=(9, 5)).astype(np.float32)
+    certain = np.eye(4, dtype=np.float32)[np.arange(9) % 3]
+    shares = rng.dirichlet(np.ones(4), size=9).astype(np.float32)
+    for Pi in (certain, shares):
+        expected = 0.0
+        for members in Pi.T.astype(np.float64):
+            if m_j := members.sum():
+                G = Z.T.astype(np.float64) @ np.diag(members) @ Z
+                expected += m_j / 9 * half_logdet(np.eye(5) + 5 / (m_j * EPS**2) * G)
+        found = class_coding_rate(jnp.asarray(Z), jnp.asarray(Pi), eps=EPS)
+        np.testing.assert_allclose(found, expected, rtol=1e-5)
+        gradient = grad(lambda Z, Pi=Pi: class_coding_rate(Z, jnp.asarray(Pi), eps=EPS))(Z)
+        assert np.isfinite(gradient).all()
+    batched = class_coding_rate(jnp.stack([Z, 2 * Z]), jnp.asarray(shares), eps=EPS)
+    alone = class_coding_rate(jnp.asarray(2 * Z), jnp.asarray(shares), eps=EPS)
+    np.testing.assert_allclose(batched[1], alone, rtol=1e-6)
+    everyone = class_coding_rate(jnp.asarray(Z), jnp.ones((9, 1)), eps=EPS)
+    np.testing.assert_allclose(everyone, coding_rate(Z, eps=EPS), rtol=1e-6)
+
+
+@pytest.mark.parametrize("setting", [0, 1])
+def test_rates_by_class_are_the_official_ones(setting):
+    """Of MCR²'s code, where ``eps`` stands for ε²; the loss is −ΔR."""
+    eps = json.loads((GOLDEN / "mcr2.json").read_text())["settings"][setting]["eps"] ** 0.5
+    with np.load(GOLDEN / "mcr2.npz") as file:
+        expected = {key: file[key] for key in file}
+    Z, Pi = jnp.asarray(expected["features"]), jax.nn.one_hot(expected["labels"], 3)
+
+    def loss(Z):
+        return class_coding_rate(Z, Pi, eps=eps) - coding_rate(Z, eps=eps)
+
+    R, Rc = expected[f"s{setting}/theoretical"]
+    np.testing.assert_allclose(coding_rate(Z, eps=eps), R, rtol=1e-5)
+    np.testing.assert_allclose(class_coding_rate(Z, Pi, eps=eps), Rc, rtol=1e-5)
+    np.testing.assert_allclose(loss(Z), expected[f"s{setting}/loss"], rtol=1e-5)
+    theirs = expected[f"s{setting}/grad"]
+    np.testing.assert_allclose(grad(loss)(Z), theirs, atol=1e-5 * np.abs(theirs).max())
+
+
+def test_rates_of_complex_tokens():
+    """Z Zᵀ with the conjugate: a frequency of signals is such a token."""
+    rng = np.random.default_rng(8)
+    for N, d in ((4, 7), (7, 4)):
+        Z = (rng.normal(size=(N, d)) + 1j * rng.normal(size=(N, d))).astype(np.complex64)
+        G = np.eye(N) + d / (N * EPS**2) * Z.astype(np.complex128) @ Z.conj().T
+        expected = np.linalg.slogdet(G)[1] / 2
+        np.testing.assert_allclose(coding_rate(Z, eps=EPS), expected, rtol=1e-5)
+        assert coding_rate(Z, eps=EPS).dtype == jnp.float32
+        everyone = class_coding_rate(jnp.asarray(Z), jnp.ones((N, 1)), eps=EPS)
+        np.testing.assert_allclose(everyone, expected, rtol=1e-5)
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -242,6 +302,10 @@ def test_half_precision_tokens_are_measured_in_float32():
         (lambda Z, U: subspace_coding_rate(Z, U[None], eps=0.1), r"^U must be .*Take one layer"),
         (lambda Z, U: projected_coding_rate(Z, eps=0.1), r"^V must be \(\.\.\., N, K, p\); got"),
         (lambda Z, U: projected_coding_rate(U, eps=0), r"^eps must be > 0; got 0\."),
+        (
+            lambda Z, U: class_coding_rate(Z, Z[:1], eps=0.1),
+            r"^Pi must be \(N, J\) with N = \d+ as in Z; got \(1, 8\)\. Make it",
+        ),
         (lambda Z, U: sparsity(Z[0]), r"^Z must be \(\.\.\., N, d\); got shape \(8,\)"),
     ],
 )

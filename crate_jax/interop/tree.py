@@ -23,9 +23,10 @@ _SIZES: dict[str, dict[str, slice]] = {
     "num_heads x head_dim": {
         "blocks/mssa/U": slice(2, None),
         "blocks/mhsa/W_out": slice(1, -1),
+        "block/bisoftmax/U": slice(1, None),
     },
     "atoms": {"blocks/odl/D": slice(2, None)},
-    "hidden": {"blocks/mlp/b_in": slice(1, None)},
+    "hidden": {"blocks/mlp/b_in": slice(1, None), "block/tied_mlp/V": slice(1, None)},
     "pixels of a patch": {PROJECTION: slice(0, -1)},
     "positions": {"embedding/pos_embedding": slice(0, 1)},
     "num_classes": {"head/kernel": slice(-1, None)},

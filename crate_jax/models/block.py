@@ -4,7 +4,8 @@
     Z ← [Z +] g · nonlinearity(norm Z)
 
 The parts are handed in, each a module with its pure function: MSSA and ISTA make a CRATE. What a
-model of the family is, is a choice of parts, of the sign, of the residual and of the order.
+model of the family is, is a choice of parts, of the sign, of the residual and of the order. The
+factors g may be learned, or computed from what the block sees; then the norm may be computed too.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -23,6 +24,7 @@ from jax.typing import DTypeLike
 
 from crate_jax import placement
 from crate_jax.models.layers import LayerNorm
+from crate_jax.models.modulation import Modulation, PerLayer
 from crate_jax.models.parameters import parameter
 
 # What the backward pass of a block keeps of its forward pass, besides its input; the equations give
@@ -40,7 +42,8 @@ KEPT = (
     "code",  # of CRATE-α in its wide dictionary; of ISTA between two steps
     "active",  # where a ReLU lets through
     "hidden",  # units of an MLP before their nonlinearity
-    "unscaled",  # what LayerScale multiplies
+    "unscaled",  # what the factors g multiply
+    "modulation",  # factors that are computed
 )
 REMAT = {
     "none": policies.save_only_these_names(*KEPT),
@@ -73,10 +76,15 @@ class Context(NamedTuple):
         mask: which token may see which, as `crate_jax.models.derivatives.attend` takes it.
         step_sizes: of the nonlinearity, where all layers have the same; it takes them beside the
             tokens.
+        others: other tokens (B, M, d), that the tokens attend to in the place of each other. Where
+            they are given, an attention takes them as one more argument.
+        condition: of the examples (B, …), for `Block.modulation`.
     """
 
     mask: Array | None = None
     step_sizes: tuple[Any, ...] | None = None
+    others: Array | None = None
+    condition: Array | None = None
 
 
 class Dropout(nn.Module):
@@ -111,7 +119,12 @@ class Block(nn.Module):
         residual: whether the nonlinearity's output is added to the tokens or replaces them.
         attention_first: the order of the halves.
         layer_scale: what the learned factors g (d,) of both halves start from; None: g = 1.
+        norm: "affine", LayerNorms with their parameters; "plain", without; "none": the halves take
+            the tokens as they are.
         epsilon: of the LayerNorms.
+        modulation: makes a `Modulation` for the attention and one for the nonlinearity, of the
+            block's tokens, its layer's `PerLayer.condition` and the stack's `Context.condition`.
+            None: nothing is computed.
         dropout: share of the entries of the attention's update that training drops.
         train: whether dropout and stochastic depth act.
         taps: what is returned of `tap_names`.
@@ -125,77 +138,79 @@ class Block(nn.Module):
     residual: bool = False
     attention_first: bool = True
     layer_scale: float | None = None
+    norm: str = "affine"
     epsilon: float = 1e-5
+    modulation: Part | None = None
     dropout: float = 0.0
     train: bool = False
     taps: tuple[str, ...] = ()
 
     @nn.compact
     def __call__(
-        self, Z_BxNxd: Array, drop_path: Array | None, context: Context
+        self, Z_BxNxd: Array, per_layer: PerLayer | None, context: Context
     ) -> tuple[Array, dict[str, Array]]:
         """Tokens (B, N, d) to tokens (B, N, d), and the taps.
 
         Args:
             Z_BxNxd: tokens.
-            drop_path: rate of stochastic depth, a scalar: the share of the examples that skip a
-                half while training, if the tokens are added to it. None: no half is skipped.
+            per_layer: of this layer; None: nothing differs by depth.
             context: of the stack.
         """
         seen: dict[str, Array] = {}
-        parts = [self.attention, self.nonlinearity] if self.nonlinearity else [self.attention]
-        for part in parts if self.attention_first else parts[::-1]:
+        drop_path, condition = per_layer or PerLayer()
+        modulations: tuple[Modulation | None, ...] = (None, None)
+        if self.modulation:
+            modulate = self.modulation.make(name=self.modulation.name)
+            computed = modulate(Z_BxNxd, condition, context.condition)
+            modulations = keep(computed, "modulation")
+        others = () if context.others is None else (context.others,)
+        sizes = () if context.step_sizes is None else (context.step_sizes,)
+        halves = [(self.attention, modulations[0])]
+        if self.nonlinearity:
+            halves.append((self.nonlinearity, modulations[1]))
+        for part, how in halves if self.attention_first else halves[::-1]:
             if seen:
                 Z_BxNxd = seen["z_half"] = keep(Z_BxNxd, "half")
+            Y_BxNxd, operator = self._norm(part, Z_BxNxd, how), part.make(name=part.name)
             if part is self.attention:
-                Z_BxNxd = self._attend(part, Z_BxNxd, drop_path, context.mask, seen)
-            else:
-                Z_BxNxd = self._replace_or_add(part, Z_BxNxd, drop_path, context.step_sizes, seen)
+                update_BxNxd, made = operator(Y_BxNxd, context.mask, self.taps, *others)
+                seen |= made | {part.name: update_BxNxd}
+                update_BxNxd = Dropout(self.dropout, self.train)(update_BxNxd)
+                update_BxNxd = self._gated(part, update_BxNxd, how, drop_path)
+                Z_BxNxd = Z_BxNxd + update_BxNxd if self.sign > 0 else Z_BxNxd - update_BxNxd
+                continue
+            found = operator(Y_BxNxd, *sizes)
+            update_BxNxd, made = found if part.taps else (found, {})
+            seen |= made | {part.name: update_BxNxd}
+            if self.residual:
+                Z_BxNxd = Z_BxNxd + self._gated(part, update_BxNxd, how, drop_path)
+            else:  # an example that skipped it would have no tokens left
+                Z_BxNxd = self._gated(part, update_BxNxd, how, None)
         seen["out"] = Z_BxNxd
         return Z_BxNxd, {name: seen[name] for name in self.taps}
 
-    def _attend(
-        self,
-        part: Part,
-        Z_BxNxd: Array,
-        drop_path: Array | None,
-        mask: Array | None,
-        seen: dict[str, Array],
+    def _norm(self, part: Part, Z_BxNxd: Array, how: Modulation | None) -> Array:
+        """The tokens as a half takes them."""
+        if self.norm != "none":
+            affine, name = self.norm == "affine", f"{part.name}_norm"
+            norm = LayerNorm(self.dtype, self.backward, self.epsilon, affine, name=name)
+            Z_BxNxd = norm(Z_BxNxd)
+        if how is None or how.scale is None or how.shift is None:
+            return Z_BxNxd
+        return Z_BxNxd * (1 + how.scale) + how.shift
+
+    def _gated(
+        self, part: Part, update_BxNxd: Array, how: Modulation | None, drop_path: Array | None
     ) -> Array:
-        """The half of the attention; what it made is put into `seen`."""
-        update_BxNxd, made = part.make(name=part.name)(self._norm(part, Z_BxNxd), mask, self.taps)
-        seen |= made | {part.name: update_BxNxd}
-        update_BxNxd = Dropout(self.dropout, self.train)(update_BxNxd)
-        update_BxNxd = self._gated(part, update_BxNxd, drop_path)
-        return Z_BxNxd + update_BxNxd if self.sign > 0 else Z_BxNxd - update_BxNxd
-
-    def _replace_or_add(
-        self,
-        part: Part,
-        Z_BxNxd: Array,
-        drop_path: Array | None,
-        step_sizes: tuple[Any, ...] | None,
-        seen: dict[str, Array],
-    ) -> Array:
-        """The half of the nonlinearity; its output is put into `seen`."""
-        besides = () if step_sizes is None else (step_sizes,)
-        made = part.make(name=part.name)(self._norm(part, Z_BxNxd), *besides)
-        update_BxNxd, shown = made if part.taps else (made, {})
-        seen |= shown | {part.name: update_BxNxd}
-        if not self.residual:  # an example that skipped it would have no tokens left
-            return self._gated(part, update_BxNxd, None)
-        return Z_BxNxd + self._gated(part, update_BxNxd, drop_path)
-
-    def _norm(self, part: Part, Z_BxNxd: Array) -> Array:
-        name = f"{part.name}_norm"
-        return LayerNorm(self.dtype, self.backward, self.epsilon, name=name)(Z_BxNxd)
-
-    def _gated(self, part: Part, update_BxNxd: Array, drop_path: Array | None) -> Array:
         """The update times g, and for a share of the examples nothing of it while training."""
+        if self.layer_scale is not None or how is not None:
+            update_BxNxd = keep(update_BxNxd, "unscaled")
         if self.layer_scale is not None:
-            update_BxNxd, start = keep(update_BxNxd, "unscaled"), init.constant(self.layer_scale)
+            start = init.constant(self.layer_scale)
             g_d = parameter(self, f"{part.name}_scale", start, update_BxNxd.shape[-1:])
             update_BxNxd = update_BxNxd * g_d.astype(self.dtype)[None, None]
+        if how is not None:
+            update_BxNxd = update_BxNxd * how.gate
         if drop_path is None or not self.train:
             return update_BxNxd
         stays = 1 - drop_path
@@ -237,10 +252,10 @@ def stack(
     """Blocks one after the other, as one compiled loop: the only `nn.scan` of the project.
 
     It is called as ``stack(…)(Z_BxNxd, per_layer, context)``. ``per_layer`` holds what differs by
-    depth, a tree of arrays with the layers on axis 0, or None: for `Block` the rate of stochastic
-    depth, for another block a cache or its step size. ``context`` is the same for all layers. It
-    returns the last tokens, and the taps with the layers on axis 0. Other collections than the
-    parameters, such as running statistics, have the layers on axis 0 too.
+    depth, a tree of arrays with the layers on axis 0, or None: for `Block` a `PerLayer`.
+    ``context`` is the same for all layers. It returns the last tokens, and the taps with the layers
+    on axis 0. Other collections than the parameters, such as running statistics, have them there
+    too.
 
     Args:
         block: a module that takes (tokens, its layer of per_layer, context) and returns (tokens,

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from crate_jax.models.block import Part
 from crate_jax.models.parameters import Params
 from crate_jax.models.stacked import BlockModel
 
@@ -111,9 +112,39 @@ def _mlp(model: Any) -> Cost:
     return Cost(2 * N * d * m, 0, outputs=N * m, kept=N * m, last=N * d * m)
 
 
+def _bisoftmax(model: BlockModel) -> Cost:
+    """X U and its way back; V, A and O are kept."""
+    N, d, K, p = _sizes(model)
+    return Cost(
+        products=2 * N * d * K * p,
+        attention=2 * N * N * K * p,
+        outputs=N * K * p + N * d,
+        kept=2 * N * K * p + K * N * N,
+        parts=d * K * p,
+    )
+
+
+def _tied_mlp(model: Any) -> Cost:
+    """X V with m hidden units, which are kept, and its way back."""
+    return _mlp(model)._replace(parts=model.mlp_ratio * model.width**2)
+
+
+def _steps(model: BlockModel) -> Cost:
+    """One product with 2 d outputs, the factors on both halves, which are kept."""
+    N, d, _, _ = _sizes(model)
+    return Cost(2 * N * d * d, 0, outputs=2 * N * d, kept=2 * N * d)
+
+
 COSTS: dict[str, Callable[[Any], Cost]] = {
-    "mssa": _mssa, "mhsa": _mhsa, "ista": _ista, "odl": _odl, "mlp": _mlp
-}  # fmt: skip
+    "mssa": _mssa,
+    "mhsa": _mhsa,
+    "ista": _ista,
+    "odl": _odl,
+    "mlp": _mlp,
+    "bisoftmax": _bisoftmax,
+    "tied_mlp": _tied_mlp,
+    "steps": _steps,
+}
 
 
 def _sizes(model: BlockModel) -> tuple[int, int, int, int]:
@@ -125,23 +156,37 @@ def _layer(model: BlockModel) -> Cost:
     """One layer: its operators, and what is kept around them.
 
     Around them are the tokens before either LayerNorm and after it (4 N d), and in float32 the mean
-    and the deviation of both (4 N).
+    and the deviation of both (4 N); without LayerNorms the tokens before either half alone.
     """
     N, d, _, _ = _sizes(model)
-    parts = (model.attention_part, model.nonlinearity_part)
-    found = [Cost(0, 0, outputs=0, kept=4 * N * d, kept_bytes=16 * N)]
-    found += [COSTS[part.name](model) for part in parts if part]
+    fields = model.block_fields()
+    norms = fields.get("norm") != "none"
+    found = [Cost(0, 0, outputs=0, kept=(4 if norms else 2) * N * d, kept_bytes=16 * N * norms)]
+    found += [COSTS[part.name](model) for part in _parts(model)]
     layer = Cost(*map(sum, zip(*found, strict=True)))
-    if model.block_fields().get("layer_scale") is None:
+    if fields.get("layer_scale") is None and not fields.get("modulation"):
         return layer
     # The factors' gradients need what they multiply, the last product's result too.
     outputs = layer.outputs + N * d * (layer.last > 0)
     return layer._replace(outputs=outputs, kept=layer.kept + 2 * N * d, last=0)
 
 
+def _parts(model: BlockModel) -> list[Part]:
+    """What a layer is made of, and what computes its factors."""
+    modulation = model.block_fields().get("modulation")
+    return [part for part in (model.attention_part, model.nonlinearity_part, modulation) if part]
+
+
 def gradient_parts(model: BlockModel) -> int:
-    """Values of the layers' gradients that come in parts, once for each part but the first."""
-    return model.depth * _layer(model).parts
+    """Values of the layers' gradients that come in parts, once for each part but the first.
+
+    Where all layers share one set of parameters, each gives a part of the whole gradient.
+    """
+    parts = model.depth * _layer(model).parts
+    if model.SHARED:
+        shared = jax.tree.leaves(abstract_parameters(model)["block"])
+        parts += (model.depth - 1) * sum(math.prod(leaf.shape) for leaf in shared)
+    return parts
 
 
 def sample_input(model: Any) -> Array:
@@ -174,16 +219,14 @@ def abstract_parameters(model: BlockModel) -> Params:
 
 def has_formula(model: object) -> bool:
     """Whether the functions here know what a model computes."""
-    if not isinstance(model, BlockModel):
-        return False
-    parts = (model.attention_part, model.nonlinearity_part)
-    return all(part.name in COSTS for part in parts if part)
+    return isinstance(model, BlockModel) and all(part.name in COSTS for part in _parts(model))
 
 
 def multiply_adds(model: BlockModel) -> int:
     """Multiply-adds of the matrix products of one forward pass for one example.
 
-    Embedding, layers and head; norms, softmax and thresholds are left out.
+    Embedding, layers and head; norms, softmax and thresholds are left out, and what is computed
+    once for all examples, such as a code of the depths.
     """
     layer = _layer(model)
     layers = model.depth * (layer.products + layer.attention)

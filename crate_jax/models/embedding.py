@@ -40,6 +40,30 @@ def patchify(images_BxHxWxc: Array, patch_size: tuple[int, int]) -> Array:
     return placement.reshape(grid_BxRxCxhxwxc, (B, (H // h) * (W // w), h * w * c))
 
 
+def sinusoids(
+    at_n: Array | np.ndarray, count: int, *, slowest: int | None = None
+) -> tuple[Array, Array]:
+    """Sines and cosines of positions at falling frequencies: 10⁻⁴ to the power i / slowest.
+
+    Source: arXiv 1706.03762, section 3.5.
+
+    Args:
+        at_n: positions, or steps in time.
+        count: of frequencies, i = 0, …, count − 1.
+        slowest: the i at which the frequency would be 10⁻⁴; None: count.
+
+    Returns:
+        Sines (n, count) and cosines (n, count), float32; of a NumPy array computed in double
+        precision.
+    """
+    known = isinstance(at_n, np.ndarray)
+    numbers, dtype = (np, np.float64) if known else (jnp, jnp.float32)
+    frequencies_i = np.exp(-np.log(1e4) * np.arange(count) / (slowest or count)).astype(dtype)
+    angles_nxi = at_n.astype(dtype)[:, None] * frequencies_i[None]
+    sines_nxi, cosines_nxi = numbers.sin(angles_nxi), numbers.cos(angles_nxi)
+    return jnp.asarray(sines_nxi, jnp.float32), jnp.asarray(cosines_nxi, jnp.float32)
+
+
 def resize_positions(
     pos_Nxd: Array | np.ndarray, old: tuple[int, int], new: tuple[int, int]
 ) -> Array:
@@ -137,7 +161,8 @@ class PatchEmbedding(nn.Module):
     """Patches → [LayerNorm →] linear [→ LayerNorm], class token in front, positions added.
 
     The class token (d,) and the positions (N, d), row 0 the class token's, start as N(0, 1) unless
-    told otherwise. Without norms the linear map is a convolution whose stride is its size.
+    told otherwise; ``positions``, from N and d, makes them fixed ones (N, d). Without norms the
+    linear map is a convolution whose stride is its size.
     Source: the official implementation of arXiv 2306.01129.
     """
 
@@ -150,6 +175,7 @@ class PatchEmbedding(nn.Module):
     pos_init: Callable[..., Array] = init.normal(1.0)
     kernel_init: Callable[..., Array] = linear_kernel_init
     bias_init: Callable[..., Array] | None = None  # None: nn.Linear's
+    positions: Callable[[int, int], Array] | None = None  # None: learned
 
     @nn.compact
     def __call__(self, images_BxHxWxc: Array) -> Array:
@@ -165,7 +191,10 @@ class PatchEmbedding(nn.Module):
         if self.norms:
             Z_BxPxd = LayerNorm(self.dtype, self.backward, name="token_norm")(Z_BxPxd)
         cls_d = parameter(self, "cls_token", self.cls_init, (self.width,))
-        pos_Nxd = parameter(self, "pos_embedding", self.pos_init, (P + 1, self.width))
+        if self.positions:
+            pos_Nxd = self.positions(P + 1, self.width)
+        else:
+            pos_Nxd = parameter(self, "pos_embedding", self.pos_init, (P + 1, self.width))
         cls_Bx1xd = jnp.broadcast_to(cls_d.astype(self.dtype), (B, 1, self.width))
         cls_Bx1xd = placement.beside(cls_Bx1xd, Z_BxPxd)
         Z_BxNxd = jnp.concatenate([cls_Bx1xd, Z_BxPxd], axis=1)

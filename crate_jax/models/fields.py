@@ -177,6 +177,14 @@ class BertFields(CausalFields):
     )
 
 
+@dataclasses.dataclass(eq=False, repr=False)
+class HyperSetFields(ImageFields):
+    """Hyper-SET, arXiv 2502.11646: one block, applied depth times."""
+
+    pool: str = option("cls", "the token that the head reads", choices=("cls",))
+    mlp_ratio: int = option(1, "hidden units of the tied MLP over the width", low=1)
+
+
 FAMILIES: dict[str, type[ModelFields]] = {
     "crate": CrateFields,
     "crate_alpha": AlphaFields,
@@ -184,6 +192,7 @@ FAMILIES: dict[str, type[ModelFields]] = {
     "crate_causal": CausalFields,
     "crate_lm": CrateLMFields,
     "crate_bert": BertFields,
+    "hyper_set": HyperSetFields,
 }
 
 

@@ -20,14 +20,18 @@ linear_kernel_init = init.variance_scaling(1 / 3, "fan_in", "uniform")
 dictionary_init = init.variance_scaling(2.0, "fan_in", "uniform")
 
 
-def linear_bias_init(fan_in: int) -> Callable[..., Array]:
-    """Uniform in ±1/√fan_in, as nn.Linear starts its bias; Flax's own default is zero."""
+def uniform_init(bound: float) -> Callable[..., Array]:
+    """Uniform in ± a bound."""
 
     def initialise(key: Array, shape: tuple[int, ...], dtype: DTypeLike = jnp.float32) -> Array:
-        bound = fan_in**-0.5
         return jax.random.uniform(key, shape, dtype, -bound, bound)
 
     return initialise
+
+
+def linear_bias_init(fan_in: int) -> Callable[..., Array]:
+    """Uniform in ±1/√fan_in, as nn.Linear starts its bias; Flax's own default is zero."""
+    return uniform_init(fan_in**-0.5)
 
 
 def read(

@@ -92,6 +92,13 @@ SOURCES = (
         "huggingface/transformers, pull request 27759, Apache-2.0",
     ),
     Source("ViT, the baseline", "vit_*", "2010.11929", "timm, Apache-2.0"),
+    Source(
+        "Hyper-SET",
+        "hyperset_*",
+        "2502.11646",
+        "huyunzhe/hyper-set, MIT",
+        "Its names count the patches of a side: 16 of them, of 14 pixels each.",
+    ),
 )
 
 # By model and by what was measured. Top-1 in percent, of models trained on ImageNet-1K alone; and

@@ -10,6 +10,7 @@ from jax import Array
 from crate_jax import placement
 from crate_jax.models.block import Block, Context, Dropout, Part, chosen_taps, stack, tap_names
 from crate_jax.models.fields import ModelFields
+from crate_jax.models.modulation import PerLayer
 from crate_jax.options import option_of
 
 
@@ -17,14 +18,15 @@ class BlockModel(ModelFields, nn.Module):
     """A stack of blocks; a kind of model says what goes in and what is read.
 
     A model is a subclass with the fields of its family (`crate_jax.models.fields`) that gives
-    `attention_part` and `nonlinearity_part`, and overrides what differs of `block_fields` and
-    `drop_path_rates`. A kind of model, such as the image classifier, gives the properties and
-    methods of this class that raise TypeError here. Parameters are float32; the computation is in
-    ``dtype``, with norms, softmax and logits in float32. Layers are stacked on axis 0 of every leaf
-    under ``blocks``.
+    `attention_part` and `nonlinearity_part`, and overrides what differs of `block_fields`,
+    `drop_path_rates` and `per_layer`. A kind of model, such as the image classifier, gives the
+    properties and methods of this class that raise TypeError here. Parameters are float32; the
+    computation is in ``dtype``, with norms, softmax and logits in float32. Layers are stacked on
+    axis 0 of every leaf under ``blocks``; one set of parameters for all is under ``block``.
     """
 
     EPSILON: ClassVar[float] = 1e-5  # of the LayerNorms
+    SHARED: ClassVar[bool] = False  # whether all layers have one set of parameters
 
     def __init_subclass__(cls, **options: Any) -> None:
         """Mark what a subclass overrides of the helpers of its bases as the helpers are marked.
@@ -88,6 +90,11 @@ class BlockModel(ModelFields, nn.Module):
     def shared_context(self) -> Context:
         """What all blocks see besides the tokens, parameters of the model among it."""
         return Context()
+
+    @nn.nowrap
+    def per_layer(self) -> PerLayer:
+        """What differs by depth; a model may make it of parameters of its own."""
+        return PerLayer(self.drop_path_rates())
 
     @property
     def layers_at_once(self) -> int:
@@ -177,6 +184,8 @@ class BlockModel(ModelFields, nn.Module):
             self.depth,
             remat=self.remat,
             unroll=self.layers_at_once,
+            shared=self.SHARED,
+            name="block" if self.SHARED else "blocks",
             attention=self.attention_part,
             nonlinearity=self.nonlinearity_part,
             dtype=self.dtype,
@@ -188,4 +197,4 @@ class BlockModel(ModelFields, nn.Module):
             **self.block_fields(),
         )
         context = self.shared_context() if context is None else context
-        return blocks(Z_BxNxd, self.drop_path_rates(), context)
+        return blocks(Z_BxNxd, self.per_layer(), context)

@@ -62,6 +62,8 @@ VARIANTS |= {
     for patch in (32, 16, 14, 8)
 }
 VARIANTS |= {f"vit_{size}_patch16_224": _variant("vit", 16, *shape) for size, shape in _VIT.items()}
+# arXiv 2502.11646: 16 patches a side, of 14 pixels. Its configurations count patches, not pixels.
+VARIANTS["hyperset_patch16_224"] = _variant("hyper_set", 14, 512, 12, 8)
 
 
 def _text(family: str, width: int, depth: int, num_heads: int, **fields: object) -> Variant:

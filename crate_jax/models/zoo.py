@@ -14,6 +14,7 @@ from crate_jax.models.crate_alpha import CrateAlpha
 from crate_jax.models.crate_bert import CrateBert
 from crate_jax.models.crate_causal import CrateCausal, CrateLM
 from crate_jax.models.fields import FAMILIES, Size, fields_of
+from crate_jax.models.hyper_set import HyperSet
 from crate_jax.models.sections import ModelConfig, overrides
 from crate_jax.models.stacked import BlockModel
 from crate_jax.models.variants import VARIANTS, find
@@ -29,6 +30,7 @@ CLASSES: dict[str, type[Model]] = {
     "crate_causal": CrateCausal,
     "crate_lm": CrateLM,
     "crate_bert": CrateBert,
+    "hyper_set": HyperSet,
 }
 
 

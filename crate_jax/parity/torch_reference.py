@@ -9,19 +9,31 @@ from typing import Any
 from crate_jax.models.classifier import ImageClassifier
 from crate_jax.models.crate import Crate
 from crate_jax.models.crate_alpha import CrateAlpha
+from crate_jax.models.hyper_set import HyperSet
 from crate_jax.models.vit import ViT
 from crate_jax.parity.crate import TorchCrate, crate_twin
 from crate_jax.parity.crate_alpha import TorchCrateAlpha
+from crate_jax.parity.hyper_set import TorchHyperSet
 from crate_jax.parity.twin import Lion, Twin
 from crate_jax.parity.vit import TorchViT, vit_twin
 
-__all__ = ["TWINS", "Lion", "TorchCrate", "TorchCrateAlpha", "TorchViT", "Twin", "from_flax_model"]
+__all__ = [
+    "TWINS",
+    "Lion",
+    "TorchCrate",
+    "TorchCrateAlpha",
+    "TorchHyperSet",
+    "TorchViT",
+    "Twin",
+    "from_flax_model",
+]
 
 # Our class to the maker of its twin.
 TWINS: dict[type, Callable[[Any], Twin]] = {
     Crate: crate_twin,
     CrateAlpha: TorchCrateAlpha,
     ViT: vit_twin,
+    HyperSet: TorchHyperSet,
 }
 
 

@@ -11,7 +11,7 @@ from crate_jax.models.classifier import ImageClassifier
 from crate_jax.models.cost import gradient_parts
 from crate_jax.parallel import PyTree
 from crate_jax.planning.chips import Chip, Joined
-from crate_jax.planning.memory import memory_bytes
+from crate_jax.planning.memory import layers_of, memory_bytes
 from crate_jax.tasks.task import Batch
 from crate_jax.training.run import Run
 from crate_jax.training.state import TrainState
@@ -125,7 +125,8 @@ def gathered_bytes(model: ImageClassifier, state: TrainState, micro_batches: int
     For every micro-batch those of every layer twice, for the forward and for the backward pass, in
     the dtype of the computation; once in a step patch projection, positions and head.
     """
-    layers, all_split = _split_values(state.params["blocks"]), _split_values(state.params)
+    stacked, _ = layers_of(model, state.params)
+    layers, all_split = _split_values(stacked), _split_values(state.params)
     values = 2 * micro_batches * layers + all_split - layers
     return jnp.dtype(model.dtype).itemsize * values
 

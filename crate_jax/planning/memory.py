@@ -75,7 +75,8 @@ def memory_bytes(
     }
     if _is_split(state):
         # The weights of a layer, gathered, and their gradients.
-        whole = sum(leaf.size for leaf in jax.tree.leaves(state.params["blocks"])) // model.depth
+        stacked, many = layers_of(model, state.params)
+        whole = sum(leaf.size for leaf in jax.tree.leaves(stacked)) // many
         found["working"] += 2 * whole * (jnp.dtype(model.dtype).itemsize if on_tpu else 4)
     if on_tpu:
         # The compiler lays tokens out along the width, or along the examples.
@@ -115,7 +116,7 @@ def _copies(optim: OptimConfig, model: ImageClassifier, state: TrainState, platf
     overwrites while it is still read: Lion's moment makes both the update and the next moment; with
     more micro-batches the second set of gradients is free by then. And the shards of all layers.
     """
-    blocks = state.params["blocks"]
+    blocks, _ = layers_of(model, state.params)
     if platform == "tpu":
         itemsize = jnp.dtype(model.dtype).itemsize
         return _bytes(blocks, tiled=True) * itemsize // 4 if itemsize < 4 else 0
@@ -164,3 +165,8 @@ def _bytes(tree: PyTree, *, tiled: bool = False) -> int:
 def _filled_up(shape: Iterable[int]) -> float:
     """By how much an array grows in a TPU's memory along the axis where it grows least."""
     return min(-(-n // _LANES) * _LANES / n for n in shape)
+
+
+def layers_of(model: ImageClassifier, params: PyTree) -> tuple[PyTree, int]:
+    """The parameters of the layers, and of how many layers; of one where all share them."""
+    return (params["block"], 1) if model.SHARED else (params["blocks"], model.depth)

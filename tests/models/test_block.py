@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 from crate_jax.models.block import REMAT, Block, Context, Part, stack, tap_names
-from crate_jax.models.layers import ISTA, MSSA, ista_step, mssa
+from crate_jax.models.layers import ISTA, MSSA, Attended, ista_step, mssa
+from crate_jax.models.modulation import Modulation, PerLayer
 
 B, N, d, K, p, L = 2, 5, 6, 3, 4, 3
 ETA, LMBDA = 0.2, 0.3
@@ -39,13 +40,13 @@ def norm(params, Z):
     return jnp.asarray((Z - mean) / np.sqrt(var + 1e-5) * params["scale"] + params["bias"])
 
 
-def attend(params, Z):
-    Y = norm(params["mssa_norm"], Z).astype(jnp.float32)
+def attend(params, Z, norm=norm):
+    Y = norm(params.get("mssa_norm"), Z).astype(jnp.float32)
     return mssa(Y, params["mssa"]["U"], params["mssa"]["W_out"], params["mssa"]["b_out"]).update
 
 
-def sparsify(params, Z):
-    Y = norm(params["ista_norm"], Z).astype(jnp.float32)
+def sparsify(params, Z, norm=norm):
+    Y = norm(params.get("ista_norm"), Z).astype(jnp.float32)
     return ista_step(Y, params["ista"]["D"], eta=ETA, lmbda=LMBDA)
 
 
@@ -81,10 +82,28 @@ def scaled_code(params, Z):
     return params["ista_scale"] * sparsify(params, half)
 
 
+def as_they_are(_, Z):
+    return Z
+
+
+def plain_norm(_, Z):
+    return norm({"scale": 1.0, "bias": 0.0}, Z)
+
+
+def without_norms(params, Z):
+    return sparsify(params, Z + attend(params, Z, as_they_are), as_they_are)
+
+
+def with_plain_norms(params, Z):
+    return sparsify(params, Z + attend(params, Z, plain_norm), plain_norm)
+
+
 @pytest.mark.parametrize(
     ("expected", "fields"),
     [
         (crate, {}),
+        (without_norms, {"norm": "none"}),
+        (with_plain_norms, {"norm": "plain"}),
         (minus, {"sign": -1}),
         (residual, {"residual": True}),
         (swapped, {"sign": -1, "attention_first": False}),
@@ -101,6 +120,8 @@ def test_a_block_is_its_equation(tokens, expected, fields):
     got, seen = block.apply({"params": params}, tokens, None, Context())
     assert seen == {}
     np.testing.assert_allclose(got, wanted, atol=2e-5)
+    normed = {name for name in params if name.endswith("_norm")}
+    assert bool(normed) == (fields.get("norm", "affine") == "affine")
 
 
 def test_a_block_shows_what_it_is_asked_for(tokens):
@@ -168,6 +189,62 @@ def test_shared_weights_are_one_set(tokens):
     np.testing.assert_allclose(got, Z, atol=1e-5)
 
 
+class Conditions(nn.Module):
+    """Gates of the tokens and of the layer, scale and shift of the stack's condition."""
+
+    @nn.compact
+    def __call__(self, Z, layer, condition):
+        gate = self.param("gate", nn.initializers.constant(0.3), (1, 1, d))
+        norm = condition[:, None]
+        return Modulation(gate * Z), Modulation(layer[None, None] * gate, norm, -norm)
+
+
+@pytest.mark.parametrize("residual", [True, False])
+def test_what_is_computed_gates_the_halves_and_moves_the_norm(tokens, residual):
+    """The gate of either half; the norm of the second, which the first half has as it is."""
+    block = Block(**PARTS, residual=residual, modulation=Part("conditions", Conditions))
+    condition, per_layer = jnp.array([[0.5], [-2.0]]) * jnp.ones((B, d)), jnp.arange(d) / d
+    context, layer = Context(condition=condition), PerLayer(condition=per_layer)
+    params = start(block, tokens, layer, context)
+    got, _ = block.apply({"params": params}, tokens, layer, context)
+
+    def moved(Y):
+        return Y * (1 + condition[:, None]) - condition[:, None]
+
+    gate = params["conditions"]["gate"]
+    with jax.numpy_rank_promotion("allow"):
+        half = tokens + gate * tokens * attend(params, tokens)
+        code = per_layer * gate * sparsify(params, half, lambda own, Z: moved(norm(own, Z)))
+    np.testing.assert_allclose(got, half + code if residual else code, atol=2e-5)
+
+
+def test_shut_gates_leave_the_tokens_as_they_are(tokens):
+    class Shut(nn.Module):
+        def __call__(self, Z, layer, condition):
+            return Modulation(jnp.zeros_like(Z)), Modulation(jnp.zeros_like(Z))
+
+    layers = stack(Block, L, remat="none", **PARTS, residual=True, modulation=Part("shut", Shut))
+    params = start(layers, tokens, None, Context())
+    got, _ = layers.apply({"params": params}, tokens, None, Context())
+    np.testing.assert_array_equal(got, tokens)
+
+
+class MeanOfOthers(nn.Module):
+    """An attention to other tokens, without weights."""
+
+    @nn.compact
+    def __call__(self, Y, mask=None, taps=(), others=None):
+        return Attended(Y * others.mean(axis=1, keepdims=True), {})
+
+
+def test_the_tokens_attend_to_the_others_of_the_context(tokens):
+    fields = PARTS | dict(attention=Part("mean", MeanOfOthers), nonlinearity=None, norm="none")
+    layers, others = stack(Block, L, remat="none", **fields), 0.1 * tokens[:, :3]
+    got, _ = layers.apply({"params": {}}, tokens, None, Context(others=others))
+    mean = np.asarray(others, np.float64).mean(axis=1, keepdims=True)
+    np.testing.assert_allclose(got, tokens * (1 + mean) ** L, rtol=1e-5, atol=1e-6)
+
+
 class Counter(nn.Module):
     """Adds what its layer and the context hold, and hands on what it saw: a cache in small."""
 
@@ -215,14 +292,20 @@ def test_stochastic_depth_skips_halves_of_whole_examples_at_its_rate():
     params = start(still, Z[:1], None, Context())
     update = still.apply({"params": params}, Z[:1], None, Context())[0] - Z[:1]
     got, _ = moving.apply(
-        {"params": params}, Z, jnp.asarray(rate), Context(), rngs={"dropout": jax.random.key(3)}
+        {"params": params},
+        Z,
+        PerLayer(drop_path=jnp.asarray(rate)),
+        Context(),
+        rngs={"dropout": jax.random.key(3)},
     )
     factor = np.asarray((got - Z) / update)
     kept = np.abs(factor - 1 / (1 - rate)) < 1e-2
     assert (kept | (np.abs(factor) < 1e-6)).all()
     assert (kept.all(axis=(1, 2)) == kept.any(axis=(1, 2))).all()
     assert abs(kept[:, 0, 0].mean() - (1 - rate)) < 0.04
-    evaluated, _ = still.apply({"params": params}, Z[:1], jnp.asarray(rate), Context())
+    evaluated, _ = still.apply(
+        {"params": params}, Z[:1], PerLayer(drop_path=jnp.asarray(rate)), Context()
+    )
     np.testing.assert_allclose(evaluated, Z[:1] + update, rtol=1e-5)
 
 

@@ -13,6 +13,7 @@ import pytest
 from crate_jax import Crate, CrateAlpha, ViT, analysis
 from crate_jax.models.classifier import ImageClassifier
 from crate_jax.models.cost import abstract_parameters, count_parameters, multiply_adds
+from crate_jax.models.hyper_set import HyperSet
 from crate_jax.models.layers import Linear
 
 SIZES = dict(image_size=16, patch_size=8, num_classes=3, width=12, depth=2, num_heads=2)
@@ -22,6 +23,7 @@ MODELS = {
     "crate_mhsa_mlp": Crate(**SIZES, **OTHER_HALVES, pool="mean", dtype=jnp.bfloat16),
     "crate_alpha": CrateAlpha(**SIZES, layer_scale=0.5, drop_path=0.1, remat="full"),
     "vit": ViT(**SIZES, pool="patches_twice"),
+    "hyper_set": HyperSet(**SIZES),
 }
 
 
@@ -111,9 +113,10 @@ def test_intermediates_hold_every_layer(case):
     The attention of MSSA is seen by its tap alone: a kernel has none to show.
     """
     captured, taps = case.found["captured"], case.found["taps"]
-    blocks = captured["blocks"]
+    blocks = captured["block" if case.model.SHARED else "blocks"]
     attention, nonlinearity = case.model.attention_part.name, case.model.nonlinearity_part.name
-    norms = {f"{attention}_norm", f"{nonlinearity}_norm"}
+    normed = case.model.block_fields().get("norm") != "none"
+    norms = {f"{attention}_norm", f"{nonlinearity}_norm"} if normed else set()
     assert {attention, nonlinearity} | norms <= set(blocks)
     assert {"embedding", "head_norm", "head", "forward"} <= set(captured)
     update = blocks[attention]["__call__"][0]
@@ -127,7 +130,8 @@ def test_intermediates_hold_every_layer(case):
         expected = np.asarray(taps[name], np.float32)
         scale = case.tolerance * np.abs(expected).max()
         np.testing.assert_allclose(np.asarray(got, "f4"), expected, atol=scale, err_msg=name)
-    assert blocks[f"{attention}_norm"]["__call__"][0].shape == (2, 2, 5, 12)
+    for norm in norms:
+        assert blocks[norm]["__call__"][0].shape == (2, 2, 5, 12)
 
 
 def test_no_image_has_no_logits_and_moves_no_parameter(case, images):

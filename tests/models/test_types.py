@@ -32,6 +32,7 @@ MODELS = {
     ),
     "vit": create_model("vit_tiny_patch16_224", **SIZES, pool="patches"),
     "grid": create_model("crate_mhsa_mlp_small_384_patch8_224", **SIZES),
+    "hyper_set": create_model("hyperset_patch16_224", **SIZES),
 }
 IMAGES = np.random.default_rng(0).normal(size=(8, 16, 16, 3)).astype(np.float32)
 LABELS = np.arange(8, dtype=np.int32) % 3
@@ -115,7 +116,7 @@ def test_gradients_of_other_parameters_by_value(dtype):
 
 
 @pytest.mark.parametrize(
-    ("name", "dtype"), [*zip(MODELS, [HALF, SINGLE, HALF, SINGLE], strict=True)]
+    ("name", "dtype"), [*zip(MODELS, [HALF, SINGLE, HALF, SINGLE, HALF], strict=True)]
 )
 def test_gradients_of_half_precision_parameters(name, dtype):
     model = MODELS[name].clone(dtype=dtype)
@@ -280,6 +281,7 @@ def test_explicit_meshes_compute_the_same():
         ("crate_alpha", P(("data", "fsdp")), False),
         ("vit", P("data"), True),
         ("grid", P(("data", "fsdp")), False),
+        ("hyper_set", P("data"), False),
     ],
 )
 def test_everything_runs_on_explicit_meshes(name, spec, around):
@@ -324,7 +326,7 @@ def test_parameters_are_the_same_under_x64():
 
 
 @pytest.mark.parametrize(
-    ("name", "dtype"), [*zip(MODELS, [HALF, SINGLE, SINGLE, HALF], strict=True)]
+    ("name", "dtype"), [*zip(MODELS, [HALF, SINGLE, SINGLE, HALF, HALF], strict=True)]
 )
 def test_nothing_is_computed_in_double_precision(name, dtype, equations):
     """Of float64 images there is no more than the images."""

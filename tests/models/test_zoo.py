@@ -259,7 +259,7 @@ def test_the_family_of_a_model_is_that_of_its_class_or_of_one_that_it_extends():
 
     model = Mine(8, 4, 2, width=4, depth=1, num_heads=1)
     assert family_of(model) == architecture(model)["family"] == "vit"
-    with pytest.raises(ValueError, match=r"known family, crate, crate_alpha, .*; got int\. Use"):
+    with pytest.raises(ValueError, match=rf"known family, {', '.join(CLASSES)}; got int\. Use"):
         family_of(3)
 
 

@@ -67,10 +67,14 @@ def test_memory_and_bytes_are_those_of_the_compiled_step(arg, mesh, changes):
         ("crate_alpha_tiny_patch32_224", {}),
         ("crate_alpha_tiny_patch32_224", {"model__decoupled": False}),
         ("vit_tiny_patch16_224", {}),
+        ("hyperset_patch16_224", {"model__depth": 3}),
     ],
 )
 def test_gradients_of_the_other_families_are_those_of_the_compiled_step(name, changes):
-    """A dictionary that is in three or four products sends its gradient in as many parts."""
+    """A dictionary that is in three or four products sends its gradient in as many parts.
+
+    Where all layers share one set of parameters, each layer sends a part.
+    """
     config = recipe("imagenet1k", "tiny", batch_size=32)
     config.model = ModelConfig(name=name, num_classes=1000, depth=2)
     for path, value in changes.items():

@@ -11,6 +11,7 @@ from crate_jax.training.loop import train
 # The model, and what is measured of its layers while it trains.
 FAMILIES = {
     "vit_tiny_patch16_224": {"rate_mean"},
+    "hyperset_patch16_224": {"rate_mean"},
     "crate_mlp_small_384_patch8_224": {
         "rate_mean",
         "rate_reduction_mean",

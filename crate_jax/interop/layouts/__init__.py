@@ -1,6 +1,6 @@
 """Official names and shapes: one file a family, one table a layout, used in both directions."""
 
-from crate_jax.interop.layouts import crate, crate_alpha, crate_bert, crate_causal, vit
+from crate_jax.interop.layouts import crate, crate_alpha, crate_bert, crate_causal, hyper_set, vit
 from crate_jax.interop.layouts.layout import Layout
 
 # By family. PyTorch files are written in the
@@ -12,4 +12,5 @@ LAYOUTS: dict[str, tuple[Layout, ...]] = {
     "crate_causal": (crate_causal.CAUSAL,),
     "crate_lm": (crate_causal.LM,),
     "crate_bert": crate_bert.LAYOUTS,
+    "hyper_set": hyper_set.LAYOUTS,
 }
