@@ -17,7 +17,7 @@ pass may keep of them (``keep``); whether it does is decided at one place too,
 
 import math
 from collections.abc import Callable, Collection
-from typing import ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -118,6 +118,23 @@ def mssa(
     if b_out_d is not None:
         update_BxNxd += b_out_d[None, None]
     return Attended(update_BxNxd, seen)
+
+
+def mssa_of(
+    module: Any, Y_BxNxd: Array, *weights: Any, mask: Array | None, taps: Collection[str]
+) -> Attended:
+    """`mssa` of tokens and weights, in a module that says who computes it, ``kernel``.
+
+    Where ``attention`` is among the taps, no kernel does. What the module has in the collections
+    `PAST` and `STEERING` counts, and its past grows by these tokens.
+    """
+    kernel = None if "attention" in taps else module.kernel
+    given = {of: module.get_variable(of, "subspace_tokens") for of in (PAST, STEERING)}
+    attended = mssa(Y_BxNxd, *weights, mask=mask, kernel=kernel, **given)
+    if (past := given[PAST]) is not None:
+        grown = past.grown(attended.seen["subspace_tokens"])
+        module.put_variable(PAST, "subspace_tokens", grown)
+    return attended
 
 
 def ista_step(Y_BxNxd: Array, D_dxd: Array, *, eta: float, lmbda: float) -> Array:
@@ -252,11 +269,7 @@ class MSSA(nn.Module):
     def __call__(
         self, Y_BxNxd: Array, mask: Array | None = None, taps: Collection[str] = ()
     ) -> Attended:
-        """Normalised tokens (B, N, d) to their update, as `mssa` returns it.
-
-        Where ``attention`` is among the taps, no kernel computes it. The collections `PAST` and
-        `STEERING` count where the model is given them.
-        """
+        """Normalised tokens (B, N, d) to their update, by `mssa_of`."""
         Y_BxNxd = Y_BxNxd.astype(self.dtype)
         d, K, p = Y_BxNxd.shape[-1], self.num_heads, self.head_dim
         # Without the axes Flax would take the first one for a receptive field.
@@ -270,13 +283,7 @@ class MSSA(nn.Module):
             if self.bias:
                 b_init = self.bias_init or linear_bias_init(K * p)
                 b_out_d = read(self, "b_out", b_init, (d,), self.dtype)
-        kernel = None if "attention" in taps else self.kernel
-        given = {of: self.get_variable(of, "subspace_tokens") for of in (PAST, STEERING)}
-        attended = mssa(Y_BxNxd, U_dxKxp, W_out_Kxpxd, b_out_d, mask=mask, kernel=kernel, **given)
-        if (past := given[PAST]) is not None:
-            grown = past.grown(attended.seen["subspace_tokens"])
-            self.put_variable(PAST, "subspace_tokens", grown)
-        return attended
+        return mssa_of(self, Y_BxNxd, U_dxKxp, W_out_Kxpxd, b_out_d, mask=mask, taps=taps)
 
 
 class ISTA(nn.Module):

@@ -82,12 +82,10 @@ def steering(model: Any, *steers: Steer) -> dict[str, Any]:
 def _place(model: Any, steer: Steer) -> tuple[str, tuple[int, ...]]:
     """The part that makes the array of a tap, and the array's shape without tokens, by layer."""
     places = {}
-    if "subspace_tokens" in model.attention_part.taps:
-        shape = (model.num_heads, model.subspace_dim)
-        places["subspace_tokens"] = (model.attention_part.name, shape)
-    second = model.nonlinearity_part
-    if second is not None and "code" in second.taps:
-        places["code"] = (second.name, (model.overcompleteness * model.width,))
+    if model.attention_part.name == "mssa":
+        places["subspace_tokens"] = ("mssa", (model.num_heads, model.subspace_dim))
+    if model.nonlinearity_part is not None and model.nonlinearity_part.name == "odl":
+        places["code"] = ("odl", (model.overcompleteness * model.width,))
     if steer.tap not in places:
         raise ValueError(
             f"steer.tap must be one of {', '.join(places) or 'none'} for a "

@@ -17,7 +17,7 @@ from jax.nn import initializers as init
 from jax.typing import DTypeLike
 
 from crate_jax.models.derivatives import plain
-from crate_jax.models.layers import Attended, mssa, relu, times
+from crate_jax.models.layers import Attended, mssa_of, relu, times
 from crate_jax.models.parameters import dictionary_init, parameter, read
 
 
@@ -139,6 +139,5 @@ class TiedMSSA(nn.Module):
         U_init = init.variance_scaling(1 / 3, "fan_in", "uniform", in_axis=0, out_axis=(1, 2))
         U_dxKxp = read(self, "U", U_init, shape, self.dtype)
         step = parameter(self, "step", init.constant(self.step), ()).astype(self.dtype)
-        kernel = None if "attention" in taps else self.kernel
         back_Kxpxd = step * U_dxKxp.transpose(1, 2, 0)
-        return mssa(Y_BxNxd, U_dxKxp, back_Kxpxd, mask=mask, kernel=kernel)
+        return mssa_of(self, Y_BxNxd, U_dxKxp, back_Kxpxd, mask=mask, taps=taps)

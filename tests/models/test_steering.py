@@ -93,9 +93,16 @@ def test_another_coordinate_is_the_same_program(params, tokens):
     assert len(traced) == 1 and np.abs(a - b).max() > 1e-3
 
 
-@pytest.mark.parametrize("steer", [Steer("code", 0, 1, 2.0), Steer("subspace_tokens", 1, 3, 2.0)])
-def test_models_of_images_that_have_the_operators_are_steered_too(steer):
-    model = CrateAlpha(**IMAGES)
+@pytest.mark.parametrize(
+    ("model", "steer"),
+    [
+        (CrateAlpha(**IMAGES), Steer("code", 0, 1, 2.0)),
+        (CrateAlpha(**IMAGES), Steer("subspace_tokens", 1, 3, 2.0)),
+        (Crate(**IMAGES, tied_output=True), Steer("subspace_tokens", 1, 3, 2.0)),
+    ],
+    ids=["code", "mssa", "tied"],
+)
+def test_models_of_images_that_have_the_operators_are_steered_too(model, steer):
     params, images = start(model), jax.random.normal(jax.random.key(2), (2, 8, 8, 3))
     variables = {"params": params} | steering(model, steer)
     kwargs = dict(train=False, taps=(steer.tap,), method="forward")
