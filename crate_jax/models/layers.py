@@ -132,8 +132,7 @@ def mssa_of(
     given = {of: module.get_variable(of, "subspace_tokens") for of in (PAST, STEERING)}
     attended = mssa(Y_BxNxd, *weights, mask=mask, kernel=kernel, **given)
     if (past := given[PAST]) is not None:
-        grown = past.grown(attended.seen["subspace_tokens"])
-        module.put_variable(PAST, "subspace_tokens", grown)
+        module.put_variable(PAST, "subspace_tokens", past.grown(attended.seen["subspace_tokens"]))
     return attended
 
 
