@@ -205,7 +205,7 @@ def after(X: Array, done: Array) -> Array:
     one come after the other. XLA drops a barrier too early; it keeps a product with zero, because
     that may be NaN.
     """
-    return X + jnp.zeros((), X.dtype) * done.ravel()[:1].real.sum().astype(X.dtype)
+    return X + jnp.zeros((), X.dtype) * done.real.sum().astype(X.dtype)
 
 
 def taken(table: Array, index: Array) -> Array:

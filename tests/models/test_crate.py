@@ -118,11 +118,13 @@ FUNCTION = {
 ELSEWHERE = {"dropout", "dtype", "backward", "attention_kernel", "remat", "scan_unroll"}
 # Those of tests/models/test_grid.py.
 OPERATORS = {"attention", "nonlinearity"}
+# By test_theory.py.
+SWITCHES = {"attention_sign", "tied_output", "threshold", "ista_steps", "step_sizes"}
 
 
 def test_every_field_is_tested():
     fields = {f.name for f in dataclasses.fields(Crate)} - {"parent", "name"}
-    assert fields == set(FUNCTION) | ELSEWHERE | OPERATORS
+    assert fields == set(FUNCTION) | ELSEWHERE | OPERATORS | SWITCHES
 
 
 @pytest.mark.parametrize("field", ["none", *FUNCTION, "one_head"])
