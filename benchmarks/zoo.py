@@ -23,6 +23,7 @@ CONTENDERS: dict[str, tuple[str, tuple[str, ...]]] = {
     "crate": ("crate", ()),
     "alpha": ("alpha", ()),
     "vit": ("vit", ()),
+    "hyper_set": ("hyper_set", ()),
     "crate, MHSA for MSSA": ("crate", ("--config.model.attention=mhsa",)),
     "crate, MLP for ISTA": ("crate", ("--config.model.nonlinearity=mlp",)),
     "crate, minus sign": ("crate", ("--config.model.attention_sign=minus",)),

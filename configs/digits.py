@@ -12,6 +12,7 @@ RECIPES = {
     "crate": dict(name="crate_tiny_patch16_224", pool="mean"),
     "alpha": dict(name="crate_alpha_tiny_patch16_224"),
     "vit": dict(name="vit_tiny_patch16_224"),
+    "hyper_set": dict(name="hyperset_patch16_224"),
 }
 
 

@@ -219,7 +219,7 @@ def _half_logdet_derivative(
     dX_xmxn = tangents[0] if X_xmxn.shape == inputs[0].shape else tangents[0].swapaxes(-2, -1)
     solve = functools.partial(jax.scipy.linalg.solve_triangular, R_xnxn)
     G_xnxm = scale * solve(solve(X_xmxn.swapaxes(-2, -1).conj(), trans="C"))
-    value = placement.after(_half_logdet(inputs[0], scale), G_xnxm)
+    value = placement.after(_half_logdet(inputs[0], scale), G_xnxm.real)
     return value, jnp.einsum("...nm,...mn->...", G_xnxm, dX_xmxn).real
 
 

@@ -141,6 +141,11 @@ def test_rates_of_complex_tokens():
         assert coding_rate(Z, eps=EPS).dtype == jnp.float32
         everyone = class_coding_rate(jnp.asarray(Z), jnp.ones((N, 1)), eps=EPS)
         np.testing.assert_allclose(everyone, expected, rtol=1e-5)
+        move = (rng.normal(size=(N, d)) + 1j * rng.normal(size=(N, d))).astype(np.complex64)
+        _, slope = jax.jvp(lambda Z: coding_rate(Z, eps=EPS), (jnp.asarray(Z),), (move,))
+        alpha, H = d / (N * EPS**2), Z.astype(np.complex128).conj().T
+        exact = alpha * np.trace(np.linalg.inv(G) @ move.astype(np.complex128) @ H).real
+        np.testing.assert_allclose(slope, exact, rtol=1e-4)
 
 
 @pytest.mark.parametrize("shape", SHAPES)

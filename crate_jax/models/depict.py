@@ -19,11 +19,14 @@ from jax.typing import DTypeLike
 from crate_jax import placement
 from crate_jax.models.block import Block, Context, Part, stack
 from crate_jax.models.derivatives import wide
-from crate_jax.models.layers import Attended, LayerNorm, mssa, times
+from crate_jax.models.layers import Attended, LayerNorm, times
 from crate_jax.models.parameters import parameter, read
+from crate_jax.models.theory import TiedMSSA
 from crate_jax.models.transformer import kernel_init
 
 FORMS = ("self", "cross")
+
+step_init = init.normal(1.0)
 
 
 def subspace_cross_attention(
@@ -62,14 +65,13 @@ def subspace_cross_attention(
     return Attended(update_BxYxd, {"attention": A_BxKxYxP})
 
 
-class TiedMSSA(nn.Module):
-    """MSSA with W_out = s [U_1, …, U_K]ᵀ: its parameters are U (d, K, p) and the step s.
+class TiedCrossMSSA(nn.Module):
+    """`subspace_cross_attention` with its parameters U (d, K, p) and step, a scalar.
 
-    U starts as d^{-1/2} N(0, 1), and s as N(0, 1). Where the stack has other tokens, the tokens are
-    queries to these, which pass a LayerNorm first: `subspace_cross_attention`.
+    The tokens that are attended to pass a LayerNorm of this module first; the queries do not.
     """
 
-    TAPS: ClassVar[tuple[str, ...]] = ("subspace_tokens", "attention")
+    TAPS: ClassVar[tuple[str, ...]] = ("attention",)
 
     num_heads: int
     head_dim: int
@@ -78,23 +80,16 @@ class TiedMSSA(nn.Module):
 
     @nn.compact
     def __call__(
-        self,
-        Y_BxNxd: Array,
-        mask: Array | None = None,
-        taps: Collection[str] = (),
-        others_BxMxd: Array | None = None,
+        self, Q_BxYxd: Array, mask: Array | None, taps: Collection[str], others_BxPxd: Array
     ) -> Attended:
-        """Tokens (B, N, d) to their update; normalised, unless there are other tokens."""
-        Y_BxNxd, d = Y_BxNxd.astype(self.dtype), Y_BxNxd.shape[-1]
-        shape = (d, self.num_heads, self.head_dim)
-        U_dxKxp = read(self, "U", init.normal(d**-0.5), shape, self.dtype)
-        step = read(self, "step", init.normal(1.0), (), self.dtype)
-        if others_BxMxd is not None:
-            others_BxMxd = LayerNorm(self.dtype, self.backward, name="norm")(others_BxMxd)
-            return subspace_cross_attention(Y_BxNxd, others_BxMxd, U_dxKxp, step, mask=mask)
-        tied_Kxpxd = step * U_dxKxp.transpose(1, 2, 0)
-        kernel = "auto" if self.backward == "derived" and "attention" not in taps else None
-        return mssa(Y_BxNxd, U_dxKxp, tied_Kxpxd, mask=mask, kernel=kernel)
+        """Queries (B, Y, d) to their update, and all taps."""
+        shape = (Q_BxYxd.shape[-1], self.num_heads, self.head_dim)
+        U_dxKxp = read(self, "U", init.normal(shape[0] ** -0.5), shape, self.dtype)
+        step = parameter(self, "step", step_init, ()).astype(self.dtype)
+        Y_BxPxd = LayerNorm(self.dtype, self.backward, name="norm")(others_BxPxd)
+        return subspace_cross_attention(
+            Q_BxYxd.astype(self.dtype), Y_BxPxd, U_dxKxp, step, mask=mask
+        )
 
 
 class Depict(nn.Module):
@@ -148,29 +143,34 @@ class Depict(nn.Module):
         Q_Yxd = parameter(self, "class_embedding", kernel_init, (self.num_classes, d))
         Q_BxYxd = jnp.broadcast_to(Q_Yxd.astype(self.dtype), (B, *Q_Yxd.shape))
         Q_BxYxd = placement.beside(Q_BxYxd, Z_BxPxd)
+        kernel = "auto" if self.backward == "derived" else None
+        start = dict(kernel_init=init.normal(d**-0.5), step_init=step_init)
+        sizes = (self.num_heads, self.head_dim, self.dtype, kernel)
+        attention = Part("mssa", functools.partial(TiedMSSA, *sizes, **start), TiedMSSA.TAPS)
         if self.form == "self":
             Z_BxNxd = jnp.concatenate([Z_BxPxd, Q_BxYxd], axis=1)
-            Z_BxNxd = self._layers("blocks", self.head_dim)(Z_BxNxd, None, Context())[0]
+            Z_BxNxd = self._layers("blocks", attention)(Z_BxNxd, None, Context())[0]
             Z_BxNxd = self._norm("norm")(Z_BxNxd)
             Z_BxPxd, Q_BxYxd = Z_BxNxd[:, :P], Z_BxNxd[:, P:]
         else:
-            Z_BxPxd = self._layers("blocks", self.head_dim)(Z_BxPxd, None, Context())[0]
+            Z_BxPxd = self._layers("blocks", attention)(Z_BxPxd, None, Context())[0]
             Z_BxPxd = self._norm("norm")(Z_BxPxd)
-            cross = self._layers("cross_blocks", self.cross_head_dim, norm="none")
+            sizes = (self.num_heads, self.cross_head_dim, self.dtype, self.backward)
+            attention = Part("mssa", functools.partial(TiedCrossMSSA, *sizes), TiedCrossMSSA.TAPS)
+            cross = self._layers("cross_blocks", attention, norm="none")
             Q_BxYxd = cross(Q_BxYxd, None, Context(others=Z_BxPxd.astype(self.dtype)))[0]
             Q_BxYxd = self._norm("cross_norm")(Q_BxYxd)
         cosines_BxPxY = jnp.einsum("bnd,byd->bny", _unit_length(Z_BxPxd), _unit_length(Q_BxYxd))
         return self._norm("mask_norm")(cosines_BxPxY)
 
-    def _layers(self, name: str, head_dim: int, **fields: Any) -> nn.Module:
+    def _layers(self, name: str, attention: Part, **fields: Any) -> nn.Module:
         """Layers of attention alone."""
-        make = functools.partial(TiedMSSA, self.num_heads, head_dim, self.dtype, self.backward)
         return stack(
             Block,
             self.depth,
             remat=self.remat,
             name=name,
-            attention=Part("mssa", make, TiedMSSA.TAPS),
+            attention=attention,
             nonlinearity=None,
             dtype=self.dtype,
             backward=self.backward,

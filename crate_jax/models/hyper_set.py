@@ -88,6 +88,7 @@ class HyperSet(HyperSetFields, ImageClassifier):
     """
 
     SHARED = True
+    WITHOUT_EXAMPLES = ("depth_code",)
 
     @property
     def attention_part(self) -> Part:

@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from crate_jax import placement
 from crate_jax.objective import class_coding_rate, coding_rate
 
 
@@ -91,8 +92,9 @@ def operators(V_mxFxC: Array, Pi_mxJ: Array, *, eps: float) -> Array:
 
 def build_layer(V_mxFxC: Array, Pi_mxJ: Array, *, eps: float) -> ReduLayer:
     """The layer for the features that enter it, of known classes."""
-    E_FxCxC = operators(V_mxFxC, jnp.ones_like(Pi_mxJ[:, :1]), eps=eps)[0]
-    return ReduLayer(E_FxCxC, operators(V_mxFxC, Pi_mxJ, eps=eps), Pi_mxJ.mean(axis=0))
+    everyone_mx1 = jnp.ones_like(Pi_mxJ[:, :1])
+    E_and_C = operators(V_mxFxC, jnp.concatenate([everyone_mx1, Pi_mxJ], axis=1), eps=eps)
+    return ReduLayer(E_and_C[0], E_and_C[1:], Pi_mxJ.mean(axis=0))
 
 
 def apply_layer(
@@ -222,8 +224,9 @@ def lift(X: Array, filters: Array) -> Array:
 
 def _rates(V_mxFxC: Array, Pi_mxJ: Array, *, eps: float) -> Array:
     """R and R^c (2,)."""
-    V_FxmxC = V_mxFxC.swapaxes(0, 1)
-    R_F, Rc_F = coding_rate(V_FxmxC, eps=eps), class_coding_rate(V_FxmxC, Pi_mxJ, eps=eps)
+    V_FxmxC = V_mxFxC.swapaxes(0, 1) / jnp.asarray(eps, V_mxFxC.dtype)  # so that ε is one of those
+    R_F = coding_rate(V_FxmxC, eps=1.0)
+    Rc_F = class_coding_rate(placement.after(V_FxmxC, R_F), Pi_mxJ, eps=1.0)
     return jnp.stack([R_F.mean(), Rc_F.mean()])
 
 

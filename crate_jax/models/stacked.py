@@ -27,6 +27,8 @@ class BlockModel(ModelFields, nn.Module):
 
     EPSILON: ClassVar[float] = 1e-5  # of the LayerNorms
     SHARED: ClassVar[bool] = False  # whether all layers have one set of parameters
+    # Groups of parameters that no example meets: devices add up the gradients behind them alone.
+    WITHOUT_EXAMPLES: ClassVar[tuple[str, ...]] = ()
 
     def __init_subclass__(cls, **options: Any) -> None:
         """Mark what a subclass overrides of the helpers of its bases as the helpers are marked.

@@ -6,7 +6,7 @@ that are learned. The letters are those of `crate_jax.models.layers`.
 """
 
 import math
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from typing import ClassVar, NamedTuple
 
 import flax.linen as nn
@@ -127,7 +127,8 @@ class TiedMSSA(nn.Module):
     head_dim: int
     dtype: DTypeLike = jnp.float32
     kernel: str | None = "auto"
-    step: float = 1.0
+    kernel_init: Callable[..., Array] | None = None  # of U; None: nn.Linear's
+    step_init: Callable[..., Array] = init.ones
 
     @nn.compact
     def __call__(
@@ -137,7 +138,7 @@ class TiedMSSA(nn.Module):
         Y_BxNxd = Y_BxNxd.astype(self.dtype)
         shape = (Y_BxNxd.shape[-1], self.num_heads, self.head_dim)
         U_init = init.variance_scaling(1 / 3, "fan_in", "uniform", in_axis=0, out_axis=(1, 2))
-        U_dxKxp = read(self, "U", U_init, shape, self.dtype)
-        step = parameter(self, "step", init.constant(self.step), ()).astype(self.dtype)
+        U_dxKxp = read(self, "U", self.kernel_init or U_init, shape, self.dtype)
+        step = parameter(self, "step", self.step_init, ()).astype(self.dtype)
         back_Kxpxd = step * U_dxKxp.transpose(1, 2, 0)
         return mssa_of(self, Y_BxNxd, U_dxKxp, back_Kxpxd, mask=mask, taps=taps)

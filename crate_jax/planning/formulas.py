@@ -113,6 +113,8 @@ def _gradient_bytes(params: PyTree, model: ImageClassifier) -> tuple[int, int]:
     found = {True: 0, False: 0}
     for path, leaf in jax.tree_util.tree_leaves_with_path(params):
         name = jax.tree_util.keystr(path, simple=True, separator="/")
+        if name.split("/")[0] in model.WITHOUT_EXAMPLES:
+            continue
         exact = any(word in name for word in ("norm", "scale", "head"))
         itemsize = 4 if exact else jnp.dtype(model.dtype).itemsize
         found[leaf.sharding.shard_shape(leaf.shape) != leaf.shape] += itemsize * leaf.size

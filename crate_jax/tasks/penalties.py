@@ -95,7 +95,8 @@ def orthogonality(params: PyTree) -> Array:
         ValueError: there is neither a U nor a D.
     """
     found = []
-    for path, leaf in jax.tree_util.tree_leaves_with_path(params.get("blocks", {})):
+    shared = jax.tree.map(lambda leaf: leaf[None], params.get("block", {}))  # one set of all layers
+    for path, leaf in jax.tree_util.tree_leaves_with_path(params.get("blocks", shared)):
         if path[-1].key in ("U", "D"):
             X_Lxdxm = leaf.astype(jnp.float32).reshape(*leaf.shape[:2], -1)
             if X_Lxdxm.shape[2] > X_Lxdxm.shape[1]:

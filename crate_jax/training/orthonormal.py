@@ -9,11 +9,14 @@ from crate_jax import placement
 from crate_jax.options import did_you_mean
 from crate_jax.parallel import PyTree
 
+_STACKED, _SHARED = 1, 2  # whether a parameter has the layers on axis 0, or all have the one
+
 
 def orthonormal(names: tuple[str, ...]) -> optax.GradientTransformation:
     """Project what an update leads to onto orthonormal columns; to be chained last.
 
-    A parameter (L, d, …) is a matrix (d, m) for each layer, its last axes side by side. The update
+    A parameter (L, d, …) is a matrix (d, m) for each layer, its last axes side by side; one that
+    all layers share, below ``block``, is (d, …). The update
     X → X + ΔX becomes X → P(X + ΔX). P is the nearest matrix with orthonormal columns, or rows
     where m > d: P(X) = A Bᵀ for the singular value decomposition X = A Σ Bᵀ. A step costs these
     decompositions.
@@ -22,7 +25,7 @@ def orthonormal(names: tuple[str, ...]) -> optax.GradientTransformation:
         names: of the parameters, the last part of their paths.
 
     Raises:
-        KeyError: a name that no parameter of three axes or more has.
+        KeyError: a name that no parameter of three axes or more has; of two, where layers share it.
     """
 
     def project(updates: PyTree, params: PyTree | None) -> PyTree:
@@ -34,7 +37,7 @@ def orthonormal(names: tuple[str, ...]) -> optax.GradientTransformation:
         for of, (x, dx) in zip(chosen, leaves, strict=True):
             if of:
                 X = x + dx if before is None else placement.after(x + dx, before)
-                before = nearest(X)
+                before = nearest(X) if of == _STACKED else nearest(X[None])[0]
                 dx = before - x
             moved.append(dx)
         return treedef.unflatten(moved)
@@ -50,11 +53,13 @@ def nearest(X: Array) -> Array:
 
 
 def _chosen(params: PyTree, names: tuple[str, ...]) -> PyTree:
-    """Which leaves have one of the names."""
+    """Which leaves have one of the names: 0, `_STACKED` or `_SHARED`."""
     leaves, treedef = jax.tree.flatten_with_path(params)
+    names_of = (jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in leaves)
+    kinds = [_SHARED if "block" in name.split("/") else _STACKED for name in names_of]
     ends = [
-        jax.tree_util.keystr(path[-1:], simple=True) if leaf.ndim > 2 else ""
-        for path, leaf in leaves
+        jax.tree_util.keystr(path[-1:], simple=True) if leaf.ndim + (kind == _SHARED) > 2 else ""
+        for (path, leaf), kind in zip(leaves, kinds, strict=True)
     ]
     for name in names:
         if name not in ends:
@@ -63,4 +68,5 @@ def _chosen(params: PyTree, names: tuple[str, ...]) -> PyTree:
                 f"optim.orthonormal must name parameters of three axes or more; got {name}. "
                 + did_you_mean(name, known)
             )
-    return jax.tree.unflatten(treedef, [end in names for end in ends])
+    pairs = zip(ends, kinds, strict=True)
+    return jax.tree.unflatten(treedef, [kind * (end in names) for end, kind in pairs])

@@ -47,6 +47,8 @@ def test_orthogonality_is_the_distance_of_the_gram_matrices():
     Q = np.linalg.qr(rng.normal(size=(6, 6)))[0]
     flat = {"blocks": {"ista": {"D": jnp.float32(Q[None])}}}
     assert orthogonality(flat) < 1e-10
+    shared = {"block": {"bisoftmax": {"U": jnp.float32(2 * Q.reshape(6, 2, 3))}}}
+    np.testing.assert_allclose(orthogonality(shared), 6 * 3**2, rtol=1e-5)
     with pytest.raises(ValueError, match=r"penalty\.orthogonality must be 0 for a model without U"):
         orthogonality({"blocks": {"mlp": {"W_in": jnp.ones((1, 2, 2))}}})
 

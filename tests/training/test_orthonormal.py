@@ -8,7 +8,7 @@ import pytest
 
 from crate_jax.sections import OptimConfig
 from crate_jax.training.optimizer import make_optimizer
-from crate_jax.training.orthonormal import nearest
+from crate_jax.training.orthonormal import nearest, orthonormal
 
 PARAMS = {
     "blocks": {
@@ -55,6 +55,16 @@ def test_no_orthonormal_matrix_is_nearer():
         other = nearest(nearest(X) + 0.1 * jax.random.normal(key, X.shape))
         assert jnp.linalg.norm(other - X) > best
     np.testing.assert_allclose(nearest(nearest(X)), nearest(X), atol=1e-5)
+
+
+def test_a_parameter_that_all_layers_share_is_one_matrix():
+    U = jax.random.normal(jax.random.key(4), (6, 2, 2))
+    params = {"block": {"bisoftmax": {"U": U}, "tied_mlp": {"V": U[:, 0]}}}
+    tx = orthonormal(("U", "V"))
+    updates, _ = tx.update(jax.tree.map(jnp.ones_like, params), tx.init(params), params)
+    moved = optax.apply_updates(params, updates)["block"]
+    for X, n in ((moved["bisoftmax"]["U"], 4), (moved["tied_mlp"]["V"], 2)):
+        np.testing.assert_allclose(gram(X[None])[0], np.eye(n), atol=1e-5)
 
 
 @pytest.mark.parametrize("name", ["V", "kernel"])
