@@ -63,6 +63,8 @@ ROOMS = {
         "classifier",
         "transformer",
         "theory",
+        "tssa",
+        "cbsa",
         "crate",
         "crate_alpha",
         "vit",

@@ -42,6 +42,9 @@ KEPT = (
     "code",  # of CRATE-α in its wide dictionary; of ISTA between two steps
     "active",  # where a ReLU lets through
     "hidden",  # units of an MLP before their nonlinearity
+    "moments",  # membership and second moments of TSSA
+    "representatives",  # of CBSA, after they have contracted
+    "contraction",  # its map
     "unscaled",  # what the factors g multiply
     "modulation",  # factors that are computed
 )
