@@ -54,16 +54,15 @@ def contract_and_broadcast(
     A_BxKxmxN = jax.nn.softmax(S_BxKxmxN * V_BxNxKxp.shape[-1] ** -0.5)
     A_BxKxmxN = keep(A_BxKxmxN.astype(V_BxNxKxp.dtype), "contraction")
     seen_BxKxmxp = jnp.einsum("bkmn,bknp->bkmp", A_BxKxmxN, V_BxKxNxp)
-    R_BxKxmxp = keep(R_BxKxmxp + _by_head(step_r_K, seen_BxKxmxp), "representatives")
+    seen_BxKxmxp = keep(seen_BxKxmxp, "representatives")
+    step_r_1xKx1x1, step_x_1x1xKx1 = (
+        step_r_K.astype(V_BxNxKxp.dtype)[None, :, None, None],
+        step_x_K.astype(V_BxNxKxp.dtype)[None, None, :, None],
+    )
+    R_BxKxmxp = keep(R_BxKxmxp + step_r_1xKx1x1 * seen_BxKxmxp, "representatives")
     settled_BxKxmxp = keep(attend(R_BxKxmxp)[0], "representatives")
     O_BxKxNxp = jnp.einsum("bkmn,bkmp->bknp", A_BxKxmxN, settled_BxKxmxp)
-    O_BxNxKxp = _by_head(step_x_K, O_BxKxNxp).swapaxes(1, 2)
-    return keep_merged(O_BxNxKxp, "attended"), A_BxKxmxN
-
-
-def _by_head(step_K: Array, X_BxKxnxp: Array) -> Array:
-    """An array times a number for each subspace, of the array's dtype."""
-    return step_K.astype(X_BxKxnxp.dtype)[None, :, None, None] * X_BxKxnxp
+    return step_x_1x1xKx1 * keep_merged(O_BxKxNxp.swapaxes(1, 2), "attended"), A_BxKxmxN
 
 
 def average_pool(V_BxNxKxp: Array, grid: tuple[int, int], cells: tuple[int, int]) -> Array:

@@ -13,11 +13,22 @@ from jax.typing import DTypeLike
 from crate_jax import placement
 
 Params = Mapping[str, Any]  # of a model: arrays, or their shapes, in nested dicts
+Variables = Mapping[str, Any]  # "params", and by collection what else a model has
+
+STATISTICS = "batch_stats"  # the collection of running statistics, as Flax calls it
 
 # nn.Linear's defaults in PyTorch: weight and bias uniform in ±1/√fan_in.
 linear_kernel_init = init.variance_scaling(1 / 3, "fan_in", "uniform")
 # kaiming_uniform_ on D (d, m): uniform in ±√(6/d).
 dictionary_init = init.variance_scaling(2.0, "fan_in", "uniform")
+
+
+def variables_of(params: Params) -> Variables:
+    """The variables of a model from its parameters alone; variables as they are.
+
+    No model has a group of parameters that is called "params".
+    """
+    return params if "params" in params else {"params": params}
 
 
 def uniform_init(bound: float) -> Callable[..., Array]:
