@@ -13,6 +13,9 @@ RECIPES = {
     "alpha": dict(name="crate_alpha_tiny_patch16_224"),
     "vit": dict(name="vit_tiny_patch16_224"),
     "hyper_set": dict(name="hyperset_patch16_224"),
+    "tost": dict(name="tost_tiny_patch16_224"),
+    "cbsa": dict(name="cbsa_tiny_patch16_224", representatives=(2,)),
+    "aot": dict(name="crate_tiny_patch16_224", pool="mean", nonlinearity="none"),
 }
 
 

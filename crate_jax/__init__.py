@@ -1,13 +1,14 @@
 """CRATE, the white-box transformer of sparse rate reduction, in JAX and Flax."""
 
 from crate_jax import analysis, objective
-from crate_jax.interop import load_weights, save_weights
+from crate_jax.interop import load_variables, load_weights, save_weights
 from crate_jax.models.crate import Crate
 from crate_jax.models.crate_alpha import CrateAlpha
 from crate_jax.models.crate_bert import CrateBert
 from crate_jax.models.crate_causal import CrateCausal, CrateLM
 from crate_jax.models.generation import generate
 from crate_jax.models.steering import Steer, steering
+from crate_jax.models.tost import ToST
 from crate_jax.models.vit import ViT
 from crate_jax.models.zoo import create_model, list_models
 
@@ -20,11 +21,13 @@ __all__ = [
     "CrateCausal",
     "CrateLM",
     "Steer",
+    "ToST",
     "ViT",
     "analysis",
     "create_model",
     "generate",
     "list_models",
+    "load_variables",
     "load_weights",
     "objective",
     "save_weights",

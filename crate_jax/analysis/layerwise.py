@@ -6,7 +6,7 @@ from jax import Array
 
 from crate_jax import placement
 from crate_jax.analysis.taps import taps
-from crate_jax.models.parameters import Params
+from crate_jax.models.parameters import Params, variables_of
 from crate_jax.models.stacked import BlockModel
 from crate_jax.objective import coding_rate, projected_coding_rate, sparsity, subspace_coding_rate
 
@@ -31,42 +31,44 @@ def layerwise(
     dictionary. The class token counts as a token, and so does padding. Float32 throughout, whatever
     the model's dtype, because bfloat16 moves ISTA's zeros.
 
-    R needs tokens alone, so every model has it. R^c needs the subspaces of MSSA, and the share of
-    zeros needs ISTA or a code: a model with other operators goes without them.
+    R needs tokens alone, so every model has it. R^c needs the subspaces of MSSA, TSSA or CBSA, and
+    the share of zeros needs ISTA or a code: a model with other operators goes without them.
 
     Source: arXiv 2306.01129, section 3.1 and its code.
 
     Args:
         model: a model of `crate_jax.create_model`.
-        params: its parameters.
+        params: its parameters; of a model with running statistics its variables.
         images: (B, H, W, C), normalised, B >= 1; for a model of text, token ids (B, N).
         definition: "paper" or "official_code".
         eps: quantisation precision ε; both sources use ε² = 0.01.
 
     Returns:
-        Arrays (L,), float32. With MSSA: ``coding_rate_mean`` and ``coding_rate_std`` (R^c in nats,
-        over the images, unbiased; of one image the deviation is NaN). With ISTA or a code:
-        ``zero_fraction``.
-        By the paper's definition also ``rate_mean`` (R), and with MSSA ``rate_reduction_mean``
-        (ΔR), in nats. Their gradients are finite: zero where the rates of all images are equal, and
-        at a zero token, which has no direction.
+        Arrays (L,), float32. With subspaces: ``coding_rate_mean`` and ``coding_rate_std`` (R^c in
+        nats, over the images, unbiased; of one image the deviation is NaN). With ISTA or a
+        code: ``zero_fraction``. By the paper's definition also ``rate_mean`` (R), and with
+        subspaces ``rate_reduction_mean`` (ΔR), in nats. Their gradients are finite: zero where the
+        rates of all images are equal, and at a zero token, which has no direction.
 
     Raises:
-        ValueError: an unknown definition, the official one of a model without MSSA, no image, or
-            images that do not fit the model.
+        ValueError: an unknown definition, the official one of a model without subspaces, no image,
+            or images that do not fit the model.
     """
     _check(definition, model)
     exact = model.clone(dtype=jnp.float32)
-    token_tap = "z_half" if definition == "paper" else "subspace_tokens"
+    after = "z_half" if "z_half" in model.tap_names else "out"  # of the attention
+    token_tap = after if definition == "paper" else "subspace_tokens"
     names = [name for name in (token_tap, *_SPARSE) if name in model.tap_names]
     _, seen = taps(exact, params, images, names=names)
     if not len(images):
         raise ValueError(f"images must be at least one; got {images.shape}. A mean needs some.")
     values, compressed_LxB = {}, None
     if "subspace_tokens" in model.tap_names:
-        compressed_LxB = _compressed(params, seen, eps)
+        blocks = variables_of(params)["params"]["blocks"]
+        tokens, U = seen[token_tap], blocks[model.attention_part.name]["U"]
+        compressed_LxB = _compressed(tokens, U, eps)
     if definition == "paper":
-        Z_LxBxNxd = seen["z_half"]
+        Z_LxBxNxd = seen[after]
         if compressed_LxB is not None:
             Z_LxBxNxd = placement.after(Z_LxBxNxd, compressed_LxB)
         rate_LxB = jax.lax.map(lambda z: coding_rate(z, eps=eps), Z_LxBxNxd)
@@ -87,21 +89,17 @@ def _check(definition: str, model: BlockModel) -> None:
         raise ValueError(f"definition must be one of {', '.join(DEFINITIONS)}; got {definition}.")
     if definition == "official_code" and "subspace_tokens" not in model.tap_names:
         raise ValueError(
-            "definition must be paper for a model without MSSA, which has no subspace tokens; got "
-            "official_code. Leave the definition out."
+            "definition must be paper for a model without MSSA, TSSA and CBSA, for it has no "
+            "subspace tokens; got official_code. Leave the definition out."
         )
 
 
-def _compressed(params: Params, seen: dict[str, Array], eps: float) -> Array:
-    """R^c of every layer and image, of the subspace tokens if they were seen, else of z_half."""
-    if "subspace_tokens" in seen:
-        return jax.lax.map(
-            lambda w: projected_coding_rate(_unit_length(w), eps=eps), seen["subspace_tokens"]
-        )
-    return jax.lax.map(
-        lambda layer: subspace_coding_rate(*layer, eps=eps),
-        (seen["z_half"], params["blocks"]["mssa"]["U"]),
-    )
+def _compressed(tokens: Array, U_LxdxKxp: Array, eps: float) -> Array:
+    """R^c of every layer and image: of tokens (L, B, N, d), or of subspace tokens as they are."""
+    if tokens.ndim == 5:
+        return jax.lax.map(lambda w: projected_coding_rate(_unit_length(w), eps=eps), tokens)
+    layers = (tokens, U_LxdxKxp)
+    return jax.lax.map(lambda layer: subspace_coding_rate(*layer, eps=eps), layers)
 
 
 def _unit_length(W_BxNxKxp: Array) -> Array:

@@ -5,7 +5,7 @@ from collections.abc import Iterable
 from jax import Array
 
 from crate_jax.models.block import chosen_taps
-from crate_jax.models.parameters import Params
+from crate_jax.models.parameters import Params, variables_of
 from crate_jax.models.stacked import BlockModel
 
 
@@ -19,11 +19,12 @@ def taps(
 
     Args:
         model: a model of `crate_jax.create_model`.
-        params: its parameters.
+        params: its parameters; of a model with running statistics its variables.
         images: (B, H, W, C), normalised; for a model of text, token ids (B, N).
         names: out of ``model.tap_names``, or one; only these are stored. Those of a CRATE are
             ``subspace_tokens`` (L, B, N, K, p), ``attention`` (L, B, K, N, N), ``mssa``,
-            ``z_half``, ``ista`` and ``out`` (L, B, N, d). None: all of them.
+            ``z_half``, ``ista`` and ``out`` (L, B, N, d). TSSA has ``membership`` (L, B, K, N) in
+            the place of the attention, CBSA ``contraction`` (L, B, K, m, N). None: all of them.
 
     Returns:
         Logits, float32, of each image (B, Y) or of each token (B, N, V); and
@@ -36,5 +37,6 @@ def taps(
     chosen = model.tap_names if names is None else chosen_taps(names, model.tap_names)
     if not chosen:
         raise ValueError(f"names must hold at least one of {', '.join(model.tap_names)}; got none.")
-    found = model.apply({"params": params}, images, train=False, taps=chosen, method="forward")
+    variables = variables_of(params)
+    found = model.apply(variables, images, train=False, taps=chosen, method="forward")
     return found  # type: ignore[return-value]

@@ -64,14 +64,21 @@ def _on_a_device(x: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
 
 
 def read_params(workdir: str | Path, step: str | int) -> tuple[PyTree, Json]:
-    """The parameters of a run whatever their shapes are; its averaged ones if it keeps them.
+    """`read_trained` without what the state holds besides."""
+    params, _, record = read_trained(workdir, step)
+    return params, record
+
+
+def read_trained(workdir: str | Path, step: str | int) -> tuple[PyTree, PyTree, Json]:
+    """What a run has learnt, whatever the shapes are: averaged parameters if it keeps them.
 
     Args:
         workdir: the run's directory.
         step: "latest", "best" or a number.
 
     Returns:
-        The parameters as NumPy arrays, and the JSON record of that step.
+        The parameters as NumPy arrays; likewise what the state holds besides, such as running
+        statistics, () for nothing; and the JSON record of that step.
 
     Raises:
         FileNotFoundError: there is no checkpoint.
@@ -82,9 +89,10 @@ def read_params(workdir: str | Path, step: str | int) -> tuple[PyTree, Json]:
         number = reader.resolve(step)
         record = reader.restore_record(number)
         name = "ema_params" if record.get("ema", False) else "params"
-        wanted = {name: reader.saved_shapes(number)[name]}
+        saved = reader.saved_shapes(number)
+        wanted = {branch: saved[branch] for branch in (name, "extra") if branch in saved}
         found, _ = reader.restore_part(number, wanted, _as_numpy(wanted))
-        return found[name], record
+        return found[name], found.get("extra", ()), record
     finally:
         reader.close()
 

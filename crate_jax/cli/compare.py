@@ -114,7 +114,8 @@ def _compare(args: argparse.Namespace) -> "tuple[Comparison, Json]":
     from crate_jax.tasks.losses import cross_entropy
 
     fits = functools.partial(load_fitted, fit=args.fit, method=resize_method(args))
-    params, model, fitted, classes = fits(args.weights, named_model(args))
+    loaded = fits(args.weights, named_model(args))
+    params, model, fitted, classes, _ = loaded
     model = of_images(model)
     if not model.num_classes:
         raise ValueError(

@@ -46,15 +46,16 @@ def convert(args: argparse.Namespace) -> Json:
 
     method = resize_method(args)
     loaded = load_fitted(args.source, named_model(args), fit=args.fit, method=method)
-    params, model, fitted, names = loaded
+    fitted, names = loaded.report, loaded.class_names
+    variables = {"params": loaded.params, **loaded.extra}
     if names and not holds_class_names(args.target):
         fitted = [*fitted, f"left aside the names of {len(names)} classes, for a bare state dict"]
         names = ()
-    save_weights(args.target, params, model, layout=args.layout, class_names=names)
+    save_weights(args.target, variables, loaded.model, layout=args.layout, class_names=names)
     return {
         "from": args.source,
         "to": args.target,
-        "parameters": count_parameters(model),
+        "parameters": count_parameters(loaded.model),
         "fitted": fitted,
     }
 

@@ -102,13 +102,13 @@ def _load_weights(args: argparse.Namespace, run: "Run") -> "tuple[Params, Extra,
 
     model: Any = run.task.model  # whatever the task trains
     loaded = load_fitted(args.weights, model, fit=args.fit, method=resize_method(args))
-    extra = _abstract(run)[1]
-    if extra:
+    wanted: Any = _abstract(run)[1]
+    if missing := [name for name in wanted if name not in loaded.extra]:
         raise ValueError(
-            f"--weights must hold all that {args.model} evaluates with; its {', '.join(extra)} are "
-            "in no weights file. Give a run: --workdir=DIR."
+            f"--weights must hold all that {args.model} evaluates with; its {', '.join(missing)} "
+            "are in no weights file. Give a run: --workdir=DIR."
         )
-    return loaded.params, extra, loaded.report
+    return loaded.params, loaded.extra or (), loaded.report
 
 
 def _by_number(facts: Json, run: "Run") -> list[str]:

@@ -4,7 +4,6 @@ A file is recognised by its content; its suffix counts for nothing.
 """
 
 import re
-from collections.abc import Collection
 from pathlib import Path
 from typing import NamedTuple
 
@@ -16,7 +15,7 @@ from crate_jax.files import Json, located
 from crate_jax.interop import msgpack, npz, orbax, pth, safetensors
 from crate_jax.interop.folders import pieces, weights_file
 from crate_jax.interop.kinds import kind_of, not_there
-from crate_jax.interop.layouts.layout import Arrays
+from crate_jax.interop.layouts.layout import Arrays, Tree
 from crate_jax.interop.names import TRAINING_STATE, Known, bare_names, left_aside
 from crate_jax.interop.nearby import nearby
 from crate_jax.interop.tree import flatten, tree_of
@@ -24,6 +23,9 @@ from crate_jax.models.zoo import architecture, build_model, from_architecture
 from crate_jax.tasks.task import CLASSES
 
 _STATE = "the state of a training run"
+
+
+NO_TREE = Tree({}, None)
 
 
 class Contents(NamedTuple):
@@ -43,12 +45,12 @@ class Contents(NamedTuple):
     class_names: tuple[str, ...] = ()
 
 
-def read_contents(path: Path, own: Collection[str] = ()) -> Contents:
+def read_contents(path: Path, tree: Tree = NO_TREE) -> Contents:
     """All weights in a file, in a folder of such, or in a run's checkpoint.
 
     Args:
         path: of the file or folder.
-        own: the paths of the tree of the model that the weights are for.
+        tree: of the model that the weights are for, if it is known.
 
     Raises:
         FileNotFoundError: there is nothing at ``path``.
@@ -57,37 +59,37 @@ def read_contents(path: Path, own: Collection[str] = ()) -> Contents:
     check_reachable(path, "weights")
     if not path.exists():
         raise FileNotFoundError(not_there(path))
-    return _read(path, own)._replace(class_names=read_class_names(path))
+    return _read(path, tree)._replace(class_names=read_class_names(path))
 
 
-def _read(path: Path, own: Collection[str]) -> Contents:
+def _read(path: Path, tree: Tree) -> Contents:
     """All but the names of classes."""
     if path.is_dir():
         if is_run(path):
             return Contents(*_read_run(path), [])
         if trees := orbax.find_trees(_checkpoints(path)):
-            known = Known(own)
+            known = _known(tree)
             arrays, said = orbax.read(trees, path, known)
             return Contents(bare_names(arrays, path, known), {}, said)
     with nearby(path) as here:
-        return _read_here(weights_file(here) if here.is_dir() else here, own)
+        return _read_here(weights_file(here) if here.is_dir() else here, tree)
 
 
-def _read_here(path: Path, own: Collection[str]) -> Contents:
+def _read_here(path: Path, tree: Tree) -> Contents:
     """What a file of this machine holds."""
     if (part := re.search(r"-\d+-of-(\d+)\.\w+$", path.name)) and int(part[1]) > 1:
         raise ValueError(
             f"{path} must hold all weights; it is one of {int(part[1])} pieces. Name their folder, "
             "or the file that ends in .index.json."
         )
-    return _read_file(path, kind_of(path), own)
+    return _read_file(path, kind_of(path), tree)
 
 
-def _read_file(path: Path, kind: str, own: Collection[str]) -> Contents:
+def _read_file(path: Path, kind: str, tree: Tree) -> Contents:
     """What a file of a kind holds; of an index, its pieces hold."""
     arrays: Arrays = {}
     if kind == "index":
-        parts = [_read_file(each, kind_of(each), own) for each in pieces(path)]
+        parts = [_read_file(each, kind_of(each), tree) for each in pieces(path)]
         for part in parts:
             if twice := arrays.keys() & part.arrays.keys():
                 raise ValueError(
@@ -97,7 +99,7 @@ def _read_file(path: Path, kind: str, own: Collection[str]) -> Contents:
             arrays |= part.arrays
         lines = dict.fromkeys(line for part in parts for line in part.left)
         return Contents(arrays, parts[0].fields, list(lines))
-    known, fields, said = Known(own), {}, []
+    known, fields, said = _known(tree), {}, []
     if kind in ("torch", "msgpack"):
         arrays, said = (pth if kind == "torch" else msgpack).read(path, known)
     elif kind == "safetensors":
@@ -105,7 +107,7 @@ def _read_file(path: Path, kind: str, own: Collection[str]) -> Contents:
         if fields:
             model = from_architecture(fields)
             fields = architecture(model)
-            known = Known(own or tree_of(model).shapes)
+            known = _known(tree if tree.shapes else tree_of(model))
     else:
         arrays, left = npz.read(path, leave=f"{TRAINING_STATE}|{npz.NAMES}")
         left = [name for name in left if name != npz.NAMES]
@@ -114,6 +116,10 @@ def _read_file(path: Path, kind: str, own: Collection[str]) -> Contents:
     said += [f"{left_aside(left)}: {_STATE}"] if left else []
     arrays = {name: array for name, array in arrays.items() if name not in left}
     return Contents(bare_names(arrays, path, known), fields, said)
+
+
+def _known(tree: Tree) -> Known:
+    return Known(tree.shapes, tree.collections)
 
 
 def read_class_names(path: str | Path) -> tuple[str, ...]:
@@ -200,16 +206,20 @@ def _checkpoints(path: Path) -> Path:
 
 
 def _read_run(path: Path) -> tuple[dict[str, np.ndarray], Json]:
-    """The parameters in a run's newest checkpoint, or in the one named, and the model's fields."""
+    """The variables in a run's newest checkpoint, or in the one named, and the model's fields."""
     # Here, not above: Orbax is needed by those alone who read a run.
-    from crate_jax.checkpoint.reading import read_params
+    from crate_jax.checkpoint.reading import read_trained
 
     workdir, step = find_run(path)
-    params, record = read_params(workdir, step)
-    fields = {}
+    params, extra, record = read_trained(workdir, step)
+    arrays, fields = flatten(params), {}
     if "config" in record:
-        fields = architecture(build_model(from_dict(record["config"]).model))
+        model = build_model(from_dict(record["config"]).model)
+        fields, collections = architecture(model), tree_of(model).collections
+        arrays |= flatten(
+            {"params": {}} | {name: extra[name] for name in collections if name in extra}
+        )
         head = params.get("head", {})
         if "num_classes" in fields and "bias" in head:  # a config may leave it to the data set
             fields["num_classes"] = head["bias"].shape[0]
-    return {name: np.asarray(leaf) for name, leaf in flatten(params).items()}, fields
+    return {name: np.asarray(leaf) for name, leaf in arrays.items()}, fields

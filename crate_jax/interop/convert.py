@@ -6,12 +6,11 @@ PyTorch is not needed: state dicts are NumPy arrays by name.
 from collections.abc import Collection, Mapping
 
 import numpy as np
-from flax import traverse_util
 
 from crate_jax.interop.faults import faults
 from crate_jax.interop.layouts import LAYOUTS
 from crate_jax.interop.layouts.layout import Layout, own_paths
-from crate_jax.interop.tree import flatten, tree_of
+from crate_jax.interop.tree import flatten, nest, tree_of
 from crate_jax.models.parameters import Params
 from crate_jax.models.stacked import BlockModel
 from crate_jax.models.zoo import family_of, has_family
@@ -117,7 +116,8 @@ def from_state_dict(
         skip: top-level groups of the parameter tree to leave out, such as ``head``.
 
     Returns:
-        The parameter tree without what was skipped, float32 NumPy arrays.
+        The parameter tree without what was skipped, float32 NumPy arrays. Of a model with running
+        statistics its variables, {"params": …, "batch_stats": …}.
 
     Raises:
         ValueError: entries are missing, unknown or of another shape; every one is named. Or their
@@ -132,7 +132,8 @@ def from_state_dict(
     if wrong:
         raise ValueError(f"state must hold the model's parameters alone; got {wrong}. {_REMEDY}")
     check_implied(layout, model, "Set model.{field}.")
-    return traverse_util.unflatten_dict(layout.to_ours(state, tree, skip), sep="/")
+    params, extra = nest(layout.to_ours(state, tree, skip), tree)
+    return {"params": params, **extra} if extra else params
 
 
 def to_state_dict(
@@ -141,7 +142,8 @@ def to_state_dict(
     """The official state dict of a model's parameters, or of anything shaped like them.
 
     Args:
-        params: the parameter tree, a gradient, or an average; arrays of any kind.
+        params: the parameter tree, a gradient, or an average; or the variables, with which the
+            running statistics are written too. Arrays of any kind.
         model: the model they belong to.
         layout: name of the layout; None: the first of the model's family
             that agrees with it.
@@ -155,6 +157,8 @@ def to_state_dict(
     """
     arrays = {path: np.asarray(leaf) for path, leaf in flatten(params).items()}
     tree = tree_of(model)
+    if "params" not in params:
+        tree = tree.of_parameters
     wrong = faults({path: array.shape for path, array in arrays.items()}, tree.shapes)
     if wrong:
         raise ValueError(f"params must hold the model's parameters alone; got {wrong}. {_REMEDY}")

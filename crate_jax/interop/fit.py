@@ -15,7 +15,7 @@ from crate_jax.files import Json
 from crate_jax.interop.faults import faults, mismatch
 from crate_jax.interop.layouts.layout import Arrays
 from crate_jax.interop.resize import METHODS, Size, resized_kernel, resized_positions
-from crate_jax.interop.tree import PROJECTION, flatten, tree_of
+from crate_jax.interop.tree import FIRST_STAGE, PROJECTION, flatten, tree_of
 from crate_jax.models.classifier import ImageClassifier, pair
 from crate_jax.models.parameters import Params
 from crate_jax.models.stacked import BlockModel
@@ -174,7 +174,7 @@ def fit_params(
         if name in ours and theirs[name] != ours[name]:
             report.append(f"{name}: {ours[name]}, where the weights had {theirs[name]}")
     got = {path: tuple(leaf.shape) for path, leaf in flat.items()}
-    wrong = faults(got, tree_of(model).shapes)
+    wrong = faults(got, tree_of(model).of_parameters.shapes)
     if wrong:
         raise ValueError(
             f"params must be those of a model of the same layers; got {wrong}. "
@@ -190,6 +190,8 @@ def _fit_patches(
     old, new = pair(source.patch_size), pair(model.patch_size)
     if (old, source.in_channels) == (new, model.in_channels):
         return []
+    if FIRST_STAGE in flat:
+        return _fit_stem(flat, source, model)
     kernel, folded = flat[_KERNEL].astype(np.float64), ""
     if _SCALE in flat:
         flat[_BIAS] = (flat[_BIAS] + flat[_OFFSET] @ kernel).astype(np.float32)
@@ -209,12 +211,23 @@ def _fit_patches(
     ]
 
 
+def _fit_stem(flat: Arrays, source: ImageClassifier, model: ImageClassifier) -> list[str]:
+    """The first stage of a convolutional stem for other channels, put into ``flat``."""
+    if pair(source.patch_size) != pair(model.patch_size):
+        raise ValueError(
+            f"model.patch_size must be {_size(pair(source.patch_size))}, that of the weights; got "
+            f"{_size(pair(model.patch_size))}. A convolutional stem has a stage for each halving."
+        )
+    flat[FIRST_STAGE] = _other_channels(flat[FIRST_STAGE], model.in_channels).astype(np.float32)
+    return [f"{FIRST_STAGE}: {source.in_channels} channels to {model.in_channels}"]
+
+
 def _fit_grid(
     flat: Arrays, source: ImageClassifier, model: ImageClassifier, method: str
 ) -> list[str]:
     """The positions for another grid, put into ``flat``; what was done."""
     old, new = source.grid, model.grid
-    if old == new and method != "official_maps":
+    if _POSITIONS not in flat or (old == new and method != "official_maps"):
         return []
     flat[_POSITIONS] = resized_positions(flat[_POSITIONS], old, new, method)
     how = {"right": "bicubic", "crate_alpha": "linear", "official_maps": "as official maps"}[method]

@@ -8,18 +8,17 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import traverse_util
 
 from crate_jax.files import Json, located
-from crate_jax.interop.contents import Contents, read_contents
+from crate_jax.interop.contents import NO_TREE, Contents, read_contents
 from crate_jax.interop.convert import check_implied, foreign_family, recognise
 from crate_jax.interop.faults import faults, mismatch
 from crate_jax.interop.fit import fit_params, source_model
 from crate_jax.interop.layouts.forms import Shape
 from crate_jax.interop.layouts.layout import Arrays, Layout
 from crate_jax.interop.names import left_aside
-from crate_jax.interop.tree import sizes, tree_of
-from crate_jax.models.parameters import Params
+from crate_jax.interop.tree import FIRST_STAGE, PROJECTION, nest, sizes, tree_of
+from crate_jax.models.parameters import Params, Variables
 from crate_jax.models.stacked import BlockModel
 from crate_jax.models.zoo import architecture, from_architecture
 from crate_jax.options import difference, listed
@@ -65,12 +64,44 @@ def load_weights(
         ValueError: the kind of file is not known, the file is damaged or would run code, PyTorch is
             missing, the weights are not those of the model (each missing, unknown or ill-shaped
             entry is named, and whose weights they are), their names imply another value of one of
-            its fields, or one is not finite.
+            its fields, or one is not finite. Or the model has running statistics too.
+    """
+    if others := tree_of(model).collections:
+        raise ValueError(
+            f"model must have parameters alone for load_weights; this {type(model).__name__} has "
+            f"{', '.join(others)} too. Call load_variables."
+        )
+    return load_variables(path, model, fit=fit, method=method, key=key)["params"]
+
+
+def load_variables(
+    path: str | Path,
+    model: BlockModel,
+    *,
+    fit: Collection[str] = (),
+    method: str = "right",
+    key: jax.Array | None = None,
+) -> Variables:
+    """`load_weights` for any model: its parameters, and its running statistics if it has any.
+
+    Args:
+        path: as for `load_weights`, and so are the others.
+        model: likewise.
+        fit: likewise.
+        method: likewise.
+        key: likewise.
+
+    Returns:
+        What ``model.apply`` takes: {"params": …}, and by the name of their collection the others,
+        such as "batch_stats".
+
+    Raises:
+        FileNotFoundError, ValueError: as `load_weights`.
     """
     loaded = load_fitted(path, model, fit=fit, method=method, key=key)
     for line in loaded.report:
         logging.getLogger("crate_jax").info("%s: %s", path, line)
-    return loaded.params
+    return {"params": loaded.params, **loaded.extra}
 
 
 class Loaded(NamedTuple):
@@ -81,12 +112,14 @@ class Loaded(NamedTuple):
         model: the model they are for.
         report: what was left aside and what had to be fitted, one line each.
         class_names: in the order of the outputs; () where the file names none, or the head is new.
+        extra: the model's other collections by name, such as running statistics; {} if it has none.
     """
 
     params: Params
     model: BlockModel
     report: list[str]
-    class_names: tuple[str, ...] = ()
+    class_names: tuple[str, ...]
+    extra: Params
 
 
 def load_fitted(
@@ -119,7 +152,7 @@ def load_fitted(
             "fit must have image_size for the method official_maps, which resizes positions; got "
             f"{', '.join(fit) or 'nothing'}. Ask to fit image_size."
         )
-    contents = read_contents(path, tree_of(model).shapes if model else ())
+    contents = read_contents(path, tree_of(model) if model else NO_TREE)
     headless = getattr(model, "num_classes", None) == 0
     class_names = () if "head" in fit or headless else contents.class_names
     _check_classes(path, class_names, (facts or {}).get(CLASSES, ()))
@@ -153,17 +186,18 @@ def load_fitted(
     tree_shapes = layout.tree_shapes(shapes)
     declared = contents.fields or _declared(tree_shapes)
     source = source_model(sizes(tree_shapes), declared, model, fit)
-    _check_fit(path, contents, layout, source, skip)
+    tree = tree_of(source)
     remedy = "Set model.{field}, or ask to fit: {field}."
     report += check_implied(layout, source, remedy, fit)
+    _check_fit(path, contents, layout, source, skip)
     arrays = {name: _as_float32(array, name, path) for name, array in arrays.items()}
-    flat = layout.to_ours(arrays, tree_of(source), skip)
+    flat = layout.to_ours(arrays, tree, skip)
     _check_finite(flat, path)
-    params = traverse_util.unflatten_dict(flat, sep="/")
-    if not fit:
-        return Loaded(params, model, report, class_names)
-    params, fitted = fit_params(params, source, model, method=method, key=key)
-    return Loaded(params, model, report + fitted, class_names)
+    params, extra = nest(flat, tree)
+    if fit:
+        params, fitted = fit_params(params, source, model, method=method, key=key)
+        report += fitted
+    return Loaded(params, model, report, class_names, extra)
 
 
 def _check_classes(path: Path, stated: Sequence[str], wanted: Sequence[str]) -> None:
@@ -178,7 +212,9 @@ def _check_classes(path: Path, stated: Sequence[str], wanted: Sequence[str]) -> 
 
 def _declared(tree_shapes: Mapping[str, Shape]) -> Json:
     """Fields of the model that a kernel states whose axes stand apart, a convolution's."""
-    kernel = tree_shapes.get("embedding/projection/kernel", ())
+    kernel, first = tree_shapes.get(PROJECTION, ()), tree_shapes.get(FIRST_STAGE)
+    if first is not None:
+        return {"in_channels": first[2]}
     return {"patch_size": kernel[:2], "in_channels": kernel[2]} if len(kernel) == 4 else {}
 
 

@@ -11,7 +11,7 @@ from crate_jax.interop.names import Known, unwrap
 
 
 def read(path: Path, known: Known) -> tuple[Arrays, list[str]]:
-    """The parameters by path: a bare tree, that of a model's variables, or of a train state.
+    """The variables by path: of a bare tree, of a model's variables, or of a train state.
 
     Args:
         path: of the file.
@@ -31,4 +31,5 @@ def read(path: Path, known: Known) -> tuple[Arrays, list[str]]:
         said = not_whole(path, "a whole msgpack file of Flax", first_line(error))
         raise unreadable(path, error) or ValueError(said) from None
     found = unwrap(content, path, known)
-    return {k: v for k, v in found.state.items() if isinstance(v, np.ndarray)}, found.said
+    leaves = {**found.state, **found.beside}
+    return {k: v for k, v in leaves.items() if isinstance(v, np.ndarray)}, found.said

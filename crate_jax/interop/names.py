@@ -43,10 +43,12 @@ class Known:
 
     Args:
         own: the paths of the tree of the model that the weights are for.
+        collections: that the model has beside its parameters; a path in one begins with its name.
     """
 
-    def __init__(self, own: Collection[str] = ()):
+    def __init__(self, own: Collection[str] = (), collections: Collection[str] = ()):
         self.own = set(own)
+        self.beside = {path for path in own if path.split("/")[0] in collections}
         self.dotted = {path.replace("/", "."): path for path in own}  # a tree flattened with dots
 
     def __call__(self, name: str) -> bool:
@@ -125,18 +127,22 @@ class Found(NamedTuple):
         state: leaves by their names as they stand; those of a tree by path, a/b/c.
         where: the keys that lead to it.
         said: one line for each choice that was made.
+        beside: leaves that the model has beside its parameters, as running statistics, by path:
+            the name of their collection, then that in it.
     """
 
     state: dict[str, object]
     where: tuple[str, ...]
     said: list[str]
+    beside: dict[str, object]
 
 
 def unwrap(content: object, path: object, known: Known) -> Found:
     """The weights within what a training program saved, a mapping of mappings.
 
     Goes down until the names are known. What lies beside them on the way is the state of a training
-    run and is left. Of several sets of weights the first of `WRAPPERS` is taken, and that is said.
+    run and is left, but for collections that the model has too. Of several sets of weights the
+    first of `WRAPPERS` is taken, and that is said.
 
     Args:
         content: the mapping.
@@ -148,6 +154,7 @@ def unwrap(content: object, path: object, known: Known) -> Found:
     """
     where: tuple[str, ...] = ()
     said: list[str] = []
+    beside: dict[str, object] = {}
     while isinstance(content, Mapping) and not _has_known(content, known, deep=False):
         inner = {key: value for key, value in content.items() if isinstance(value, Mapping)}
         order = [key for key in WRAPPERS if inner.get(key)]
@@ -164,13 +171,15 @@ def unwrap(content: object, path: object, known: Known) -> Found:
         if len(sets) > 1:
             why = "averaged weights, " if taken in AVERAGES else ""
             said.append(f"took {taken}, {why}and left aside {', '.join(map(str, sets[1:]))}")
+        others = {str(key): tree for key, tree in inner.items() if key != taken}
+        beside |= {name: leaf for name, leaf in flat(others) if name in known.beside}
         where, content = (*where, taken), inner[taken]
     if not isinstance(content, Mapping):
         raise ValueError(
             f"{path} must hold a state dict, bare or under state_dict, model, net; got "
             f"{type(content).__name__}. Save model.state_dict()."
         )
-    return Found(dict(flat(content)), where, said)
+    return Found(dict(flat(content)), where, said, beside)
 
 
 def flat(tree: Mapping, before: str = "") -> Iterator[tuple[str, object]]:
@@ -183,8 +192,8 @@ def flat(tree: Mapping, before: str = "") -> Iterator[tuple[str, object]]:
 
 
 def _has_known(tree: Mapping, known: Known, *, deep: bool) -> bool:
-    """Whether a name is known, less PyTorch's parts; with ``deep``, less all parts that wrap it."""
-    names = [name for name, leaf in flat(tree) if is_array(leaf)]
+    """Whether a parameter is known, less PyTorch's parts; with ``deep``, less all that wrap it."""
+    names = [name for name, leaf in flat(tree) if is_array(leaf) and name not in known.beside]
     return any(known(form) for name in names for form in _forms(name)[: None if deep else 2])
 
 

@@ -34,7 +34,7 @@ def find_trees(folder: Path) -> dict[str, Path]:
 def read(trees: dict[str, Path], path: Path, known: Known) -> tuple[Arrays, list[str]]:
     """The parameters in what `find_trees` found: a bare tree, or that within a train state.
 
-    Nothing but the parameters is read.
+    Nothing but the variables of the model is read.
 
     Args:
         trees: by the name of their item.
@@ -57,6 +57,9 @@ def read(trees: dict[str, Path], path: Path, known: Known) -> tuple[Arrays, list
             "Name the folder of the tree that has them."
         )
     arrays = _read(path, _restore, trees[item], keys, traverse_util.unflatten_dict(leaves, sep="/"))
+    for name, tree in traverse_util.unflatten_dict(found.beside, sep="/").items():
+        folder, inside = (trees[item], [*keys[:-1], name]) if keys else (trees[name], [])
+        arrays |= {name: _read(path, _restore, folder, inside, tree)}
     return {name: np.asarray(leaf) for name, leaf in flat(arrays)}, found.said
 
 

@@ -35,8 +35,9 @@ def save_weights(
             model's ``load_state_dict`` takes); ``.ckpt`` (that under ``state_dict``, as Lightning
             has it); or ``.pth.tar`` (likewise, every name behind ``module.``, as the official
             scripts read it). What is there is replaced at the end.
-        params: the parameter tree, arrays of any kind that this process holds whole, in the boxes
-            of Flax's partitioning or not.
+        params: the parameter tree; of a model with running statistics its variables, {"params": …,
+            "batch_stats": …}. Arrays of any kind that this process holds whole, in the boxes of
+            Flax's partitioning or not.
         model: the model they belong to.
         layout: whose names and shapes: one of `crate_jax.interop.layouts`; None: the paths of our
             tree, and in PyTorch files the first layout of the model's family that agrees with it.
@@ -49,6 +50,11 @@ def save_weights(
         FileNotFoundError: there is no such folder.
     """
     path, tree = located(path, "weights"), tree_of(model)
+    if tree.collections and "params" not in params:
+        raise ValueError(
+            "params must be the variables of a model that has more; got params alone, without "
+            f"{', '.join(tree.collections)}. Give the variables that the model is applied to."
+        )
     arrays = {name: np.asarray(leaf, np.float32) for name, leaf in flatten(params).items()}
     wrong = faults({name: array.shape for name, array in arrays.items()}, tree.shapes)
     if wrong:

@@ -10,21 +10,24 @@ from flax import traverse_util
 
 from crate_jax.interop.layouts.layout import Shapes, Tree
 from crate_jax.models.classifier import pair
-from crate_jax.models.cost import abstract_parameters
+from crate_jax.models.cost import abstract_variables
+from crate_jax.models.parameters import Params, Variables, variables_of
 from crate_jax.models.stacked import BlockModel
 
-PROJECTION = "embedding/projection/kernel"
+# Of patches, and of a convolutional stem.
+PROJECTION, FIRST_STAGE = "embedding/projection/kernel", "embedding/stem/stage_0/kernel"
 
 # What the shapes of a parameter tree tell: the leaf, and the axes whose product it is. A model has
 # one of the leaves.
 _SIZES: dict[str, dict[str, slice]] = {
     "width": {"head_norm/scale": slice(0, 1), "embedding/tokens": slice(1, 2)},
-    "depth": {"blocks/mssa_norm/scale": slice(0, 1), "blocks/mhsa_norm/scale": slice(0, 1)},
-    "num_heads x head_dim": {
-        "blocks/mssa/U": slice(2, None),
-        "blocks/mhsa/W_out": slice(1, -1),
-        "block/bisoftmax/U": slice(1, None),
+    "depth": {
+        f"blocks/{name}_norm/scale": slice(0, 1) for name in ("mssa", "mhsa", "tssa", "cbsa")
     },
+    "num_heads x head_dim": {
+        f"blocks/{name}/W_out": slice(1, -1) for name in ("mssa", "mhsa", "tssa", "cbsa")
+    }
+    | {"blocks/mssa/U": slice(2, None), "block/bisoftmax/U": slice(1, None)},
     "atoms": {"blocks/odl/D": slice(2, None)},
     "hidden": {"blocks/mlp/b_in": slice(1, None), "block/tied_mlp/V": slice(1, None)},
     "pixels of a patch": {PROJECTION: slice(0, -1)},
@@ -38,7 +41,7 @@ LAYER_SIZES = ("width", "depth", "num_heads x head_dim", "atoms", "hidden")
 
 
 def tree_of(model: BlockModel) -> Tree:
-    """The shapes of a model's parameters by path, and its patch.
+    """The shapes of a model's variables by path, and its patch.
 
     Any Flax module will do that has an `input_shape` and is called as an image classifier is.
 
@@ -59,17 +62,32 @@ def tree_of(model: BlockModel) -> Tree:
 @functools.lru_cache(maxsize=16)
 def _tree_of(model: Any) -> Tree:
     """Tracing a model takes a good part of the time that a small file takes."""
-    leaves = jax.tree_util.tree_leaves_with_path(abstract_parameters(model))
-    shapes = {
-        jax.tree_util.keystr(path, simple=True, separator="/"): tuple(leaf.shape)
-        for path, leaf in leaves
-    }
+    variables = abstract_variables(model)
+    shapes = {path: tuple(leaf.shape) for path, leaf in _by_path(variables).items()}
     patched = PROJECTION in shapes and hasattr(model, "patch_size")
-    return Tree(shapes, (*pair(model.patch_size), model.in_channels) if patched else None)
+    patch = (*pair(model.patch_size), model.in_channels) if patched else None
+    return Tree(shapes, patch, tuple(name for name in variables if name != "params"))
+
+
+def _by_path(variables: Variables) -> dict[str, Any]:
+    """Leaves of parameters by path, and of other collections behind the collection's name."""
+    others = {name: tree for name, tree in variables.items() if name != "params"}
+    flat = traverse_util.flatten_dict({**variables["params"], **others}, sep="/")
+    return {path: getattr(leaf, "value", leaf) for path, leaf in flat.items()}
+
+
+def nest(flat: Mapping[str, Any], tree: Tree) -> tuple[Params, Params]:
+    """Parameters of a model, and its other collections by name, from leaves by path."""
+    nested: dict[str, Any] = traverse_util.unflatten_dict(flat, sep="/")  # type: ignore[arg-type]
+    extra = {name: nested.pop(name) for name in tree.collections if name in nested}
+    return nested, extra
 
 
 def flatten(params: object) -> dict[str, jax.Array]:
     """Leaves by path, a/b/c, out of the boxes in which Flax's partitioning puts them.
+
+    Args:
+        params: parameters; or variables, whose other collections come behind their names.
 
     Raises:
         ValueError: it is no tree of arrays.
@@ -77,10 +95,9 @@ def flatten(params: object) -> dict[str, jax.Array]:
     if not isinstance(params, Mapping):
         raise ValueError(
             f"params must be a mapping of arrays by name; got {type(params).__name__}. "
-            "Give variables['params']."
+            "Give variables['params'], or the variables."
         )
-    flat = traverse_util.flatten_dict(params, sep="/")  # type: ignore[arg-type]
-    leaves: dict[str, Any] = {path: getattr(leaf, "value", leaf) for path, leaf in flat.items()}
+    leaves = _by_path(variables_of(params))
     for path, leaf in leaves.items():
         if not hasattr(leaf, "shape") or isinstance(leaf, jax.ShapeDtypeStruct):
             raise ValueError(

@@ -41,7 +41,11 @@ KEPT = (
     "error",  # Y − D Y of ISTA, and the step that a learned η scales
     "code",  # of CRATE-α in its wide dictionary; of ISTA between two steps
     "active",  # where a ReLU lets through
+    "convolved",  # images after a convolution of a stem
     "hidden",  # units of an MLP before their nonlinearity
+    "moments",  # membership and second moments of TSSA
+    "representatives",  # of CBSA: what they see, and where they are before and after SSA
+    "contraction",  # its map
     "unscaled",  # what the factors g multiply
     "modulation",  # factors that are computed
 )

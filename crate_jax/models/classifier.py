@@ -1,6 +1,7 @@
 """What the image classifiers of the family share: images → tokens → blocks → one token → logits."""
 
 from collections.abc import Iterable, Sequence
+from typing import ClassVar
 
 import flax.linen as nn
 import jax.numpy as jnp
@@ -40,9 +41,15 @@ class ImageClassifier(ImageFields, BlockModel):
     a head would read.
     """
 
+    NORMED_PATCHES: ClassVar[bool] = False  # whether a LayerNorm stands before their linear map
+
     @nn.nowrap
-    def embed(self) -> nn.Module:
-        """From images (B, H, W, c) to tokens (B, N, d); to be made in a compact method."""
+    def embed(self, train: bool) -> nn.Module:
+        """From images (B, H, W, c) to tokens (B, N, d); to be made in a compact method.
+
+        Args:
+            train: whether statistics are those of the batch, for an embedding that has any.
+        """
         raise TypeError("a model must say how it embeds images")
 
     @nn.nowrap
@@ -73,15 +80,38 @@ class ImageClassifier(ImageFields, BlockModel):
         return H // h, W // w
 
     @property
+    def num_patches(self) -> int:
+        """P: the cells of the grid."""
+        return self.grid[0] * self.grid[1]
+
+    @property
     def num_tokens(self) -> int:
         """N: patches and the class token."""
-        return self.grid[0] * self.grid[1] + 1
+        return self.num_patches + 1
+
+    @property
+    def stages(self) -> list[tuple[int, int]]:
+        """Of a convolutional stem, `crate_jax.models.stem.stage_sizes`; [] of another embedding."""
+        return []
 
     @property
     def embedding_products(self) -> int:
-        """Multiply-adds of the linear map of the patches."""
+        """Multiply-adds of the linear map of the patches, or of the convolutions."""
         h, w = pair(self.patch_size)
-        return (self.num_tokens - 1) * h * w * self.in_channels * self.width
+        one_map = self.num_patches * h * w * self.in_channels * self.width
+        return sum(products for _, products in self.stages) or one_map
+
+    @property
+    def first_products(self) -> int:
+        """The first convolution, or the linear map of patches without a LayerNorm before it."""
+        if self.stages:
+            return self.stages[0][1]
+        return 0 if self.NORMED_PATCHES else self.embedding_products
+
+    @property
+    def kept_outside(self) -> int:
+        """What the convolutions give."""
+        return sum(values for values, _ in self.stages)
 
     @property
     def head_products(self) -> int:
@@ -98,7 +128,8 @@ class ImageClassifier(ImageFields, BlockModel):
 
         Args:
             images_BxHxWxc: normalised images of the model's `input_shape`, any float dtype.
-            train: whether dropout and stochastic depth act; they need a "dropout" key.
+            train: whether dropout and stochastic depth act, and statistics are those of the batch.
+                The first two need a "dropout" key.
 
         Returns:
             Logits (B, Y), float32; of a model without a head the features (B, d) of `forward_head`.
@@ -180,7 +211,7 @@ class ImageClassifier(ImageFields, BlockModel):
     ) -> tuple[Array, dict[str, Array]]:
         """Tokens after the last block, and the taps."""
         check_images(images_BxHxWxc, self.input_shape)
-        return self.run_blocks(self.embed()(images_BxHxWxc), train=train, taps=taps)
+        return self.run_blocks(self.embed(train)(images_BxHxWxc), train=train, taps=taps)
 
     @nn.nowrap
     def _read(self, Z_BxNxd: Array, pre_logits: bool) -> Array:

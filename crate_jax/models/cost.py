@@ -1,174 +1,39 @@
 """What a model costs, by formula: parameters, multiply-adds, memory.
 
-A layer costs what its two operators cost. Each has a row here, by the name it has in a block; a new
-operator is a new row.
+A layer costs what its two operators cost: `crate_jax.models.operator_cost`.
 """
 
 import math
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import Array
 
 from crate_jax.models.block import Part
-from crate_jax.models.parameters import Params
+from crate_jax.models.operator_cost import COSTS, Cost, sizes
+from crate_jax.models.parameters import Params, Variables
 from crate_jax.models.stacked import BlockModel
-
-
-class Cost(NamedTuple):
-    """What an operator of one layer costs, for one example.
-
-    Attributes:
-        products: multiply-adds of its matrix products with weights.
-        attention: multiply-adds of those of tokens with tokens.
-        outputs: values that the products with weights give, as far as the backward pass needs them.
-        kept: values that the backward pass keeps without remat, in the dtype of the computation.
-        kept_bytes: bytes that it keeps besides.
-        last: multiply-adds, of those with weights, of a last product that the backward pass never
-            computes again: nothing but a sum comes after it.
-        parts: values of gradients that come in parts, once for each part but the first: those of a
-            weight that is in several products.
-    """
-
-    products: int
-    attention: int
-    outputs: int
-    kept: int
-    kept_bytes: int = 0
-    last: int = 0
-    parts: int = 0
-
-
-def _mssa(model: BlockModel) -> Cost:
-    """U and W_out, which one full subspace has not; V and O are kept.
-
-    Besides them automatic differentiation keeps A, and the derived pass two numbers for each row.
-    Where W_out is U again, the gradient of U comes in two parts.
-    """
-    N, d, K, p = _sizes(model)
-    tied = getattr(model, "tied_output", False)
-    maps, derived = 1 + (tied or (K, p) != (1, d)), model.backward == "derived"
-    return Cost(
-        products=maps * N * d * K * p,
-        attention=2 * N * N * K * p,
-        outputs=N * K * p + (maps - 1) * N * d,
-        kept=maps * N * K * p + (0 if derived else K * N * N),
-        kept_bytes=8 * K * N if derived else 0,
-        parts=tied * d * K * p,
-    )
-
-
-def _mhsa(model: BlockModel) -> Cost:
-    """Maps to queries, keys and values, and W_out; those three, A and O are kept."""
-    N, d, K, p = _sizes(model)
-    return Cost(
-        products=4 * N * d * K * p,
-        attention=2 * N * N * K * p,
-        outputs=3 * N * K * p + N * d,
-        kept=4 * N * K * p + K * N * N,
-    )
-
-
-def _ista(model: Any) -> Cost:
-    """A Dᵀ and E D of every step; E is kept, where a ReLU lets through, and A between two steps.
-
-    A soft threshold has two ReLUs, and the gradient of a learned η asks for E D.
-    """
-    N, d, _, _ = _sizes(model)
-    steps = getattr(model, "ista_steps", 1)
-    relus = 2 if getattr(model, "threshold", "relu") == "soft" else 1
-    arrays = 1 if getattr(model, "step_sizes", "fixed") == "fixed" else 2
-    return Cost(
-        products=2 * steps * N * d * d,
-        attention=0,
-        outputs=2 * steps * N * d,
-        kept=(arrays * steps + steps - 1) * N * d,
-        kept_bytes=relus * steps * N * d,
-        parts=(2 * steps - 1) * d * d,
-    )
-
-
-def _odl(model: Any) -> Cost:
-    """Four products with m atoms; both codes and E are kept, and where the ReLUs let through."""
-    N, d, _, _ = _sizes(model)
-    m = model.overcompleteness * d
-    return Cost(
-        products=4 * N * d * m,
-        attention=0,
-        outputs=N * (2 * m + d),
-        kept=N * (2 * m + d),
-        kept_bytes=2 * N * m,
-        last=N * d * m,
-        parts=(2 if model.decoupled else 3) * d * m,
-    )
-
-
-def _mlp(model: Any) -> Cost:
-    """Two products with m hidden units, which are kept."""
-    N, d, _, _ = _sizes(model)
-    m = model.mlp_ratio * d
-    return Cost(2 * N * d * m, 0, outputs=N * m, kept=N * m, last=N * d * m)
-
-
-def _bisoftmax(model: BlockModel) -> Cost:
-    """X U and its way back; V, A and O are kept."""
-    N, d, K, p = _sizes(model)
-    return Cost(
-        products=2 * N * d * K * p,
-        attention=2 * N * N * K * p,
-        outputs=N * K * p + N * d,
-        kept=2 * N * K * p + K * N * N,
-        parts=d * K * p,
-    )
-
-
-def _tied_mlp(model: Any) -> Cost:
-    """X V with m hidden units, which are kept, and its way back."""
-    return _mlp(model)._replace(parts=model.mlp_ratio * model.width**2)
-
-
-def _steps(model: BlockModel) -> Cost:
-    """One product with 2 d outputs, the factors on both halves, which are kept."""
-    N, d, _, _ = _sizes(model)
-    return Cost(2 * N * d * d, 0, outputs=2 * N * d, kept=2 * N * d)
-
-
-COSTS: dict[str, Callable[[Any], Cost]] = {
-    "mssa": _mssa,
-    "mhsa": _mhsa,
-    "ista": _ista,
-    "odl": _odl,
-    "mlp": _mlp,
-    "bisoftmax": _bisoftmax,
-    "tied_mlp": _tied_mlp,
-    "steps": _steps,
-}
-
-
-def _sizes(model: BlockModel) -> tuple[int, int, int, int]:
-    """N, d, K, p."""
-    return model.num_tokens, model.width, model.num_heads, model.subspace_dim
 
 
 def _layer(model: BlockModel) -> Cost:
     """One layer: its operators, and what is kept around them.
 
-    Around them are the tokens before either LayerNorm and after it (4 N d), and in float32 the mean
-    and the deviation of both (4 N); without LayerNorms the tokens before either half alone.
+    Around each half are the tokens before its LayerNorm and after it (2 N d), and in float32 their
+    mean and deviation (2 N); without a LayerNorm the tokens before it alone.
     """
-    N, d, _, _ = _sizes(model)
-    fields = model.block_fields()
+    N, d, _, _ = sizes(model)
+    fields, parts = model.block_fields(), _parts(model)
     norms = fields.get("norm") != "none"
-    found = [Cost(0, 0, outputs=0, kept=(4 if norms else 2) * N * d, kept_bytes=16 * N * norms)]
-    found += [COSTS[part.name](model) for part in _parts(model)]
-    layer = Cost(*map(sum, zip(*found, strict=True)))
-    if fields.get("layer_scale") is None and not fields.get("modulation"):
-        return layer
-    # The factors' gradients need what they multiply, the last product's result too.
-    outputs = layer.outputs + N * d * (layer.last > 0)
-    return layer._replace(outputs=outputs, kept=layer.kept + 2 * N * d, last=0)
+    scaled = fields.get("layer_scale") is not None or bool(fields.get("modulation"))
+    halves = 1 + (model.nonlinearity_part is not None)
+    found = [COSTS[part.name](model) for part in parts]
+    # What comes after a half needs its last product, and the gradients of the factors need both.
+    for i, cost in enumerate(found if scaled else found[:-1]):
+        found[i] = cost._replace(last=0, outputs=cost.outputs + N * d * (cost.last > 0))
+    kept = (1 + norms + scaled) * N * d
+    around = Cost(0, 0, outputs=0, kept=kept, kept_bytes=8 * N * norms)
+    return Cost(*map(sum, zip(*found, *[around] * halves, strict=True)))
 
 
 def _parts(model: BlockModel) -> list[Part]:
@@ -210,9 +75,18 @@ def abstract_parameters(model: BlockModel) -> Params:
     Raises:
         ValueError: the model's fields do not fit together.
     """
+    return abstract_variables(model)["params"]
 
-    def init(key: Array) -> Params:
-        return model.init(key, sample_input(model), train=False)["params"]
+
+def abstract_variables(model: BlockModel) -> Variables:
+    """All collections as `jax.ShapeDtypeStruct` leaves: parameters, and running statistics if any.
+
+    Raises:
+        ValueError: the model's fields do not fit together.
+    """
+
+    def init(key: Array) -> Variables:
+        return model.init(key, sample_input(model), train=False)
 
     return jax.eval_shape(init, jax.random.key(0))
 
@@ -239,24 +113,23 @@ def step_flops(model: BlockModel) -> int:
     Two for each multiply-add; the backward pass takes twice the forward pass. The derived one of
     MSSA computes the scores again and leaves out one of the four other products, so it has four.
     Automatic differentiation computes the scores once more. What remat computes again is counted:
-    the layers, or with "dots" their attention. Patches that no LayerNorm stands before need no
-    gradient.
+    the layers, or with "dots" their attention. The embedding's input needs no gradient.
     """
     layer = _layer(model)
-    product = model.depth * layer.attention  # operations of one of the two products of attention
-    layers = 2 * model.depth * (layer.products + layer.attention - layer.last)
-    again = {"none": 0, "dots": 2 * product, "full": layers}[model.remat]
-    if model.remat == "none" and not (
-        model.attention_part.name == "mssa" and model.backward == "derived"
-    ):
-        again += product
-    if "patch_norm" not in abstract_parameters(model)["embedding"]:
-        again -= 2 * model.embedding_products
-    return 6 * multiply_adds(model) + again
+    whole = layer.products + layer.attention - layer.last
+    of_layer = {"none": layer.scores, "dots": layer.attention, "full": whole}[model.remat]
+    again = model.depth * of_layer + model.head_again
+    return 6 * multiply_adds(model) + 2 * (again - model.first_products)
 
 
 def activation_bytes(model: BlockModel) -> int:
-    """Bytes per example that the layers keep for the backward pass, by formula.
+    """Bytes per example that a model keeps for the backward pass, by formula."""
+    outside = jnp.dtype(model.dtype).itemsize * model.kept_outside
+    return model.depth * layer_bytes(model) + outside
+
+
+def layer_bytes(model: BlockModel) -> int:
+    """Bytes per example that a layer keeps for the backward pass, by formula.
 
     Without recomputation a layer keeps what `crate_jax.models.block.KEPT` names, and its input.
     With remat "dots" it keeps its input and the products with weights; with "full", its input
@@ -266,4 +139,4 @@ def activation_bytes(model: BlockModel) -> int:
     tokens = model.num_tokens * model.width
     kept = {"none": layer.kept, "dots": tokens + layer.outputs, "full": tokens}[model.remat]
     besides = layer.kept_bytes if model.remat == "none" else 0
-    return model.depth * (itemsize * kept + besides)
+    return itemsize * kept + besides

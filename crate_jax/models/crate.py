@@ -5,11 +5,13 @@ from typing import Any, ClassVar
 
 import flax.linen as nn
 
+from crate_jax.models.attentions import subspace_attention
 from crate_jax.models.block import Context, Part
 from crate_jax.models.classifier import ImageClassifier, pair
 from crate_jax.models.embedding import PatchEmbedding
 from crate_jax.models.fields import CrateFields
 from crate_jax.models.layers import ISTA, MSSA
+from crate_jax.models.stem import ConvolutionalEmbedding, stage_sizes
 from crate_jax.models.theory import IteratedISTA, StepSizes, TiedMSSA, learned_sizes
 from crate_jax.models.transformer import MHSA, MLP
 
@@ -22,6 +24,9 @@ class Crate(CrateFields, ImageClassifier):
     Source: arXiv 2306.01129. With ``attention="mhsa"`` or ``nonlinearity="mlp"`` a half of the
     layer is that of a ViT, the MLP with its residual: the four models of arXiv 2308.16271,
     section 4.3.
+    With ``attention="cbsa"`` and ``stem="convolutions"`` it is the CBT of arXiv 2509.16875, which
+    holds CBSA against TSSA and MSSA in the same frame. With ``nonlinearity="none"`` a layer is
+    Z ← Z + MSSA(LN(Z)) alone, as in the attention-only transformer (AoT) of arXiv 2506.03790.
 
     Attributes:
         image_size: pixels, a side or (height, width).
@@ -48,8 +53,8 @@ class Crate(CrateFields, ImageClassifier):
             JAX's devices are GPUs and remat is "none", else one.
         eta: step size of ISTA.
         lmbda: sparsity weight of ISTA.
-        attention: "mssa" or "mhsa".
-        nonlinearity: "ista" or "mlp".
+        attention: "mssa", "mhsa", "tssa" or "cbsa".
+        nonlinearity: "ista", "mlp" or "none".
         attention_sign: of the attention's step, "plus", or "minus": Z^l − MSSA(LN(Z^l)), the
             CRATE-N of OpenReview CAC74VuMWX.
         tied_output: `crate_jax.models.theory.TiedMSSA` in the place of MSSA.
@@ -57,23 +62,28 @@ class Crate(CrateFields, ImageClassifier):
         ista_steps: of the same.
         step_sizes: "fixed": eta and lmbda are numbers; "shared": they start there and are learned,
             one of each for all layers; "per_layer": one of each for every layer.
+        representatives: of CBSA, the cells that cut the grid of patches: a side, or (down, across).
+        stem: "patches", cut out and mapped between two LayerNorms; or "convolutions",
+            `crate_jax.models.stem.Stem`, whose running statistics are variables beside the
+            parameters.
     """
 
+    NORMED_PATCHES = True
     mlp_ratio: ClassVar[int] = 4  # hidden units over the width, of an MLP in the place of ISTA
 
     def check_fields(self) -> None:
         """Refuse switches of an operator that is not there, and λ = 0 where it is learned."""
-        if self.attention == "mhsa" and self.tied_output:
+        if self.attention != "mssa" and self.tied_output:
             raise ValueError(
-                "model.tied_output must be False where model.attention is mhsa; got True. "
-                "It is a switch of mssa."
+                f"model.tied_output must be False where model.attention is {self.attention}; got "
+                "True. It is a switch of mssa."
             )
-        if self.nonlinearity == "mlp":
+        if self.nonlinearity != "ista":
             for field, value in dict(threshold="relu", ista_steps=1, step_sizes="fixed").items():
                 if (got := getattr(self, field)) != value:
                     raise ValueError(
-                        f"model.{field} must be {value} where model.nonlinearity is mlp; got {got}."
-                        " It is a switch of ista."
+                        f"model.{field} must be {value} where model.nonlinearity is "
+                        f"{self.nonlinearity}; got {got}. It is a switch of ista."
                     )
         if self.step_sizes != "fixed" and not self.lmbda > 0:
             raise ValueError(
@@ -83,17 +93,19 @@ class Crate(CrateFields, ImageClassifier):
 
     @property
     def attention_part(self) -> Part:
-        """MSSA, or multi-head self-attention."""
-        if self.attention == "mhsa":
-            make = functools.partial(MHSA, self.num_heads, self.subspace_dim, self.dtype)
-            return Part("mhsa", make, MHSA.TAPS)
-        of = TiedMSSA if self.tied_output else MSSA
-        make = functools.partial(of, self.num_heads, self.subspace_dim, self.dtype, self.kernel)
-        return Part("mssa", make, MSSA.TAPS)
+        """MSSA or another attention in subspaces, or multi-head self-attention."""
+        if self.attention != "mhsa" and not self.tied_output:
+            return subspace_attention(self)
+        sizes = (self.num_heads, self.subspace_dim, self.dtype)
+        if self.tied_output:
+            return Part("mssa", functools.partial(TiedMSSA, *sizes, self.kernel), MSSA.TAPS)
+        return Part("mhsa", functools.partial(MHSA, *sizes), MHSA.TAPS)
 
     @property
-    def nonlinearity_part(self) -> Part:
-        """ISTA, or an MLP."""
+    def nonlinearity_part(self) -> Part | None:
+        """ISTA, an MLP, or nothing."""
+        if self.nonlinearity == "none":
+            return None
         if self.nonlinearity == "mlp":
             return Part("mlp", functools.partial(MLP, self.mlp_ratio * self.width, self.dtype))
         make = functools.partial(ISTA, self.eta, self.lmbda, self.dtype)
@@ -120,7 +132,18 @@ class Crate(CrateFields, ImageClassifier):
             return Context()
         return Context(step_sizes=learned_sizes(self, StepSizes(self.eta, self.lmbda)))
 
-    def embed(self) -> nn.Module:
-        """Patches between two LayerNorms."""
+    def embed(self, train: bool) -> nn.Module:
+        """Patches between two LayerNorms, or convolutions."""
         patch_size = pair(self.patch_size)
+        if self.stem == "convolutions":
+            return ConvolutionalEmbedding(
+                patch_size, self.width, train, self.dtype, name="embedding"
+            )
         return PatchEmbedding(patch_size, self.width, self.dtype, self.backward, name="embedding")
+
+    @property
+    def stages(self) -> list[tuple[int, int]]:
+        """`stage_sizes` of a convolutional stem; [] of patches."""
+        if self.stem == "patches":
+            return []
+        return stage_sizes(self.input_shape, pair(self.patch_size), self.width)

@@ -134,8 +134,9 @@ class CrateAlpha(AlphaFields, ImageClassifier):
             return None
         return jnp.linspace(0.0, self.drop_path, self.depth, dtype=jnp.float32)
 
-    def embed(self) -> nn.Module:
+    def embed(self, train: bool) -> nn.Module:
         """A convolution of stride h, w."""
+        del train
         return PatchEmbedding(
             pair(self.patch_size),
             self.width,

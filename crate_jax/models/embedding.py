@@ -30,14 +30,61 @@ def patchify(images_BxHxWxc: Array, patch_size: tuple[int, int]) -> Array:
     """
     B, H, W, c = images_BxHxWxc.shape
     h, w = patch_size
+    check_sides((H, W), patch_size)
+    grid_BxRxhxCxwxc = placement.reshape(images_BxHxWxc, (B, H // h, h, W // w, w, c))
+    grid_BxRxCxhxwxc = grid_BxRxhxCxwxc.transpose(0, 1, 3, 2, 4, 5)
+    return placement.reshape(grid_BxRxCxhxwxc, (B, (H // h) * (W // w), h * w * c))
+
+
+def check_sides(image_size: tuple[int, int], patch_size: tuple[int, int]) -> None:
+    """Refuse images that cannot be cut into patches.
+
+    Raises:
+        ValueError: a side of the image is not a multiple of the patch's.
+    """
+    (H, W), (h, w) = image_size, patch_size
     if H % h or W % w:
         raise ValueError(
             f"model.image_size must be a multiple of model.patch_size; got {H}x{W} and {h}x{w}. "
             f"Nearest that fits: {max(1, round(H / h)) * h}x{max(1, round(W / w)) * w}."
         )
-    grid_BxRxhxCxwxc = placement.reshape(images_BxHxWxc, (B, H // h, h, W // w, w, c))
-    grid_BxRxCxhxwxc = grid_BxRxhxCxwxc.transpose(0, 1, 3, 2, 4, 5)
-    return placement.reshape(grid_BxRxCxhxwxc, (B, (H // h) * (W // w), h * w * c))
+
+
+def with_class_token(
+    module: nn.Module,
+    Z_BxPxd: Array,
+    cls_init: Callable[..., Array],
+    pos_init: Callable[..., Array],
+    positions: Callable[[int, int], Array] | None = None,
+) -> Array:
+    """Patches with a class token in front, and positions added; both are parameters of the module.
+
+    They are ``cls_token`` (d,) and ``pos_embedding`` (N, d), whose row 0 is the class token's.
+
+    Args:
+        module: which has them.
+        Z_BxPxd: patches.
+        cls_init: how the class token starts.
+        pos_init: how the positions do.
+        positions: from N and d to positions that are fixed; None: they are learned.
+
+    Returns:
+        Tokens (B, N, d), of the patches' dtype.
+    """
+    _, P, d = Z_BxPxd.shape
+    cls_d = parameter(module, "cls_token", cls_init, (d,))
+    if positions:
+        pos_Nxd = positions(P + 1, d)
+    else:
+        pos_Nxd = parameter(module, "pos_embedding", pos_init, (P + 1, d))
+    return prepend(cls_d, Z_BxPxd) + pos_Nxd.astype(Z_BxPxd.dtype)[None]
+
+
+def prepend(cls_d: Array, Z_BxPxd: Array) -> Array:
+    """Patches with the class token in front, (B, P + 1, d), of the patches' dtype."""
+    B, _, d = Z_BxPxd.shape
+    cls_Bx1xd = jnp.broadcast_to(cls_d.astype(Z_BxPxd.dtype), (B, 1, d))
+    return jnp.concatenate([placement.beside(cls_Bx1xd, Z_BxPxd), Z_BxPxd], axis=1)
 
 
 def sinusoids(
@@ -181,7 +228,6 @@ class PatchEmbedding(nn.Module):
     def __call__(self, images_BxHxWxc: Array) -> Array:
         """Images (B, H, W, c) to tokens (B, N, d)."""
         X_BxPxk = patchify(images_BxHxWxc.astype(self.dtype), self.patch_size)
-        B, P, _ = X_BxPxk.shape
         if self.norms:
             X_BxPxk = LayerNorm(self.dtype, self.backward, name="patch_norm")(X_BxPxk)
         projection = Linear(
@@ -190,12 +236,4 @@ class PatchEmbedding(nn.Module):
         Z_BxPxd = projection(X_BxPxk)
         if self.norms:
             Z_BxPxd = LayerNorm(self.dtype, self.backward, name="token_norm")(Z_BxPxd)
-        cls_d = parameter(self, "cls_token", self.cls_init, (self.width,))
-        if self.positions:
-            pos_Nxd = self.positions(P + 1, self.width)
-        else:
-            pos_Nxd = parameter(self, "pos_embedding", self.pos_init, (P + 1, self.width))
-        cls_Bx1xd = jnp.broadcast_to(cls_d.astype(self.dtype), (B, 1, self.width))
-        cls_Bx1xd = placement.beside(cls_Bx1xd, Z_BxPxd)
-        Z_BxNxd = jnp.concatenate([cls_Bx1xd, Z_BxPxd], axis=1)
-        return Z_BxNxd + pos_Nxd.astype(self.dtype)[None]
+        return with_class_token(self, Z_BxPxd, self.cls_init, self.pos_init, self.positions)

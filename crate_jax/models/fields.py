@@ -106,12 +106,16 @@ class SubspaceFields(ModelFields):
 
 @dataclasses.dataclass(eq=False, repr=False)
 class CrateFields(SubspaceFields, ImageFields):
-    """CRATE, arXiv 2306.01129, and the operators that its ablations put in place of its own."""
+    """CRATE, arXiv 2306.01129, and the operators that other papers put in place of its own."""
 
     eta: float = option(0.1, "step size of ISTA", above=0)
     lmbda: float = option(0.1, "sparsity weight of ISTA", low=0)
-    attention: str = option("mssa", "the first half of a layer", choices=("mssa", "mhsa"))
-    nonlinearity: str = option("ista", "the second half of a layer", choices=("ista", "mlp"))
+    attention: str = option(
+        "mssa", "the first half of a layer", choices=("mssa", "mhsa", "tssa", "cbsa")
+    )
+    nonlinearity: str = option(
+        "ista", "the second half of a layer; none: there is none", choices=("ista", "mlp", "none")
+    )
     attention_sign: str = option(
         "plus", "of the attention's step; minus: CRATE-N", choices=("plus", "minus")
     )
@@ -124,6 +128,14 @@ class CrateFields(SubspaceFields, ImageFields):
         "fixed",
         "eta and lmbda: as set, learned for all layers, or learned for each",
         choices=("fixed", "shared", "per_layer"),
+    )
+    stem: str = option(
+        "patches",
+        "how images become tokens; convolutions: stages of stride two with BatchNorm",
+        choices=("patches", "convolutions"),
+    )
+    representatives: Size = option(
+        8, "of cbsa: cells of the grid, a side, or down and across", low=1, lengths=(1, 2)
     )
 
 
@@ -185,6 +197,24 @@ class HyperSetFields(ImageFields):
     mlp_ratio: int = option(1, "hidden units of the tied MLP over the width", low=1)
 
 
+@dataclasses.dataclass(eq=False, repr=False)
+class TostFields(SubspaceFields, ImageFields):
+    """ToST, arXiv 2412.17810."""
+
+    pool: str = option("cls", "the token that the head reads", choices=("cls",))
+    attention: str = option("tssa", "the first half of a layer", choices=("tssa", "mssa", "cbsa"))
+    mlp_ratio: int = option(4, "hidden units of the MLP over the width", low=1)
+    layer_scale: float = option(1.0, "start of the learned factors on all halves", above=0)
+    class_layers: int = option(2, "blocks of class attention after the layers", low=1)
+    tokens_norm: bool = option(
+        True, "whether their second LayerNorm takes all tokens, or the class token alone"
+    )
+    representatives: Size = option(
+        8, "of cbsa: cells of the grid, a side, or down and across", low=1, lengths=(1, 2)
+    )
+    drop_path: float = option(0.0, "stochastic depth of every layer", low=0, below=1, how=True)
+
+
 FAMILIES: dict[str, type[ModelFields]] = {
     "crate": CrateFields,
     "crate_alpha": AlphaFields,
@@ -193,6 +223,7 @@ FAMILIES: dict[str, type[ModelFields]] = {
     "crate_lm": CrateLMFields,
     "crate_bert": BertFields,
     "hyper_set": HyperSetFields,
+    "tost": TostFields,
 }
 
 

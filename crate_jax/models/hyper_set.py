@@ -87,7 +87,7 @@ class HyperSet(HyperSetFields, ImageClassifier):
         mlp_ratio: hidden units of the MLP over the width.
     """
 
-    SHARED = True
+    SHARED, NORMED_PATCHES = True, True
     WITHOUT_EXAMPLES = ("depth_code",)
 
     @property
@@ -110,8 +110,9 @@ class HyperSet(HyperSetFields, ImageClassifier):
         """The code of each depth."""
         return PerLayer(condition=DepthCode(self.width, self.dtype, name="depth_code")(self.depth))
 
-    def embed(self) -> nn.Module:
+    def embed(self, train: bool) -> nn.Module:
         """Patches between two LayerNorms, at fixed positions."""
+        del train
         patch_size = pair(self.patch_size)
         return PatchEmbedding(
             patch_size, self.width, self.dtype, self.backward, positions=positions, name="embedding"

@@ -36,6 +36,8 @@ from crate_jax.models.parameters import (
     linear_kernel_init,
     parameter,
     read,
+    read_bases,
+    read_output,
 )
 from crate_jax.models.past import PAST, SubspaceTokens
 from crate_jax.models.steering import STEERING, Steering, steered
@@ -270,18 +272,10 @@ class MSSA(nn.Module):
     ) -> Attended:
         """Normalised tokens (B, N, d) to their update, by `mssa_of`."""
         Y_BxNxd = Y_BxNxd.astype(self.dtype)
-        d, K, p = Y_BxNxd.shape[-1], self.num_heads, self.head_dim
-        # Without the axes Flax would take the first one for a receptive field.
-        U_init = init.variance_scaling(1 / 3, "fan_in", "uniform", in_axis=0, out_axis=(1, 2))
-        U_dxKxp = read(self, "U", self.kernel_init or U_init, (d, K, p), self.dtype)
-        W_out_Kxpxd = b_out_d = None
-        if (K, p) != (1, d):
-            W_init = init.variance_scaling(1 / 3, "fan_in", "uniform", in_axis=(0, 1), out_axis=2)
-            W_init = self.out_init or self.kernel_init or W_init
-            W_out_Kxpxd = read(self, "W_out", W_init, (K, p, d), self.dtype)
-            if self.bias:
-                b_init = self.bias_init or linear_bias_init(K * p)
-                b_out_d = read(self, "b_out", b_init, (d,), self.dtype)
+        d = Y_BxNxd.shape[-1]
+        U_dxKxp = read_bases(self, d)
+        fills_the_space = (self.num_heads, self.head_dim) == (1, d)
+        W_out_Kxpxd, b_out_d = (None, None) if fills_the_space else read_output(self, d)
         return mssa_of(self, Y_BxNxd, U_dxKxp, W_out_Kxpxd, b_out_d, mask=mask, taps=taps)
 
 

@@ -13,11 +13,22 @@ from jax.typing import DTypeLike
 from crate_jax import placement
 
 Params = Mapping[str, Any]  # of a model: arrays, or their shapes, in nested dicts
+Variables = Mapping[str, Any]  # "params", and by collection what else a model has
+
+STATISTICS = "batch_stats"  # the collection of running statistics, as Flax calls it
 
 # nn.Linear's defaults in PyTorch: weight and bias uniform in ±1/√fan_in.
 linear_kernel_init = init.variance_scaling(1 / 3, "fan_in", "uniform")
 # kaiming_uniform_ on D (d, m): uniform in ±√(6/d).
 dictionary_init = init.variance_scaling(2.0, "fan_in", "uniform")
+
+
+def variables_of(params: Params) -> Variables:
+    """The variables of a model from its parameters alone; variables as they are.
+
+    No model has a group of parameters that is called "params".
+    """
+    return params if "params" in params else {"params": params}
 
 
 def uniform_init(bound: float) -> Callable[..., Array]:
@@ -50,6 +61,33 @@ def read(
     """
     weight = module.param(name, initialise, shape, jnp.float32).astype(dtype)
     return placement.whole_of_fsdp(name, placement.whole(weight))
+
+
+def read_bases(attention: Any, d: int) -> Array:
+    """The bases U (d, K, p) of the subspaces of an attention.
+
+    They start as nn.Linear does, unless its ``kernel_init`` says otherwise.
+    """
+    # Without the axes Flax would take the first one for a receptive field.
+    start = init.variance_scaling(1 / 3, "fan_in", "uniform", in_axis=0, out_axis=(1, 2))
+    shape = (d, attention.num_heads, attention.head_dim)
+    return read(attention, "U", attention.kernel_init or start, shape, attention.dtype)
+
+
+def read_output(attention: Any, d: int) -> tuple[Array, Array | None]:
+    """The output projection W_out (K, p, d) of an attention, and with ``bias`` b_out (d,).
+
+    They start as nn.Linear does, unless its ``out_init``, ``kernel_init`` and ``bias_init`` say
+    otherwise.
+    """
+    shape = (attention.num_heads, attention.head_dim, d)
+    start = init.variance_scaling(1 / 3, "fan_in", "uniform", in_axis=(0, 1), out_axis=2)
+    start = attention.out_init or attention.kernel_init or start
+    W_out_Kxpxd = read(attention, "W_out", start, shape, attention.dtype)
+    if not attention.bias:
+        return W_out_Kxpxd, None
+    bias_init = attention.bias_init or linear_bias_init(shape[0] * shape[1])
+    return W_out_Kxpxd, read(attention, "b_out", bias_init, (d,), attention.dtype)
 
 
 def parameter(

@@ -61,9 +61,27 @@ class BlockModel(ModelFields, nn.Module):
         raise TypeError("a kind of model must say what its embedding costs")
 
     @property
+    def first_products(self) -> int:
+        """Of these the ones whose input needs no gradient: nothing before it is trained."""
+        return 0
+
+    @property
     def head_products(self) -> int:
         """Multiply-adds of the head's matrix products, for one example."""
         raise TypeError("a kind of model must say what its head costs")
+
+    @property
+    def head_again(self) -> int:
+        """Of these the ones that the backward pass computes again, by ``remat``."""
+        return 0
+
+    @property
+    def kept_outside(self) -> int:
+        """Values that the backward pass keeps outside the layers, for one example.
+
+        Those of a linear embedding and a linear head are few, and left out.
+        """
+        return 0
 
     @nn.nowrap
     def sample_input(self) -> Array:

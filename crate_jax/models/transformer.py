@@ -102,12 +102,18 @@ class MHSA(nn.Module):
         self, Y_BxNxd: Array, mask: Array | None = None, taps: Collection[str] = ()
     ) -> Attended:
         """Normalised tokens (B, N, d) to their update and all taps, as `mhsa` returns them."""
-        d, K, p = Y_BxNxd.shape[-1], self.num_heads, self.head_dim
-        W_qkv = read(self, "W_qkv", kernel_init, (d, 3, K, p), self.dtype)
-        b_qkv = read(self, "b_qkv", init.zeros, (3, K, p), self.dtype) if self.qkv_bias else None
-        W_out = read(self, "W_out", kernel_init, (K, p, d), self.dtype)
-        b_out = read(self, "b_out", init.zeros, (d,), self.dtype)
-        return mhsa(Y_BxNxd.astype(self.dtype), W_qkv, b_qkv, W_out, b_out, mask=mask)
+        maps = read_maps(self, Y_BxNxd.shape[-1], self.qkv_bias)
+        return mhsa(Y_BxNxd.astype(self.dtype), *maps, mask=mask)
+
+
+def read_maps(attention: Any, d: int, qkv_bias: bool) -> tuple[Array, Array | None, Array, Array]:
+    """W_qkv (d, 3, K, p), b_qkv (3, K, p) or None, W_out (K, p, d), b_out (d,) of an attention."""
+    K, p, dtype = attention.num_heads, attention.head_dim, attention.dtype
+    W_qkv = read(attention, "W_qkv", kernel_init, (d, 3, K, p), dtype)
+    b_qkv = read(attention, "b_qkv", init.zeros, (3, K, p), dtype) if qkv_bias else None
+    W_out = read(attention, "W_out", kernel_init, (K, p, d), dtype)
+    b_out = read(attention, "b_out", init.zeros, (d,), dtype)
+    return W_qkv, b_qkv, W_out, b_out
 
 
 class MLP(nn.Module):

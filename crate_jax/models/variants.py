@@ -85,6 +85,22 @@ VARIANTS |= {
     "crate_lm_base": _text("crate_lm", 768, 12, 12),
     "crate_bert_base": _text("crate_bert", 768, 12, 12, context_length=512, vocab_size=50_265),
 }
+# arXiv 2412.17810. LayerScale starts at 1 for 12 layers and at 1e-5 for 24.
+VARIANTS |= {
+    "tost_tiny_patch16_224": _variant("tost", 16, width=192, depth=12, num_heads=4),
+    "tost_small_patch16_224": _variant("tost", 16, width=384, depth=12, num_heads=8),
+    "tost_medium_patch16_224": _variant(
+        "tost", 16, width=512, depth=24, num_heads=8, layer_scale=1e-5
+    ),
+}
+# arXiv 2509.16875, where the models are called CBT.
+_CBT = dict(attention="cbsa", stem="convolutions")
+VARIANTS |= {
+    "cbsa_tiny_patch16_224": _crate(16, width=192, depth=12, num_heads=3, **_CBT),
+    "cbsa_small_patch16_224": _crate(16, width=384, depth=12, num_heads=6, **_CBT),
+    "cbsa_base_patch16_224": _crate(16, width=768, depth=12, num_heads=12, **_CBT),
+    "cbsa_large_patch16_224": _crate(16, width=1024, depth=24, num_heads=16, **_CBT),
+}
 
 
 def find(name: str) -> Variant:

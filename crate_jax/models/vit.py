@@ -45,8 +45,9 @@ class ViT(VitFields, ImageClassifier):
         """The MLP's output is added."""
         return {"residual": True}
 
-    def embed(self) -> nn.Module:
+    def embed(self, train: bool) -> nn.Module:
         """A convolution of stride h, w, which starts as PyTorch's."""
+        del train
         return PatchEmbedding(
             pair(self.patch_size),
             self.width,

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from crate_jax.config import OptimConfig
 from crate_jax.models.attention import has_kernel
 from crate_jax.models.classifier import ImageClassifier
-from crate_jax.models.cost import activation_bytes
+from crate_jax.models.cost import activation_bytes, layer_bytes
 from crate_jax.parallel import PyTree, on_mesh
 from crate_jax.planning.chips import Chip
 from crate_jax.tasks.task import Batch
@@ -52,11 +52,12 @@ def memory_bytes(
 
     Returns:
         ``parameters``, ``optimizer`` (with the average, if any), ``gradients``, ``activations``
-        (what the backward pass keeps of all layers), ``working`` (what it holds of one layer for a
-        moment, or of those that scan_unroll joins and remat computes again), ``copies`` (of all
-        weights, see `_copies`) and ``batch``. Of TPUs also ``inside``, less than zero: what of all
-        this lies in the memory inside the chip. Of joined layers that are computed again jaxlib
-        0.11 for CPUs holds fewer at a time: the formula says more than it needs.
+        (what the backward pass keeps of all layers, and of a stem and class attention),
+        ``working`` (what it holds of one layer for a moment, or of those that scan_unroll joins and
+        remat computes again), ``copies`` (of all weights, see `_copies`) and ``batch``. Of TPUs
+        also ``inside``, less than zero: what of all this lies in the memory inside the chip. Of
+        joined layers that are computed again jaxlib 0.11 for CPUs holds fewer at a time: the
+        formula says more than it needs.
     """
     optim, on_tpu = run.config.optim, platform == "tpu"
     any_of_batch = jax.tree.leaves(batch)[0]
@@ -105,7 +106,7 @@ def _working(run: Run, model: ImageClassifier, rows: int, platform: str) -> int:
         again = again or 1
         of_tokens, of_pixels = _TOKENS_AND_PIXELS[platform]
         values = 4 * (of_tokens * tokens + of_pixels * pixels)
-    layers = again * activation_bytes(model.clone(remat="none")) // model.depth
+    layers = again * layer_bytes(model.clone(remat="none"))
     return rows * (layers + values)
 
 

@@ -23,9 +23,6 @@ from crate_jax.tasks.penalties import Penalties
 from crate_jax.tasks.pixels import normalize
 from crate_jax.tasks.task import CLASSES, Batch, Extra, Images, Params, Scalars, Task
 
-# What the objective is measured on, layer by layer.
-_MEASURED_TAP = "z_half"
-
 
 @dataclasses.dataclass(frozen=True)
 class Classify(Task):
@@ -234,9 +231,9 @@ class Classify(Task):
 
     def inspect(self, params: Params, extra: Extra, batch: Batch) -> tuple[Scalars, Images]:
         """The objective by layer, ``objective/<measure>/layer00`` …, what there is of it."""
-        if _MEASURED_TAP not in getattr(self.model, "tap_names", ()):
+        if not getattr(self.model, "tap_names", ()):
             return {}, {}
-        measures = self.layers(params, batch)
+        measures = self.layers(params, extra, batch)
         scalars = {
             f"objective/{name}/layer{i:02d}": values_L[i]
             for name, values_L in measures.items()
@@ -244,9 +241,10 @@ class Classify(Task):
         }
         return scalars, {}
 
-    def layers(self, params: Params, batch: Batch) -> dict[str, Array]:
+    def layers(self, params: Params, extra: Extra, batch: Batch) -> dict[str, Array]:
         """`crate_jax.analysis.layerwise` of a batch: arrays (L,), float32, by measure."""
-        return layerwise(self.model, params, self.normalized(batch["image"]))
+        variables = {"params": params, **dict(extra)}
+        return layerwise(self.model, variables, self.normalized(batch["image"]))
 
     def normalized(self, images: Array) -> Array:
         """What the model takes: stored pixels normalised, floats as they are.

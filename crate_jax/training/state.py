@@ -2,6 +2,8 @@
 
 import dataclasses
 import functools
+from collections.abc import Mapping
+from typing import Any
 
 import flax.struct
 import jax
@@ -12,7 +14,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.typing import ArrayLike
 
 from crate_jax.files import Json
-from crate_jax.parallel import Shardings, check_shares, place, state_shardings
+from crate_jax.parallel import PyTree, Shardings, check_shares, place, state_shardings
 from crate_jax.tasks.task import Extra, Params, Task
 
 
@@ -86,18 +88,24 @@ def init_sharded(
     return jax.jit(init, out_shardings=shardings)(key), shardings
 
 
-def replace_params(state: TrainState, params: Params) -> TrainState:
+def replace_params(
+    state: TrainState, params: Params, extra: Mapping[str, PyTree] | None = None
+) -> TrainState:
     """The state with other parameters (and average) of the same shapes, on the same devices.
 
     Args:
         state: a fresh state; its optimizer state is kept.
         params: tree of arrays, on the host or not.
+        extra: branches of the state's extra that are replaced too, by name; None: none.
     """
     ema_params = None
     if state.ema_params is not None:
         ema_params = jax.tree.map(_in_place_of, params, state.ema_params)
     params = jax.tree.map(_in_place_of, params, state.params)
-    return dataclasses.replace(state, params=params, ema_params=ema_params)
+    kept: Any = state.extra
+    for name, branch in (extra or {}).items():
+        kept = {**kept, name: jax.tree.map(_in_place_of, branch, kept[name])}
+    return dataclasses.replace(state, params=params, ema_params=ema_params, extra=kept)
 
 
 def _in_place_of(new: ArrayLike, old: Array) -> Array:

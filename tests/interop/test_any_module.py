@@ -55,7 +55,7 @@ def test_the_classes_of_a_run_are_those_of_its_head_if_it_has_one(tmp_path, monk
     trees = [{"head": {"bias": np.zeros(5, "f4")}}, {"map": {"bias": np.zeros(3, "f4")}}]
     for params, classes in zip(trees, (5, 8), strict=True):
         monkeypatch.setattr(
-            "crate_jax.checkpoint.reading.read_params",
-            lambda *_, params=params: (params, record),
+            "crate_jax.checkpoint.reading.read_trained",
+            lambda *_, params=params: (params, (), record),
         )
         assert read_contents(tmp_path).fields["num_classes"] == classes

@@ -79,8 +79,10 @@ def test_left_aside_in_words():
 
 def test_a_layout_by_its_name():
     assert find_layout(MODEL) is find_layout(MODEL, "official", torch=True) is OFFICIAL
-    with pytest.raises(ValueError, match="layout must be one of official for Crate; got timm"):
+    with pytest.raises(ValueError, match=r"must be one of official, .* for Crate; got timm"):
         find_layout(MODEL, "timm")
+    with pytest.raises(ValueError, match=r"model\.stem must be patches for weights"):
+        find_layout(MODEL.clone(stem="convolutions", attention="mhsa"))
 
 
 def test_a_family_without_a_layout(monkeypatch, tmp_path):

@@ -48,10 +48,10 @@ SIZES = {
 
 
 def test_every_crate_is_in_the_table():
-    """The ablations are those of test_grid.py; the other families have files of their own."""
+    """Ablations are in test_grid.py, CBSA in test_attentions.py, other families by themselves."""
     of_family = {name for name, variant in VARIANTS.items() if variant.family == "crate"}
-    ablations = {name for name in of_family if name.startswith("crate_m")}
-    assert of_family - ablations == set(PARAMETERS) == set(SIZES)
+    others = {name for name in of_family if name.startswith(("crate_m", "cbsa_"))}
+    assert of_family - others == set(PARAMETERS) == set(SIZES)
     assert list_models() == sorted(VARIANTS)
 
 
@@ -116,7 +116,7 @@ def test_unknown_name_suggests_the_nearest():
         KeyError, match=r"got crate_tiny_patch16\. Did you mean crate_tiny_patch16_"
     ):
         create_model("crate_tiny_patch16")
-    with pytest.raises(KeyError, match=r"got qqq\. Known: crate_alpha_base_patch14_224, "):
+    with pytest.raises(KeyError, match=r"got qqq\. Known: cbsa_base_patch16_224, cbsa_large"):
         create_model("qqq")
 
 
@@ -223,7 +223,7 @@ def test_a_model_comes_back_from_its_architecture():
 def test_an_older_file_states_a_crate():
     model = create_model("crate_tiny_patch16_224")
     stated = architecture(model)
-    for later in ("family", "attention", "nonlinearity"):
+    for later in ("family", "attention", "nonlinearity", "stem", "representatives"):
         del stated[later]
     assert architecture(from_architecture(stated)) == architecture(model)
 

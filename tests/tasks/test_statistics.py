@@ -191,7 +191,7 @@ def test_a_report_of_it_is_refused(normed, trained):
 
 def test_its_weights_alone_are_refused(normed, monkeypatch, tmp_path):
     class Loaded:
-        params, report = {}, []
+        params, extra, report = {}, {}, []
 
     monkeypatch.setattr("crate_jax.interop.load_fitted", lambda *args, **options: Loaded)
     run = set_up(config(), "eval")

@@ -1,6 +1,14 @@
 """Official names and shapes: one file a family, one table a layout, used in both directions."""
 
-from crate_jax.interop.layouts import crate, crate_alpha, crate_bert, crate_causal, hyper_set, vit
+from crate_jax.interop.layouts import (
+    crate,
+    crate_alpha,
+    crate_bert,
+    crate_causal,
+    hyper_set,
+    tost,
+    vit,
+)
 from crate_jax.interop.layouts.layout import Layout
 
 # By family. PyTorch files are written in the
@@ -13,4 +21,5 @@ LAYOUTS: dict[str, tuple[Layout, ...]] = {
     "crate_lm": (crate_causal.LM,),
     "crate_bert": crate_bert.LAYOUTS,
     "hyper_set": hyper_set.LAYOUTS,
+    "tost": tost.LAYOUTS,
 }

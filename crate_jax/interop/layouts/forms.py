@@ -46,6 +46,21 @@ class Leading(Same):
         return official[self.axes :]
 
 
+@dataclasses.dataclass(frozen=True)
+class Trailing(Same):
+    """Axes of length one at the end on the official side."""
+
+    axes: int = 1
+
+    def to_official(self, ours: np.ndarray) -> np.ndarray:
+        """The axes put at the end."""
+        return ours.reshape(*ours.shape, *[1] * self.axes)
+
+    def tree_shape(self, official: Shape) -> Shape:
+        """Without those axes."""
+        return official[: -self.axes]
+
+
 class Flat(Same):
     """One axis officially."""
 
@@ -73,26 +88,46 @@ class Linear(Same):
         return official[::-1]
 
 
+class Pointwise(Same):
+    """A linear map that is a convolution of one pixel officially, (out, in, 1, 1)."""
+
+    def to_official(self, ours: np.ndarray) -> np.ndarray:
+        """Swapped, with the pixel's axes at the end."""
+        return ours.T[..., None, None]
+
+    def to_ours(self, official: np.ndarray, shape: Shape) -> np.ndarray:
+        """Without those axes, swapped."""
+        return official[..., 0, 0].T.reshape(shape)
+
+    def tree_shape(self, official: Shape) -> Shape:
+        """Swapped, without those axes."""
+        return official[1::-1]
+
+
+class Kernel(Same):
+    """(out, in, rows, columns) officially, as PyTorch keeps a convolution; here in and out last."""
+
+    def to_official(self, ours: np.ndarray) -> np.ndarray:
+        """Output and input first."""
+        return ours.transpose(3, 2, 0, 1)
+
+    def to_ours(self, official: np.ndarray, shape: Shape) -> np.ndarray:
+        """Output and input last."""
+        return official.transpose(2, 3, 1, 0).reshape(shape)
+
+    def tree_shape(self, official: Shape) -> Shape:
+        """(rows, columns, in, out)."""
+        return (*official[2:], *official[1::-1])
+
+
 class PatchKernel(Same):
     """(h, w, c, d) officially, as Flax keeps a convolution; h·w·c is one axis here."""
 
     apart = True
 
 
-class Convolution(PatchKernel):
-    """(d, c, h, w) officially, as PyTorch keeps a convolution."""
-
-    def to_official(self, ours: np.ndarray) -> np.ndarray:
-        """Output and channels first."""
-        return ours.transpose(3, 2, 0, 1)
-
-    def to_ours(self, official: np.ndarray, shape: Shape) -> np.ndarray:
-        """Output and channels last."""
-        return official.transpose(2, 3, 1, 0).reshape(shape)
-
-    def tree_shape(self, official: Shape) -> Shape:
-        """(h, w, c, d)."""
-        return (*official[2:], *official[1::-1])
+class Convolution(Kernel, PatchKernel):
+    """(d, c, h, w) officially, as PyTorch keeps a convolution; h·w·c is one axis here."""
 
 
 @dataclasses.dataclass(frozen=True)

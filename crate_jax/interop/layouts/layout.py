@@ -21,13 +21,22 @@ class Tree(NamedTuple):
     """What a layout needs to know of a model.
 
     Attributes:
-        shapes: of its parameters, by path.
+        shapes: of its variables, by path: parameters as they are, and running statistics and the
+            like behind the name of their collection.
         patch: rows, columns and channels of a patch, which our projection holds on one axis; None:
             the model has no patches.
+        collections: that the model has beside its parameters.
     """
 
     shapes: Shapes
     patch: tuple[int, int, int] | None
+    collections: tuple[str, ...] = ()
+
+    @property
+    def of_parameters(self) -> "Tree":
+        """Without the other collections."""
+        own = {k: v for k, v in self.shapes.items() if k.split("/")[0] not in self.collections}
+        return Tree(own, self.patch)
 
 
 Table = Mapping[str, tuple[str, Same]]
