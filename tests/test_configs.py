@@ -102,11 +102,11 @@ def programs(config, device, num_classes=10):
     mask = {"mask": batch.pop("mask")}
     key = jax.eval_shape(lambda: run.key)
     train_step, eval_step = jit_train_step(run, shardings), jit_sums(run)
-    return (train_step, (state, batch, key)), (eval_step, (state.params, (), batch | mask))
+    return (train_step, (state, batch, key)), (eval_step, (state.params, state.extra, batch | mask))
 
 
 def test_every_recipe_is_lowered_but_for_its_size():
-    assert len(CRATE) == 15 and len(ALPHA) == 2
+    assert len(CRATE) == 19 and len(ALPHA) == 2
     seen = [recipe for recipes in CRATE for recipe in recipes]
     for recipes in group((r for r in RECIPES if r[0] in ALPHA), without=BETWEEN):
         assert len(recipes) == 40 and len(set(recipes) & set(LOWERED)) == 2
@@ -175,7 +175,7 @@ def test_imagenet_presets_say_what_their_sources_say():
 def test_recipes_have_different_names():
     names = [MODULES[name].get_config(arg).name for name, arg in RECIPES]
     # Short forms are the same recipe as one of the long ones.
-    assert len(set(names)) == 3 + 8 + 16 + 2 * 40
+    assert len(set(names)) == 7 + 8 + 16 + 2 * 40
 
 
 def test_configs_survive_json():

@@ -91,6 +91,20 @@ SOURCES = (
         "2311.13110",
         "huggingface/transformers, pull request 27759, Apache-2.0",
     ),
+    Source(
+        "ToST",
+        "tost_*_patch16_224",
+        "2412.17810",
+        "RobinWu218/ToST, MIT; the vision models Apache-2.0",
+        "No weights were released.",
+    ),
+    Source(
+        "CBSA",
+        "cbsa_*",
+        "2509.16875",
+        "QishuaiWen/CBSA, MIT",
+        "No weights were released. model.attention puts MSSA or TSSA into the same frame.",
+    ),
     Source("ViT, the baseline", "vit_*", "2010.11929", "timm, Apache-2.0"),
     Source(
         "Hyper-SET",
@@ -117,6 +131,9 @@ RESULTS: dict[str, dict[str, float]] = {
         # The ViT-T and ViT-S that CRATE's paper compares with.
         "vit_tiny_patch16_224": (71.5, 78.3, 96.6, 81.8, 85.1, 88.5),
         "vit_small_patch16_224": (72.4, 78.4, 97.2, 83.2, 88.5, 88.6),
+        "tost_tiny_patch16_224": (67.3, 72.2, 95.5, 78.3, 88.6, 85.6),
+        "tost_small_patch16_224": (77.9, 84.1, 96.5, 82.7, 92.8, 91.1),
+        "tost_medium_patch16_224": (80.3, 85.6, 97.5, 84.5, 94.2, 92.8),
     }.items()
 }
 RESULTS |= {
@@ -144,6 +161,11 @@ RESULTS["crate_causal_base"] = {
     "LAMBADA loss": 4.91,
     "WikiText loss": 4.61,
     "PTB loss": 5.53,
+}
+
+RESULTS |= {
+    f"cbsa_{size}_patch16_224": {IN1K: top1}
+    for size, top1 in {"tiny": 63.2, "small": 71.4, "base": 73.4, "large": 74.4}.items()
 }
 
 _ALPHA = "hf://UCSC-VLAA/CRATE-alpha"
