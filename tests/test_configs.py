@@ -36,11 +36,19 @@ def load(path):
 
 MODULES = {path.stem: load(path) for path in sorted(CONFIGS.glob("*.py"))}
 RECIPES = [(name, arg) for name, module in MODULES.items() for arg in module.RECIPES]
-# Of the α recipes, 5 sizes x 4 patches x 2 lists of what decays in either file, two each are
-# lowered: the smallest, and the largest with the longer list. Those between differ in lengths of
-# arrays; what is one program for two sizes is one for the others.
-ALPHA = {name: ("tiny-32", "huge-14-decay") for name in MODULES if name.startswith("alpha_")}
-BETWEEN = ("model.name", "optim.decay_only")
+# Of these recipes two each are lowered: the smallest, and the largest of another preset or with the
+# longer list of what decays. Those between differ from them in the fields named here, each of which
+# has so many values: in lengths of arrays, rates and lists, and so not in what the program is.
+ALPHA = {"model.name": 20, "optim.decay_only": 2}
+FAMILIES = {
+    "alpha_imagenet1k": (("tiny-32", "huge-14-decay"), ALPHA),
+    "alpha_imagenet21k": (("tiny-32", "huge-14-decay"), ALPHA),
+    "cbsa_imagenet1k": (("tiny", "large"), {"model.name": 4}),
+    "tost_imagenet1k": (
+        ("tiny", "medium-options"),
+        {"model.name": 3, "model.drop_path": 3, "optim.cooldown_epochs": 2},
+    ),
+}
 
 
 def fields_of_program(name, arg):
@@ -67,9 +75,9 @@ def group(recipes, without=()):
     return list(groups.values())
 
 
-CRATE = group(recipe for recipe in RECIPES if recipe[0] not in ALPHA)
-LOWERED = [recipes[0] for recipes in CRATE]
-LOWERED += [(name, arg) for name, args in ALPHA.items() for arg in args]
+OTHERS = group(recipe for recipe in RECIPES if recipe[0] not in FAMILIES)
+LOWERED = [recipes[0] for recipes in OTHERS]
+LOWERED += [(name, arg) for name, (args, _) in FAMILIES.items() for arg in args]
 
 
 DEVICES = {
@@ -106,13 +114,15 @@ def programs(config, device, num_classes=10):
 
 
 def test_every_recipe_is_lowered_but_for_its_size():
-    assert len(CRATE) == 19 and len(ALPHA) == 2
-    seen = [recipe for recipes in CRATE for recipe in recipes]
-    for recipes in group((r for r in RECIPES if r[0] in ALPHA), without=BETWEEN):
-        assert len(recipes) == 40 and len(set(recipes) & set(LOWERED)) == 2
-        for field in BETWEEN:
-            values = {json.dumps(fields_of_program(*recipe)[field]) for recipe in recipes}
-            assert len(values) == {"model.name": 20, "optim.decay_only": 2}[field]
+    assert len(OTHERS) == 19
+    seen = [recipe for recipes in OTHERS for recipe in recipes]
+    for name, (args, between) in FAMILIES.items():
+        recipes = [recipe for recipe in RECIPES if recipe[0] == name]
+        assert {(name, arg) for arg in args} < set(recipes)
+        assert len(group(recipes, without=between)) == 1
+        for field, values in between.items():
+            found = {json.dumps(fields_of_program(*recipe)[field]) for recipe in recipes}
+            assert len(found) == values, field
         seen += recipes
     assert sorted(seen) == sorted(RECIPES)
 
@@ -131,7 +141,9 @@ def test_recipe_builds_and_lowers_for_tpu_and_cuda(name, arg):
 
     JAX does not export a kernel of one platform together with another platform.
     """
-    results = []
+    results, config = [], MODULES[name].get_config(arg)
+    half = config.model.dtype == "bfloat16"
+    linear = getattr(build_model(config.model), "attention", "") in ("tssa", "cbsa")
     kernels = jax.export.DisabledSafetyCheck.custom_call("__gpu$xla.gpu.triton")
     both = {
         platform: programs(MODULES[name].get_config(arg), device)
@@ -144,8 +156,9 @@ def test_recipe_builds_and_lowers_for_tpu_and_cuda(name, arg):
         module = exported.mlir_module()
         assert module.count("stablehlo.dot_general") > 3
         assert "stablehlo.while" in module or platform == "cuda"  # GPUs have a layer after another
-        half = MODULES[name].get_config(arg).model.dtype == "bfloat16"
-        assert ("xla.gpu.triton" in module) is (half and platform == "cuda")
+        # Of the attention of tokens to tokens, and of the derivative of a norm.
+        kernel = half and platform == "cuda" and (program is both["cuda"][0][0] or not linear)
+        assert ("xla.gpu.triton" in module) is kernel
         if platform == "cuda":
             results.append(jax.tree.unflatten(exported.out_tree, exported.out_avals))
     (new_state, metrics), sums = results
@@ -175,7 +188,7 @@ def test_imagenet_presets_say_what_their_sources_say():
 def test_recipes_have_different_names():
     names = [MODULES[name].get_config(arg).name for name, arg in RECIPES]
     # Short forms are the same recipe as one of the long ones.
-    assert len(set(names)) == 7 + 8 + 16 + 2 * 40
+    assert len(set(names)) == 7 + 8 + 16 + 2 * 40 + 4 + 6
 
 
 def test_configs_survive_json():
