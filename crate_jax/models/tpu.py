@@ -10,6 +10,7 @@ import functools
 import re
 from collections.abc import Callable
 
+import jax
 import jax.numpy as jnp
 from jax import Array
 from jax.experimental import pallas as pl
@@ -25,9 +26,10 @@ from crate_jax.models.tpu_programs import (
     precision,
 )
 
-_MEBIBYTES = {"TPU v5 lite": 128, "TPU v5": 64, "TPU v5p": 64, "TPU v6 lite": 128}
-_MEBIBYTES |= {"TPU v5e": 128, "TPU v6e": 128, "TPU7": 64, "TPU7x": 64}
-_LEAST = 16  # of a core of TPU v4, and what is taken for granted of any other
+# What a program may take of a core's own memory: three quarters of it, of TPU v4 all but 2 MiB.
+_MEBIBYTES = {"TPU v5 lite": 96, "TPU v5": 48, "TPU v5p": 48, "TPU v6 lite": 96}
+_MEBIBYTES |= {"TPU v5e": 96, "TPU v6e": 96, "TPU7": 48, "TPU7x": 48}
+_LEAST = 14  # of TPU v4, whose cores have 16, and taken for granted of any other
 
 OLDEST = 4  # generation of the TPUs for which Mosaic compiles
 
@@ -48,20 +50,42 @@ def takes(V_BxNxKxp: Array) -> bool:
         return False
     if precision(V_BxNxKxp.dtype) is None:
         return False
-    mebibytes = _MEBIBYTES.get(placement.device_kind(), _LEAST)
-    return _memory(V_BxNxKxp) <= mebibytes * 3 * 2**18
+    return _memory(V_BxNxKxp) <= _allowed()
+
+
+def _allowed() -> int:
+    return _MEBIBYTES.get(placement.device_kind(), _LEAST) * 2**20
+
+
+def _limit(V_BxNxKxp: Array) -> int:
+    """What the compiler is allowed: twice what it needs, where there is as much."""
+    return min(2 * _memory(V_BxNxKxp), _allowed())
 
 
 def _memory(V_BxNxKxp: Array) -> int:
-    """Bytes of a core's own memory that a program takes; the compiler has other uses for the rest.
+    """Bytes of a core's own memory that a program takes in either direction, rather too many.
 
-    They are V, dO and dV, each while the next image's is fetched; three of a group, transposed; and
-    of a block S, dA, A and dS. As much again is for what does not fit into registers.
+    V, dO, dV and two numbers for each row of scores are there twice, as the next image's are
+    fetched meanwhile. Three of a group are there transposed. Of the group's blocks of scores the
+    compiler has as many at a time as was found by the least memory that it gets by with.
     """
     _, N, K, p = V_BxNxKxp.shape
     group, number = Group(N, K, p), V_BxNxKxp.dtype.itemsize
-    tokens = N * ((6 * K * p + 2 * group.lanes) * number + 4 * group.lanes)
-    return 2 * (tokens + group.size * group.block**2 * (8 + 2 * number)) + 2**20
+    moved = 3 * _padded(N, K * p, number) + 2 * group.count * _padded(group.size, N, 4)
+    transposed = 2 * _padded(group.lanes, N, number) + _padded(group.lanes, N, 4)
+    at_a_time = 2.2 if group.whole else 3
+    if precision(V_BxNxKxp.dtype) == jax.lax.Precision.HIGHEST:
+        at_a_time += 3 if group.whole else 4  # the parts of both factors
+    scores = group.size * _padded(group.block, group.block, 4)
+    return 2 * moved + transposed + int(at_a_time * scores) + 2**18
+
+
+def _padded(rows: int, columns: int, number: int) -> int:
+    """Bytes of an array in a core's memory, where numbers of so many bytes lie in tiles.
+
+    A tile is 8 x 128 words of four bytes; two rows of bfloat16 share a word.
+    """
+    return number * pl.cdiv(rows, 32 // number) * (32 // number) * pl.cdiv(columns, 128) * 128
 
 
 def attend(V_BxNxKxp: Array, *, interpret: bool = False) -> tuple[Array, Array, Array]:
@@ -146,7 +170,7 @@ def _over_images(
         out_shape=[like(V, shapes[kind], dtypes[kind]) for kind in outputs],
         scratch_shapes=[*transposed, tpu.VMEM((group.lanes, N), jnp.float32)],
         compiler_params=tpu.CompilerParams(
-            dimension_semantics=("parallel",), vmem_limit_bytes=_memory(V)
+            dimension_semantics=("parallel",), vmem_limit_bytes=_limit(V)
         ),
         interpret=interpret,
         name=name,

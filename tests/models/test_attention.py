@@ -130,11 +130,28 @@ def test_a_tpu_takes_subspaces_together_whose_lanes_begin_at_a_multiple_of_128()
         ((1, 197, 12, 64), jnp.float16, False),
         ((1, 1, 12, 64), jnp.float32, False),
         ((1, 4097, 1, 8), jnp.bfloat16, False),
-        ((1, 4096, 16, 64), jnp.bfloat16, False),  # more than the memory of a TPU v4
+        ((1, 577, 12, 64), jnp.bfloat16, True),  # CRATE-B at 384 pixels
+        ((1, 577, 12, 64), jnp.float32, False),  # more than the memory of a TPU v4
+        ((1, 577, 16, 64), jnp.bfloat16, False),
+        ((1, 4096, 16, 64), jnp.bfloat16, False),
     ],
 )
 def test_what_the_kernels_of_a_tpu_take(shape, dtype, taken):
     assert tpu.takes(jax.ShapeDtypeStruct(shape, dtype)) == taken
+
+
+def test_a_tpu_has_its_arrays_in_tiles():
+    """Of 8 x 128 words of four bytes; a word has two rows of bfloat16."""
+    assert tpu._padded(8, 128, 4) == tpu._padded(1, 1, 4) == 8 * 128 * 4
+    assert tpu._padded(197, 768, 4) == 200 * 768 * 4
+    assert tpu._padded(197, 768, 2) == 208 * 768 * 2
+    assert tpu._padded(577, 577, 4) == 584 * 640 * 4
+    # Of CRATE-B at 384 pixels, two subspaces at a time. Tokens, and six groups of numbers a row;
+    # twice, while the next ones come. The group transposed; 2.2 of its scores; and a quarter of 1.
+    tokens, rows = 592 * 768 * 2, 6 * 8 * 640 * 4
+    transposed, scores = 128 * 640 * (2 + 2 + 4), 2 * 584 * 640 * 4
+    need = 2 * (3 * tokens + 2 * rows) + transposed + int(2.2 * scores) + 2**18
+    assert tpu._memory(jax.ShapeDtypeStruct((1, 577, 12, 64), jnp.bfloat16)) == need
 
 
 def test_finite_differences():

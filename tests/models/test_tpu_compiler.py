@@ -39,6 +39,35 @@ def test_the_kernels_compile(slice_, shape, dtype):
     assert [x.opcode for x in account(text)].count("tpu_custom_call") == 2
 
 
+@pytest.mark.parametrize(
+    ("slice_", "shape", "dtype", "precision"),
+    [
+        ("v4:2x2x1", (50, 8, 48), jnp.bfloat16, None),
+        ("v4:2x2x1", (197, 12, 64), jnp.float32, None),
+        ("v4:2x2x1", (257, 4, 128), jnp.bfloat16, None),
+        ("v4:2x2x1", (577, 12, 64), jnp.bfloat16, None),
+        ("v5e:2x2", (197, 12, 64), jnp.float32, "highest"),
+        ("v5e:2x2", (320, 8, 32), jnp.float32, None),
+        ("v5e:2x2", (642, 4, 128), jnp.bfloat16, None),
+    ],
+)
+def test_the_memory_that_a_program_needs_is_known(slice_, shape, dtype, precision, monkeypatch):
+    """The compiler gets by with it, and not with 1.6 times less."""
+    device = find_topology(slice_).devices[0]
+    # So many images that none is in the core's memory before the program begins.
+    V = jax.ShapeDtypeStruct((1024, *shape), dtype, sharding=SingleDeviceSharding(device))
+
+    def compile_within(limit):
+        monkeypatch.setattr(tpu, "_limit", lambda V: limit)
+        jax.jit(lambda V, dO: forward_and_back(V, dO)).lower(V, V).compile()
+
+    with jax.default_matmul_precision(precision):
+        need = tpu._memory(V)
+        compile_within(need)
+        with pytest.raises(jax.errors.JaxRuntimeError, match="exceeded scoped vmem limit"):
+            compile_within(int(need / 1.6))
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("slice_", SLICES[1:])
 def test_two_layers_on_four_chips(slice_):
