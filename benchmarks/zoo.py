@@ -28,6 +28,13 @@ CONTENDERS: dict[str, tuple[str, tuple[str, ...]]] = {
     "tost": ("tost", ()),
     "cbsa": ("cbsa", ()),
     "aot": ("aot", ()),
+    "cbsa's frame, TSSA": ("cbsa", ("--config.model.attention=tssa",)),
+    "cbsa's frame, MSSA": ("cbsa", ("--config.model.attention=mssa",)),
+    "crate, TSSA for MSSA": ("crate", ("--config.model.attention=tssa",)),
+    "crate, CBSA for MSSA": (
+        "crate",
+        ("--config.model.attention=cbsa", "--config.model.representatives=2"),
+    ),
     "crate, MHSA for MSSA": ("crate", ("--config.model.attention=mhsa",)),
     "crate, MLP for ISTA": ("crate", ("--config.model.nonlinearity=mlp",)),
     "crate, minus sign": ("crate", ("--config.model.attention_sign=minus",)),

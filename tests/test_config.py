@@ -95,8 +95,9 @@ CHOICES = {
     "model.backward": ([None, "derived", "autodiff"], "derivd", "derived"),
     "model.attention_kernel": ([None, "auto", "xla", "pallas", "cudnn"], "palas", "pallas"),
     "model.remat": ([None, "none", "dots", "full"], "dot", "dots"),
-    "model.attention": ([None, "mssa", "mhsa"], "msa", "mssa"),
-    "model.nonlinearity": ([None, "ista", "mlp"], "mpl", "mlp"),
+    "model.attention": ([None, "mssa", "mhsa", "tssa", "cbsa"], "msa", "mssa"),
+    "model.nonlinearity": ([None, "ista", "mlp", "none"], "mpl", "mlp"),
+    "model.stem": ([None, "patches", "convolutions"], "patch", "patches"),
     "model.attention_sign": ([None, "plus", "minus"], "pluss", "plus"),
     "model.threshold": ([None, "relu", "soft"], "sofft", "soft"),
     "model.step_sizes": ([None, "fixed", "shared", "per_layer"], "perlayer", "per_layer"),
@@ -135,7 +136,7 @@ UNRULED = {
     "parallel.mesh",
     "parallel.coordinator",
 }
-SIZES = {"model.image_size", "model.patch_size"}
+SIZES = {"model.image_size", "model.patch_size", "model.representatives"}
 SECTIONS = {
     "model": type(ModelConfig()),
     "data": DataConfig,
@@ -420,6 +421,8 @@ def unusual():
         threshold="soft",
         ista_steps=2,
         step_sizes="shared",
+        stem="convolutions",
+        representatives=(3, 2),
     )
     config.data = DataConfig(
         dataset="folder",

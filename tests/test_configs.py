@@ -80,6 +80,7 @@ LOWERED = [recipes[0] for recipes in OTHERS]
 LOWERED += [(name, arg) for name, (args, _) in FAMILIES.items() for arg in args]
 
 
+HAS_MSSA = {name: not name.startswith(("tost_", "cbsa_")) for name in MODULES}
 DEVICES = {
     "tpu": AbstractDevice("TPU v5e", 1, "tpu"),
     "cuda": AbstractDevice("NVIDIA H100", 132, "gpu"),
@@ -110,7 +111,8 @@ def programs(config, device, num_classes=10):
     mask = {"mask": batch.pop("mask")}
     key = jax.eval_shape(lambda: run.key)
     train_step, eval_step = jit_train_step(run, shardings), jit_sums(run)
-    return (train_step, (state, batch, key)), (eval_step, (state.params, state.extra, batch | mask))
+    of_eval = (state.params, state.extra, batch | mask)
+    return (train_step, (state, batch, key)), (eval_step, of_eval)
 
 
 def test_every_recipe_is_lowered_but_for_its_size():
