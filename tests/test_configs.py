@@ -80,7 +80,6 @@ LOWERED = [recipes[0] for recipes in OTHERS]
 LOWERED += [(name, arg) for name, (args, _) in FAMILIES.items() for arg in args]
 
 
-HAS_MSSA = {name: not name.startswith(("tost_", "cbsa_")) for name in MODULES}
 DEVICES = {
     "tpu": AbstractDevice("TPU v5e", 1, "tpu"),
     "cuda": AbstractDevice("NVIDIA H100", 132, "gpu"),
