@@ -118,8 +118,9 @@ FUNCTION = {
 ELSEWHERE = {"dropout", "dtype", "backward", "attention_kernel", "remat", "scan_unroll"}
 # Those of tests/models/test_grid.py.
 OPERATORS = {"attention", "nonlinearity"}
-# By test_theory.py.
+# By test_theory.py, test_cbsa.py and test_stem.py.
 SWITCHES = {"attention_sign", "tied_output", "threshold", "ista_steps", "step_sizes"}
+SWITCHES |= {"representatives", "stem"}
 
 
 def test_every_field_is_tested():
