@@ -55,7 +55,9 @@ class BatchNorm(nn.Module):
         running_mean = self.variable(STATISTICS, "mean", jnp.zeros, shape, jnp.float32)
         running_var = self.variable(STATISTICS, "var", jnp.ones, shape, jnp.float32)
         X = X.astype(jnp.float32)
-        mean_c, var_c = running_mean.value, running_var.value
+        mean_c, var_c = (
+            placement.whole(x.value).astype(jnp.float32) for x in (running_mean, running_var)
+        )
         if self.train:
             mean_c = jnp.mean(X, axis=axes)
             var_c = jnp.mean(jnp.square(X - _row(mean_c, X)), axis=axes)
@@ -63,8 +65,9 @@ class BatchNorm(nn.Module):
             if self.is_mutable_collection(STATISTICS) and not self.is_initializing():
                 n = X.size // X.shape[-1]
                 stays, unbiased_c = 1 - self.momentum, var_c * (n / max(n - 1, 1))
-                running_mean.value = stays * running_mean.value + self.momentum * mean_c
-                running_var.value = stays * running_var.value + self.momentum * unbiased_c
+                for running, now in ((running_mean, mean_c), (running_var, unbiased_c)):
+                    now = placement.beside(self.momentum * now, running.value)
+                    running.value = stays * running.value + now
         factor_c = scale_c.astype(jnp.float32) * jax.lax.rsqrt(var_c + self.epsilon)
         Y = (X - _row(mean_c, X)) * _row(factor_c, X) + _row(bias_c.astype(jnp.float32), X)
         return Y.astype(self.dtype)

@@ -14,10 +14,11 @@ import crate_jax
 from crate_jax import create_model
 from crate_jax.analysis import layerwise, taps
 from crate_jax.models.attention import attend_by
-from crate_jax.models.cost import abstract_parameters
+from crate_jax.models.cost import abstract_variables
 from crate_jax.models.crate_alpha import odl
 from crate_jax.models.derivatives import BACKWARD, NORMALISE, attend
 from crate_jax.models.layers import ista_step
+from crate_jax.models.parameters import variables_of
 from crate_jax.tasks import Classify
 from crate_jax.tasks.mixing import make_mix
 from crate_jax.training.state import init_state
@@ -33,6 +34,8 @@ MODELS = {
     "vit": create_model("vit_tiny_patch16_224", **SIZES, pool="patches"),
     "grid": create_model("crate_mhsa_mlp_small_384_patch8_224", **SIZES),
     "hyper_set": create_model("hyperset_patch16_224", **SIZES),
+    "tost": create_model("tost_tiny_patch16_224", **SIZES, drop_path=0.2),
+    "cbsa": create_model("cbsa_tiny_patch16_224", **SIZES, representatives=2),
 }
 IMAGES = np.random.default_rng(0).normal(size=(8, 16, 16, 3)).astype(np.float32)
 LABELS = np.arange(8, dtype=np.int32) % 3
@@ -47,7 +50,7 @@ def params():
 
 
 def loss(params, images, model=MODELS["crate"]):
-    return (model.apply({"params": params}, images, train=False) ** 2).mean()
+    return (model.apply(variables_of(params), images, train=False) ** 2).mean()
 
 
 def assert_near(got, expected, rtol=1e-5):
@@ -116,12 +119,12 @@ def test_gradients_of_other_parameters_by_value(dtype):
 
 
 @pytest.mark.parametrize(
-    ("name", "dtype"), [*zip(MODELS, [HALF, SINGLE, HALF, SINGLE, HALF], strict=True)]
+    ("name", "dtype"), [*zip(MODELS, [HALF, SINGLE, HALF, SINGLE, HALF, HALF, SINGLE], strict=True)]
 )
 def test_gradients_of_half_precision_parameters(name, dtype):
     model = MODELS[name].clone(dtype=dtype)
     half = jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct(x.shape, HALF), abstract_parameters(MODELS[name])
+        lambda x: jax.ShapeDtypeStruct(x.shape, HALF), abstract_variables(MODELS[name])
     )
     gradient = jax.eval_shape(jax.grad(functools.partial(loss, model=model)), half, IMAGES)
     assert {x.dtype for x in jax.tree.leaves(gradient)} == {jnp.dtype(HALF)}
@@ -282,6 +285,8 @@ def test_explicit_meshes_compute_the_same():
         ("vit", P("data"), True),
         ("grid", P(("data", "fsdp")), False),
         ("hyper_set", P("data"), False),
+        ("tost", P("data"), True),
+        ("cbsa", P(("data", "fsdp")), False),
     ],
 )
 def test_everything_runs_on_explicit_meshes(name, spec, around):
@@ -297,9 +302,10 @@ def test_everything_runs_on_explicit_meshes(name, spec, around):
     with jax.set_mesh(mesh) if around else contextlib.nullcontext():
         state = jax.eval_shape(lambda: init_state(task, tx, jax.random.key(0), ema=True))
         state = jax.tree.map(placed, state, spread(state, mesh))
-        seen = jax.eval_shape(functools.partial(taps, model), state.params, images)[1]
+        variables = {"params": state.params, **dict(state.extra)}
+        seen = jax.eval_shape(functools.partial(taps, model), variables, images)[1]
         assert all(x.sharding.spec[:2] == (None, spec[0]) for x in seen.values())
-        jax.eval_shape(functools.partial(layerwise, model), state.params, images)
+        jax.eval_shape(functools.partial(layerwise, model), variables, images)
         jax.eval_shape(functools.partial(model.init, train=False), jax.random.key(0), images)
         step = make_train_step(task, tx, accumulate_steps=2, ema_decay=0.9)
         batch = {"image": images, "label": labels}
@@ -326,7 +332,7 @@ def test_parameters_are_the_same_under_x64():
 
 
 @pytest.mark.parametrize(
-    ("name", "dtype"), [*zip(MODELS, [HALF, SINGLE, SINGLE, HALF, HALF], strict=True)]
+    ("name", "dtype"), [*zip(MODELS, [HALF, SINGLE, SINGLE, HALF, HALF, SINGLE, HALF], strict=True)]
 )
 def test_nothing_is_computed_in_double_precision(name, dtype, equations):
     """Of float64 images there is no more than the images."""
@@ -343,7 +349,8 @@ def test_nothing_is_computed_in_double_precision(name, dtype, equations):
         assert jax.tree.map(jnp.dtype, after) == jax.tree.map(jnp.dtype, state)
         assert {x.dtype.name for x in metrics.values()} == {"float32"}
         apply = functools.partial(model.apply, train=False)
-        logits = jax.eval_shape(apply, {"params": state.params}, IMAGES.astype(np.float64))
+        variables = {"params": state.params, **dict(state.extra)}
+        logits = jax.eval_shape(apply, variables, IMAGES.astype(np.float64))
     assert logits.dtype == np.float32
 
 

@@ -1,6 +1,7 @@
 """Running statistics travel with the state: a model with BatchNorm trains and resumes."""
 
 import argparse
+import functools
 import json
 from typing import ClassVar
 
@@ -13,6 +14,7 @@ import pytest
 from jax.sharding import AxisType, PartitionSpec
 
 import crate_jax.training.loop as loop
+from crate_jax import ToST
 from crate_jax.checkpoint.reading import restore_trained
 from crate_jax.cli import runs
 from crate_jax.config import DataConfig, OptimConfig, TrainConfig
@@ -44,10 +46,10 @@ def make_batch(rows=16):
     return {"image": images, "label": rng.integers(0, 10, rows).astype(np.int32)}
 
 
-def one_step(spec, accumulate_steps=1):
+def one_step(spec, accumulate_steps=1, model=None):
     """State and metrics after a step on a mesh."""
     devices = jax.devices()[:1] if spec == "data:1" else jax.devices()
-    mesh, task, tx = make_mesh(spec, devices), Classify(Normed()), optax.sgd(0.1)
+    mesh, task, tx = make_mesh(spec, devices), Classify(model or Normed()), optax.sgd(0.1)
     state, shardings = init_sharded(task, tx, jax.random.key(1), mesh)
     step = jax.jit(
         on_mesh(mesh, make_train_step(task, tx, accumulate_steps=accumulate_steps)),
@@ -112,6 +114,39 @@ def test_the_devices_of_a_shard_map_average_their_statistics(micro_batches):
     expected = (1 - MOMENTUM) * make_batch()["image"].reshape(16, -1).mean(axis=0)
     mean = after.extra["batch_stats"]["norm"]["mean"]
     np.testing.assert_allclose(mean, expected, rtol=1e-4, atol=1e-6)
+
+
+TOST = ToST(
+    image_size=8, patch_size=4, num_classes=10, width=16, depth=2, num_heads=2, in_channels=1
+)
+
+
+def step_of_tost(spec, accumulate_steps=1):
+    """The state after a step of a ToST from key 1."""
+    return one_step(spec, accumulate_steps, TOST)[0]
+
+
+@pytest.fixture(scope="module")
+def alone():
+    return step_of_tost("data:1")
+
+
+@pytest.mark.parametrize("spec", ["data:8", "data:2,fsdp:4"])
+def test_a_stem_has_the_statistics_of_the_whole_batch_on_any_mesh(alone, spec):
+    state = step_of_tost(spec)
+    near = functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-5)
+    jax.tree.map(near, jax.device_get(state.extra), jax.device_get(alone.extra))
+    jax.tree.map(near, jax.device_get(state.params), jax.device_get(alone.params))
+
+
+def test_a_stem_averages_the_statistics_of_micro_batches(alone):
+    """A mean of means is that of all, in the first stage; what follows sees other batches."""
+    state = step_of_tost("data:8", accumulate_steps=2)
+    first, whole = (
+        x.extra["batch_stats"]["embedding"]["stem"]["stage_0"]["norm"] for x in (state, alone)
+    )
+    np.testing.assert_allclose(first["mean"], whole["mean"], rtol=1e-4, atol=1e-6)
+    assert np.abs(np.asarray(first["var"]) - np.asarray(whole["var"])).max() > 1e-5
 
 
 def test_evaluation_uses_the_running_statistics():
