@@ -89,7 +89,7 @@ class LanguageModel(LanguageFields, BlockModel):
         return jnp.arange(tokens_BxN.shape[1], dtype=jnp.int32) + before
 
     @nn.nowrap
-    def mask(self, tokens_BxN: Array, before: Array | int, length: int) -> Array:
+    def mask(self, tokens_BxN: Array, before: Array | int, length: int) -> Array | None:
         """Which token may see which of so many, as `crate_jax.models.derivatives.attend` has it."""
         places_N = jnp.arange(tokens_BxN.shape[1], dtype=jnp.int32) + before
         return (places_N[:, None] >= jnp.arange(length, dtype=jnp.int32)[None])[None, None]
