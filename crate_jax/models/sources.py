@@ -90,6 +90,7 @@ SOURCES = (
         "tost_lm_*",
         "2412.17810",
         "RobinWu218/ToST, MIT",
+        "No weights were released.",
     ),
     Source(
         "CRATE-BERT",
