@@ -9,6 +9,7 @@ from crate_jax.models.crate_causal import CrateCausal, CrateLM
 from crate_jax.models.generation import generate
 from crate_jax.models.steering import Steer, steering
 from crate_jax.models.tost import ToST
+from crate_jax.models.tost_lm import TostLM
 from crate_jax.models.vit import ViT
 from crate_jax.models.zoo import create_model, list_models
 
@@ -22,6 +23,7 @@ __all__ = [
     "CrateLM",
     "Steer",
     "ToST",
+    "TostLM",
     "ViT",
     "analysis",
     "create_model",

@@ -75,6 +75,7 @@ ROOMS = {
         "language",
         "crate_causal",
         "crate_bert",
+        "tost_lm",
         "generation",
         "energy",
         "hyper_set",

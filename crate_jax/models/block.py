@@ -123,8 +123,8 @@ class Block(nn.Module):
         residual: whether the nonlinearity's output is added to the tokens or replaces them.
         attention_first: the order of the halves.
         layer_scale: what the learned factors g (d,) of both halves start from; None: g = 1.
-        norm: "affine", LayerNorms with their parameters; "plain", without; "none": the halves take
-            the tokens as they are.
+        norm: "affine", LayerNorms with their parameters; "scaled", with a scale and no bias;
+            "plain", without both; "none": the halves take the tokens as they are.
         epsilon: of the LayerNorms.
         modulation: makes a `Modulation` for the attention and one for the nonlinearity, of the
             block's tokens, its layer's `PerLayer.condition` and the stack's `Context.condition`.
@@ -196,8 +196,9 @@ class Block(nn.Module):
     def _norm(self, part: Part, Z_BxNxd: Array, how: Modulation | None) -> Array:
         """The tokens as a half takes them."""
         if self.norm != "none":
-            affine, name = self.norm == "affine", f"{part.name}_norm"
-            norm = LayerNorm(self.dtype, self.backward, self.epsilon, affine, name=name)
+            made_of = (self.norm != "plain", self.norm == "affine")
+            name = f"{part.name}_norm"
+            norm = LayerNorm(self.dtype, self.backward, self.epsilon, *made_of, name=name)
             Z_BxNxd = norm(Z_BxNxd)
         if how is None or how.scale is None or how.shift is None:
             return Z_BxNxd

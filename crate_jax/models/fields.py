@@ -180,6 +180,15 @@ class CrateLMFields(CausalFields):
 
 
 @dataclasses.dataclass(eq=False, repr=False)
+class TostLMFields(LanguageFields):
+    """ToST for text, arXiv 2412.17810."""
+
+    bias: bool = option(False, "whether linear maps and LayerNorms have biases")
+    layer_scale: float = option(1e-5, "start of the learned factors on both halves", above=0)
+    mlp_ratio: int = option(4, "hidden units of the MLP over the width", low=1)
+
+
+@dataclasses.dataclass(eq=False, repr=False)
 class BertFields(CausalFields):
     """CRATE-BERT, arXiv 2311.13110."""
 
@@ -222,6 +231,7 @@ FAMILIES: dict[str, type[ModelFields]] = {
     "crate_causal": CausalFields,
     "crate_lm": CrateLMFields,
     "crate_bert": BertFields,
+    "tost_lm": TostLMFields,
     "hyper_set": HyperSetFields,
     "tost": TostFields,
 }

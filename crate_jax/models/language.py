@@ -17,7 +17,7 @@ from crate_jax.models.block import Context
 from crate_jax.models.derivatives import wide
 from crate_jax.models.fields import LanguageFields
 from crate_jax.models.parameters import read
-from crate_jax.models.past import EMPTY, PAST
+from crate_jax.models.past import PAST, no_subspace_tokens
 from crate_jax.models.stacked import BlockModel
 
 
@@ -71,8 +71,8 @@ class LanguageModel(LanguageFields, BlockModel):
     """A stack of blocks between a table of tokens and logits over that table.
 
     A model is a `BlockModel` that overrides what differs of `embed`, `places`, `mask`,
-    `make_head_norm` and `logits_of`. Unless it does, a token sees itself and what comes before it,
-    and the logits at a token are those of the next one.
+    `make_head_norm`, `logits_of` and `layer_past`. Unless it does, a token sees itself and what
+    comes before it, and the logits at a token are those of the next one.
     """
 
     causal: ClassVar[bool] = True  # whether a token sees nothing that comes after it
@@ -89,7 +89,7 @@ class LanguageModel(LanguageFields, BlockModel):
         return jnp.arange(tokens_BxN.shape[1], dtype=jnp.int32) + before
 
     @nn.nowrap
-    def mask(self, tokens_BxN: Array, before: Array | int, length: int) -> Array:
+    def mask(self, tokens_BxN: Array, before: Array | int, length: int) -> Array | None:
         """Which token may see which of so many, as `crate_jax.models.derivatives.attend` has it."""
         places_N = jnp.arange(tokens_BxN.shape[1], dtype=jnp.int32) + before
         return (places_N[:, None] >= jnp.arange(length, dtype=jnp.int32)[None])[None, None]
@@ -222,20 +222,28 @@ class LanguageModel(LanguageFields, BlockModel):
         return self.with_layers(compute)
 
     @nn.nowrap
+    def layer_past(self, batch_size: int) -> dict[str, Any]:
+        """What the attention of a layer keeps, by name, before the first token; {}: nothing."""
+        if self.attention_part.name != "mssa":
+            return {}
+        return {"subspace_tokens": no_subspace_tokens(self, batch_size)}
+
+    @nn.nowrap
     def empty_past(self, batch_size: int) -> dict[str, Any]:
         """The collection `crate_jax.models.past.PAST` before the first token of so many texts.
 
         Raises:
-            ValueError: the model is not causal, or its attention keeps no past.
+            ValueError: the model is not causal, or its attention keeps nothing.
         """
-        name = self.attention_part.name
-        if not self.causal or name not in EMPTY:
-            got = f"attention by {name}" if self.causal else "tokens that see what comes after them"
+        kept = self.layer_past(batch_size)
+        if not (self.causal and kept):
+            got = "an attention without a past" if self.causal else "tokens that see those after"
             raise ValueError(
-                f"a model must be causal, with {' or '.join(EMPTY)}, to continue a text; "
-                f"{type(self).__name__} has {got}. Call it on whole texts."
+                "a model must be causal, with an attention that keeps its past, to continue a "
+                f"text; {type(self).__name__} has {got}. Call it on whole texts."
             )
-        return {"length": jnp.int32(0), "blocks": {name: EMPTY[name](self, batch_size)}}
+        by_layer = jax.tree.map(lambda x: jnp.broadcast_to(x, (self.depth, *x.shape)), kept)
+        return {"length": jnp.int32(0), "blocks": {self.attention_part.name: by_layer}}
 
     @nn.nowrap
     def _tokens(

@@ -208,23 +208,23 @@ class LayerNorm(nn.Module):
     """PyTorch's LayerNorm over the last axis: `crate_jax.models.derivatives.normalise`.
 
     Parameters scale and bias are float32, and so is the computation; the result is of `dtype`.
-    Without ``affine`` they are no parameters, and one and zero.
+    Without ``affine`` they are no parameters, and one and zero; without ``bias`` that one is zero.
     """
 
     dtype: DTypeLike = jnp.float32
     backward: str = "derived"
     epsilon: float = 1e-5  # PyTorch's default
     affine: bool = True
+    bias: bool = True
 
     @nn.compact
     def __call__(self, X: Array) -> Array:
         """(…, d) to (…, d)."""
+        scale_d, bias_d = (fill(X.shape[-1:], jnp.float32) for fill in (jnp.ones, jnp.zeros))
         if self.affine:
             scale_d = parameter(self, "scale", init.ones, X.shape[-1:])
+        if self.affine and self.bias:
             bias_d = parameter(self, "bias", init.zeros, X.shape[-1:])
-        else:
-            scale_d = jnp.ones(X.shape[-1:], jnp.float32)
-            bias_d = jnp.zeros(X.shape[-1:], jnp.float32)
         Y = NORMALISE[self.backward](X, scale_d, bias_d, self.dtype, float(self.epsilon))
         return keep(Y, "normalised")
 

@@ -4,7 +4,6 @@ It lies in the collection `PAST` of a model's variables, a value for each layer.
 its own there takes the tokens of a call for those that follow, and puts the grown one back.
 """
 
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -36,12 +35,7 @@ class SubspaceTokens(NamedTuple):
         return SubspaceTokens(V_BxTxKxp, self.length + V_BxNxKxp.shape[1])
 
 
-def _of_mssa(model: Any, batch_size: int) -> dict[str, SubspaceTokens]:
+def no_subspace_tokens(model: Any, batch_size: int) -> SubspaceTokens:
+    """Of one layer of a model, before the first token of so many texts."""
     room = (batch_size, model.context_length, model.num_heads, model.subspace_dim)
-    V_LxBxTxKxp = jnp.zeros((model.depth, *room), model.dtype)
-    return {"subspace_tokens": SubspaceTokens(V_LxBxTxKxp, jnp.zeros(model.depth, jnp.int32))}
-
-
-# What there is before the first token, with the layers on axis 0: by the name that the attention
-# has in a block, from the model and the number of texts.
-EMPTY: dict[str, Callable[[Any, int], dict[str, Any]]] = {"mssa": _of_mssa}
+    return SubspaceTokens(jnp.zeros(room, model.dtype), jnp.int32(0))

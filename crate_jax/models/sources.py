@@ -86,6 +86,13 @@ SOURCES = (
         "Hugging Face hub.",
     ),
     Source(
+        "ToST for text",
+        "tost_lm_*",
+        "2412.17810",
+        "RobinWu218/ToST, MIT",
+        "No weights were released.",
+    ),
+    Source(
         "CRATE-BERT",
         "crate_bert_*",
         "2311.13110",
@@ -160,11 +167,15 @@ RESULTS |= {
     for size, top1 in dict(tiny=63.2, small=71.4, base=73.4, large=74.4).items()
 }
 # Of text: of the training's own kind, and zero-shot.
-RESULTS["crate_causal_base"] = {
-    "OpenWebText loss": 3.37,
-    "LAMBADA loss": 4.91,
-    "WikiText loss": 4.61,
-    "PTB loss": 5.53,
+_TEXT = ("OpenWebText loss", "LAMBADA loss", "WikiText loss", "PTB loss")
+RESULTS |= {
+    name: dict(zip(_TEXT, losses, strict=True))
+    for name, losses in {
+        "crate_causal_base": (3.37, 4.91, 4.61, 5.53),
+        "tost_lm_base": (3.20, 4.98, 4.77, 6.39),
+        "tost_lm_medium": (2.88, 4.45, 4.30, 5.64),
+        "tost_lm_large": (2.72, 4.32, 3.99, 5.03),
+    }.items()
 }
 
 _ALPHA = "hf://UCSC-VLAA/CRATE-alpha"

@@ -3,7 +3,7 @@
 The letters are those of `crate_jax.models.layers`.
 """
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from typing import Any, ClassVar
 
 import flax.linen as nn
@@ -66,22 +66,31 @@ def mhsa(
     return Attended(update_BxNxd, {"attention": A_BxKxNxN})
 
 
-def mlp(Y_BxNxd: Array, W_in_dxm: Array, b_in_m: Array, W_out_mxd: Array, b_out_d: Array) -> Array:
+def mlp(
+    Y_BxNxd: Array,
+    W_in_dxm: Array,
+    b_in_m: Array | None,
+    W_out_mxd: Array,
+    b_out_d: Array | None,
+) -> Array:
     """GELU(Y W_in + b_in) W_out + b_out, with the exact GELU x Φ(x).
 
     Args:
         Y_BxNxd: tokens, normalised.
         W_in_dxm: to m hidden units.
-        b_in_m: their bias.
+        b_in_m: their bias; None: none.
         W_out_mxd: back to the width.
-        b_out_d: its bias.
+        b_out_d: its bias; None: none.
 
     Returns:
         Update of the tokens (B, N, d), of the tokens' dtype, which the weights share.
     """
-    hidden_BxNxm = keep(times(Y_BxNxd, W_in_dxm) + b_in_m[None, None], "hidden")
-    active_BxNxm = jax.nn.gelu(hidden_BxNxm, approximate=False)
-    return times(active_BxNxm, W_out_mxd) + b_out_d[None, None]
+    hidden_BxNxm = times(Y_BxNxd, W_in_dxm)
+    if b_in_m is not None:
+        hidden_BxNxm += b_in_m[None, None]
+    active_BxNxm = jax.nn.gelu(keep(hidden_BxNxm, "hidden"), approximate=False)
+    update_BxNxd = times(active_BxNxm, W_out_mxd)
+    return update_BxNxd if b_out_d is None else update_BxNxd + b_out_d[None, None]
 
 
 class MHSA(nn.Module):
@@ -117,10 +126,15 @@ def read_maps(attention: Any, d: int, qkv_bias: bool) -> tuple[Array, Array | No
 
 
 class MLP(nn.Module):
-    """`mlp` with its parameters W_in (d, m), b_in (m,), W_out (m, d) and b_out (d,)."""
+    """`mlp` with its parameters W_in (d, m), b_in (m,), W_out (m, d) and b_out (d,).
+
+    ``bias`` False leaves b_in and b_out out.
+    """
 
     hidden: int
     dtype: DTypeLike = jnp.float32
+    bias: bool = True
+    out_init: Callable[..., Array] = kernel_init
 
     @nn.compact
     def __call__(self, Y_BxNxd: Array) -> Array:
@@ -129,8 +143,11 @@ class MLP(nn.Module):
         shapes: dict[str, tuple[Any, tuple[int, ...]]] = {
             "W_in": (kernel_init, (d, m)),
             "b_in": (init.zeros, (m,)),
-            "W_out": (kernel_init, (m, d)),
+            "W_out": (self.out_init, (m, d)),
             "b_out": (init.zeros, (d,)),
         }
-        weights = [read(self, name, *of, self.dtype) for name, of in shapes.items()]
+        weights: list[Any] = [
+            read(self, name, *of, self.dtype) if self.bias or name[0] == "W" else None
+            for name, of in shapes.items()
+        ]
         return mlp(Y_BxNxd.astype(self.dtype), *weights)

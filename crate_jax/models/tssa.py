@@ -10,7 +10,7 @@ Statistics are of dtype `crate_jax.models.derivatives.wide`, and no product of m
 """
 
 from collections.abc import Callable, Collection
-from typing import ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -165,16 +165,47 @@ def tssa(
         (B, K, N), whose sum over the subspaces is one. All of the tokens' dtype, which the weights
         share.
     """
+    V_BxNxKxp = into_subspaces(Y_BxNxd, U_dxKxp, b_Kxp)
+    O_BxNxKxp, Pi_BxNxK = attend_by_statistics(V_BxNxKxp, tau_K)
+    update_BxNxd = out_of_subspaces(O_BxNxKxp, W_out_Kxpxd, b_out_d)
+    seen = {"subspace_tokens": V_BxNxKxp, "membership": Pi_BxNxK.swapaxes(1, 2)}
+    return Attended(update_BxNxd, seen)
+
+
+def into_subspaces(Y_BxNxd: Array, U_dxKxp: Array, b_Kxp: Array | None) -> Array:
+    """V_k = U_kᵀ Y + b_k (B, N, K, p)."""
     V_BxNxKxp = times(Y_BxNxd, U_dxKxp)
     if b_Kxp is not None:
         V_BxNxKxp += b_Kxp[None, None]
-    V_BxNxKxp = keep_merged(V_BxNxKxp, "subspace_tokens")
-    O_BxNxKxp, Pi_BxNxK = attend_by_statistics(V_BxNxKxp, tau_K)
+    return keep_merged(V_BxNxKxp, "subspace_tokens")
+
+
+def out_of_subspaces(O_BxNxKxp: Array, W_out_Kxpxd: Array, b_out_d: Array | None) -> Array:
+    """W_out [O_1; …; O_K] + b_out (B, N, d)."""
     update_BxNxd = times(O_BxNxKxp, W_out_Kxpxd, axes=2)
-    if b_out_d is not None:
-        update_BxNxd += b_out_d[None, None]
-    seen = {"subspace_tokens": V_BxNxKxp, "membership": Pi_BxNxK.swapaxes(1, 2)}
-    return Attended(update_BxNxd, seen)
+    return update_BxNxd if b_out_d is None else update_BxNxd + b_out_d[None, None]
+
+
+class Weights(NamedTuple):
+    """The parameters of TSSA, as `tssa` has them."""
+
+    U_dxKxp: Array
+    b_Kxp: Array | None
+    tau_K: Array
+    W_out_Kxpxd: Array
+    b_out_d: Array | None
+
+
+def read_weights(attention: Any, d: int) -> Weights:
+    """Those of a module with the fields of `TSSA`."""
+    U_dxKxp, b_Kxp = read_bases(attention, d), None
+    K, p = attention.num_heads, attention.head_dim
+    if attention.subspace_bias:
+        b_Kxp = read(
+            attention, "b_U", attention.bias_init or linear_bias_init(d), (K, p), attention.dtype
+        )
+    tau_K = parameter(attention, "tau", init.ones, (K,))
+    return Weights(U_dxKxp, b_Kxp, tau_K, *read_output(attention, d))
 
 
 class TSSA(nn.Module):
@@ -208,11 +239,4 @@ class TSSA(nn.Module):
         if mask is not None:
             raise ValueError("mask must be None for TSSA; got one. Its sums are over all tokens.")
         Y_BxNxd = Y_BxNxd.astype(self.dtype)
-        d, K, p = Y_BxNxd.shape[-1], self.num_heads, self.head_dim
-        U_dxKxp, b_Kxp = read_bases(self, d), None
-        if self.subspace_bias:
-            bias_init = self.bias_init or linear_bias_init(d)
-            b_Kxp = read(self, "b_U", bias_init, (K, p), self.dtype)
-        tau_K = parameter(self, "tau", init.ones, (K,))
-        W_out_Kxpxd, b_out_d = read_output(self, d)
-        return tssa(Y_BxNxd, U_dxKxp, tau_K, W_out_Kxpxd, b_out_d, b_Kxp=b_Kxp)
+        return tssa(Y_BxNxd, **read_weights(self, Y_BxNxd.shape[-1])._asdict())

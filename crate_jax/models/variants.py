@@ -72,7 +72,7 @@ def _text(family: str, width: int, depth: int, num_heads: int, **fields: object)
     return Variant(family, dict(context_length=1024, vocab_size=50_304) | sizes | fields)
 
 
-# arXiv 2311.13110 and 2410.16443: GPT-2's sizes, and those of the study of neurons.
+# arXiv 2311.13110, 2410.16443 and 2412.17810: GPT-2's sizes, and those of the study of neurons.
 VARIANTS |= {
     "crate_causal_base": _text("crate_causal", 768, 12, 12),
     "crate_causal_medium": _text("crate_causal", 1024, 24, 16),
@@ -83,6 +83,9 @@ VARIANTS |= {
     "crate_lm_3l": _text("crate_lm", 128, 3, 4),
     "crate_lm_small": _text("crate_lm", 768, 6, 12),
     "crate_lm_base": _text("crate_lm", 768, 12, 12),
+    "tost_lm_base": _text("tost_lm", 768, 12, 12),
+    "tost_lm_medium": _text("tost_lm", 1024, 24, 16),
+    "tost_lm_large": _text("tost_lm", 1280, 36, 20),
     "crate_bert_base": _text("crate_bert", 768, 12, 12, context_length=512, vocab_size=50_265),
 }
 # arXiv 2412.17810. LayerScale starts at 1 for 12 layers and at 1e-5 for 24.

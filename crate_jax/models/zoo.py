@@ -18,6 +18,7 @@ from crate_jax.models.hyper_set import HyperSet
 from crate_jax.models.sections import ModelConfig, overrides
 from crate_jax.models.stacked import BlockModel
 from crate_jax.models.tost import ToST
+from crate_jax.models.tost_lm import TostLM
 from crate_jax.models.variants import VARIANTS, find
 from crate_jax.models.vit import ViT
 from crate_jax.options import check, did_you_mean, option_of, unknown
@@ -31,6 +32,7 @@ CLASSES: dict[str, type[Model]] = {
     "crate_causal": CrateCausal,
     "crate_lm": CrateLM,
     "crate_bert": CrateBert,
+    "tost_lm": TostLM,
     "hyper_set": HyperSet,
     "tost": ToST,
 }

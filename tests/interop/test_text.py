@@ -6,18 +6,36 @@ import numpy as np
 import pytest
 from weights import assert_equal_trees, random_params
 
-from crate_jax import CrateBert, CrateCausal, CrateLM, create_model, load_weights, save_weights
+from crate_jax import (
+    CrateBert,
+    CrateCausal,
+    CrateLM,
+    TostLM,
+    create_model,
+    load_weights,
+    save_weights,
+)
 from crate_jax.interop import from_state_dict, load_fitted, to_state_dict
 
 GOLDEN = Path(__file__).parent.parent / "golden"
 TINY = dict(context_length=5, vocab_size=7, width=6, depth=2, num_heads=2)
 GOLDEN_SIZES = dict(context_length=16, vocab_size=61, width=32, depth=2, num_heads=4)
-MODELS = {"crate_causal": CrateCausal, "crate_lm": CrateLM, "crate_bert": CrateBert}
-FILES = {"crate_gpt": CrateCausal, "crate_lm": CrateLM}
+MODELS = {
+    "crate_causal": CrateCausal,
+    "crate_lm": CrateLM,
+    "tost_lm": TostLM,
+    "crate_bert": CrateBert,
+}
+FILES = {
+    "crate_gpt": CrateCausal(**GOLDEN_SIZES),
+    "crate_lm": CrateLM(**GOLDEN_SIZES),
+    "tost_lang": TostLM(**GOLDEN_SIZES, bias=True),
+}
 # The table of the embedding, and the name under which it lies there again.
 TABLES = {
     CrateCausal: ("transformer.wte.weight", "lm_head.weight"),
     CrateLM: ("transformer.wte.weight", "lm_head.weight"),
+    TostLM: ("transformer.wte.weight", "lm_head.weight"),
     CrateBert: ("crate.embeddings.word_embeddings.weight", "lm_head.decoder.weight"),
 }
 
@@ -26,7 +44,7 @@ TABLES = {
 def test_official_files_come_back_entry_for_entry(name, tmp_path):
     """What the official program wrote is written again, masks and the second table too."""
     torch = pytest.importorskip("torch")
-    model = FILES[name](**GOLDEN_SIZES)
+    model = FILES[name]
     path = GOLDEN / f"{name}.pth"
     params = load_weights(path, model)
     theirs = torch.load(path, weights_only=True)["model"]

@@ -12,21 +12,28 @@ import numpy as np
 import optax
 import pytest
 
-from crate_jax import CrateCausal, CrateLM, analysis, generate, load_weights
+from crate_jax import CrateCausal, CrateLM, TostLM, analysis, generate, load_weights
 from crate_jax.config import OptimConfig
 from crate_jax.interop import to_state_dict
 from crate_jax.training.optimizer import make_optimizer
 
 GOLDEN = Path(__file__).parent.parent / "golden"
 SIZES = dict(context_length=16, vocab_size=61, width=32, depth=2, num_heads=4)
-MODELS = {"crate_gpt": CrateCausal(**SIZES), "crate_lm": CrateLM(**SIZES)}
+MODELS = {
+    "crate_gpt": CrateCausal(**SIZES),
+    "crate_lm": CrateLM(**SIZES),
+    "tost_lang": TostLM(**SIZES, bias=True),
+}
 # Taps, and what the official arrays of a layer are called.
 TAPS = {
     "crate_gpt": {"subspace_tokens": "subspace_tokens", "attention": "attention"},
     "crate_lm": {"subspace_tokens": "subspace_tokens", "code": "sparse_code"},
+    "tost_lang": {},
 }
-ATTENTION = {"crate_gpt": "mssa", "crate_lm": "mssa"}
-DECAYING = ("tokens", "positions", "U", "W_out", "D")
+ATTENTION = {"crate_gpt": "mssa", "crate_lm": "mssa", "tost_lang": "tssa"}
+# Those of two axes or more, but for the temperature and the places of causal TSSA.
+DECAYING = {name: ("tokens", "positions", "U", "W_out", "D") for name in MODELS}
+DECAYING["tost_lang"] = ("tokens", "positions", "U", "W_in", "W_out")
 
 
 def relative(a, b) -> float:
@@ -92,7 +99,7 @@ def test_the_loss_and_every_gradient(case):
     assert relative(value, arrays["loss"]) <= 1e-5
     ours = to_state_dict(gradient, model)
     theirs = {key[5:]: value for key, value in arrays.items() if key.startswith("grad/")}
-    again = {name for name in ours if name == "lm_head.weight" or name.endswith("attn.bias")}
+    again = {name for name in ours if name == "lm_head.weight" or name.endswith(".attn.bias")}
     assert set(ours) - again == set(theirs)
     errors = {key: relative(ours[key], theirs[key]) for key in theirs}
     worst = max(errors, key=errors.__getitem__)
@@ -100,14 +107,14 @@ def test_the_loss_and_every_gradient(case):
 
 
 def test_ten_steps_of_adamw(case):
-    _, model, params, arrays, settings = case
+    name, model, params, arrays, settings = case
     adamw, steps = settings["adamw"], settings["steps"]
     optim = OptimConfig(
         lr=adamw["lr"],
         b1=adamw["betas"][0],
         b2=adamw["betas"][1],
         weight_decay=adamw["weight_decay"],
-        decay_only=DECAYING,
+        decay_only=DECAYING[name],
         clip_norm=adamw["clip"],
     )
     tx = make_optimizer(optim, optax.constant_schedule(optim.lr))

@@ -11,6 +11,7 @@ from crate_jax import (
     CrateBert,
     CrateCausal,
     CrateLM,
+    TostLM,
     ViT,
     analysis,
     create_model,
@@ -26,6 +27,7 @@ from crate_jax.models.cost import (
 from crate_jax.models.crate_alpha import OvercompleteISTA
 from crate_jax.models.crate_bert import places_of
 from crate_jax.models.layers import LayerNorm
+from crate_jax.models.tost_lm import CausalTSSA
 from crate_jax.models.variants import VARIANTS
 
 # Of the official code with GPT-2's padded vocabulary: without positions, with the 1,024 of them.
@@ -52,8 +54,19 @@ SIZES = {
     "crate_lm_small": (768, 6, 12),
     "crate_lm_base": (768, 12, 12),
 }
+# Printed, in millions and without positions; and (d, L, K).
+TOST = {
+    "tost_lm_base": (109.60, (768, 12, 12)),
+    "tost_lm_medium": (303.66, (1024, 24, 16)),
+    "tost_lm_large": (655.14, (1280, 36, 20)),
+}
 SMALL = dict(context_length=9, vocab_size=17, width=12, depth=2, num_heads=3)
-CLASSES = {"crate_causal": CrateCausal, "crate_lm": CrateLM, "crate_bert": CrateBert}
+CLASSES = {
+    "crate_causal": CrateCausal,
+    "crate_lm": CrateLM,
+    "tost_lm": TostLM,
+    "crate_bert": CrateBert,
+}
 PAD = 1
 
 
@@ -88,8 +101,8 @@ causal = pytest.mark.parametrize("family", [f for f in CLASSES if CLASSES[f].cau
 
 def test_every_model_of_text_is_in_the_table():
     of_text = {name for name, variant in VARIANTS.items() if variant.family in CLASSES}
-    assert of_text == {*CAUSAL, "crate_bert_base"} == {*SIZES, "crate_bert_base"}
-    assert set(list_models("crate_[clb]*[!0-9]")) >= set(CAUSAL)
+    assert of_text == {*CAUSAL, *TOST, "crate_bert_base"}
+    assert set(CAUSAL) == set(SIZES) and set(list_models("tost_lm_*")) == set(TOST)
 
 
 @pytest.mark.parametrize("name", CAUSAL)
@@ -104,6 +117,19 @@ def test_parameter_count(name):
     layer = mssa + (4 if wide else 1) * d * d + 4 * d
     assert without == 50_304 * d + L * layer + 2 * d * wide
     assert count_parameters(model) == whole == without + 1024 * d
+
+
+@pytest.mark.parametrize("name", TOST)
+def test_parameter_count_of_tost(name):
+    printed, (d, L, K) = TOST[name]
+    model = create_model(name)
+    assert (model.width, model.depth, model.num_heads, model.bias) == (d, L, K, False)
+    tssa = 2 * d * d + K + K * 1024  # U and W_out, temperatures, a bias of each place
+    without = 50_304 * d + L * (tssa + 8 * d * d + 2 * d + 2 * d) + d
+    assert round(without / 1e6, 2) == printed
+    assert count_parameters(model) == without + 1024 * d
+    biases = L * (d + d + 4 * d + d + 2 * d) + d  # of linear maps, and of norms
+    assert count_parameters(model.clone(bias=True)) == without + 1024 * d + biases
 
 
 def test_parameter_count_of_the_encoder_and_with_its_head():
@@ -275,9 +301,7 @@ def test_a_text_that_grows_has_the_logits_of_the_whole(family, dtype):
 
 
 def test_what_keeps_no_past_is_refused():
-    message = (
-        r"^a model must be causal, with mssa.*; CrateBert has tokens that see what comes after"
-    )
+    message = r"^a model must be causal, .*; CrateBert has tokens that see those after\. Call it"
     with pytest.raises(ValueError, match=message):
         CrateBert(**SMALL).empty_past(1)
 
@@ -288,9 +312,7 @@ def test_what_keeps_no_past_is_refused():
         def attention_part(self):
             return super().attention_part._replace(name="other")
 
-    with pytest.raises(
-        ValueError, match=r"^a model must be causal.*; Other has attention by other"
-    ):
+    with pytest.raises(ValueError, match=r"Other has an attention without a past\. Call it on who"):
         Other(**SMALL).empty_past(1)
     model, params = made("crate_causal")
     with pytest.raises(ValueError, match=r"^extend must have the collection past .* Begin with"):
@@ -401,17 +423,39 @@ def test_shared_rows_of_an_explicit_mesh():
 def test_formulas_of_what_it_costs(family):
     model = CLASSES[family](**SMALL | dict(context_length=5))
     N, d, L, V = 5, 12, 2, 17
-    second = {"crate_lm": 4 * 4 * d * d}.get(family, 2 * d * d)
-    layer = N * 2 * d * d + 2 * N * N * d + N * second
+    second = {"crate_lm": 4 * 4 * d * d, "tost_lm": 2 * 4 * d * d}.get(family, 2 * d * d)
+    with_tokens = 0 if family == "tost_lm" else 2 * N * N * d
+    layer = N * 2 * d * d + with_tokens + N * second
     head = N * d * V + (N * d * d if family == "crate_bert" else 0)
     assert multiply_adds(model) == L * layer + head
     assert step_flops(model) == 6 * multiply_adds(model)
     assert activation_bytes(model) > L * N * d * 4
 
 
-def test_a_last_norm_is_crate_lms_alone():
-    model, params = made("crate_lm")
-    norm = model.make_head_norm()
-    assert isinstance(norm, LayerNorm) and CrateCausal(**SMALL).make_head_norm() is None
-    assert "head_norm" in params and "head_norm" not in made("crate_causal")[1]
+def test_who_has_a_last_norm():
+    found = {family for family in CLASSES if "head_norm" in made(family)[1]}
+    assert found == {"crate_lm", "tost_lm"} and CrateCausal(**SMALL).make_head_norm() is None
     assert not hasattr(ViT, "empty_past")
+
+
+def test_biases_of_tost_are_a_choice():
+    model, params = made("tost_lm")
+    blocks = params["blocks"]
+    assert set(blocks["tssa"]) == {"U", "tau", "W_out", "b_place"}
+    assert set(blocks["mlp"]) == {"W_in", "W_out"} and set(blocks["mlp_norm"]) == {"scale"}
+    assert blocks["tssa"]["b_place"].shape == (2, 3, 9)
+    biased = abstract_parameters(model.clone(bias=True))
+    assert set(biased["blocks"]["tssa"]) == {*blocks["tssa"], "b_U", "b_out"}
+    assert set(biased["blocks"]["tssa_norm"]) == set(biased["head_norm"]) == {"scale", "bias"}
+    start = model.init(jax.random.key(0), model.sample_input(), train=False)["params"]["blocks"]
+    np.testing.assert_array_equal(start["tssa_scale"], np.float32(1e-5))
+    np.testing.assert_array_equal(start["tssa"]["tau"], 1)
+
+
+def test_what_tost_keeps_of_a_text_does_not_grow_with_the_context():
+    short, long = (
+        jax.tree.leaves(TostLM(**SMALL | dict(context_length=n)).empty_past(2)) for n in (8, 64)
+    )
+    assert [x.shape for x in short] == [x.shape for x in long]
+    with pytest.raises(ValueError, match=r"^mask must be None for causal TSSA; got one\."):
+        CausalTSSA(3, 4, 9).init(jax.random.key(0), jnp.ones((1, 5, 12)), jnp.ones((5, 5), bool))

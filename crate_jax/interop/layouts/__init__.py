@@ -7,6 +7,7 @@ from crate_jax.interop.layouts import (
     crate_causal,
     hyper_set,
     tost,
+    tost_lm,
     vit,
 )
 from crate_jax.interop.layouts.layout import Layout
@@ -20,6 +21,7 @@ LAYOUTS: dict[str, tuple[Layout, ...]] = {
     "crate_causal": (crate_causal.CAUSAL,),
     "crate_lm": (crate_causal.LM,),
     "crate_bert": crate_bert.LAYOUTS,
+    "tost_lm": tost_lm.LAYOUTS,
     "hyper_set": hyper_set.LAYOUTS,
     "tost": tost.LAYOUTS,
 }

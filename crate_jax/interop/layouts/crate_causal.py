@@ -8,13 +8,13 @@ import numpy as np
 from crate_jax.interop.layouts.forms import Linear, Same
 from crate_jax.interop.layouts.layout import Layout, Shapes
 
-_EMBEDDING = {
+EMBEDDING = {
     "embedding/tokens": ("transformer.wte.weight", Same()),
     "embedding/positions": ("transformer.wpe.weight", Same()),
     "head/tokens": ("lm_head.weight", Same()),
 }
 # The table of tokens lies in a file twice.
-_TIED = {"lm_head.weight": "transformer.wte.weight"}
+TIED = {"lm_head.weight": "transformer.wte.weight"}
 
 
 def _blocks(second: str) -> dict[str, tuple[str, Same]]:
@@ -39,15 +39,15 @@ def causal_mask(shapes: Shapes) -> np.ndarray:
 
 CAUSAL = Layout(
     name="official",
-    table=_EMBEDDING
+    table=EMBEDDING
     | _blocks("ista")
     | {"blocks/ista/D": ("transformer.h.{i}.ista.weight", Same())},
-    copies=_TIED,
+    copies=TIED,
     constants={"transformer.h.{i}.attn.bias": causal_mask},
 )
 LM = Layout(
     name="official",
-    table=_EMBEDDING
+    table=EMBEDDING
     | _blocks("odl")
     | {
         # Atoms are rows there.
@@ -55,5 +55,5 @@ LM = Layout(
         "head_norm/scale": ("transformer.ln_f.weight", Same()),
         "head_norm/bias": ("transformer.ln_f.bias", Same()),
     },
-    copies=_TIED,
+    copies=TIED,
 )
