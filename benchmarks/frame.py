@@ -146,12 +146,17 @@ def shorten(value: Any) -> Any:
 
 
 def describe_cpu() -> str:
-    """Cores that this process may use, and the processor's name."""
+    """Cores that this process may use, and the processor's name, family and model.
+
+    Some names, such as AMD EPYC, are those of several generations.
+    """
     cpuinfo = Path("/proc/cpuinfo")
     lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    pairs = (line.partition(":") for line in reversed(lines))
+    first = {key.strip(): value.strip() for key, _, value in pairs}
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return f"{cores} x {names[0] if names else platform.machine()}"
+    exact = "family {cpu family} model {model}".format_map(first) if "cpu family" in first else ""
+    return f"{cores} x " + " ".join([first.get("model name", platform.machine()), exact]).strip()
 
 
 def installed(name: str) -> str | None:

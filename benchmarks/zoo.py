@@ -2,21 +2,26 @@
 
     python benchmarks/zoo.py --output benchmarks/results/zoo_cpu_2core.json
 
-Every contender has the same small tuning budget: each learning rate of --rates once, trained on
-the first 1,200 training digits and judged on the other 300. With the best one it trains on all
-1,500, once a seed, for as many steps as the others, and once a seed for as many seconds: the steps
-that its own speed, measured in the runs before, leaves in --seconds. Every run is a process of its
-own; what it takes to start and to compile is left out of its seconds.
---output is written after every contender, and one that is in it already is not run again.
+First the training steps of all contenders take turns on one batch: so fast is each. Then every
+contender has the same small tuning budget: each learning rate of --rates once, trained on the first
+1,200 training digits and judged on the other 300. With the best one it trains on all 1,500, once a
+seed: for as many steps as the others, and for as many as its own speed leaves it in the seconds
+that the first contender's steps take. So what else the machine does meanwhile changes nothing.
+--output is written after every contender, and what is in it already is not run again.
 docs/zoo.md is made from this by `benchmarks/zoo_page.py`.
 """
 
 import argparse
+import contextlib
+import functools
 import json
 import statistics
 import tempfile
+from collections.abc import Callable
+from typing import Any
 
-from frame import Result, child, command_line, positive, publish, table
+import timing
+from frame import Result, command_line, positive, publish, table
 
 # By name: the form of configs/digits.py, and what differs from it.
 CONTENDERS: dict[str, tuple[str, tuple[str, ...]]] = {
@@ -24,7 +29,6 @@ CONTENDERS: dict[str, tuple[str, tuple[str, ...]]] = {
     "alpha": ("alpha", ()),
     "vit": ("vit", ()),
     "hyper_set": ("hyper_set", ()),
-    "hyper-set": ("hyper_set", ()),
     "tost": ("tost", ()),
     "cbsa": ("cbsa", ()),
     "aot": ("aot", ()),
@@ -47,52 +51,86 @@ CONTENDERS: dict[str, tuple[str, tuple[str, ...]]] = {
     "crate, penalty on skew U and D": ("crate", ("--config.penalty.orthogonality=0.001",)),
     "crate, penalty on SRR": ("crate", ("--config.penalty.srr=0.01",)),
 }
+FIRST = next(iter(CONTENDERS))
 TEST = 297  # digits that nothing trains on and no rate is chosen by
+STEPS_AN_EPOCH = 15  # 1,500 digits in batches of 100
 
 
-def train(
-    form: str, flags: tuple[str, ...], seed: int, rate: float, epochs: float, *more: str
-) -> Result:
-    """What one run ends with: accuracy, its steps, and the seconds that a step took."""
+def config_of(name: str, *flags: str) -> Any:
+    """The recipe of a contender, with further flags."""
+    from crate_jax.cli.flags import parse_config
+
+    form, own = CONTENDERS[name]
+    return parse_config(f"configs/digits.py:{form}", [*own, *flags])
+
+
+def one_step(name: str) -> Callable[[], Any]:
+    """A call that takes one training step more, on the first batch."""
+    import jax
+
+    from crate_jax.training.run import batches_after, jit_train_step, set_up
+    from crate_jax.training.state import init_sharded
+
+    run = set_up(config_of(name), "train")
+    with contextlib.closing(batches_after(run, 0)) as batches:
+        batch = next(batches)
+    held, shardings = init_sharded(run.task, run.tx, run.key, run.mesh, ema=run.ema)
+    step, key = jit_train_step(run, shardings), jax.random.key(0)
+
+    def call() -> Any:
+        nonlocal held
+        held, metrics = step(held, batch, key)
+        return metrics["loss"]
+
+    call()  # compiles
+    return call
+
+
+def train(name: str, seed: int, rate: float, epochs: float, *more: str) -> Result:
+    """What one run ends with: its accuracy and its steps."""
+    import jax
+
+    from crate_jax.training.loop import train
+
+    config = config_of(
+        name,
+        f"--config.seed={seed}",
+        f"--config.optim.lr={rate}",
+        f"--config.total_epochs={epochs}",
+        f"--config.optim.warmup_epochs={epochs / 16}",  # as much of it as in the recipe
+        "--config.eval_every_steps=0",
+        "--config.log_objective_every_steps=0",
+        *more,
+    )
     with tempfile.TemporaryDirectory() as scratch:
-        summary = child(
-            "train.py",
-            f"--config=configs/digits.py:{form}",
-            f"--workdir={scratch}/run",
-            f"--config.seed={seed}",
-            f"--config.optim.lr={rate}",
-            f"--config.total_epochs={epochs}",
-            f"--config.optim.warmup_epochs={epochs / 16}",  # as much of it as in the recipe
-            "--config.eval_every_steps=0",
-            "--config.log_objective_every_steps=0",
-            "--config.log_every_steps=20",
-            *flags,
-            *more,
-        )
-        with open(f"{scratch}/run/metrics.jsonl") as lines:
-            rows = [json.loads(line) for line in lines]
-    speeds = [row["examples_per_s"] for row in rows if "examples_per_s" in row]
-    return {
-        "top1": summary["test/top1"],
-        "steps": summary["step"],
-        "seconds_per_step": 100 / statistics.median(speeds[1:] or speeds),
-    }
+        summary = train(config, scratch)
+    jax.clear_caches()
+    return {"top1": summary["test/top1"], "steps": summary["step"]}
 
 
-def contend(args: argparse.Namespace, form: str, flags: tuple[str, ...]) -> Result:
-    """Tuning, then the runs at equal steps, then those at equal seconds."""
+def contend(args: argparse.Namespace, name: str, pace: float) -> Result:
+    """Tuning, then the runs at equal steps, then those at equal seconds.
+
+    Args:
+        args: the budget.
+        name: of the contender.
+        pace: its seconds a step, by those of the first contender.
+    """
     held_out = ("--config.data.train_split=train[:1200]", "--config.data.eval_split=train[1200:]")
     tuned = {
-        rate: train(form, flags, args.seeds, rate, args.tuning_epochs, *held_out)["top1"]
+        rate: train(name, args.seeds, rate, args.tuning_epochs, *held_out)["top1"]
         for rate in map(float, args.rates.split(","))
     }
     rate = max(tuned, key=lambda each: tuned[each])
-    seeds = range(args.seeds)
-    by_steps = [train(form, flags, seed, rate, args.epochs) for seed in seeds]
-    pace = statistics.median(run["seconds_per_step"] for run in by_steps)
-    epochs = max(1, round(args.seconds / pace / 15))  # an epoch is 15 batches of 100
-    by_seconds = [train(form, flags, seed, rate, epochs) for seed in seeds]
+    runs = functools.partial(runs_of, name, rate, args.seeds)
+    by_steps, epochs = runs(args.epochs), max(1, round(args.epochs / pace))
+    by_seconds = by_steps if epochs == args.epochs else runs(epochs)
     return {"tuned": tuned, "rate": rate, "by_steps": by_steps, "by_seconds": by_seconds}
+
+
+def runs_of(name: str, rate: float, seeds: int, epochs: int) -> list[Result]:
+    """A run a seed."""
+    return [train(name, seed, rate, epochs) for seed in range(seeds)]
 
 
 def spread(runs: list[Result]) -> str:
@@ -101,11 +139,10 @@ def spread(runs: list[Result]) -> str:
     return f"{statistics.mean(found):.1f} ± {statistics.stdev(found) if found[1:] else 0.0:.1f}"
 
 
-def line(name: str, of: Result) -> str:
+def line(name: str, of: Result, seconds: float) -> str:
     """A row of the table."""
-    pace = statistics.median(run["seconds_per_step"] for run in of["by_steps"])
     steps = [str(of[kind][0]["steps"]) for kind in ("by_steps", "by_seconds")]
-    cells = [name, f"{of['rate']:g}", f"{1e3 * pace:.0f}", steps[0], spread(of["by_steps"])]
+    cells = [name, f"{of['rate']:g}", f"{1e3 * seconds:.1f}", steps[0], spread(of["by_steps"])]
     return " | ".join([*cells, steps[1], spread(of["by_seconds"])])
 
 
@@ -132,35 +169,44 @@ def report(result: Result) -> list[str]:
     """The table, and who wins."""
     heads = ["model", "learning rate", "ms a step", "steps", "top-1, equal steps"]
     heads += ["steps", "top-1, equal seconds"]
-    rows = (line(name, of) for name, of in result["contenders"].items())
+    paces = result["seconds_a_step"]
+    rows = (line(name, of, paces[name]) for name, of in result["contenders"].items())
+    seconds = paces[FIRST] * result["epochs"] * STEPS_AN_EPOCH
     return [
         *table(" | ".join(heads), rows),
         "",
-        f"Top-1 in percent on {TEST} digits, mean ± deviation over {result['seeds']} seeds.",
+        f"Top-1 in percent on {TEST} digits, mean ± deviation over {result['seeds']} seeds. "
+        f"Milliseconds are medians of {result['rounds']} rounds in which all take turns.",
         f"At equal steps: {leaders(result, 'by_steps')}",
-        f"At equal seconds ({result['seconds']:g} s of training): {leaders(result, 'by_seconds')}",
+        f"At equal seconds ({seconds:.1f} s of training steps, as many as {FIRST} takes): "
+        f"{leaders(result, 'by_seconds')}",
     ]
 
 
 def main() -> None:
     """Every contender that --output does not hold yet."""
-    parser = command_line(__doc__)
+    parser = command_line(__doc__, rounds=7)
     parser.add_argument("--seeds", type=positive, default=3)
     parser.add_argument("--rates", default="1e-3,2e-3,4e-3", help="learning rates to choose from")
     parser.add_argument("--tuning-epochs", type=positive, default=20)
     parser.add_argument("--epochs", type=positive, default=40, help="of the runs at equal steps")
-    parser.add_argument("--seconds", type=float, default=30.0, help="of those at equal seconds")
     parser.add_argument("--only", default="", help="contenders with this in their name")
     args = parser.parse_args()
     there = args.output and args.output.exists()
-    found: Result = json.loads(args.output.read_text())["contenders"] if there else {}
+    found: Result = json.loads(args.output.read_text()) if there else {}
+    contenders, paces = found.get("contenders", {}), found.get("seconds_a_step", {})
+    if paces.keys() != CONTENDERS.keys():
+        times = timing.race({name: one_step(name) for name in CONTENDERS}, args.rounds)
+        paces = {name: statistics.median(each) for name, each in times.items()}
+        publish(args, {"seconds_a_step": paces, "contenders": contenders}, quiet=True)
     names = [name for name in CONTENDERS if args.only in name]
     for name in names:
-        if name in found:
+        if name in contenders:
             continue
         print(name, flush=True)
-        found[name] = contend(args, *CONTENDERS[name])
-        publish(args, {"contenders": found}, report=report, quiet=name != names[-1])
+        contenders[name] = contend(args, name, paces[name] / paces[FIRST])
+        found = {"seconds_a_step": paces, "contenders": contenders}
+        publish(args, found, report=report, quiet=name != names[-1])
 
 
 if __name__ == "__main__":
