@@ -187,7 +187,7 @@ def load_fitted(
     declared = contents.fields or _declared(tree_shapes)
     source = source_model(sizes(tree_shapes), declared, model, fit)
     tree = tree_of(source)
-    remedy = "Set model.{field}, or ask to fit: {field}."
+    remedy = "Set model.{field}{or_fit}."
     report += check_implied(layout, source, remedy, fit)
     _check_fit(path, contents, layout, source, skip)
     arrays = {name: _as_float32(array, name, path) for name, array in arrays.items()}

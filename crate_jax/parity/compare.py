@@ -122,6 +122,7 @@ class _Reference:
         cls, model: ImageClassifier, params: Params, images: np.ndarray, labels: np.ndarray
     ) -> "_Reference":
         """PyTorch's side of our parameters, images (B, H, W, c) and classes (B,)."""
+        from_flax_model(model)  # it refuses a model without a twin before one without names
         x, y = torch.tensor(images.transpose(0, 3, 1, 2)), torch.tensor(labels).long()
         return cls(model, to_state_dict(params, model), x, y)
 

@@ -189,9 +189,9 @@ class TorchCrate(Twin):
         return self.mlp_head(pooled), seen
 
 
-# The switches of the theory, as the official code has them.
+# What the official code has, of the fields that may be otherwise.
 _OFFICIAL: dict[str, object] = {
-    **{"attention_sign": "plus", "tied_output": False},
+    **{"stem": "patches", "attention_sign": "plus", "tied_output": False},
     **{"threshold": "relu", "ista_steps": 1, "step_sizes": "fixed"},
 }
 
@@ -206,13 +206,13 @@ def crate_twin(model: Crate) -> TorchCrate:
     if operators != ("mssa", "ista"):
         raise ValueError(
             "model.attention and model.nonlinearity must be mssa and ista for a PyTorch twin; got "
-            f"{' and '.join(operators)}. The official code has no other operators."
+            f"{' and '.join(operators)}. CRATE's official code has no other operators."
         )
     for field, value in _OFFICIAL.items():
         if (got := getattr(model, field)) != value:
             raise ValueError(
-                f"model.{field} must be {value} for a PyTorch twin; got {got}. The official code "
-                "has no such switch."
+                f"model.{field} must be {value} for a PyTorch twin; got {got}. CRATE's official "
+                "code has nothing else."
             )
     return TorchCrate(
         image_size=model.image_size,

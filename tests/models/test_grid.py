@@ -112,18 +112,6 @@ def test_a_file_states_the_operators(named, tmp_path):
     jax.tree.map(np.testing.assert_array_equal, again, loaded.params)
 
 
-@pytest.mark.parametrize("attention, nonlinearity", list(GRID.values())[1:])
-def test_pytorch_files_have_no_names_for_them(attention, nonlinearity, tmp_path):
-    pytest.importorskip("torch")
-    model = Crate(**TINY, attention=attention, nonlinearity=nonlinearity)
-    params = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), abstract_parameters(model))
-    with pytest.raises(ValueError) as caught:
-        save_weights(tmp_path / "model.pth", params, model)
-    message = str(caught.value)
-    assert "must have a name in the layout official; it has none. Weights of this" in message
-    assert "\n" not in message and not any(tmp_path.iterdir())
-
-
 def test_weights_of_one_are_not_weights_of_another(named, tmp_path):
     name, model, params = named
     save_weights(tmp_path / "model.npz", params, model)
