@@ -17,6 +17,7 @@ from crate_jax import (
     create_model,
     list_models,
 )
+from crate_jax.models.causal_tssa import CausalTSSA
 from crate_jax.models.cost import (
     abstract_parameters,
     activation_bytes,
@@ -27,7 +28,6 @@ from crate_jax.models.cost import (
 from crate_jax.models.crate_alpha import OvercompleteISTA
 from crate_jax.models.crate_bert import places_of
 from crate_jax.models.layers import LayerNorm
-from crate_jax.models.tost_lm import CausalTSSA
 from crate_jax.models.variants import VARIANTS
 
 # Of the official code with GPT-2's padded vocabulary: without positions, with the 1,024 of them.
@@ -458,4 +458,6 @@ def test_what_tost_keeps_of_a_text_does_not_grow_with_the_context():
     )
     assert [x.shape for x in short] == [x.shape for x in long]
     with pytest.raises(ValueError, match=r"^mask must be None for causal TSSA; got one\."):
-        CausalTSSA(3, 4, 9).init(jax.random.key(0), jnp.ones((1, 5, 12)), jnp.ones((5, 5), bool))
+        CausalTSSA(3, 4, context_length=9).init(
+            jax.random.key(0), jnp.ones((1, 5, 12)), jnp.ones((5, 5), bool)
+        )
