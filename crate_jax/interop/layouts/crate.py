@@ -8,11 +8,9 @@ from crate_jax.interop.layouts.layout import Implied, Layout, Table
 from crate_jax.interop.layouts.stem import COUNTERS, stem
 
 _LAYER = "transformer.layers.{i}"
-# Of the switches of the theory, whose other values have no official code of these names.
-_IMPLIED = {
-    field: Implied("the official names", (value,))
-    for field, value in dict(attention_sign="plus", threshold="relu", ista_steps=1).items()
-}
+# Other values of these have no official code of these names.
+_USUAL = dict(nonlinearity="ista", attention_sign="plus", threshold="relu", ista_steps=1)
+_IMPLIED = {field: Implied("the official names", (value,)) for field, value in _USUAL.items()}
 
 
 def _around(attention: str) -> Table:
