@@ -120,7 +120,10 @@ def test_pytorch_files_have_no_names_for_them(attention, nonlinearity, tmp_path)
     with pytest.raises(ValueError) as caught:
         save_weights(tmp_path / "model.pth", params, model)
     message = str(caught.value)
-    assert "must have a name in the layout official; it has none. Weights of this" in message
+    told = "must have a name in the layout official; it has none. Weights of this"
+    if nonlinearity != "ista":
+        told = "model.nonlinearity must be ista for weights with the official names; got mlp. Use"
+    assert told in message
     assert "\n" not in message and not any(tmp_path.iterdir())
 
 
