@@ -1,11 +1,13 @@
 """The operators that other papers put into CRATE's frame: CBSA and TSSA, and no nonlinearity."""
 
 import itertools
+import re
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from command import ROOT
 
 from crate_jax import Crate, analysis, create_model, list_models, load_weights, save_weights
 from crate_jax.models.cost import abstract_parameters, abstract_variables, count_parameters
@@ -89,6 +91,27 @@ def test_a_layer_without_nonlinearity_is_the_papers(images):
         O = S / S.sum(axis=-1, keepdims=True) @ V  # noqa: E741
         Z = Z + np.einsum("bknp,kpd->bnd", O, layer["mssa"]["W_out"]) + layer["mssa"]["b_out"]
         np.testing.assert_allclose(seen["out"][i], Z, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("suffix", ["pth", "npz"])
+def test_official_names_are_not_for_layers_without_nonlinearity(suffix, tmp_path):
+    model = Crate(**SIZES, nonlinearity="none")
+    params, path = filled(abstract_parameters(model)), tmp_path / f"w.{suffix}"
+    layout = None if suffix == "pth" else "official"
+    with pytest.raises(ValueError, match=r"^model\.nonlinearity must be ista for weights with"):
+        save_weights(path, params, model, layout=layout)
+    assert not path.exists()
+
+
+def test_the_page_runs_as_it_is_written(tmp_path, monkeypatch):
+    """The example of docs/models.md."""
+    text = (ROOT / "docs/models.md").read_text()
+    section = text[text.index("## Other attentions") : text.index("## The ViT")]
+    monkeypatch.chdir(tmp_path)
+    (block,) = re.findall(r"^```python\n(.*?)^```", section, re.M | re.S)
+    found = {}
+    exec(compile(block, "docs/models.md", "exec"), found)
+    assert set(found["variables"]) == {"params", "batch_stats"}
 
 
 def test_our_files_state_the_operators(tmp_path):

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from sizes import sizes_of
 
+import crate_jax
 from crate_jax import create_model, list_models
 from crate_jax.config import ModelConfig
 from crate_jax.models import fields, sections, variants
@@ -176,6 +177,11 @@ def test_every_family_has_a_class_with_its_fields():
         assert issubclass(CLASSES[family], declared)
         own = {f.name for f in dataclasses.fields(CLASSES[family])} - {"parent", "name"}
         assert own == set(fields_of(family))
+
+
+@pytest.mark.parametrize("cls", CLASSES.values(), ids=lambda cls: cls.__name__)
+def test_every_class_is_a_public_name(cls):
+    assert getattr(crate_jax, cls.__name__) is cls and cls.__name__ in crate_jax.__all__
 
 
 @pytest.mark.parametrize("module", [fields, variants, sections], ids=lambda m: m.__name__)
