@@ -54,8 +54,7 @@ REFUSALS = {
     ),
     "no task": Refusal(
         "There is no next-token task yet",
-        "the command needs a loss, and no task of text exists yet. Tests hold causal CRATE, "
-        "CRATE-LM and ToST for text against files that the official code wrote.",
+        "`plan` needs a loss to train by, and no task of text exists yet.",
     ),
 }
 
@@ -66,8 +65,7 @@ def _images(model: str, layerwise: str, names: str, compare: str, **fields: obje
 
 
 def _text(model: str, layerwise: str, names: str) -> Family:
-    cells = {"layerwise": layerwise, "official names": names}
-    cells |= dict.fromkeys(("plan", "compare"), "no task")
+    cells = {"layerwise": layerwise, "plan": "no task", "official names": names}
     return Family(model, {}, dict.fromkeys(COMMANDS, YES) | cells)
 
 

@@ -104,6 +104,7 @@ ROOMS = {
     ],
     "parity": [
         *["twin", "crate", "crate_alpha", "vit", "hyper_set"],
+        *["text", "crate_causal", "crate_lm", "tost_lm", "crate_bert"],
         *["torch_reference", "runs", "difference", "compare", "comparison"],
     ],
     "training": [

@@ -1,4 +1,4 @@
-"""`compare`: ours against PyTorch on the same weights and images."""
+"""`compare`: ours against PyTorch on the same weights and inputs."""
 
 import argparse
 import contextlib
@@ -72,7 +72,7 @@ def add_compare(subparsers: Subparsers) -> None:
 
 
 def compare(args: argparse.Namespace) -> Json:
-    """Ours against PyTorch on the same weights and images: a table, perhaps a page, a verdict."""
+    """Ours against PyTorch on the same weights and inputs: a table, perhaps a page, a verdict."""
     from crate_jax.files import written_aside
 
     _check_compare(args)
@@ -107,17 +107,18 @@ def _compare(args: argparse.Namespace) -> "tuple[Comparison, Json]":
     import jax
     import jax.numpy as jnp
 
+    from crate_jax.cli import texts
     from crate_jax.interop import load_fitted
     from crate_jax.models.classifier import of_images
+    from crate_jax.models.language import LanguageModel
     from crate_jax.parity.compare import SMOOTHING
     from crate_jax.parity.compare import compare as compare_both
-    from crate_jax.tasks.losses import cross_entropy
+    from crate_jax.tasks.losses import cross_entropy, token_cross_entropy
 
     fits = functools.partial(load_fitted, fit=args.fit, method=resize_method(args))
     loaded = fits(args.weights, named_model(args))
     params, model, fitted, classes, _ = loaded
-    model = of_images(model)
-    if not model.num_classes:
+    if getattr(model, "num_classes", None) == 0:
         raise ValueError(
             "model.num_classes must be at least 1 for its PyTorch twin; got 0, features. Set it by "
             "--model and --model-kwargs."
@@ -125,15 +126,20 @@ def _compare(args: argparse.Namespace) -> "tuple[Comparison, Json]":
     reference = params
     if args.reference:
         reference = fits(args.reference, model).params
-    images, labels, inputs = _inputs(args, model, classes)
-    model = model.clone(dtype=jnp.dtype(args.dtype))
+    if isinstance(model, LanguageModel):
+        images, labels, inputs = texts.random_texts(args, model)
+        loss, steps = token_cross_entropy, texts.train_steps
+    else:
+        images, labels, inputs = _inputs(args, of_images(model), classes)
+        loss, steps = functools.partial(cross_entropy, label_smoothing=SMOOTHING), train_steps
+    model = model.clone(dtype=jnp.dtype(args.dtype), dropout=0.0)  # twins leave dropout out
     found = compare_both(
         model,
         params,
         images,
         labels,
-        loss=functools.partial(cross_entropy, label_smoothing=SMOOTHING),
-        train=functools.partial(train_steps, model),
+        loss=loss,
+        train=functools.partial(steps, model),
         train_steps=args.train_steps,
         rate_scale=args.rate_scale,
         float64=args.float64,
@@ -155,13 +161,13 @@ def _compare(args: argparse.Namespace) -> "tuple[Comparison, Json]":
 def _result(found: "Comparison") -> Json:
     """What was found, as JSON values."""
     return {
-        "images": found.images,
+        found.examples: found.images,
         "relative": {row.name: float(f"{row.relative:.3g}") for row in found.rows},
         "losses": found.losses,
-        "gradient_images": found.gradient_images,
+        f"gradient_{found.examples}": found.gradient_images,
         "training": found.training,
         "top1_agreement": found.top1_agreement,
-        "images_per_s": {k: round(v, 1) for k, v in found.images_per_s.items()},
+        f"{found.examples}_per_s": {k: round(v, 1) for k, v in found.images_per_s.items()},
         "first_difference": found.first_difference,
         "within_tolerance": found.first_difference is None,
     }

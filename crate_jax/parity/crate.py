@@ -28,6 +28,22 @@ class Patches(nn.Module):
         return grid.reshape(B, (H // h) * (W // w), h * w * c)
 
 
+def ssa(W_BxNxKxp: Tensor, mask: Tensor | None = None) -> tuple[Tensor, dict[str, Tensor]]:
+    """SSA_k = softmax(p^{-1/2} W_k W_kᵀ) W_k side by side, (B, N, K·p), and two taps.
+
+    Args:
+        W_BxNxKxp: tokens in K subspaces.
+        mask: True where token n may see token m; it broadcasts to (B, K, N, N).
+    """
+    W_BxKxNxp = W_BxNxKxp.transpose(1, 2)
+    scores = W_BxKxNxp @ W_BxKxNxp.transpose(-1, -2) * W_BxNxKxp.shape[-1] ** -0.5
+    if mask is not None:
+        scores = scores.masked_fill(~mask, -torch.inf)
+    A_BxKxNxN = scores.softmax(dim=-1)
+    O_BxNxKxp = (A_BxKxNxN @ W_BxKxNxp).transpose(1, 2)
+    return O_BxNxKxp.flatten(2), {"subspace_tokens": W_BxNxKxp, "attention": A_BxKxNxN}
+
+
 class MSSA(nn.Module):
     """W_out [SSA_1; …; SSA_K] + b_out with SSA_k = softmax(p^{-1/2} W_k W_kᵀ) W_k, W_k = U_kᵀ Z.
 
@@ -46,12 +62,8 @@ class MSSA(nn.Module):
     def forward(self, Z: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """Normalised tokens (B, N, d) to their update (B, N, d), and two taps."""
         W_BxNxKxp = self.qkv(Z).unflatten(-1, (self.num_heads, self.head_dim))
-        W_BxKxNxp = W_BxNxKxp.transpose(1, 2)
-        scores = W_BxKxNxp @ W_BxKxNxp.transpose(-1, -2) * self.head_dim**-0.5
-        A_BxKxNxN = scores.softmax(dim=-1)
-        O_BxNxKxp = (A_BxKxNxN @ W_BxKxNxp).transpose(1, 2)
-        update = self.to_out(O_BxNxKxp.flatten(2))
-        return update, {"subspace_tokens": W_BxNxKxp, "attention": A_BxKxNxN}
+        O_BxNxKp, seen = ssa(W_BxNxKxp)
+        return self.to_out(O_BxNxKp), seen
 
 
 class ISTA(nn.Module):

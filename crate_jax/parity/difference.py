@@ -72,9 +72,11 @@ class Comparison:
 
     Attributes:
         dtype: of our computation.
+        examples: what the images are called where they are none, such as texts.
         images: how many were compared.
         rows: of every tensor, in the order of computation, the gradients last.
-        top1_agreement: share of the images that both put into the same class.
+        top1_agreement: share of the images, or of the tokens of texts, that both put into the same
+            class.
         losses: of the batch whose gradients were compared: ``ours`` and ``torch``.
         gradient_images: how many that were. Where a value of ISTA lies within rounding of its
             threshold, it is a coin toss on which side it falls, and the gradient jumps; in float32
@@ -84,6 +86,7 @@ class Comparison:
     """
 
     dtype: str
+    examples: str
     images: int
     rows: list[Difference]
     top1_agreement: float

@@ -12,24 +12,21 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import torch
-import torch.nn.functional as F
 from flax import linen as nn
 from jax import Array
 
 from crate_jax.analysis import taps as analysed
 from crate_jax.config import OptimConfig
 from crate_jax.interop import to_state_dict
-from crate_jax.models.classifier import ImageClassifier
 from crate_jax.models.parameters import Params
+from crate_jax.models.stacked import BlockModel
 from crate_jax.parity.twin import Lion, Twin
-
-SMOOTHING = 0.1  # of the labels, in every loss
 
 Loss = Callable[[Array, Array], Array]
 Arrays = dict[str, np.ndarray]
 
 
-def our_tensors(model: ImageClassifier, params: Params, x: Array, taps: Sequence[str]) -> Arrays:
+def our_tensors(model: BlockModel, params: Params, x: Array, taps: Sequence[str]) -> Arrays:
     """Every tensor of our forward pass by name, in the order of computation."""
 
     @jax.jit
@@ -37,7 +34,8 @@ def our_tensors(model: ImageClassifier, params: Params, x: Array, taps: Sequence
         _, seen = model.apply(
             {"params": params}, x, train=False, capture_intermediates=_is_embedding
         )
-        tokens: Any = seen["intermediates"]["embedding"]["__call__"][0]  # type: ignore[index]
+        # Of an embedding that extends another one the last is what it returns itself.
+        tokens: Any = seen["intermediates"]["embedding"]["__call__"][-1]  # type: ignore[index]
         logits, named = analysed(model, params, x, taps)
         return tokens, logits, named
 
@@ -68,7 +66,7 @@ def _named(
 
 
 def our_gradients(
-    model: ImageClassifier, params: Params, x: Array, y: Array, loss: Loss, thresholded: str | None
+    model: BlockModel, params: Params, x: Array, y: Array, loss: Loss, thresholded: str | None
 ) -> tuple[Arrays, np.ndarray]:
     """Loss and its gradients by official name, and where the thresholded tap is positive.
 
@@ -98,7 +96,7 @@ def torch_gradients(
     name = module.THRESHOLDED
     with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
         logits, seen = module.trace(images, () if name is None else (name,))
-        loss = F.cross_entropy(logits, targets, label_smoothing=SMOOTHING)
+        loss = module.loss(logits, targets)
     loss.backward()
     grads: Arrays = {"loss": loss.detach().numpy()}
     for key, parameter in module.named_parameters():
@@ -122,7 +120,7 @@ def train_torch(
     losses = []
     for _ in range(steps):
         optimizer.zero_grad()
-        loss = F.cross_entropy(module(images), targets, label_smoothing=optim.label_smoothing)
+        loss = module.loss(module(images), targets)
         loss.backward()
         optimizer.step()
         losses.append(float(loss.detach()))
@@ -130,7 +128,7 @@ def train_torch(
 
 
 def images_per_s_of_both(
-    model: ImageClassifier,
+    model: BlockModel,
     params: Params,
     x: Array,
     module: Twin,

@@ -6,14 +6,21 @@ A family is one file beside this one, and a row of `TWINS`.
 from collections.abc import Callable
 from typing import Any
 
-from crate_jax.models.classifier import ImageClassifier
 from crate_jax.models.crate import Crate
 from crate_jax.models.crate_alpha import CrateAlpha
+from crate_jax.models.crate_bert import CrateBert
+from crate_jax.models.crate_causal import CrateCausal, CrateLM
 from crate_jax.models.hyper_set import HyperSet
+from crate_jax.models.stacked import BlockModel
+from crate_jax.models.tost_lm import TostLM
 from crate_jax.models.vit import ViT
 from crate_jax.parity.crate import TorchCrate, crate_twin
 from crate_jax.parity.crate_alpha import TorchCrateAlpha
+from crate_jax.parity.crate_bert import TorchCrateBert
+from crate_jax.parity.crate_causal import TorchCrateCausal
+from crate_jax.parity.crate_lm import TorchCrateLM
 from crate_jax.parity.hyper_set import TorchHyperSet
+from crate_jax.parity.tost_lm import TorchTostLM
 from crate_jax.parity.twin import Lion, Twin
 from crate_jax.parity.vit import TorchViT, vit_twin
 
@@ -22,7 +29,11 @@ __all__ = [
     "Lion",
     "TorchCrate",
     "TorchCrateAlpha",
+    "TorchCrateBert",
+    "TorchCrateCausal",
+    "TorchCrateLM",
     "TorchHyperSet",
+    "TorchTostLM",
     "TorchViT",
     "Twin",
     "from_flax_model",
@@ -34,10 +45,14 @@ TWINS: dict[type, Callable[[Any], Twin]] = {
     CrateAlpha: TorchCrateAlpha,
     ViT: vit_twin,
     HyperSet: TorchHyperSet,
+    CrateCausal: TorchCrateCausal,
+    CrateLM: TorchCrateLM,
+    TostLM: TorchTostLM,
+    CrateBert: TorchCrateBert,
 }
 
 
-def from_flax_model(model: ImageClassifier) -> Twin:
+def from_flax_model(model: BlockModel) -> Twin:
     """The PyTorch model with the sizes and constants of a JAX one; parameters start anew.
 
     Dropout is left out, and what only says how to compute (dtype, backward, attention_kernel,
@@ -52,7 +67,7 @@ def from_flax_model(model: ImageClassifier) -> Twin:
             f"model must be one with a PyTorch twin ({known}); got {type(model).__name__}. "
             "Compare it with its own family's program."
         )
-    if not model.num_classes:
+    if getattr(model, "num_classes", None) == 0:
         raise ValueError(
             "model.num_classes must be at least 1 for its PyTorch twin; got 0, features. Set it."
         )

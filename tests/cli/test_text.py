@@ -1,4 +1,4 @@
-"""Models of text: the sizes that `summary` takes, and one line where a task would be needed.
+"""Models of text: the sizes that `summary` takes, what `compare` does, and one line for a task.
 
 The other commands are in test_family_commands.py.
 """
@@ -9,7 +9,7 @@ import pytest
 from command import ROOT
 from weights import random_params
 
-from crate_jax import CrateLM, save_weights
+from crate_jax import CrateBert, CrateLM, save_weights
 from crate_jax.cli.flags import parse_config
 from crate_jax.cli.main import main
 from crate_jax.cli.running import run_command
@@ -67,3 +67,45 @@ def test_training_and_evaluating_are_refused(weights, capsys, tmp_path):
     assert refused(capsys, main(evaluate)).endswith(NO_TASK)
     with pytest.raises(ValueError, match=r"^model must classify images here; got a CrateLM, of te"):
         Classify(MODEL)
+
+
+def test_compare_trains_without_dropout(capsys, tmp_path):
+    pytest.importorskip("torch")
+    model = CrateBert(**TINY)
+    assert model.dropout
+    save_weights(tmp_path / "w.safetensors", random_params(model), model)
+    arguments = ["--batch_size=3", "--train-steps=1"]
+    found = result(capsys, "compare", f"--weights={tmp_path / 'w.safetensors'}", *arguments)
+    assert found["texts"] == 3 and found["gradient_texts"] and set(found["texts_per_s"])
+    assert not any("image" in key for key in found)
+    assert found["inputs"] == "seeded random token ids" and found["within_tolerance"]
+    assert set(found["training"]) == {"adamw", "lion"}
+
+
+@pytest.mark.parametrize(
+    ("flag", "value"),
+    [
+        ("images", "x"),
+        ("dataset", "digits"),
+        ("data_dir", "x"),
+        ("split", "test"),
+        ("image_key", "x"),
+        ("label_key", "x"),
+        ("transforms", "x"),
+    ],
+)
+def test_compare_refuses_flags_about_images(flag, value, weights, capsys):
+    pytest.importorskip("torch")
+    line = refused(capsys, main(["compare", f"--weights={weights}", f"--{flag}={value}"]))
+    assert line.startswith(f"error: --{flag} must be left out for a model of text; got ")
+    assert line.endswith(". compare draws token ids for it.")
+
+
+def test_compare_fits_no_images(weights, capsys):
+    pytest.importorskip("torch")
+    arguments = ["--fit", "image_size", "--method", "right"]
+    line = refused(capsys, main(["compare", f"--weights={weights}", *arguments]))
+    assert "for a model of text; got image_size." in line
+    arguments = ["--fit", "eta", "--method", "right"]
+    line = refused(capsys, main(["compare", f"--weights={weights}", *arguments]))
+    assert line.startswith("error: --method must be left out for a model of text; got right.")
