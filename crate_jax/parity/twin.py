@@ -13,11 +13,11 @@ class Twin(nn.Module, abc.ABC):
 
     Attributes:
         TAPS: what `trace` can return of a layer, in the order of computation, under the names of
-            our model's taps.
+            our model's taps; of a twin with more than one attention its own.
         THRESHOLDED: the tap that is zero below a threshold; None where nothing is.
     """
 
-    TAPS: ClassVar[tuple[str, ...]]
+    TAPS: tuple[str, ...]
     THRESHOLDED: ClassVar[str | None] = None
 
     @abc.abstractmethod
