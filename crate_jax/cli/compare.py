@@ -30,7 +30,7 @@ if TYPE_CHECKING:  # imported where they are used
 
     from crate_jax.data.images.labelled import LabelledImages
     from crate_jax.models.classifier import ImageClassifier
-    from crate_jax.models.parameters import Params
+    from crate_jax.models.parameters import Params, Variables
     from crate_jax.parity.difference import Comparison
 
 
@@ -113,29 +113,32 @@ def _compare(args: argparse.Namespace) -> "tuple[Comparison, Json]":
     from crate_jax.models.language import LanguageModel
     from crate_jax.parity.compare import SMOOTHING
     from crate_jax.parity.compare import compare as compare_both
+    from crate_jax.parity.runs import without_chance
     from crate_jax.tasks.losses import cross_entropy, token_cross_entropy
 
     fits = functools.partial(load_fitted, fit=args.fit, method=resize_method(args))
     loaded = fits(args.weights, named_model(args))
-    params, model, fitted, classes, _ = loaded
+    params, model, fitted, classes, extra = loaded
+    variables = {"params": params, **extra}
     if getattr(model, "num_classes", None) == 0:
         raise ValueError(
             "model.num_classes must be at least 1 for its PyTorch twin; got 0, features. Set it by "
             "--model and --model-kwargs."
         )
-    reference = params
+    reference = variables
     if args.reference:
-        reference = fits(args.reference, model).params
+        theirs = fits(args.reference, model)
+        reference = {"params": theirs.params, **theirs.extra}
     if isinstance(model, LanguageModel):
         images, labels, inputs = texts.random_texts(args, model)
         loss, steps = token_cross_entropy, texts.train_steps
     else:
         images, labels, inputs = _inputs(args, of_images(model), classes)
         loss, steps = functools.partial(cross_entropy, label_smoothing=SMOOTHING), train_steps
-    model = model.clone(dtype=jnp.dtype(args.dtype), dropout=0.0)  # twins leave dropout out
+    model = without_chance(model).clone(dtype=jnp.dtype(args.dtype))
     found = compare_both(
         model,
-        params,
+        variables,
         images,
         labels,
         loss=loss,
@@ -180,11 +183,12 @@ def train_steps(
     labels: "Array",
     optim: OptimConfig,
     steps: int,
-) -> "tuple[list[float], Params]":
-    """Full-batch steps of our training step at a constant rate: losses, and the parameters."""
+) -> "tuple[list[float], Variables]":
+    """Full-batch steps of our training step at a constant rate: losses, and the variables."""
     import jax
     import optax
 
+    from crate_jax.models.parameters import variables_of
     from crate_jax.tasks.classify import Classify
     from crate_jax.training.optimizer import make_optimizer
     from crate_jax.training.state import TrainState
@@ -193,12 +197,14 @@ def train_steps(
     tx = make_optimizer(optim, optax.constant_schedule(optim.lr))
     task = Classify(model, label_smoothing=optim.label_smoothing)
     step = jax.jit(make_train_step(task, tx))
-    state = TrainState(jax.numpy.zeros((), "int32"), params, tx.init(params))
+    extra = dict(variables_of(params))
+    params = extra.pop("params")
+    state = TrainState(jax.numpy.zeros((), "int32"), params, tx.init(params), extra=extra or ())
     losses = []
     for _ in range(steps):
         state, metrics = step(state, {"image": images, "label": labels}, jax.random.key(0))
         losses.append(float(metrics["loss"]))
-    return losses, state.params
+    return losses, {"params": state.params, **dict(state.extra)}
 
 
 def _inputs(

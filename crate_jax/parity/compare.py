@@ -16,7 +16,7 @@ from jax import Array
 
 from crate_jax.config import OptimConfig
 from crate_jax.interop import to_state_dict
-from crate_jax.models.parameters import Params
+from crate_jax.models.parameters import Params, variables_of
 from crate_jax.models.stacked import BlockModel
 from crate_jax.parity import runs
 from crate_jax.parity.difference import (
@@ -41,9 +41,9 @@ OPTIMIZERS = {
     ),
 }
 
-# (parameters, images, labels, optimizer, steps) to the losses and the parameters after them.
+# (variables, images, labels, optimizer, steps) to the losses and the variables after them.
 Train = Callable[[Params, Array, Array, OptimConfig, int], tuple[list[float], Params]]
-# The same once parameters, images and labels are given.
+# The same once variables, images and labels are given.
 TrainOn = Callable[[OptimConfig, int], tuple[list[float], Params]]
 
 
@@ -64,14 +64,16 @@ def compare(
     """Run both frameworks on the same inputs and compare all that they compute.
 
     Forward pass layer by layer, logits, gradients of the twin's loss, a few full-batch steps of
-    AdamW and of Lion, and the time of a forward pass. float32 products run at full precision, also
-    where an accelerator would round them by default. In another dtype the yardstick stays PyTorch
-    in float32, and PyTorch's own autocast is measured against it beside ours. PyTorch runs on the
-    CPU.
+    AdamW and of Lion, and the time of a forward pass. Gradients and steps are of training mode: a
+    BatchNorm takes the statistics of the batch, and its running ones are compared after the steps.
+    All else is of evaluation mode. float32 products run at full precision, also where an
+    accelerator would round them by default. In another dtype the yardstick stays PyTorch in
+    float32, and PyTorch's own autocast is measured against it beside ours. PyTorch runs on the CPU.
 
     Args:
-        model: ours; its dtype is the one compared.
-        params: its parameters.
+        model: ours, without dropout and stochastic depth (`crate_jax.parity.runs.without_chance`);
+            its dtype is the one compared.
+        params: its parameters; of a model with running statistics its variables.
         images: (B, H, W, c) float32, normalised; for a model of text, token ids (B, N).
         labels: (B,) integer classes; for a model of text, a token for each place (B, N).
         loss: (logits, labels) to the loss of each example, whose mean is `Twin.loss`.
@@ -87,7 +89,7 @@ def compare(
     reference = _Reference.of(model, theirs, images, labels)
     dtype = jnp.dtype(model.dtype).name
     with jax.default_matmul_precision("highest" if dtype == "float32" else "default"):
-        params = jax.tree.map(jnp.asarray, params)
+        params = jax.tree.map(jnp.asarray, variables_of(params))
         x, y = jnp.asarray(images), jnp.asarray(labels)
         tensors, top1_agreement = _compare_tensors(model, params, x, reference)
         gradients, losses, compared = _compare_gradients(model, params, x, y, loss, reference)
@@ -243,6 +245,9 @@ def _train_both(
         relative=_relative(losses, their_losses),
         weights_within=float((np.concatenate(apart) <= WEIGHTS_WITHIN).mean()),
     )
+    running = {k: v.numpy() for k, v in module.named_buffers() if k in ours}
+    if running:
+        found["statistics"] = max(difference(k, ours[k], v).relative for k, v in running.items())
     if float64:
         double = reference.module().double()
         exact_images = images.double() if images.is_floating_point() else images

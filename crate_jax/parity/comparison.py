@@ -77,6 +77,12 @@ def verdict(found: Comparison) -> list[str]:
             f"{run['weights_within']:.4%} of the weights within {WEIGHTS_WITHIN:.0e}"
             + (f" (at least {WEIGHTS_SHARE:.1%})" if name == "adamw" and not low else "")
         )
+        if "statistics" in run:
+            judged = f" (tolerance {TOLERANCES['statistics']:.0e})"
+            lines.append(
+                f"{name}, the running statistics after them: worst relative difference "
+                f"{run['statistics']:.1e}" + (judged if name == "adamw" and not low else "")
+            )
         if "relative_to_float64" in run and "torch_relative_to_float64" in run:
             lines.append(
                 f"{name}, from PyTorch in float64: ours {max(run['relative_to_float64']):.1e}, "

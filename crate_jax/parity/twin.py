@@ -17,12 +17,12 @@ class Twin(nn.Module, abc.ABC):
 
     Attributes:
         TAPS: what `trace` can return of a layer, in the order of computation, under the names of
-            our model's taps.
+            our model's taps; of a twin with more than one attention its own.
         THRESHOLDED: the tap that is zero below a threshold; None where nothing is.
         EXAMPLES: what the examples of a batch are called.
     """
 
-    TAPS: ClassVar[tuple[str, ...]]
+    TAPS: tuple[str, ...]
     THRESHOLDED: ClassVar[str | None] = None
     EXAMPLES: ClassVar[str] = "images"
 
