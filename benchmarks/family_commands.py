@@ -49,8 +49,8 @@ REFUSALS = {
     ),
     "no twin": Refusal(
         "PyTorch twin",
-        "`compare` has no PyTorch model of these operators. Tests hold ToST, CBSA and its frame "
-        "against files that the official code wrote.",
+        "the official code of CRATE has no such operator or switch, so `compare` has no PyTorch "
+        "model of it.",
     ),
     "no task": Refusal(
         "There is no next-token task yet",
@@ -89,10 +89,10 @@ FAMILIES = {
     "ViT of CRATE's authors": _images(
         "vit_tiny_patch16_224", "R", "crate_baseline", YES, pool="patches_twice"
     ),
-    "ToST": _images("tost_tiny_patch16_224", "R, Rᶜ", "official", "no twin"),
-    "CBSA": _images(_CBSA, ALL, "frame_cbsa", "no twin"),
-    "CBSA's frame with TSSA": _images(_CBSA, ALL, "frame_tssa", "no twin", attention="tssa"),
-    "CBSA's frame with MSSA": _images(_CBSA, ALL, "frame_mssa", "no twin", attention="mssa"),
+    "ToST": _images("tost_tiny_patch16_224", "R, Rᶜ", "official", YES),
+    "CBSA": _images(_CBSA, ALL, "frame_cbsa", YES),
+    "CBSA's frame with TSSA": _images(_CBSA, ALL, "frame_tssa", YES, attention="tssa"),
+    "CBSA's frame with MSSA": _images(_CBSA, ALL, "frame_mssa", YES, attention="mssa"),
     "Hyper-SET": _images("hyperset_patch16_224", "R", "official", YES),
     "Causal CRATE": _text("crate_causal_base", ALL, "official"),
     "CRATE-LM": _text("crate_lm_1l", ALL, "official"),

@@ -32,6 +32,7 @@ if TYPE_CHECKING:  # imported where they are used
     from crate_jax.models.classifier import ImageClassifier
     from crate_jax.models.parameters import Params, Variables
     from crate_jax.parity.difference import Comparison
+    from crate_jax.tasks.task import Batch, Task
 
 
 def add_compare(subparsers: Subparsers) -> None:
@@ -184,25 +185,44 @@ def train_steps(
     optim: OptimConfig,
     steps: int,
 ) -> "tuple[list[float], Variables]":
-    """Full-batch steps of our training step at a constant rate: losses, and the variables."""
+    """`full_batch_steps` of a classifier of images."""
+    from crate_jax.tasks.classify import Classify
+
+    task = Classify(model, label_smoothing=optim.label_smoothing)
+    return full_batch_steps(task, params, {"image": images, "label": labels}, optim, steps)
+
+
+def full_batch_steps(
+    task: "Task", params: "Params", batch: "Batch", optim: OptimConfig, steps: int
+) -> "tuple[list[float], Variables]":
+    """Our training step on one batch at a constant rate, again and again.
+
+    Args:
+        task: its loss, and the model's running statistics.
+        params: to start from; of a model with running statistics its variables.
+        batch: of every step.
+        optim: whose rate stays as it is.
+        steps: how many.
+
+    Returns:
+        The losses before each step, and the variables after the last.
+    """
     import jax
     import optax
 
     from crate_jax.models.parameters import variables_of
-    from crate_jax.tasks.classify import Classify
     from crate_jax.training.optimizer import make_optimizer
     from crate_jax.training.state import TrainState
     from crate_jax.training.step import make_train_step
 
     tx = make_optimizer(optim, optax.constant_schedule(optim.lr))
-    task = Classify(model, label_smoothing=optim.label_smoothing)
     step = jax.jit(make_train_step(task, tx))
     extra = dict(variables_of(params))
     params = extra.pop("params")
     state = TrainState(jax.numpy.zeros((), "int32"), params, tx.init(params), extra=extra or ())
     losses = []
     for _ in range(steps):
-        state, metrics = step(state, {"image": images, "label": labels}, jax.random.key(0))
+        state, metrics = step(state, batch, jax.random.key(0))
         losses.append(float(metrics["loss"]))
     return losses, {"params": state.params, **dict(state.extra)}
 

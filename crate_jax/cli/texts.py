@@ -4,13 +4,12 @@ import argparse
 import dataclasses
 from typing import TYPE_CHECKING, Any, ClassVar
 
-import jax
-import jax.numpy as jnp
 import numpy as np
-import optax
 from jax import Array
 
+from crate_jax.cli.compare import full_batch_steps
 from crate_jax.config import OptimConfig
+from crate_jax.models.parameters import Variables
 from crate_jax.tasks.losses import token_cross_entropy
 from crate_jax.tasks.task import Batch, Extra, Params, Scalars, Task
 
@@ -54,23 +53,10 @@ def train_steps(
     targets: Array,
     optim: OptimConfig,
     steps: int,
-) -> tuple[list[float], Params]:
-    """Full-batch steps of our training step at a constant rate: losses, and the parameters.
-
-    No label is smoothed.
-    """
-    from crate_jax.training.optimizer import make_optimizer
-    from crate_jax.training.state import TrainState
-    from crate_jax.training.step import make_train_step
-
-    tx = make_optimizer(optim, optax.constant_schedule(optim.lr))
-    step = jax.jit(make_train_step(_Tokens(model), tx))  # type: ignore[abstract]
-    state = TrainState(jnp.zeros((), jnp.int32), params, tx.init(params))
-    losses = []
-    for _ in range(steps):
-        state, metrics = step(state, {"tokens": tokens, "targets": targets}, jax.random.key(0))
-        losses.append(float(metrics["loss"]))
-    return losses, state.params
+) -> tuple[list[float], Variables]:
+    """`full_batch_steps` of a model of text; no label is smoothed."""
+    batch = {"tokens": tokens, "targets": targets}
+    return full_batch_steps(_Tokens(model), params, batch, optim, steps)  # type: ignore[abstract]
 
 
 @dataclasses.dataclass(frozen=True)
