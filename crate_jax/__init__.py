@@ -6,6 +6,7 @@ from crate_jax.models.crate import Crate
 from crate_jax.models.crate_alpha import CrateAlpha
 from crate_jax.models.crate_bert import CrateBert
 from crate_jax.models.crate_causal import CrateCausal, CrateLM
+from crate_jax.models.crate_mae import CrateMae
 from crate_jax.models.generation import generate
 from crate_jax.models.steering import Steer, steering
 from crate_jax.models.tost import ToST
@@ -21,6 +22,7 @@ __all__ = [
     "CrateBert",
     "CrateCausal",
     "CrateLM",
+    "CrateMae",
     "Steer",
     "ToST",
     "TostLM",
