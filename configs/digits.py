@@ -2,13 +2,15 @@
 
 Each form trains a small model of another family (width 96, 4 layers) on scans enlarged to 32
 pixels, in about a minute on two cores. Enlarged, because a LayerNorm over a 2 x 2 patch of flat
-paper amplifies noise. All share data, schedule and sizes; docs/zoo.md compares them.
+paper amplifies noise. All share data, schedule and sizes; docs/zoo.md compares the classifiers.
+
+``mae`` hides three quarters of the patches and learns to tell them, without labels.
 """
 
 from crate_jax.config import DataConfig, ModelConfig, OptimConfig, TrainConfig, choose
 
 # By form: the model, beside the sizes that all share.
-RECIPES = {
+CLASSIFIERS = {
     "crate": dict(name="crate_tiny_patch16_224", pool="mean"),
     "alpha": dict(name="crate_alpha_tiny_patch16_224"),
     "vit": dict(name="vit_tiny_patch16_224"),
@@ -17,12 +19,15 @@ RECIPES = {
     "cbsa": dict(name="cbsa_tiny_patch16_224", representatives=(2,)),
     "aot": dict(name="crate_tiny_patch16_224", pool="mean", nonlinearity="none"),
 }
+RECIPES = CLASSIFIERS | {
+    "mae": dict(name="crate_mae_tiny_patch16_224", decoder_depth=2, lmbda=0.1),
+}
 
 
 def get_config(arg: str | None = None) -> TrainConfig:
     """The recipe of a form of `RECIPES`."""
     form, model = arg or "crate", choose(arg, RECIPES, "crate")
-    return TrainConfig(
+    config = TrainConfig(
         name="digits" if form == "crate" else f"digits_{form}",
         batch_size=100,
         eval_batch_size=304,
@@ -48,3 +53,7 @@ def get_config(arg: str | None = None) -> TrainConfig:
         ),
         optim=OptimConfig(lr=2e-3, weight_decay=0.05, label_smoothing=0.1, warmup_epochs=5),
     )
+    if form == "mae":
+        config.task = "masked_autoencoding"
+        config.optim.b2, config.optim.label_smoothing = 0.95, 0.0
+    return config

@@ -6,6 +6,7 @@ from crate_jax.models.crate import Crate
 from crate_jax.models.crate_alpha import CrateAlpha
 from crate_jax.models.crate_bert import CrateBert
 from crate_jax.models.crate_causal import CrateCausal, CrateLM
+from crate_jax.models.crate_mae import CrateMae
 from crate_jax.models.generation import generate
 from crate_jax.models.hyper_set import HyperSet
 from crate_jax.models.steering import Steer, steering
@@ -22,6 +23,7 @@ __all__ = [
     "CrateBert",
     "CrateCausal",
     "CrateLM",
+    "CrateMae",
     "HyperSet",
     "Steer",
     "ToST",

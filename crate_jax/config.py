@@ -17,6 +17,7 @@ from crate_jax.models.sections import overrides as overrides
 from crate_jax.models.sections import renamed as renamed
 from crate_jax.options import check, did_you_mean, option, option_of, unknown
 from crate_jax.sections import DataConfig as DataConfig
+from crate_jax.sections import MaskingConfig as MaskingConfig
 from crate_jax.sections import OptimConfig as OptimConfig
 from crate_jax.sections import ParallelConfig as ParallelConfig
 from crate_jax.sections import PenaltyConfig as PenaltyConfig
@@ -49,7 +50,9 @@ class TrainConfig:
     )
     log_every_steps: int = option(50, "steps between two lines of metrics", low=1)
     log_objective_every_steps: int = option(
-        0, "steps between looks into the model (classify: the objective by layer); 0: never", low=0
+        0,
+        "steps between looks into the model (objective by layer, reconstructions); 0: never",
+        low=0,
     )
     profile_steps: str | None = option(None, "first:last, profiled for TensorBoard; unset: none")
     eval_every_steps: int = option(0, "steps; 0: at the end only", low=0)
@@ -63,10 +66,11 @@ class TrainConfig:
     data: DataConfig = dataclasses.field(default_factory=DataConfig)
     optim: OptimConfig = dataclasses.field(default_factory=OptimConfig)
     penalty: PenaltyConfig = dataclasses.field(default_factory=PenaltyConfig)
+    masking: MaskingConfig = dataclasses.field(default_factory=MaskingConfig)
     parallel: ParallelConfig = dataclasses.field(default_factory=ParallelConfig)
 
 
-Section = ModelConfig | DataConfig | OptimConfig | PenaltyConfig | ParallelConfig
+Section = ModelConfig | DataConfig | OptimConfig | PenaltyConfig | MaskingConfig | ParallelConfig
 
 # The usual evaluation geometry on ImageNet, and the statistics of its pixels in [0, 1].
 IMAGENET_EVAL = "resize_shorter(256)|center_crop(224)"

@@ -1,4 +1,4 @@
-"""The sections of a config beside the model's: data, optimizer, penalties, devices.
+"""The sections of a config beside the model's: data, optimizer, penalties, masking, devices.
 
 Nothing here imports JAX.
 """
@@ -106,6 +106,18 @@ class PenaltyConfig:
     )
     srr_lmbda: float = option(0.1, "λ of srr", low=0)
     srr_eps: float = option(0.1, "quantisation precision ε of srr, in the unit of tokens", above=0)
+
+
+@dataclasses.dataclass(kw_only=True)
+class MaskingConfig:
+    """What masked_autoencoding hides of an image, and how it is told."""
+
+    ratio: float = option(
+        0.75, "share of the patches that is hidden", above=0, below=1, identity=True
+    )
+    normalize: bool = option(
+        True, "whether hidden pixels are told in units of their patch's deviation", identity=True
+    )
 
 
 @dataclasses.dataclass(kw_only=True)

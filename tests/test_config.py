@@ -11,6 +11,7 @@ import pytest
 
 from crate_jax.config import (
     DataConfig,
+    MaskingConfig,
     ModelConfig,
     OptimConfig,
     ParallelConfig,
@@ -87,6 +88,7 @@ BOUNDS = {
     "penalty.srr": AMOUNT,
     "penalty.srr_lmbda": AMOUNT,
     "penalty.srr_eps": POSITIVE,
+    "masking.ratio": ([0.001, 0.999], [0.0, 1.0, -0.1, math.nan]),
 }
 # field: (every legal value, an illegal one, the legal one nearest to it)
 CHOICES = {
@@ -133,6 +135,7 @@ UNRULED = {
     "optim.orthonormal",
     "optim.no_decay",
     "optim.decay_only",
+    "masking.normalize",
     "parallel.mesh",
     "parallel.coordinator",
 }
@@ -142,6 +145,7 @@ SECTIONS = {
     "data": DataConfig,
     "optim": OptimConfig,
     "penalty": PenaltyConfig,
+    "masking": MaskingConfig,
     "parallel": ParallelConfig,
 }
 # What a started run may not change, besides all of the model.
@@ -167,6 +171,8 @@ IDENTITY = {
     "optim.decay_only",
     "optim.mu_dtype",
     "optim.orthonormal",
+    "masking.ratio",
+    "masking.normalize",
 }
 
 
@@ -472,6 +478,7 @@ def unusual():
     config.penalty = PenaltyConfig(
         orthogonality=0.1, srr=0.2, srr_layer="all", srr_lmbda=0.3, srr_eps=0.4
     )
+    config.masking = MaskingConfig(ratio=0.5, normalize=False)
     config.parallel = ParallelConfig(
         mesh="fsdp:-1",
         coordinator="host:1234",
@@ -547,7 +554,7 @@ def test_a_config_of_an_older_run_is_the_same_run():
     """Before the families of models: no task, no operators, every field of the model a null."""
     values = to_dict(unusual()) | {"name": "digits", "seed": 0, "batch_size": 128}
     del values["task"]
-    for section in ("data", "optim", "parallel"):
+    for section in ("data", "optim", "masking", "parallel"):
         values[section] = {}
     names = "num_classes image_size patch_size width depth num_heads head_dim pool in_channels eta"
     names += " lmbda dropout backward remat scan_unroll"
@@ -596,6 +603,20 @@ def test_a_config_can_be_pickled_and_copied(name):
         assert config.model.depth == 2
     assert copy.copy(config.model) == config.model
     assert dataclasses.replace(config.model, depth=3).depth == 3
+
+
+@pytest.mark.parametrize(
+    ("field", "legal", "illegal"),
+    [("decoder_depth", [0, 24], [-1]), ("eta", *POSITIVE), ("lmbda", *AMOUNT)],
+)
+def test_bounds_of_an_autoencoder(field, legal, illegal):
+    for value in [None, *legal]:
+        config = ModelConfig(name="crate_mae_tiny_patch16_224", **{field: value})
+        validate(TrainConfig(model=config))
+    for value in illegal:
+        config = ModelConfig(name="crate_mae_tiny_patch16_224", **{field: value})
+        with pytest.raises(ValueError, match=rf"^model\.{field} must be >.*Set --config\.model\."):
+            validate(TrainConfig(model=config))
 
 
 @pytest.mark.parametrize(

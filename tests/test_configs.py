@@ -44,6 +44,7 @@ FAMILIES = {
     "alpha_imagenet1k": (("tiny-32", "huge-14-decay"), ALPHA),
     "alpha_imagenet21k": (("tiny-32", "huge-14-decay"), ALPHA),
     "cbsa_imagenet1k": (("tiny", "large"), {"model.name": 4}),
+    "mae_imagenet1k": (("tiny", "large-unscaled"), {"model.name": 4, "optim.lr": 2}),
     "tost_imagenet1k": (
         ("tiny", "medium-options"),
         {"model.name": 3, "model.drop_path": 3, "optim.cooldown_epochs": 2},
@@ -61,6 +62,7 @@ def fields_of_program(name, arg):
         "batch_size": config.batch_size,
         **{f"model.{key}": value for key, value in values["model"].items()},
         **{f"optim.{key}": value for key, value in values["optim"].items()},
+        **{f"masking.{key}": value for key, value in values["masking"].items()},
         **{f"data.{key}": values["data"][key] for key in data},
     }
 
@@ -93,10 +95,13 @@ def programs(config, device, num_classes=10):
     schedule = make_schedule(config.optim, total_steps=1000, steps_per_epoch=5)
     run = set_up(config)
     sizes, names, types = run.mesh.axis_sizes, run.mesh.axis_names, run.mesh.axis_types
+    task = run.task
+    if isinstance(task, Classify):
+        task = Classify.from_config(config, config.model.num_classes or num_classes)
     run = dataclasses.replace(
         run,
         mesh=AbstractMesh(sizes, names, axis_types=types, abstract_device=device),
-        task=Classify.from_config(config, config.model.num_classes or num_classes),
+        task=task,
         schedule=schedule,
         tx=make_optimizer(config.optim, schedule),
     )
@@ -115,7 +120,7 @@ def programs(config, device, num_classes=10):
 
 
 def test_every_recipe_is_lowered_but_for_its_size():
-    assert len(OTHERS) == 19
+    assert len(OTHERS) == 20
     seen = [recipe for recipes in OTHERS for recipe in recipes]
     for name, (args, between) in FAMILIES.items():
         recipes = [recipe for recipe in RECIPES if recipe[0] == name]
@@ -165,8 +170,11 @@ def test_recipe_builds_and_lowers_for_tpu_and_cuda(name, arg):
     (new_state, metrics), sums = results
     state = both["cuda"][0][1][0]
     assert jax.tree.map(jnp.shape, new_state) == jax.tree.map(jnp.shape, state)
-    assert {"loss", "top1", "lr"} <= set(metrics)
-    assert sums["top5"].shape == ()
+    told, summed = {"classify": ("top1", "top5"), "masked_autoencoding": ("loss", "loss_of_means")}[
+        config.task
+    ]
+    assert {"loss", told, "lr"} <= set(metrics)
+    assert sums[summed].shape == ()
 
 
 def test_imagenet_presets_say_what_their_sources_say():
@@ -189,7 +197,7 @@ def test_imagenet_presets_say_what_their_sources_say():
 def test_recipes_have_different_names():
     names = [MODULES[name].get_config(arg).name for name, arg in RECIPES]
     # Short forms are the same recipe as one of the long ones.
-    assert len(set(names)) == 7 + 8 + 16 + 2 * 40 + 4 + 6
+    assert len(set(names)) == 8 + 8 + 16 + 2 * 40 + 4 + 6 + 8
 
 
 def test_configs_survive_json():

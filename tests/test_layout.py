@@ -68,6 +68,7 @@ ROOMS = {
         "tssa",
         "causal_tssa",
         "cbsa",
+        "operator_cost",
         "attentions",
         "class_attention",
         "crate",
@@ -86,12 +87,16 @@ ROOMS = {
         "adaln",
         "redunet_layer",
         "redunet",
-        "operator_cost",
+        "mae_decoder",
+        "crate_mae",
         "cost",
         "zoo",
     ],
     "data": ["rows", "stores", "images", "workers", "loader"],
-    "tasks": ["losses", "pixels", "mixing", "task", "penalties", "classify"],
+    "tasks": [
+        *["losses", "pixels", "mixing", "masking", "task", "penalties"],
+        *["classify", "masked_autoencoding"],
+    ],
     "checkpoint": [
         *["faults", "digest", "best", "record", "shapes", "folder", "lease", "owner"],
         *["s3", "engine", "manager", "reading"],
@@ -99,7 +104,7 @@ ROOMS = {
     "analysis": ["taps", "layerwise", "report"],
     "interop": [
         *["layouts", "names", "kinds", "pickled", "safetensors", "npz", "msgpack", "orbax", "pth"],
-        *["folders", "nearby", "tree", "faults", "resize", "fit", "convert", "contents"],
+        *["folders", "nearby", "tree", "faults", "resize", "fit", "convert", "stated", "contents"],
         *["load", "save"],
     ],
     "parity": [

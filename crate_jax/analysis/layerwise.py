@@ -83,6 +83,15 @@ def layerwise(
     return values
 
 
+def layer_scalars(values: dict[str, Array]) -> dict[str, Array]:
+    """What `layerwise` measured as scalars, ``objective/<measure>/layer00`` …."""
+    return {
+        f"objective/{name}/layer{i:02d}": values_L[i]
+        for name, values_L in values.items()
+        for i in range(len(values_L))
+    }
+
+
 def _check(definition: str, model: BlockModel) -> None:
     """Refuse a definition that is unknown, or that the model does not have."""
     if definition not in DEFINITIONS:

@@ -8,6 +8,7 @@ from crate_jax.cli.compare import add_compare
 from crate_jax.cli.mistakes import complain
 from crate_jax.cli.models import add_convert, add_plan, add_summary
 from crate_jax.cli.prepare import add_prepare
+from crate_jax.cli.reconstruct import add_reconstruct
 from crate_jax.cli.running import run_command
 from crate_jax.cli.runs import add_checkpoints, add_evaluate, add_report
 from crate_jax.cli.train import add_train, train
@@ -22,12 +23,13 @@ COMMANDS = (
     add_compare,
     add_summary,
     add_report,
+    add_reconstruct,
     add_checkpoints,
     add_plan,
 )
 
 # Their work is in files when they end; a result that nobody can write down loses nothing.
-WRITERS = ("train", "convert", "prepare", "report")
+WRITERS = ("train", "convert", "prepare", "report", "reconstruct")
 
 
 def main(argv: list[str] | None = None) -> int:

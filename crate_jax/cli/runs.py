@@ -2,7 +2,7 @@
 
 import argparse
 import sys
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from crate_jax.cli.arguments import (
     Subparsers,
@@ -26,6 +26,14 @@ if TYPE_CHECKING:  # imported where they are used
 def add_evaluate(subparsers: Subparsers) -> None:
     """The flags of `evaluate`."""
     parser = subparsers.add_parser("evaluate", help="exact metrics over a split, such as top-1")
+    add_source(parser)
+    add_model(parser)
+    add_data(parser)
+    parser.set_defaults(function=evaluate)
+
+
+def add_source(parser: argparse.ArgumentParser) -> None:
+    """A run, or weights."""
     parser.add_argument(
         "--workdir",
         type=path,
@@ -35,21 +43,63 @@ def add_evaluate(subparsers: Subparsers) -> None:
     parser.add_argument(
         "--weights", type=path, help="a weights file or run (with --model and --dataset)"
     )
-    add_model(parser)
-    add_data(parser)
-    parser.set_defaults(function=evaluate)
 
 
 def evaluate(args: argparse.Namespace) -> Json:
     """Exact metrics of a run or of a weights file."""
-    from crate_jax.training.run import evaluate_split, set_up
+    from crate_jax.training.run import evaluate_split
 
-    _check_evaluate(args)
+    opened = open_trained(args, "evaluate")
+    data = opened.run.config.data
+    inputs = {"dataset": data.dataset, "split": data.eval_split}
+    inputs |= {"step": opened.step, "fitted": opened.fitted}
+    return inputs | evaluate_split(opened.run, opened.params, opened.extra)
+
+
+class Opened(NamedTuple):
+    """What `open_trained` returns.
+
+    Attributes:
+        run: with "eval" rows.
+        params: of its task.
+        extra: likewise.
+        step: of a run's checkpoint; None: they are of a weights file.
+        fitted: what was made to fit, one line each.
+    """
+
+    run: "Run"
+    params: "Params"
+    extra: "Extra"
+    step: int | None
+    fitted: list[str]
+
+
+def open_trained(args: argparse.Namespace, command: str, *, task: str | None = None) -> Opened:
+    """What the flags of `add_source`, `add_model` and `add_data` name, on its evaluation split.
+
+    Args:
+        args: of the command.
+        command: for errors.
+        task: what it must have been trained for; None: for whatever a run was, and a weights file
+            for the default.
+
+    Raises:
+        ValueError, KeyError, FileNotFoundError: what the user can mend.
+    """
+    from crate_jax.training.run import set_up
+
+    _check_source(args, command)
     step: int | None = None
     if args.workdir:
         config, facts, step = saved_run(args.workdir, args.step or "latest")
     else:
         config, facts = _config_of_model(args), _stated_facts(args)
+        config.task = task or config.task
+    if task not in (None, config.task):
+        raise ValueError(
+            f"{command} must get a run of the task {task}; {args.workdir} is one of {config.task}. "
+            "Choose another --workdir."
+        )
     override_data(config.data, args)
     config.eval_batch_size = args.batch_size or config.eval_batch_size
     run = set_up(config, "eval", facts=facts)
@@ -57,17 +107,15 @@ def evaluate(args: argparse.Namespace) -> Json:
         params, extra, fitted = _load_weights(args, run)
     else:
         params, extra, fitted = *_restore(args.workdir, run, step), []
-    fitted = fitted + _by_number(facts, run)
-    inputs = {"dataset": config.data.dataset, "split": config.data.eval_split}
-    return inputs | {"step": step, "fitted": fitted} | evaluate_split(run, params, extra)
+    return Opened(run, params, extra, step, fitted + _by_number(facts, run))
 
 
-def _check_evaluate(args: argparse.Namespace) -> None:
+def _check_source(args: argparse.Namespace, command: str) -> None:
     """Refuse flags that do not go together."""
     if bool(args.workdir) == bool(args.weights):
-        raise ValueError("evaluate must get one of --workdir and --weights. See --help.")
+        raise ValueError(f"{command} must get one of --workdir and --weights. See --help.")
     if args.weights and not (args.model and args.dataset):
-        raise ValueError("evaluate --weights must get --model and --dataset too. See --help.")
+        raise ValueError(f"{command} --weights must get --model and --dataset too. See --help.")
     if args.workdir and (args.model or args.fit):
         raise ValueError("--model and --fit must go with --weights; a run knows its own model.")
     resize_method(args)
@@ -115,6 +163,8 @@ def _by_number(facts: Json, run: "Run") -> list[str]:
     """That labels are taken as they are, where the weights or the data do not name the classes."""
     from crate_jax.tasks.task import CLASSES
 
+    if not getattr(run.task.model, "num_classes", 1):
+        return []
     named = {
         "the weights": facts.get(CLASSES),
         "the data": run.task.facts(run.rows["eval"]).get(CLASSES),

@@ -17,6 +17,7 @@ from crate_jax.interop.fit import fit_params, source_model
 from crate_jax.interop.layouts.forms import Shape
 from crate_jax.interop.layouts.layout import Arrays, Layout
 from crate_jax.interop.names import left_aside
+from crate_jax.interop.stated import check_told, lacking, optional, told_by_name
 from crate_jax.interop.tree import FIRST_STAGE, PROJECTION, nest, sizes, tree_of
 from crate_jax.models.parameters import Params, Variables
 from crate_jax.models.stacked import BlockModel
@@ -153,8 +154,9 @@ def load_fitted(
             f"{', '.join(fit) or 'nothing'}. Ask to fit image_size."
         )
     contents = read_contents(path, tree_of(model) if model else NO_TREE)
-    headless = getattr(model, "num_classes", None) == 0
-    class_names = () if "head" in fit or headless else contents.class_names
+    lacks = lacking(model)
+    new_head = "head" in fit or "num_classes" in lacks
+    class_names = () if new_head else contents.class_names
     _check_classes(path, class_names, (facts or {}).get(CLASSES, ()))
     if model is None:
         if not contents.fields:
@@ -168,28 +170,33 @@ def load_fitted(
     contents = contents._replace(arrays=arrays)
     left = layout.set_aside(contents.arrays)
     report = contents.left + ([left_aside(left)] if left else [])
-    skip = ("head",) if "head" in fit or headless else ()
+    skip = {"head"} if "head" in fit else set()
+    skip |= {group for groups in lacks.values() for group in groups}
     counters = [
         name
         for name, array in contents.arrays.items()
         if not _is_float(array) and not layout.recognised([name])
     ]
     report += [f"{left_aside(counters)}: no floats, so no parameters"] if counters else []
-    head = layout.in_groups(contents.arrays, skip)
-    if headless and head:
-        report.append("head: left aside, for the model has none (num_classes=0)")
-    unused = {*left, *counters, *head}
+    skipped = layout.in_groups(contents.arrays, skip)
+    for field, groups in lacks.items():
+        if layout.in_groups(contents.arrays, groups):
+            report.append(f"{', '.join(groups)}: left aside, for the model has none ({field}=0)")
+    unused = {*left, *counters, *skipped}
     arrays = {name: array for name, array in contents.arrays.items() if name not in unused}
     contents = contents._replace(arrays=arrays)
 
     shapes = {name: tuple(array.shape) for name, array in arrays.items()}
     tree_shapes = layout.tree_shapes(shapes)
-    declared = contents.fields or _declared(tree_shapes)
+    told = {} if contents.fields else told_by_name(path, model)
+    declared = contents.fields or _declared(tree_shapes) | told
     source = source_model(sizes(tree_shapes), declared, model, fit)
+    check_told(told, source, path)
     tree = tree_of(source)
     remedy = "Set model.{field}{or_fit}."
     report += check_implied(layout, source, remedy, fit)
-    _check_fit(path, contents, layout, source, skip)
+    free = {field for field, groups in optional(model).items() if skip.issuperset(groups)}
+    _check_fit(path, contents, layout, source, skip, free)
     arrays = {name: _as_float32(array, name, path) for name, array in arrays.items()}
     flat = layout.to_ours(arrays, tree, skip)
     _check_finite(flat, path)
@@ -219,9 +226,17 @@ def _declared(tree_shapes: Mapping[str, Shape]) -> Json:
 
 
 def _check_fit(
-    path: Path, contents: Contents, layout: Layout, source: BlockModel, skip: Collection[str]
+    path: Path,
+    contents: Contents,
+    layout: Layout,
+    source: BlockModel,
+    skip: Collection[str],
+    free: Collection[str],
 ) -> None:
-    """Every entry of the file has its place in the model, and every place is filled."""
+    """Every entry of the file has its place in the model, and every place is filled.
+
+    Groups that are skipped have none, and the fields that tell of them are free.
+    """
     expected = {name: e.official for name, e in layout.entries(tree_of(source), skip).items()}
     shapes = {name: tuple(array.shape) for name, array in contents.arrays.items()}
     if faults(shapes, expected):
@@ -238,7 +253,7 @@ def _check_fit(
     other = [
         f"{name} {value} where the model has {ours.get(name)}"
         for name, value in contents.fields.items()
-        if ours.get(name) != value and not (name == "num_classes" and skip)
+        if ours.get(name) != value and name not in free
     ]
     if other:
         raise ValueError(

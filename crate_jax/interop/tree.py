@@ -66,7 +66,8 @@ def _tree_of(model: Any) -> Tree:
     shapes = {path: tuple(leaf.shape) for path, leaf in _by_path(variables).items()}
     patched = PROJECTION in shapes and hasattr(model, "patch_size")
     patch = (*pair(model.patch_size), model.in_channels) if patched else None
-    return Tree(shapes, patch, tuple(name for name in variables if name != "params"))
+    others = tuple(name for name in variables if name != "params")
+    return Tree(shapes, patch, others, getattr(model, "grid", None))
 
 
 def _by_path(variables: Variables) -> dict[str, Any]:

@@ -1,6 +1,6 @@
 """What the image classifiers of the family share: images → tokens → blocks → one token → logits."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import ClassVar
 
 import flax.linen as nn
@@ -41,6 +41,7 @@ class ImageClassifier(ImageFields, BlockModel):
     a head would read.
     """
 
+    OPTIONAL: ClassVar[Mapping[str, tuple[str, ...]]] = {"num_classes": ("head",)}
     NORMED_PATCHES: ClassVar[bool] = False  # whether a LayerNorm stands before their linear map
 
     @nn.nowrap

@@ -36,6 +36,20 @@ def patchify(images_BxHxWxc: Array, patch_size: tuple[int, int]) -> Array:
     return placement.reshape(grid_BxRxCxhxwxc, (B, (H // h) * (W // w), h * w * c))
 
 
+def unpatchify(X_BxPxk: Array, patch_size: tuple[int, int], grid: tuple[int, int]) -> Array:
+    """The images (B, H, W, c) that `patchify` cuts into these patches.
+
+    Args:
+        X_BxPxk: patches, row by row.
+        patch_size: (height, width) of a patch in pixels.
+        grid: patches (down, across).
+    """
+    (h, w), (R, C) = patch_size, grid
+    grid_BxRxCxhxwxc = placement.reshape(X_BxPxk, (len(X_BxPxk), R, C, h, w, -1))
+    grid_BxRxhxCxwxc = grid_BxRxCxhxwxc.transpose(0, 1, 3, 2, 4, 5)
+    return placement.reshape(grid_BxRxhxCxwxc, (len(X_BxPxk), R * h, C * w, -1))
+
+
 def check_sides(image_size: tuple[int, int], patch_size: tuple[int, int]) -> None:
     """Refuse images that cannot be cut into patches.
 
@@ -109,6 +123,21 @@ def sinusoids(
     angles_nxi = at_n.astype(dtype)[:, None] * frequencies_i[None]
     sines_nxi, cosines_nxi = numbers.sin(angles_nxi), numbers.cos(angles_nxi)
     return jnp.asarray(sines_nxi, jnp.float32), jnp.asarray(cosines_nxi, jnp.float32)
+
+
+def grid_positions(grid: tuple[int, int], width: int) -> Array:
+    """Fixed positions (N, d) of a grid of patches: sines and cosines of column, then of row.
+
+    A patch has d/4 sines and d/4 cosines of its column, and as many of its row, at the frequencies
+    of `crate_jax.models.embedding.sinusoids`. The class token's, in front, are zero.
+    Source: the official implementation of arXiv 2404.02446, which has them of arXiv 2111.06377.
+
+    >>> grid_positions((1, 2), 4).round(3).tolist()
+    [[0.0, 0.0, 0.0, 0.0], [0.0, 1.0, 0.0, 1.0], [0.8410000205039978, 0.5400000214576721, 0.0, 1.0]]
+    """
+    rows_P, columns_P = np.indices(grid).reshape(2, -1)
+    parts = [*sinusoids(columns_P, width // 4), *sinusoids(rows_P, width // 4)]
+    return jnp.concatenate([jnp.zeros((1, width), jnp.float32), jnp.concatenate(parts, axis=1)])
 
 
 def resize_positions(
@@ -225,8 +254,14 @@ class PatchEmbedding(nn.Module):
     positions: Callable[[int, int], Array] | None = None  # None: learned
 
     @nn.compact
-    def __call__(self, images_BxHxWxc: Array) -> Array:
-        """Images (B, H, W, c) to tokens (B, N, d)."""
+    def __call__(self, images_BxHxWxc: Array, hidden: tuple[Array, Array] | None = None) -> Array:
+        """Images (B, H, W, c) to tokens (B, N, d).
+
+        Args:
+            images_BxHxWxc: as the model takes them.
+            hidden: which patches are hidden (B, P), and the token (d,) that stands there instead,
+                at their positions; None: no patch is.
+        """
         X_BxPxk = patchify(images_BxHxWxc.astype(self.dtype), self.patch_size)
         if self.norms:
             X_BxPxk = LayerNorm(self.dtype, self.backward, name="patch_norm")(X_BxPxk)
@@ -236,4 +271,8 @@ class PatchEmbedding(nn.Module):
         Z_BxPxd = projection(X_BxPxk)
         if self.norms:
             Z_BxPxd = LayerNorm(self.dtype, self.backward, name="token_norm")(Z_BxPxd)
+        if hidden is not None:
+            masked_BxP, token_d = hidden
+            token_1x1xd = token_d.astype(Z_BxPxd.dtype)[None, None]
+            Z_BxPxd = jnp.where(masked_BxP[..., None], token_1x1xd, Z_BxPxd)
         return with_class_token(self, Z_BxPxd, self.cls_init, self.pos_init, self.positions)

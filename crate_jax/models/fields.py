@@ -233,6 +233,19 @@ class TostFields(SubspaceFields, ImageFields):
     drop_path: float = option(0.0, "stochastic depth of every layer", low=0, below=1, how=True)
 
 
+@dataclasses.dataclass(eq=False, repr=False)
+class MaeFields(SubspaceFields, ImageFields):
+    """CRATE-MAE, arXiv 2404.02446: an autoencoder, or its encoder as a classifier."""
+
+    USUAL: ClassVar[Mapping[str, object]] = {"image_size": 224, "num_classes": 0}
+
+    eta: float = option(0.1, "step size of ISTA", above=0)
+    lmbda: float = option(0.5, "sparsity weight of ISTA", low=0)
+    decoder_depth: int = option(
+        0, "layers of the decoder; 0: none, the encoder alone, which may classify", low=0
+    )
+
+
 FAMILIES: dict[str, type[ModelFields]] = {
     "crate": CrateFields,
     "crate_alpha": AlphaFields,
@@ -243,6 +256,7 @@ FAMILIES: dict[str, type[ModelFields]] = {
     "tost_lm": TostLMFields,
     "hyper_set": HyperSetFields,
     "tost": TostFields,
+    "crate_mae": MaeFields,
 }
 
 

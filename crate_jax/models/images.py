@@ -36,6 +36,27 @@ def check_images(images: object, shape: tuple[int, int, int]) -> None:
         )
 
 
+def check_masked(masked: object, shape: tuple[int, int]) -> None:
+    """Refuse what does not say of every patch whether it is hidden.
+
+    Args:
+        masked: what a model was given, an array or a tracer of one.
+        shape: (B, P).
+
+    Raises:
+        ValueError: it is no array of truth values, or of another shape.
+    """
+    got = type(masked).__name__
+    if isinstance(masked, jax.Array | np.ndarray):
+        if masked.shape == shape and masked.dtype == np.bool_:
+            return
+        got = f"{masked.dtype} {masked.shape}"
+    raise ValueError(
+        f"masked must be an array {shape} of True and False for these images; got {got}. "
+        "Say for every patch whether it is hidden."
+    )
+
+
 def _remedy(got: Shape, shape: tuple[int, int, int]) -> str:
     """How images of one shape become images of another."""
     H, W, c = shape

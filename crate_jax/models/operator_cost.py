@@ -172,6 +172,12 @@ def _steps(model: BlockModel) -> Cost:
     return Cost(2 * N * d * d, 0, outputs=2 * N * d, kept=2 * N * d)
 
 
+def _dictionary(model: BlockModel) -> Cost:
+    """D Y, whose input is kept already."""
+    N, d, _, _ = sizes(model)
+    return Cost(N * d * d, 0, outputs=N * d, kept=0)
+
+
 COSTS: dict[str, Callable[[Any], Cost]] = {
     "mssa": _mssa,
     "mhsa": _mhsa,
@@ -183,6 +189,7 @@ COSTS: dict[str, Callable[[Any], Cost]] = {
     "bisoftmax": _bisoftmax,
     "tied_mlp": _tied_mlp,
     "steps": _steps,
+    "dictionary": _dictionary,
 }
 
 

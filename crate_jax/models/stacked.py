@@ -1,7 +1,7 @@
 """What the models of the family share: an embedding → a stack of blocks → a reading."""
 
 import dataclasses
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, ClassVar
 
 import flax.linen as nn
@@ -27,6 +27,8 @@ class BlockModel(ModelFields, nn.Module):
 
     EPSILON: ClassVar[float] = 1e-5  # of the LayerNorms
     SHARED: ClassVar[bool] = False  # whether all layers have one set of parameters
+    # Groups of parameters that a model goes without where a field is 0, by the field.
+    OPTIONAL: ClassVar[Mapping[str, tuple[str, ...]]] = {}
     # Groups of parameters that no example meets: devices add up the gradients behind them alone.
     WITHOUT_EXAMPLES: ClassVar[tuple[str, ...]] = ()
 

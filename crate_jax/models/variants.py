@@ -104,6 +104,16 @@ VARIANTS |= {
     "cbsa_base_patch16_224": _crate(16, width=768, depth=12, num_heads=12, **_CBT),
     "cbsa_large_patch16_224": _crate(16, width=1024, depth=24, num_heads=16, **_CBT),
 }
+# The sizes in the code of arXiv 2404.02446; the decoder is as deep as the encoder.
+VARIANTS |= {
+    f"crate_mae_{size}_patch16_224": _variant("crate_mae", 16, d, L, K, decoder_depth=L)
+    for size, (d, L, K) in {
+        "tiny": (384, 12, 6),
+        "small": (576, 12, 12),
+        "base": (768, 12, 12),
+        "large": (1024, 24, 16),
+    }.items()
+}
 
 
 def find(name: str) -> Variant:

@@ -13,6 +13,7 @@ from crate_jax.models.crate import Crate
 from crate_jax.models.crate_alpha import CrateAlpha
 from crate_jax.models.crate_bert import CrateBert
 from crate_jax.models.crate_causal import CrateCausal, CrateLM
+from crate_jax.models.crate_mae import CrateMae
 from crate_jax.models.fields import FAMILIES, Size, fields_of
 from crate_jax.models.hyper_set import HyperSet
 from crate_jax.models.sections import ModelConfig, overrides
@@ -35,6 +36,7 @@ CLASSES: dict[str, type[Model]] = {
     "tost_lm": TostLM,
     "hyper_set": HyperSet,
     "tost": ToST,
+    "crate_mae": CrateMae,
 }
 
 

@@ -1,7 +1,11 @@
 """What a model is trained for: batch, model and loss."""
 
 from crate_jax.tasks.classify import Classify
+from crate_jax.tasks.masked_autoencoding import MaskedAutoencoding
 from crate_jax.tasks.task import Task
 
 # By the name that ``--config.task`` takes.
-TASKS: dict[str, type[Task]] = {"classify": Classify}
+TASKS: dict[str, type[Task]] = {
+    "classify": Classify,
+    "masked_autoencoding": MaskedAutoencoding,
+}

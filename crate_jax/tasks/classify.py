@@ -9,18 +9,19 @@ import numpy as np
 import optax
 from jax import Array
 
-from crate_jax.analysis import layerwise
+from crate_jax.analysis.layerwise import layer_scalars, layerwise
 from crate_jax.config import TrainConfig
 from crate_jax.data.rows import Rows
 from crate_jax.files import Json
 from crate_jax.models.classifier import of_images
 from crate_jax.models.cost import has_formula, multiply_adds
+from crate_jax.models.fields import ImageFields
 from crate_jax.models.stacked import BlockModel
 from crate_jax.models.zoo import build_model
 from crate_jax.tasks.losses import cross_entropy
 from crate_jax.tasks.mixing import make_mix
 from crate_jax.tasks.penalties import Penalties
-from crate_jax.tasks.pixels import normalize
+from crate_jax.tasks.pixels import normalized
 from crate_jax.tasks.task import CLASSES, Batch, Extra, Images, Params, Scalars, Task
 
 
@@ -75,9 +76,12 @@ class Classify(Task):
     @classmethod
     def from_config(cls, config: TrainConfig, num_classes: int | None = None) -> Self:
         """The task of a config; `num_classes` of its data, where they are known."""
-        model = build_model(config.model)
+        model = of_images(build_model(config.model))
+        classes = config.model.num_classes if num_classes is None else num_classes
+        if classes is None:  # also of a family that has no head unless one is asked for
+            classes = ImageFields.USUAL["num_classes"]
         return cls(
-            model=model if num_classes is None else model.clone(num_classes=num_classes),
+            model=model.clone(num_classes=classes),
             mean=tuple(config.data.mean),
             std=tuple(config.data.std),
             label_smoothing=config.optim.label_smoothing,
@@ -233,13 +237,7 @@ class Classify(Task):
         """The objective by layer, ``objective/<measure>/layer00`` …, what there is of it."""
         if not getattr(self.model, "tap_names", ()):
             return {}, {}
-        measures = self.layers(params, extra, batch)
-        scalars = {
-            f"objective/{name}/layer{i:02d}": values_L[i]
-            for name, values_L in measures.items()
-            for i in range(len(values_L))
-        }
-        return scalars, {}
+        return layer_scalars(self.layers(params, extra, batch)), {}
 
     def layers(self, params: Params, extra: Extra, batch: Batch) -> dict[str, Array]:
         """`crate_jax.analysis.layerwise` of a batch: arrays (L,), float32, by measure."""
@@ -252,9 +250,7 @@ class Classify(Task):
         Raises:
             ValueError: images are neither.
         """
-        if jnp.issubdtype(images.dtype, jnp.floating):
-            return images
-        return normalize(images, mean=self.mean, std=self.std)
+        return normalized(images, mean=self.mean, std=self.std)
 
 
 def rank_of_label(logits_BxY: Array, labels_B: Array) -> Array:

@@ -1,4 +1,4 @@
-"""Stored pixels to what a model takes, on the device."""
+"""Stored pixels to what a model takes, on the device, and back."""
 
 import jax.numpy as jnp
 from jax import Array
@@ -33,3 +33,20 @@ def normalize(images_BxHxWxc: Array, *, mean: tuple[float, ...], std: tuple[floa
     std_c = jnp.broadcast_to(jnp.asarray(std, jnp.float32), (c,))
     x_BxHxWxc = images_BxHxWxc.astype(jnp.float32) / 255
     return (x_BxHxWxc - mean_c[None, None, None, :]) / std_c[None, None, None, :]
+
+
+def normalized(images: Array, *, mean: tuple[float, ...], std: tuple[float, ...]) -> Array:
+    """What a model takes: stored pixels by `normalize`, floats as they are.
+
+    Raises:
+        ValueError: images are neither.
+    """
+    if jnp.issubdtype(images.dtype, jnp.floating):
+        return images
+    return normalize(images, mean=mean, std=std)
+
+
+def pixels_of(images_BxHxWxc: Array, *, mean: tuple[float, ...], std: tuple[float, ...]) -> Array:
+    """Normalised images as pixels again, cut off at 0 and 1."""
+    mean_c, std_c = (jnp.asarray(values, jnp.float32)[None, None, None] for values in (mean, std))
+    return jnp.clip(images_BxHxWxc * std_c + mean_c, 0, 1)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from jax.interpreters import partial_eval
 
-from crate_jax import Crate, ToST, ViT, create_model
+from crate_jax import Crate, CrateMae, ToST, ViT, create_model
 from crate_jax.models.cost import (
     activation_bytes,
     count_parameters,
@@ -45,6 +45,7 @@ OTHERS = {  # the ablations, and the other families
     "tost": functools.partial(
         ToST, **SIZES | {"patch_size": 4}, num_heads=3, head_dim=8, mlp_ratio=3
     ),
+    "mae": functools.partial(CrateMae, **SIZES, num_heads=3, head_dim=8),
 }
 # Multiply-adds of a forward pass, and of one with gradients, that are made once for all examples:
 # the code of two depths, from 512 numbers that nothing is learned of; and the positions of a ToST,
@@ -157,6 +158,30 @@ def test_products_of_the_other_operators_are_those_of_the_program(name, count_mu
         )
         counted = count_multiply_adds(jax.value_and_grad(loss), abstract_variables(again))
         assert step_flops(again) - stem_step == 2 * (counted - both), remat
+
+
+@pytest.mark.parametrize("heads", HEADS)
+def test_cost_of_a_decoder(heads, count_multiply_adds):
+    """Of encoder and decoder together, as `reconstruct` calls them."""
+    model = CrateMae(**SIZES | {"num_classes": 0}, **heads, decoder_depth=3)
+    images, masked = jnp.zeros((7, *model.input_shape)), np.ones((7, 24), bool)
+
+    def reconstruct(variables, of=model):
+        return of.apply(variables, images, masked, train=False, method="reconstruct").sum()
+
+    counted = count_multiply_adds(reconstruct, abstract_variables(model))
+    assert 7 * multiply_adds(model) == counted
+    for way in (dict(remat=remat) for remat in ("none", "dots", "full")):
+        again = model.clone(**way)
+        gradient = jax.value_and_grad(functools.partial(reconstruct, of=again))
+        counted = count_multiply_adds(gradient, abstract_variables(again))
+        assert 7 * step_flops(again) == 2 * counted, way
+        keep = lambda v, of=again: jax.vjp(functools.partial(reconstruct, of=of), v)[1]  # noqa: E731
+        residuals = jax.tree.leaves(jax.eval_shape(keep, abstract_variables(again)))
+        rows = {7, 7 * model.num_tokens, 7 * model.num_heads}
+        of_decoder = [a for a in residuals if a.shape[:1] == (3,) and rows & {*a.shape[1:]}]
+        held = sum(a.size * a.dtype.itemsize for a in of_decoder) / 7
+        np.testing.assert_allclose(4 * again.kept_outside, held, rtol=0.03)
 
 
 @pytest.mark.parametrize("heads", HEADS)

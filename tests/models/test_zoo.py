@@ -83,7 +83,7 @@ def test_overrides_reach_the_model():
     ("pattern", "names"),
     [
         ("crate_[bs]*_patch8_*", ["crate_small_384_patch8_224", "crate_base_patch8_224"]),
-        ("*e_tiny*", ["crate_tiny_patch16_224"]),
+        ("*e_tiny*", ["crate_tiny_patch16_224", "crate_mae_tiny_patch16_224"]),
         ("resnet*", []),
         ("crate_base_patch16_224", ["crate_base_patch16_224"]),
     ],

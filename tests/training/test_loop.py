@@ -21,7 +21,14 @@ import crate_jax.training.run as run_module
 from crate_jax.checkpoint.manager import Checkpointer
 from crate_jax.checkpoint.owner import Owner
 from crate_jax.checkpoint.reading import restore_params
-from crate_jax.config import DataConfig, OptimConfig, ParallelConfig, PenaltyConfig, TrainConfig
+from crate_jax.config import (
+    DataConfig,
+    MaskingConfig,
+    OptimConfig,
+    ParallelConfig,
+    PenaltyConfig,
+    TrainConfig,
+)
 from crate_jax.data.stores.sources import open_source
 from crate_jax.interop.resize import METHODS
 from crate_jax.options import option_of
@@ -295,7 +302,7 @@ def test_every_field_of_the_config_is_read(four_steps, tiny_config, tmp_path, ph
     prepared = write_array_record(tmp_path / "folder", tmp_path / "array_record", "photos")
     convert(prepared, tmp_path / "tfrecord", "tfrecord")
     read = set()
-    classes = (TrainConfig, DataConfig, OptimConfig, PenaltyConfig, ParallelConfig)
+    classes = (TrainConfig, DataConfig, OptimConfig, PenaltyConfig, MaskingConfig, ParallelConfig)
 
     def spy(cls):
         names = {field.name for field in dataclasses.fields(cls)}

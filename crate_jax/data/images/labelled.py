@@ -61,10 +61,10 @@ class LabelledImages:
         return self.source.listing
 
     @functools.cached_property
-    def _labels(self) -> list[int]:
+    def _labels(self) -> Sequence[int]:
         """Of each class of the source, its label in rows."""
         if not (self.classes and self.source.class_names):
-            return list(range(self.source.num_classes))
+            return range(self.source.num_classes)
         numbers = {name: number for number, name in enumerate(self.classes)}
         return [numbers[name] for name in self.source.class_names]
 

@@ -5,6 +5,7 @@ from crate_jax.interop.layouts import (
     crate_alpha,
     crate_bert,
     crate_causal,
+    crate_mae,
     hyper_set,
     tost,
     tost_lm,
@@ -24,4 +25,5 @@ LAYOUTS: dict[str, tuple[Layout, ...]] = {
     "tost_lm": tost_lm.LAYOUTS,
     "hyper_set": hyper_set.LAYOUTS,
     "tost": tost.LAYOUTS,
+    "crate_mae": crate_mae.LAYOUTS,
 }

@@ -6,7 +6,7 @@ Source: pull request 13 of the code of arXiv 2306.01129, and the code of arXiv 2
 import numpy as np
 
 from crate_jax.interop.layouts.forms import Linear, Same
-from crate_jax.interop.layouts.layout import Implied, Layout, Shapes
+from crate_jax.interop.layouts.layout import Implied, Layout, Tree
 
 EMBEDDING = {
     "embedding/tokens": ("transformer.wte.weight", Same()),
@@ -31,9 +31,9 @@ def _blocks(second: str) -> dict[str, tuple[str, Same]]:
     }
 
 
-def causal_mask(shapes: Shapes) -> np.ndarray:
+def causal_mask(tree: Tree) -> np.ndarray:
     """Which token may see which, as a file holds it: ones on and below the diagonal."""
-    T = shapes["embedding/positions"][0]
+    T = tree.shapes["embedding/positions"][0]
     return np.tril(np.ones((1, 1, T, T), np.float32))
 
 

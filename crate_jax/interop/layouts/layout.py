@@ -26,17 +26,19 @@ class Tree(NamedTuple):
         patch: rows, columns and channels of a patch, which our projection holds on one axis; None:
             the model has no patches.
         collections: that the model has beside its parameters.
+        grid: patches down and across; None: the model has none.
     """
 
     shapes: Shapes
     patch: tuple[int, int, int] | None
     collections: tuple[str, ...] = ()
+    grid: tuple[int, int] | None = None
 
     @property
     def of_parameters(self) -> "Tree":
         """Without the other collections."""
         own = {k: v for k, v in self.shapes.items() if k.split("/")[0] not in self.collections}
-        return Tree(own, self.patch)
+        return Tree(own, self.patch, grid=self.grid)
 
 
 Table = Mapping[str, tuple[str, Same]]
@@ -82,8 +84,11 @@ class Layout:
             that in the table. A name that is in the table too is a copy where the model has no
             parameter for it.
         constants: names, in which ``{i}`` is the layer, of what each layer has there besides its
-            parameters, and how it follows from the shapes of these.
+            parameters, and how it follows from the model.
+        fillers: of what is left out, entries without which that program takes no file, and what is
+            written there.
         implies: what the names tell of fields of the model that no shape shows.
+        in_file_names: of such fields, the pattern by which the name of a file tells the number.
     """
 
     name: str
@@ -94,10 +99,10 @@ class Layout:
     left_out: str = ""
     head: str = ""
     copies: Mapping[str, str] = dataclasses.field(default_factory=dict)
-    constants: Mapping[str, Callable[[Shapes], np.ndarray]] = dataclasses.field(
-        default_factory=dict
-    )
+    constants: Mapping[str, Callable[[Tree], np.ndarray]] = dataclasses.field(default_factory=dict)
+    fillers: Mapping[str, Callable[[Tree], np.ndarray]] = dataclasses.field(default_factory=dict)
     implies: Mapping[str, Implied] = dataclasses.field(default_factory=dict)
+    in_file_names: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
     @property
     def names(self) -> str:
@@ -135,7 +140,7 @@ class Layout:
                 )
         for name, value in self._constants(tree).items():
             given = found.pop(name, value)
-            if np.shape(given) == value.shape and not np.array_equal(given, value):
+            if np.shape(given) == value.shape and not np.allclose(given, value, rtol=0, atol=1e-6):
                 raise ValueError(f"{name} must be as the model computes it; it is not.")
         return found
 
@@ -147,10 +152,15 @@ class Layout:
     def _constants(self, tree: Tree) -> Arrays:
         depths = {shape[0] for path, shape in tree.shapes.items() if path.startswith("blocks/")}
         return {
-            pattern.format(i=layer): compute(tree.shapes)
+            pattern.format(i=layer): compute(tree)
             for pattern, compute in self.constants.items()
             for layer in range(max(depths))
         }
+
+    def told_by(self, file_name: str) -> dict[str, float]:
+        """Fields of the model that the name of a file tells."""
+        found = {name: re.search(told, file_name) for name, told in self.in_file_names.items()}
+        return {name: float(match[1]) for name, match in found.items() if match}
 
     def in_groups(self, names: Iterable[str], groups: Collection[str]) -> list[str]:
         """Which of the names belong to these top-level groups of our tree."""
@@ -243,6 +253,7 @@ class Layout:
             value = (whole if entry.layer is None else whole[entry.layer]).reshape(entry.ours)
             official[name] = np.array(entry.form.to_official(value), order="C")
         official |= {name: official[of].copy() for name, of in self._copies(tree).items()}
+        official |= {name: fill(tree) for name, fill in self.fillers.items()}
         return official | self._constants(tree)
 
 
@@ -255,6 +266,10 @@ class OwnPaths(Layout):
     ) -> Arrays:
         """The arrays as they are, not copied."""
         return dict(arrays)
+
+    def in_groups(self, names: Iterable[str], groups: Collection[str]) -> list[str]:
+        """By the first part of a path, whether the model has it or not."""
+        return [name for name in names if name.split("/")[0] in groups]
 
 
 def own_paths(shapes: Shapes) -> OwnPaths:

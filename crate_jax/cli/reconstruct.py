@@ -1,0 +1,42 @@
+"""The command `reconstruct`: what an autoencoder makes of images of which it sees a part."""
+
+import argparse
+
+from crate_jax.cli.arguments import Subparsers, add_data, add_model, path
+from crate_jax.cli.runs import add_source, open_trained
+from crate_jax.files import Json, located
+
+TASK, PICTURES = "masked_autoencoding", "reconstruction"
+
+
+def add_reconstruct(subparsers: Subparsers) -> None:
+    """The flags of `reconstruct`."""
+    parser = subparsers.add_parser(
+        "reconstruct", help="a picture of images: original, masked, and as an autoencoder tells it"
+    )
+    add_source(parser)
+    parser.add_argument(
+        "--output", type=path, help="a picture file; default WORKDIR/reconstruction.png, or here"
+    )
+    add_model(parser)
+    add_data(parser)
+    parser.set_defaults(function=reconstruct)
+
+
+def reconstruct(args: argparse.Namespace) -> Json:
+    """The first images of the evaluation split, a row each, and their exact error by `evaluate`."""
+    from crate_jax.analysis.report import draw_rows
+    from crate_jax.training.run import inspect_split
+
+    opened = open_trained(args, "reconstruct", task=TASK)
+    _, images = inspect_split(opened.run, opened.params, opened.extra)
+    pictures, data = images[PICTURES], opened.run.config.data
+    output = args.output or str(located(args.workdir or ".", "--output") / f"{PICTURES}.png")
+    draw_rows(pictures, output)
+    inputs = {"dataset": data.dataset, "split": data.eval_split}
+    return inputs | {
+        "step": opened.step,
+        "fitted": opened.fitted,
+        "images": len(pictures),
+        "output": output,
+    }

@@ -1,0 +1,171 @@
+"""CRATE-MAE, a masked autoencoder: an encoder that compresses, and a decoder that undoes it."""
+
+import functools
+
+import flax.linen as nn
+import jax.numpy as jnp
+from jax import Array
+from jax.nn import initializers as init
+
+from crate_jax.models.block import Part
+from crate_jax.models.classifier import ImageClassifier, pair
+from crate_jax.models.embedding import PatchEmbedding, grid_positions
+from crate_jax.models.fields import MaeFields
+from crate_jax.models.images import check_images, check_masked
+from crate_jax.models.layers import ISTA, MSSA, LayerNorm
+from crate_jax.models.mae_decoder import Decoder, decoder_cost, xavier
+from crate_jax.models.parameters import parameter
+
+
+class CrateMae(MaeFields, ImageClassifier):
+    """CRATE-MAE: the masked autoencoder, and its encoder as an image classifier.
+
+    The encoder's layers are CRATE's. Its patches are embedded by a convolution, at fixed positions.
+    `reconstruct` hides patches behind a learned mask token, which the encoder sees in their place,
+    and gives the pixels of all patches. A call and the methods of every image classifier take whole
+    images, and know the encoder alone.
+    Source: arXiv 2404.02446 and its code. Parameters start as there, in distribution.
+    Differs from official: positions of another image size are computed, and not resized; what the
+        official model holds and never reads (``pos_embed``, ``decoder_embed``) is no parameter.
+
+    Attributes: as `crate_jax.Crate`, and
+        num_classes: 0 of an autoencoder, whose call gives features.
+        decoder_depth: layers of the decoder; 0: there is none, nor a mask token.
+        lmbda: λ of ISTA. Released weights differ in it, and their files' names tell it.
+    """
+
+    OPTIONAL = ImageClassifier.OPTIONAL | {"decoder_depth": ("decoder", "mask_token")}
+
+    def check_fields(self) -> None:
+        """Refuse a width without positions, and a head beside a decoder: nothing trains both."""
+        if self.width % 4:
+            raise ValueError(
+                "model.width must be a multiple of 4, for sines and cosines of rows and columns; "
+                f"got {self.width}. Set model.width."
+            )
+        if self.num_classes and self.decoder_depth:
+            raise ValueError(
+                f"model.decoder_depth must be 0 for a model that classifies; got "
+                f"{self.decoder_depth}. Set model.decoder_depth=0: the encoder alone."
+            )
+
+    @property
+    def attention_part(self) -> Part:
+        """MSSA, of the encoder and of the decoder."""
+        make = functools.partial(
+            MSSA,
+            self.num_heads,
+            self.subspace_dim,
+            self.dtype,
+            self.kernel,
+            kernel_init=xavier(in_axis=0, out_axis=(1, 2)),
+            out_init=xavier(in_axis=(0, 1), out_axis=2),
+            bias_init=init.zeros,
+        )
+        return Part("mssa", make, MSSA.TAPS)
+
+    @property
+    def nonlinearity_part(self) -> Part:
+        """ISTA."""
+        return Part("ista", functools.partial(ISTA, self.eta, self.lmbda, self.dtype))
+
+    @nn.nowrap
+    def positions(self, N: int, d: int) -> Array:
+        """What is added to the class token and the patches, (N, d)."""
+        del N
+        return grid_positions(self.grid, d)
+
+    def embed(self, train: bool) -> nn.Module:
+        """A convolution of stride h, w, at fixed positions."""
+        del train
+        return PatchEmbedding(
+            pair(self.patch_size),
+            self.width,
+            self.dtype,
+            norms=False,
+            cls_init=init.normal(0.02),
+            kernel_init=xavier(),
+            positions=self.positions,
+            name="embedding",
+        )
+
+    def make_head_norm(self) -> nn.Module:
+        """The LayerNorm behind the encoder."""
+        return LayerNorm(jnp.float32, self.backward, 1e-6, name="head_norm")
+
+    def pooled(self, Z_BxNxd: Array) -> Array:
+        """The class token or the mean of all tokens, normalised."""
+        norm = self.make_head_norm()
+        if self.decoder_depth and self.is_initializing():  # the parameters of `reconstruct`, too
+            self._mask_token()
+            self._decoder(train=False)(norm(Z_BxNxd))
+        return norm(Z_BxNxd[:, 0] if self.pool == "cls" else Z_BxNxd.mean(axis=1))
+
+    def reconstruct(self, images_BxHxWxc: Array, masked_BxP: Array, *, train: bool) -> Array:
+        """The pixels of all patches, from images of which some are hidden.
+
+        Args:
+            images_BxHxWxc: as for a call.
+            masked_BxP: True where a patch is hidden, row by row.
+            train: whether dropout acts; it needs a "dropout" key.
+
+        Returns:
+            Patches (B, P, h · w · c), float32, of what the model was trained to give, pixel by
+            pixel as of `crate_jax.models.embedding.patchify`.
+
+        Raises:
+            ValueError: a field, the images or the mask break a rule, or there is no decoder.
+        """
+        if not self.decoder_depth:
+            raise ValueError(
+                "model.decoder_depth must be at least 1 to reconstruct; got 0, the encoder alone. "
+                "Set model.decoder_depth."
+            )
+
+        def compute() -> Array:
+            check_images(images_BxHxWxc, self.input_shape)
+            check_masked(masked_BxP, (len(images_BxHxWxc), self.num_patches))
+            hidden = (masked_BxP, self._mask_token())
+            Z_BxNxd = self.embed(train)(images_BxHxWxc, hidden)
+            Z_BxNxd, _ = self.run_blocks(Z_BxNxd, train=train)
+            return self._decoder(train)(self.make_head_norm()(Z_BxNxd))
+
+        return self.with_layers(compute)
+
+    @nn.nowrap
+    def _mask_token(self) -> Array:
+        return parameter(self, "mask_token", init.normal(0.02), (self.width,))
+
+    @property
+    def _pixels(self) -> int:
+        h, w = pair(self.patch_size)
+        return h * w * self.in_channels
+
+    @nn.nowrap
+    def _decoder(self, train: bool) -> Decoder:
+        return Decoder(
+            self.decoder_depth,
+            self._pixels,
+            self.attention_part,
+            self.dtype,
+            self.remat,
+            self.layers_at_once,
+            dict(backward=self.backward, epsilon=self.EPSILON, dropout=self.dropout, train=train),
+            name="decoder",
+        )
+
+    @property
+    def head_products(self) -> int:
+        """Multiply-adds of the decoder and of the linear maps to pixels or logits."""
+        pixels = self.num_patches * self.width * self._pixels * bool(self.decoder_depth)
+        return super().head_products + self.decoder_depth * decoder_cost(self).products + pixels
+
+    @property
+    def head_again(self) -> int:
+        """Those of the decoder's layers."""
+        return self.decoder_depth * decoder_cost(self).again[self.remat]
+
+    @property
+    def kept_outside(self) -> int:
+        """What the decoder's layers keep."""
+        return self.decoder_depth * decoder_cost(self).kept[self.remat]

@@ -1,0 +1,108 @@
+"""`reconstruct` and `evaluate` of a run and of weights that reconstruct, and what they refuse."""
+
+import json
+
+import cv2
+import numpy as np
+import pytest
+
+from crate_jax import load_weights, save_weights
+from crate_jax.checkpoint.reading import read_trained
+from crate_jax.cli.main import main
+from crate_jax.config import DataConfig, ModelConfig, OptimConfig, TrainConfig
+from crate_jax.models.zoo import build_model
+from crate_jax.training.loop import train
+
+FIELDS = dict(image_size=(16, 16), patch_size=(8, 8), in_channels=1, width=16, depth=1, num_heads=2)
+NAME, SPLIT = "crate_mae_tiny_patch16_224", "test[:10]"
+
+
+def config(task, **fields):
+    return TrainConfig(
+        task=task,
+        batch_size=48,
+        eval_batch_size=16,
+        total_steps=1,
+        model=ModelConfig(name=NAME, **FIELDS, **fields),
+        data=DataConfig(
+            eval_split=SPLIT, train_transforms="resize(16)", eval_transforms="resize(16)"
+        ),
+        optim=OptimConfig(lr=1e-3),
+    )
+
+
+@pytest.fixture(scope="module")
+def workdir(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("mae")
+    train(config("masked_autoencoding", decoder_depth=1), folder)
+    return folder
+
+
+@pytest.fixture
+def call(capsys):
+    """Status, the JSON of a command (None after a mistake), and its lines on stderr."""
+
+    def call(*arguments):
+        capsys.readouterr()
+        try:
+            status = main([str(argument) for argument in arguments])
+        except SystemExit as end:
+            status = end.code
+        out, err = capsys.readouterr()
+        return status, json.loads(out.splitlines()[-1]) if out else None, err
+
+    return call
+
+
+def test_a_run(workdir, call, tmp_path):
+    status, found, _ = call("reconstruct", "--workdir", workdir)
+    assert status == 0 and found["output"] == str(workdir / "reconstruction.png")
+    assert (found["step"], found["images"], found["split"]) == (1, 8, SPLIT)
+    shown = cv2.imread(found["output"], cv2.IMREAD_GRAYSCALE)
+    assert shown.shape == (8 * 128, 3 * 128)  # enlarged eight times
+    original, masked, told = np.split(shown[::8, ::8].astype(int), 3, axis=1)
+    differs = (masked != original).reshape(16, 8, 2, 8).any(axis=(1, 3))  # of each patch
+    hidden = differs.repeat(8, axis=0).repeat(8, axis=1)
+    assert differs.mean() == 0.75 and set(masked[hidden]) == {128}
+    assert (told[~hidden] == original[~hidden]).all() and (told != original)[hidden].any()
+    output = tmp_path / "shown.jpg"
+    assert call("reconstruct", "--workdir", workdir, "--output", output)[0] == 0
+    assert cv2.imread(str(output)).shape == (8 * 128, 3 * 128, 3)
+
+
+def test_evaluate_says_what_the_error_is(workdir, call):
+    status, found, _ = call("evaluate", "--workdir", workdir)
+    assert status == 0 and found["examples"] == 10 and found["fitted"] == []
+    assert found["loss"] > 0.5 and 0.5 < found["loss_of_means"] < 1
+
+
+def test_weights(workdir, call, tmp_path):
+    model = build_model(config("masked_autoencoding", decoder_depth=1).model)
+    save_weights(tmp_path / "mae.npz", load_weights(workdir, model), model)
+    fields = [f"{name}={value}".replace(" ", "") for name, value in FIELDS.items()]
+    given = ["--model", NAME, "--dataset", "digits", "--split", SPLIT, "--transforms", "resize(16)"]
+    given += ["--model-kwargs", *fields, "decoder_depth=1"]
+    output = tmp_path / "w.png"
+    weights = ["--weights", tmp_path / "mae.npz"]
+    status, found, err = call("reconstruct", *weights, "--output", output, *given)
+    assert status == 0, err
+    assert found["step"] is None and found["images"] == 8
+    assert call("reconstruct", "--workdir", workdir, "--output", tmp_path / "r.png")[0] == 0
+    assert output.read_bytes() == (tmp_path / "r.png").read_bytes()
+    assert "decoder" in read_trained(workdir, "latest")[0]
+
+
+def test_what_it_refuses(workdir, call, tmp_path):
+    train(config("classify", decoder_depth=0), tmp_path)
+    for arguments, message in (
+        (["--workdir", tmp_path], "a run of the task masked_autoencoding; "),
+        ([], "reconstruct must get one of --workdir and --weights"),
+        (["--weights", "w.npz"], "reconstruct --weights must get --model and --dataset too"),
+        (["--workdir", workdir, "--output", tmp_path / "x.txt"], "a known format; got "),
+    ):
+        status, found, err = call("reconstruct", *arguments)
+        assert status == 2 and found is None
+        assert message in err and err.startswith("error: ") and err.count("\n") == 1
+    weights = ["--weights", workdir, "--model", "crate_tiny_patch16_224", "--dataset", "digits"]
+    status, _, err = call("reconstruct", *weights)
+    assert status == 2 and "model must be an autoencoder with a decoder" in err
