@@ -64,24 +64,29 @@ def start(model: ImageClassifier) -> TrainState:
     return jax.jit(lambda key: init_state(Classify(model), TX, key))(jax.random.key(0))
 
 
+def variables_of(state: TrainState) -> dict[str, Any]:
+    """Its parameters, and running statistics where the model has them."""
+    return {"params": state.params, **dict(state.extra)}
+
+
 def ours(
     model: ImageClassifier, state: TrainState, batch: dict[str, np.ndarray]
 ) -> dict[str, Contender]:
     """Mode (forward, train) to contender; the batch is put on the device."""
-    apply = Program(lambda params, images: model.apply({"params": params}, images, train=False))
+    apply = Program(lambda variables, images: model.apply(variables, images, train=False))
     step = Program(
         make_train_step(Classify(model, label_smoothing=SMOOTHING), TX), donate_argnums=0
     )
     on_device = jax.tree.map(jnp.asarray, batch)
-    key, params = jax.random.key(1), state.params
-    held = jax.tree.map(jnp.copy, state)  # donated at each step; params stay for the forward pass
+    key, variables = jax.random.key(1), variables_of(state)
+    held = jax.tree.map(jnp.copy, state)  # donated at each step; the forward pass has its own
 
     def train():
         nonlocal held
         held, metrics = step(held, on_device, key)
         return metrics["loss"]
 
-    forward = Contender(lambda: apply(params, on_device["image"]), apply.memory)
+    forward = Contender(lambda: apply(variables, on_device["image"]), apply.memory)
     return {"forward": forward, "train": Contender(train, step.memory)}
 
 

@@ -45,7 +45,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import torch
-from contenders import Contender, ours, random_batch, start
+from contenders import Contender, ours, random_batch, start, variables_of
 from frame import Result, command_line, parse_models, publish, table
 from timing import copy_bytes_per_s, finish, large_product, quotients, race, spread
 from torch_contenders import theirs
@@ -109,7 +109,7 @@ def measure(name: str, batch_size: int, args: argparse.Namespace, omitted: dict)
     product, product_flops = large_product(args.dtype)
     device = "cuda" if jax.default_backend() == "gpu" else "cpu"
     state, batch = start(model), random_batch(model, batch_size)
-    ways = {"ours": ours(model, state, batch)} | theirs(model, state.params, batch, device)
+    ways = {"ours": ours(model, state, batch)} | theirs(model, variables_of(state), batch, device)
     numbers = {}
     for mode in MODES:
         at, contenders = f"{name}/{mode}", {who: of[mode] for who, of in ways.items()}

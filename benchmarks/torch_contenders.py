@@ -16,10 +16,10 @@ from crate_jax.parity.torch_reference import from_flax_model
 
 
 def theirs(
-    model: ImageClassifier, params: Any, batch: dict[str, np.ndarray], device: str
+    model: ImageClassifier, variables: Any, batch: dict[str, np.ndarray], device: str
 ) -> dict[str, dict[str, Contender]]:
     """Name (eager, compile) to mode (forward, train) to contender."""
-    weights = {k: torch.from_numpy(v) for k, v in to_state_dict(params, model).items()}
+    weights = {k: torch.from_numpy(v) for k, v in to_state_dict(variables, model).items()}
 
     def make_model() -> torch.nn.Module:
         reference = from_flax_model(model)
