@@ -28,19 +28,9 @@ CONTENDERS: dict[str, tuple[str, tuple[str, ...]]] = {
     "crate": ("crate", ()),
     "alpha": ("alpha", ()),
     "vit": ("vit", ()),
-    "hyper_set": ("hyper_set", ()),
     "tost": ("tost", ()),
     "cbsa": ("cbsa", ()),
     "aot": ("aot", ()),
-    "cbsa's frame, TSSA": ("cbsa", ("--config.model.attention=tssa",)),
-    "cbsa's frame, MSSA": ("cbsa", ("--config.model.attention=mssa",)),
-    "crate, TSSA for MSSA": ("crate", ("--config.model.attention=tssa",)),
-    "crate, CBSA for MSSA": (
-        "crate",
-        ("--config.model.attention=cbsa", "--config.model.representatives=2"),
-    ),
-    "crate, MHSA for MSSA": ("crate", ("--config.model.attention=mhsa",)),
-    "crate, MLP for ISTA": ("crate", ("--config.model.nonlinearity=mlp",)),
     "crate, minus sign": ("crate", ("--config.model.attention_sign=minus",)),
     "crate, tied output": ("crate", ("--config.model.tied_output=True",)),
     "crate, soft threshold": ("crate", ("--config.model.threshold=soft",)),
@@ -50,6 +40,16 @@ CONTENDERS: dict[str, tuple[str, tuple[str, ...]]] = {
     "crate, U and D orthonormal": ("crate", ("--config.optim.orthonormal=U,D",)),
     "crate, penalty on skew U and D": ("crate", ("--config.penalty.orthogonality=0.001",)),
     "crate, penalty on SRR": ("crate", ("--config.penalty.srr=0.01",)),
+    "hyper_set": ("hyper_set", ()),
+    "cbsa's frame, TSSA": ("cbsa", ("--config.model.attention=tssa",)),
+    "cbsa's frame, MSSA": ("cbsa", ("--config.model.attention=mssa",)),
+    "crate, TSSA for MSSA": ("crate", ("--config.model.attention=tssa",)),
+    "crate, CBSA for MSSA": (
+        "crate",
+        ("--config.model.attention=cbsa", "--config.model.representatives=2"),
+    ),
+    "crate, MHSA for MSSA": ("crate", ("--config.model.attention=mhsa",)),
+    "crate, MLP for ISTA": ("crate", ("--config.model.nonlinearity=mlp",)),
 }
 FIRST = next(iter(CONTENDERS))
 TEST = 297  # digits that nothing trains on and no rate is chosen by
@@ -170,7 +170,8 @@ def report(result: Result) -> list[str]:
     heads = ["model", "learning rate", "ms a step", "steps", "top-1, equal steps"]
     heads += ["steps", "top-1, equal seconds"]
     paces = result["seconds_a_step"]
-    rows = (line(name, of, paces[name]) for name, of in result["contenders"].items())
+    found = result["contenders"]
+    rows = (line(name, found[name], paces[name]) for name in CONTENDERS if name in found)
     seconds = paces[FIRST] * result["epochs"] * STEPS_AN_EPOCH
     return [
         *table(" | ".join(heads), rows),

@@ -1,5 +1,7 @@
 """Write docs/zoo.md: every named model, what it costs, what its authors got, where its weights are.
 
+And what each family has in each command, which `family_commands.py` states.
+
     python benchmarks/zoo_page.py
 
 Parameters and multiply-adds are computed here. Published results and weights are those of
@@ -27,6 +29,20 @@ WEIGHTS = """## Released weights
 What the authors released, with its licence as they state it. `load_weights` reads each of these
 files once it lies on your disk. A digest is given by its first digits.
 """
+MATRIX = """## Commands
+
+What each family has. Where a cell says why not, the command ends with one line that says so.
+`tests/cli/test_family_commands.py` runs the command of every cell.
+
+`taps` and `layerwise` are functions of `crate_jax.analysis`. `layerwise` gives R, the coding rate
+of the tokens, for every family. Rᶜ needs the subspaces of MSSA, TSSA or CBSA. The share of zeros
+needs ISTA, or the code of a wide dictionary. `convert` takes any family from one kind of file to
+another. The official names are those that `--layout` takes.
+"""
+LIBRARY = """DEPICT's decoder, the white-box diffusion transformer and ReduNet have no name in
+`list_models()`, so no command takes them. They are modules of the library: see
+[docs/one_block.md](one_block.md). The diffusion transformer has taps, and ReduNet returns the rates
+of every layer."""
 
 
 def models(names: list[str]) -> list[str]:
@@ -68,6 +84,20 @@ def groups() -> list[str]:
     return lines
 
 
+def commands() -> list[str]:
+    """The matrix of families and commands, and why a cell is empty."""
+    from family_commands import COMMANDS, FAMILIES, REFUSALS
+
+    rows = [
+        " | ".join([family, *(row.cells[command] for command in COMMANDS)])
+        for family, row in FAMILIES.items()
+    ]
+    reasons = [f"- {cell}: {refusal.why}" for cell, refusal in REFUSALS.items()]
+    heads = " | ".join(["family", *COMMANDS])
+    matrix = table(heads, rows, words=len(COMMANDS) + 1)
+    return [MATRIX, *matrix, "", *reasons, "", LIBRARY, ""]
+
+
 def weights() -> list[str]:
     """The released files."""
     from crate_jax.models.sources import RELEASED
@@ -97,7 +127,7 @@ def digits() -> list[str]:
 
 def page() -> str:
     """The whole page."""
-    return "\n".join([HEAD, *digits(), *groups(), *weights()]).rstrip() + "\n"
+    return "\n".join([HEAD, *digits(), *groups(), *commands(), *weights()]).rstrip() + "\n"
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ from crate_jax.models.crate_bert import CrateBert
 from crate_jax.models.crate_causal import CrateCausal, CrateLM
 from crate_jax.models.crate_mae import CrateMae
 from crate_jax.models.generation import generate
+from crate_jax.models.hyper_set import HyperSet
 from crate_jax.models.steering import Steer, steering
 from crate_jax.models.tost import ToST
 from crate_jax.models.tost_lm import TostLM
@@ -23,6 +24,7 @@ __all__ = [
     "CrateCausal",
     "CrateLM",
     "CrateMae",
+    "HyperSet",
     "Steer",
     "ToST",
     "TostLM",

@@ -5,6 +5,7 @@ import re
 import pytest
 from command import ROOT
 
+from crate_jax.cli.main import main
 from crate_jax.config import ModelConfig
 from crate_jax.models.fields import FAMILIES
 from crate_jax.models.variants import VARIANTS
@@ -26,7 +27,7 @@ def registered(tmp_path, monkeypatch):
         table.pop("mean_crate_tiny", None)
 
 
-def test_the_model_of_the_page_is_one_of_thirty_lines(registered):
+def test_the_model_of_the_page_is_one_of_thirty_lines(registered, capsys):
     lines = [line for line in BLOCKS[0].splitlines() if line.strip()]
     assert len(lines) <= 30
     update = registered["seen"]["towards_mean"]
@@ -35,6 +36,9 @@ def test_the_model_of_the_page_is_one_of_thirty_lines(registered):
     assert build_model(section).share == 0.125
     with pytest.raises(ValueError, match=r"model\.share must be > 0; got 0\."):
         build_model(ModelConfig(name="mean_crate_tiny", share=0.0))
+    assert main(["summary", "mean_crate_tiny"]) == 2  # it has no row in operator_cost.py
+    message = "error: towards_mean must have a formula of what it costs; it has none. Add it to"
+    assert capsys.readouterr().err.startswith(message)
 
 
 def test_the_tables_are_as_they_were():

@@ -49,16 +49,20 @@ def test_released_bytes_fit_the_model():
 def test_the_contest_says_who_wins_and_who_is_too_close():
     result = {
         "seeds": 3,
-        "seconds": 30.0,
+        "rounds": 7,
+        "epochs": 4,
+        "seconds_a_step": {"crate": 0.02, "alpha": 0.05, "vit": 0.04},
         "contenders": {
-            "far": contender(0.5, 0.5, 0.5),
-            "near": contender(0.94, 0.95, 0.96),
-            "best": contender(0.95, 0.96, 0.97),
+            "vit": contender(0.94, 0.95, 0.96),
+            "alpha": contender(0.5, 0.5, 0.5),
+            "crate": contender(0.95, 0.96, 0.97),
         },
     }
     lines = zoo.report(result)
-    assert "| best | 0.002 | 20 | 60 | 96.0 ± 1.0 | 60 | 96.0 ± 1.0 |" in lines
-    assert "At equal steps: best wins, 96.0 %; too close to tell apart: near." in lines
+    assert "| crate | 0.002 | 20.0 | 60 | 96.0 ± 1.0 | 60 | 96.0 ± 1.0 |" in lines
+    assert "At equal steps: crate wins, 96.0 %; too close to tell apart: vit." in lines
+    start = "At equal seconds (1.2 s of training steps, as many as crate takes): crate wins"
+    assert lines[-1].startswith(start)
     assert {form for form, _ in zoo.CONTENDERS.values()} == set(forms())
 
 

@@ -31,17 +31,22 @@ def path(text: str) -> str:
         raise argparse.ArgumentTypeError(str(error)) from error
 
 
-def add_model(parser: argparse.ArgumentParser) -> None:
-    """Which model, and how the weights are made to fit it."""
-    parser.add_argument("--model", help="one of crate_jax.list_models()")
+def add_model_kwargs(parser: argparse.ArgumentParser) -> None:
+    """How a model differs from the named one."""
     parser.add_argument(
         "--model-kwargs",
         "--model_kwargs",
         nargs="+",
         default=[],
         metavar="FIELD=VALUE",
-        help="fields that differ from --model, such as num_classes=10 image_size=32,32",
+        help="fields that differ from the named model, such as num_classes=10 image_size=32,32",
     )
+
+
+def add_model(parser: argparse.ArgumentParser) -> None:
+    """Which model, and how the weights are made to fit it."""
+    parser.add_argument("--model", help="one of crate_jax.list_models()")
+    add_model_kwargs(parser)
     parser.add_argument(
         "--fit",
         nargs="+",

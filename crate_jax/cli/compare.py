@@ -1,4 +1,4 @@
-"""`compare`: ours against PyTorch on the same weights and images."""
+"""`compare`: ours against PyTorch on the same weights and inputs."""
 
 import argparse
 import contextlib
@@ -30,8 +30,9 @@ if TYPE_CHECKING:  # imported where they are used
 
     from crate_jax.data.images.labelled import LabelledImages
     from crate_jax.models.classifier import ImageClassifier
-    from crate_jax.models.parameters import Params
+    from crate_jax.models.parameters import Params, Variables
     from crate_jax.parity.difference import Comparison
+    from crate_jax.tasks.task import Batch, Task
 
 
 def add_compare(subparsers: Subparsers) -> None:
@@ -72,7 +73,7 @@ def add_compare(subparsers: Subparsers) -> None:
 
 
 def compare(args: argparse.Namespace) -> Json:
-    """Ours against PyTorch on the same weights and images: a table, perhaps a page, a verdict."""
+    """Ours against PyTorch on the same weights and inputs: a table, perhaps a page, a verdict."""
     from crate_jax.files import written_aside
 
     _check_compare(args)
@@ -107,33 +108,42 @@ def _compare(args: argparse.Namespace) -> "tuple[Comparison, Json]":
     import jax
     import jax.numpy as jnp
 
+    from crate_jax.cli import texts
     from crate_jax.interop import load_fitted
     from crate_jax.models.classifier import of_images
+    from crate_jax.models.language import LanguageModel
     from crate_jax.parity.compare import SMOOTHING
     from crate_jax.parity.compare import compare as compare_both
-    from crate_jax.tasks.losses import cross_entropy
+    from crate_jax.parity.runs import without_chance
+    from crate_jax.tasks.losses import cross_entropy, token_cross_entropy
 
     fits = functools.partial(load_fitted, fit=args.fit, method=resize_method(args))
     loaded = fits(args.weights, named_model(args))
-    params, model, fitted, classes, _ = loaded
-    model = of_images(model)
-    if not model.num_classes:
+    params, model, fitted, classes, extra = loaded
+    variables = {"params": params, **extra}
+    if getattr(model, "num_classes", None) == 0:
         raise ValueError(
             "model.num_classes must be at least 1 for its PyTorch twin; got 0, features. Set it by "
             "--model and --model-kwargs."
         )
-    reference = params
+    reference = variables
     if args.reference:
-        reference = fits(args.reference, model).params
-    images, labels, inputs = _inputs(args, model, classes)
-    model = model.clone(dtype=jnp.dtype(args.dtype))
+        theirs = fits(args.reference, model)
+        reference = {"params": theirs.params, **theirs.extra}
+    if isinstance(model, LanguageModel):
+        images, labels, inputs = texts.random_texts(args, model)
+        loss, steps = token_cross_entropy, texts.train_steps
+    else:
+        images, labels, inputs = _inputs(args, of_images(model), classes)
+        loss, steps = functools.partial(cross_entropy, label_smoothing=SMOOTHING), train_steps
+    model = without_chance(model).clone(dtype=jnp.dtype(args.dtype))
     found = compare_both(
         model,
-        params,
+        variables,
         images,
         labels,
-        loss=functools.partial(cross_entropy, label_smoothing=SMOOTHING),
-        train=functools.partial(train_steps, model),
+        loss=loss,
+        train=functools.partial(steps, model),
         train_steps=args.train_steps,
         rate_scale=args.rate_scale,
         float64=args.float64,
@@ -155,13 +165,13 @@ def _compare(args: argparse.Namespace) -> "tuple[Comparison, Json]":
 def _result(found: "Comparison") -> Json:
     """What was found, as JSON values."""
     return {
-        "images": found.images,
+        found.examples: found.images,
         "relative": {row.name: float(f"{row.relative:.3g}") for row in found.rows},
         "losses": found.losses,
-        "gradient_images": found.gradient_images,
+        f"gradient_{found.examples}": found.gradient_images,
         "training": found.training,
         "top1_agreement": found.top1_agreement,
-        "images_per_s": {k: round(v, 1) for k, v in found.images_per_s.items()},
+        f"{found.examples}_per_s": {k: round(v, 1) for k, v in found.images_per_s.items()},
         "first_difference": found.first_difference,
         "within_tolerance": found.first_difference is None,
     }
@@ -174,25 +184,47 @@ def train_steps(
     labels: "Array",
     optim: OptimConfig,
     steps: int,
-) -> "tuple[list[float], Params]":
-    """Full-batch steps of our training step at a constant rate: losses, and the parameters."""
+) -> "tuple[list[float], Variables]":
+    """`full_batch_steps` of a classifier of images."""
+    from crate_jax.tasks.classify import Classify
+
+    task = Classify(model, label_smoothing=optim.label_smoothing)
+    return full_batch_steps(task, params, {"image": images, "label": labels}, optim, steps)
+
+
+def full_batch_steps(
+    task: "Task", params: "Params", batch: "Batch", optim: OptimConfig, steps: int
+) -> "tuple[list[float], Variables]":
+    """Our training step on one batch at a constant rate, again and again.
+
+    Args:
+        task: its loss, and the model's running statistics.
+        params: to start from; of a model with running statistics its variables.
+        batch: of every step.
+        optim: whose rate stays as it is.
+        steps: how many.
+
+    Returns:
+        The losses before each step, and the variables after the last.
+    """
     import jax
     import optax
 
-    from crate_jax.tasks.classify import Classify
+    from crate_jax.models.parameters import variables_of
     from crate_jax.training.optimizer import make_optimizer
     from crate_jax.training.state import TrainState
     from crate_jax.training.step import make_train_step
 
     tx = make_optimizer(optim, optax.constant_schedule(optim.lr))
-    task = Classify(model, label_smoothing=optim.label_smoothing)
     step = jax.jit(make_train_step(task, tx))
-    state = TrainState(jax.numpy.zeros((), "int32"), params, tx.init(params))
+    extra = dict(variables_of(params))
+    params = extra.pop("params")
+    state = TrainState(jax.numpy.zeros((), "int32"), params, tx.init(params), extra=extra or ())
     losses = []
     for _ in range(steps):
-        state, metrics = step(state, {"image": images, "label": labels}, jax.random.key(0))
+        state, metrics = step(state, batch, jax.random.key(0))
         losses.append(float(metrics["loss"]))
-    return losses, state.params
+    return losses, {"params": state.params, **dict(state.extra)}
 
 
 def _inputs(

@@ -3,7 +3,15 @@
 import argparse
 import sys
 
-from crate_jax.cli.arguments import Subparsers, add_model, named_model, path, resize_method
+from crate_jax.cli.arguments import (
+    Subparsers,
+    add_model,
+    add_model_kwargs,
+    model_kwargs,
+    named_model,
+    path,
+    resize_method,
+)
 from crate_jax.cli.flags import parse_config
 from crate_jax.files import Json
 from crate_jax.streams import tolerant
@@ -30,9 +38,10 @@ def add_convert(subparsers: Subparsers) -> None:
     )
     parser.add_argument(
         "--layout",
-        help="whose names to write: official for CRATE, causal CRATE and CRATE-LM; torch, jax or "
-        "clipa for CRATE-α; timm or crate_baseline for ViT; transformers for CRATE-BERT; default: "
-        "our own paths, and in PyTorch files the first that fits",
+        help="whose names to write: official for most families; frame_cbsa, frame_tssa or "
+        "frame_mssa for CBSA's frame; torch, jax or clipa for CRATE-α; timm or crate_baseline for "
+        "ViT; transformers for CRATE-BERT; default: our own paths, and in PyTorch files the first "
+        "that fits",
     )
     add_model(parser)
     parser.set_defaults(function=convert)
@@ -68,6 +77,7 @@ def add_summary(subparsers: Subparsers) -> None:
     parser.add_argument("--num_classes", type=int, help="of a model of images")
     parser.add_argument("--context_length", type=int, help="of a model of text, in tokens")
     parser.add_argument("--vocab_size", type=int, help="of a model of text")
+    add_model_kwargs(parser)
     parser.set_defaults(function=summary)
 
 
@@ -81,7 +91,7 @@ def summary(args: argparse.Namespace) -> Json:
     fields = ("image_size", "num_classes", "context_length", "vocab_size")
     stated = {name: getattr(args, name) for name in fields}
     overrides = {name: value for name, value in stated.items() if value is not None}
-    model = create_model(args.model, **overrides)
+    model = create_model(args.model, **model_kwargs(args) | overrides)
     takes, example = {}, "example"
     if isinstance(model, ImageClassifier):
         takes, example = {"image_size": list(model.input_shape[:2])}, "image"

@@ -8,6 +8,7 @@ from collections.abc import Collection, Mapping
 import numpy as np
 
 from crate_jax.interop.faults import faults
+from crate_jax.interop.fit import FITS
 from crate_jax.interop.layouts import LAYOUTS
 from crate_jax.interop.layouts.layout import Layout, own_paths
 from crate_jax.interop.tree import flatten, nest, tree_of
@@ -37,7 +38,7 @@ def find_layout(model: BlockModel, name: str | None = None, *, torch: bool = Fal
     known = [x for x in layouts_of(model) if x.in_torch or not torch]
     for layout in known:
         if name == layout.name:
-            check_implied(layout, model, "Choose another layout.")
+            check_implied(layout, model, "Choose another layout, or none.")
         if name == layout.name or (name is None and _agree(layout, model)):
             return layout
     if known and name is None:
@@ -62,7 +63,7 @@ def check_implied(
     Args:
         layout: of the weights.
         model: that they are for.
-        remedy: the end of the error, with ``{field}`` in it.
+        remedy: the end of the error, with ``{field}`` in it, and perhaps ``{or_fit}``.
         fit: fields that may differ.
 
     Returns:
@@ -77,9 +78,10 @@ def check_implied(
         if ours in values:
             continue
         if field not in fit:
+            or_fit = f", or ask to fit: {field}" if field in FITS else ""
             raise ValueError(
                 f"model.{field} must be {theirs} for weights with {sign}; got {ours}. "
-                + remedy.format(field=field)
+                + remedy.format(field=field, or_fit=or_fit)
             )
         report.append(f"{field}: {ours}, where weights with {sign} have {theirs}")
     return report

@@ -193,7 +193,7 @@ def load_fitted(
     source = source_model(sizes(tree_shapes), declared, model, fit)
     check_told(told, source, path)
     tree = tree_of(source)
-    remedy = "Set model.{field}, or ask to fit: {field}."
+    remedy = "Set model.{field}{or_fit}."
     report += check_implied(layout, source, remedy, fit)
     free = {field for field, groups in optional(model).items() if skip.issuperset(groups)}
     _check_fit(path, contents, layout, source, skip, free)

@@ -5,6 +5,7 @@ it back. That costs N m p a subspace for m representatives where MSSA costs N² 
 those of `crate_jax.models.layers`, and R are the representatives, m of them.
 """
 
+import dataclasses
 import math
 from collections.abc import Callable, Collection
 from typing import ClassVar
@@ -15,13 +16,13 @@ import jax.numpy as jnp
 from jax import Array
 from jax.ad_checkpoint import checkpoint_name as keep
 from jax.nn import initializers as init
-from jax.typing import DTypeLike
 
 from crate_jax import placement
 from crate_jax.models.attention import keep_merged
 from crate_jax.models.derivatives import attend, wide
-from crate_jax.models.layers import Attended, times
-from crate_jax.models.parameters import parameter, read_bases, read_output
+from crate_jax.models.layers import Attended
+from crate_jax.models.parameters import SubspaceMaps, parameter, read_bases, read_output
+from crate_jax.models.subspaces import into_subspaces, out_of_subspaces
 
 Pool = Callable[[Array], Array]
 
@@ -119,20 +120,17 @@ def cbsa(
         The update (B, N, d); seen are ``subspace_tokens`` (B, N, K, p) and ``contraction``
         (B, K, m, N), whose rows sum to one. All of the tokens' dtype, which the weights share.
     """
-    V_BxNxKxp = keep_merged(times(Y_BxNxd, U_dxKxp), "subspace_tokens")
+    V_BxNxKxp = into_subspaces(Y_BxNxd, U_dxKxp)
     O_BxNxKxp, A_BxKxmxN = contract_and_broadcast(V_BxNxKxp, pool(V_BxNxKxp), step_r_K, step_x_K)
-    update_BxNxd = times(O_BxNxKxp, W_out_Kxpxd, axes=2)
-    if b_out_d is not None:
-        update_BxNxd += b_out_d[None, None]
+    update_BxNxd = out_of_subspaces(O_BxNxKxp, W_out_Kxpxd, b_out_d)
     return Attended(update_BxNxd, {"subspace_tokens": V_BxNxKxp, "contraction": A_BxKxmxN})
 
 
-class CBSA(nn.Module):
+class CBSA(SubspaceMaps, nn.Module):
     """`cbsa` with its parameters U (d, K, p), step_r and step_x (K,), W_out (K, p, d), b_out (d,).
 
     Its representatives are means over the cells of the grid of tokens; see `average_pool`. The
-    steps start as N(0, 1), the others as PyTorch's nn.Linear does, unless told otherwise.
-    Parameters are float32, the computation is `dtype`.
+    steps start as N(0, 1).
     Differs from the paper, as the official code does: the grid is filled with the tokens from the
         first one on. So a class token takes the first place, each patch takes the place of the
         patch after it, and the last patch is in no cell.
@@ -144,15 +142,8 @@ class CBSA(nn.Module):
 
     TAPS: ClassVar[tuple[str, ...]] = ("subspace_tokens", "contraction")
 
-    num_heads: int
-    head_dim: int
-    grid: tuple[int, int]
-    cells: tuple[int, int]
-    dtype: DTypeLike = jnp.float32
-    bias: bool = True
-    kernel_init: Callable[..., Array] | None = None  # None: nn.Linear's
-    out_init: Callable[..., Array] | None = None  # of W_out; None: kernel_init
-    bias_init: Callable[..., Array] | None = None  # None: nn.Linear's
+    grid: tuple[int, int] = dataclasses.field(kw_only=True)
+    cells: tuple[int, int] = dataclasses.field(kw_only=True)
 
     @nn.compact
     def __call__(

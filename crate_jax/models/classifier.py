@@ -178,7 +178,8 @@ class ImageClassifier(ImageFields, BlockModel):
             train: likewise.
 
         Returns:
-            Tokens (B, N, d) in the model's dtype, the class token first.
+            Tokens (B, N, d) in the model's dtype, the class token first. A ToST has patches alone:
+            its class token joins after the layers, in `forward_head`.
 
         Raises:
             ValueError: a field or the images break a rule.

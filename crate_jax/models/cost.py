@@ -27,6 +27,11 @@ def _layer(model: BlockModel) -> Cost:
     norms = fields.get("norm") != "none"
     scaled = fields.get("layer_scale") is not None or bool(fields.get("modulation"))
     halves = 1 + (model.nonlinearity_part is not None)
+    if unknown := [part.name for part in parts if part.name not in COSTS]:
+        raise ValueError(
+            f"{unknown[0]} must have a formula of what it costs; it has none. Add it to COSTS in "
+            "crate_jax/models/operator_cost.py."
+        )
     found = [COSTS[part.name](model) for part in parts]
     # What comes after a half needs its last product, and the gradients of the factors need both.
     for i, cost in enumerate(found if scaled else found[:-1]):

@@ -91,7 +91,7 @@ class CrateBert(BertFields, LanguageModel):
         told by its token, and there it is told apart; padding sees itself, so that a text of
         nothing else has finite numbers.
 
-    Attributes: as `crate_jax.CrateCausal`, and
+    Attributes: as `crate_jax.CrateCausal`, but for nonlinearity, and
         context_length: the most tokens of a text; the table of positions has as many rows and those
             that no token has, pad_token + 1.
         pad_token: what fills a text up.

@@ -35,7 +35,9 @@ class CrateCausal(CausalFields, LanguageModel):
     MSSA(LN(Z^l)), Z^{l+1} = ISTA(LN(Z^{l+1/2})). The logits are the products of the last layer's
     tokens, which are sparse and not negative, with the table of token embeddings. There is no last
     LayerNorm. Parameters start as the official code's do, in distribution.
-    Source: arXiv 2311.13110, and pull request 13 of its code.
+    Source: arXiv 2311.13110, and pull request 13 of its code. With ``nonlinearity="none"`` a layer
+    is Z ← Z + MSSA(LN(Z)) alone, as in the attention-only transformer (AoT) of arXiv 2506.03790,
+    which has no official code.
     Differs from official: dropout acts on MSSA's output, and not on its attention too.
 
     Attributes:
@@ -50,6 +52,7 @@ class CrateCausal(CausalFields, LanguageModel):
         tied: whether the head reads with the table of token embeddings, or has a matrix of its own.
         eta: step size of ISTA.
         lmbda: sparsity weight of ISTA.
+        nonlinearity: "ista" or "none".
         dtype, backward, attention_kernel, remat, scan_unroll: as of `crate_jax.Crate`. No kernel
             knows a mask, so that "auto" takes XLA's program and a kernel by name is refused.
     """
@@ -60,8 +63,10 @@ class CrateCausal(CausalFields, LanguageModel):
         return causal_mssa(self)
 
     @property
-    def nonlinearity_part(self) -> Part:
-        """ISTA."""
+    def nonlinearity_part(self) -> Part | None:
+        """ISTA, or nothing."""
+        if self.nonlinearity == "none":
+            return None
         return Part("ista", functools.partial(ISTA, self.eta, self.lmbda, self.dtype))
 
 
@@ -75,7 +80,7 @@ class CrateLM(CrateLMFields, LanguageModel):
     Source: arXiv 2410.16443 and its code; parameters start as there, in distribution.
     Differs from official: as `CrateCausal`.
 
-    Attributes: as `CrateCausal`, and
+    Attributes: as `CrateCausal`, but for nonlinearity, and
         overcompleteness: atoms of the dictionary over the width.
     """
 

@@ -165,15 +165,24 @@ class VitFields(ImageFields):
 
 
 @dataclasses.dataclass(eq=False, repr=False)
-class CausalFields(SubspaceFields, LanguageFields):
-    """Causal CRATE, arXiv 2311.13110."""
+class SparseTextFields(SubspaceFields, LanguageFields):
+    """What every model of text has that makes its tokens sparse."""
 
     eta: float = option(0.1, "step size of ISTA", above=0)
     lmbda: float = option(0.1, "sparsity weight of ISTA", low=0)
 
 
 @dataclasses.dataclass(eq=False, repr=False)
-class CrateLMFields(CausalFields):
+class CausalFields(SparseTextFields):
+    """Causal CRATE, arXiv 2311.13110; without its second half AoT, arXiv 2506.03790."""
+
+    nonlinearity: str = option(
+        "ista", "the second half of a layer; none: there is none", choices=("ista", "none")
+    )
+
+
+@dataclasses.dataclass(eq=False, repr=False)
+class CrateLMFields(SparseTextFields):
     """CRATE-LM, arXiv 2410.16443."""
 
     overcompleteness: int = option(4, "atoms of the dictionary over the width", low=1)
@@ -189,7 +198,7 @@ class TostLMFields(LanguageFields):
 
 
 @dataclasses.dataclass(eq=False, repr=False)
-class BertFields(CausalFields):
+class BertFields(SparseTextFields):
     """CRATE-BERT, arXiv 2311.13110."""
 
     dropout: float = option(0.1, "share dropped while training", low=0, below=1, how=True)

@@ -2,6 +2,7 @@
 
 import functools
 from collections.abc import Sequence
+from numbers import Integral
 from typing import Any
 
 import jax
@@ -10,7 +11,7 @@ from jax import Array
 from jax.core import Tracer
 
 from crate_jax.models.language import LanguageModel
-from crate_jax.models.parameters import Params
+from crate_jax.models.parameters import Params, variables_of
 from crate_jax.models.past import PAST
 from crate_jax.models.steering import Steer, steering
 
@@ -22,7 +23,7 @@ def generate(
     steps: int,
     *,
     key: Array | None = None,
-    temperature: float = 1.0,
+    temperature: float | Array = 1.0,
     top_k: int | None = None,
     steer: Sequence[Steer] = (),
 ) -> Array:
@@ -37,11 +38,12 @@ def generate(
 
     Args:
         model: a causal model of text.
-        params: its parameters.
+        params: its parameters, or its variables.
         tokens_BxN: texts of one length, token ids; the last T of them are seen.
         steps: how many tokens are added, >= 0.
         key: of the draws; None: the most likely token each time.
-        temperature: the logits are divided by it before a token is drawn.
+        temperature: the logits are divided by it before a token is drawn; a number, or a scalar of
+            a compiled program.
         top_k: a token is drawn among so many of the most likely, and all that are as likely as the
             last of them; None: among all.
         steer: what is set inside the model, see `crate_jax.models.steering`.
@@ -56,7 +58,8 @@ def generate(
     tokens_BxN = jnp.asarray(tokens_BxN)
     _check(model, tokens_BxN, steps, temperature, top_k)
     _check_tokens(tokens_BxN, model.vocab_size)
-    if key is None and (temperature != 1 or top_k is not None):
+    warm = isinstance(temperature, Tracer) or temperature != 1
+    if key is None and (warm or top_k is not None):
         raise ValueError(
             f"key must be given to draw tokens; got none, temperature {temperature} and top_k "
             f"{top_k}. Give a key, or leave these out for the most likely token."
@@ -64,13 +67,13 @@ def generate(
     tokens_BxN = tokens_BxN.astype(jnp.int32)
     if not steps:
         return tokens_BxN
-    variables = {"params": params} | steering(model, *steer)
-    scale = jnp.float32(temperature)
+    variables = {**variables_of(params), **steering(model, *steer)}
+    scale = jnp.asarray(temperature, jnp.float32)
     return _generate(model, variables, tokens_BxN, key, scale, steps=steps, top_k=top_k)
 
 
 def _check(
-    model: object, tokens_BxN: Array, steps: int, temperature: float, top_k: int | None
+    model: object, tokens_BxN: Array, steps: int, temperature: float | Array, top_k: int | None
 ) -> None:
     """Refuse what breaks a rule."""
     if not isinstance(model, LanguageModel):
@@ -80,9 +83,10 @@ def _check(
         )
     model.empty_past(1)
     for name, value, least in (("steps", steps, 0), ("top_k", top_k, 1)):
-        if value is not None and value < least:
-            raise ValueError(f"{name} must be >= {least}; got {value}. Change it.")
-    if not temperature > 0:
+        if value is not None and not (isinstance(value, Integral) and value >= least):
+            raise ValueError(f"{name} must be a whole number >= {least}; got {value}. Change it.")
+    least = jnp.finfo(jnp.float32).tiny  # what is less, a device may take for 0
+    if not (isinstance(temperature, Tracer) or temperature >= least):
         raise ValueError(
             f"temperature must be > 0; got {temperature}. Without a key the most likely is taken."
         )
@@ -97,7 +101,9 @@ def _check_tokens(tokens_BxN: Array, vocab_size: int) -> None:
             "Begin with the token that ends a text."
         )
     if shape[0] and not isinstance(tokens_BxN, Tracer):
-        for token in (tokens_BxN.min(), tokens_BxN.max()):
+        with jax.ensure_compile_time_eval():  # a program may hold them as constants
+            found = (tokens_BxN.min(), tokens_BxN.max())
+        for token in found:
             if not 0 <= int(token) < vocab_size:
                 raise ValueError(
                     f"tokens must be >= 0 and < {vocab_size}; got {int(token)}. "
@@ -155,7 +161,8 @@ def _choose(
     """A token (B,), int32: the most likely one, or one drawn by the key and the step."""
     if key is None:
         return jnp.argmax(logits_BxV, axis=-1).astype(jnp.int32)
-    logits_BxV = logits_BxV / temperature
+    # From the largest on, so that the smallest temperature leaves finite numbers.
+    logits_BxV = (logits_BxV - logits_BxV.max(axis=-1, keepdims=True)) / temperature
     if top_k is not None:
         most_BxK = jax.lax.top_k(logits_BxV, min(top_k, logits_BxV.shape[-1]))[0]
         logits_BxV = jnp.where(logits_BxV < most_BxK[:, -1:], -jnp.inf, logits_BxV)

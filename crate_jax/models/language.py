@@ -134,7 +134,7 @@ class LanguageModel(LanguageFields, BlockModel):
         """Logits of a token for each place.
 
         Args:
-            tokens_BxN: token ids in [0, V), of an integer dtype; N <= T.
+            tokens_BxN: token ids in [0, V), of an integer dtype; 1 <= N <= T.
             train: whether dropout acts; it needs a "dropout" key.
 
         Returns:
@@ -274,10 +274,11 @@ def _check(tokens_BxN: Array, context_length: int) -> None:
     got = type(tokens_BxN).__name__
     if isinstance(tokens_BxN, jax.Array | np.ndarray):
         shape, dtype = tokens_BxN.shape, tokens_BxN.dtype
-        if len(shape) == 2 and jnp.issubdtype(dtype, jnp.integer) and shape[1] <= context_length:
+        fits = len(shape) == 2 and 1 <= shape[1] <= context_length
+        if fits and jnp.issubdtype(dtype, jnp.integer):
             return
         got = f"{dtype} {shape}"
     raise ValueError(
-        f"tokens must be an array (B, N) of integers with N <= {context_length}, "
+        f"tokens must be an array (B, N) of integers with 1 <= N <= {context_length}, "
         f"model.context_length; got {got}. Make them one, or set model.context_length."
     )

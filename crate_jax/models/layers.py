@@ -31,6 +31,7 @@ from crate_jax import placement
 from crate_jax.models.attention import attend_by, keep_merged
 from crate_jax.models.derivatives import NORMALISE, attend, plain
 from crate_jax.models.parameters import (
+    SubspaceMaps,
     dictionary_init,
     linear_bias_init,
     linear_kernel_init,
@@ -247,24 +248,19 @@ class Linear(nn.Module):
         return X.astype(self.dtype) @ kernel + bias.reshape((1,) * (X.ndim - 1) + bias.shape)
 
 
-class MSSA(nn.Module):
+class MSSA(SubspaceMaps, nn.Module):
     """`mssa` with its parameters U (d, K, p), W_out (K, p, d) and, with ``bias``, b_out (d,).
 
     W_out and b_out are absent when one subspace fills the space (K = 1, p = d), as in the official
-    code. They start as PyTorch's nn.Linear does, unless told otherwise. Parameters are float32, the
-    computation is `dtype`.
+    code.
+
+    Attributes:
+        kernel: as of `mssa`.
     """
 
     TAPS: ClassVar[tuple[str, ...]] = ("subspace_tokens", "attention")
 
-    num_heads: int
-    head_dim: int
-    dtype: DTypeLike = jnp.float32
     kernel: str | None = "auto"
-    bias: bool = True
-    kernel_init: Callable[..., Array] | None = None  # None: nn.Linear's
-    out_init: Callable[..., Array] | None = None  # of W_out; None: kernel_init
-    bias_init: Callable[..., Array] | None = None  # None: nn.Linear's
 
     @nn.compact
     def __call__(

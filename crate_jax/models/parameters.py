@@ -1,5 +1,6 @@
 """The parameters of modules: how they start, and how the equations get them."""
 
+import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -63,11 +64,34 @@ def read(
     return placement.whole_of_fsdp(name, placement.whole(weight))
 
 
-def read_bases(attention: Any, d: int) -> Array:
-    """The bases U (d, K, p) of the subspaces of an attention.
+@dataclasses.dataclass(eq=False, repr=False)
+class SubspaceMaps:
+    """Fields of a module that attends in subspaces: the maps into them, U, and out of them, W_out.
 
-    They start as nn.Linear does, unless its ``kernel_init`` says otherwise.
+    `read_bases` and `read_output` make the parameters. They start as PyTorch's nn.Linear does,
+    unless an initialiser says otherwise. A subclass says what happens between the two maps.
+
+    Attributes:
+        num_heads: K, the number of subspaces.
+        head_dim: p, their dimension.
+        dtype: of the computation; parameters are float32.
+        bias: whether there is b_out.
+        kernel_init: of U, and of W_out unless `out_init` is given; None: nn.Linear's.
+        out_init: of W_out; None: `kernel_init`.
+        bias_init: of the biases; None: nn.Linear's.
     """
+
+    num_heads: int
+    head_dim: int
+    dtype: DTypeLike = jnp.float32
+    bias: bool = dataclasses.field(default=True, kw_only=True)
+    kernel_init: Callable[..., Array] | None = dataclasses.field(default=None, kw_only=True)
+    out_init: Callable[..., Array] | None = dataclasses.field(default=None, kw_only=True)
+    bias_init: Callable[..., Array] | None = dataclasses.field(default=None, kw_only=True)
+
+
+def read_bases(attention: Any, d: int) -> Array:
+    """The bases U (d, K, p) of the subspaces of a module with the fields of `SubspaceMaps`."""
     # Without the axes Flax would take the first one for a receptive field.
     start = init.variance_scaling(1 / 3, "fan_in", "uniform", in_axis=0, out_axis=(1, 2))
     shape = (d, attention.num_heads, attention.head_dim)
@@ -75,11 +99,7 @@ def read_bases(attention: Any, d: int) -> Array:
 
 
 def read_output(attention: Any, d: int) -> tuple[Array, Array | None]:
-    """The output projection W_out (K, p, d) of an attention, and with ``bias`` b_out (d,).
-
-    They start as nn.Linear does, unless its ``out_init``, ``kernel_init`` and ``bias_init`` say
-    otherwise.
-    """
+    """W_out (K, p, d), and with ``bias`` b_out (d,), of a module with those fields."""
     shape = (attention.num_heads, attention.head_dim, d)
     start = init.variance_scaling(1 / 3, "fan_in", "uniform", in_axis=(0, 1), out_axis=2)
     start = attention.out_init or attention.kernel_init or start

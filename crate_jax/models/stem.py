@@ -4,6 +4,8 @@ A stage is a 3 x 3 convolution of stride two, without a bias, and a BatchNorm. A
 two of them.
 """
 
+import dataclasses
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -136,16 +138,28 @@ class _Stage(nn.Module):
         return BatchNorm(self.train, self.dtype, name="norm")(keep(Y_BxHxWxc, "convolved"))
 
 
-class _Stages(nn.Module):
-    """Patches by stages. The convolutions start as PyTorch's do.
+@dataclasses.dataclass(eq=False, repr=False)
+class StemFields:
+    """Fields of the stem, and of an embedding that begins with it.
 
-    Source: XCiT's patch embedding, which arXiv 2412.17810 and arXiv 2509.16875 take.
+    Attributes:
+        patch_size: (height, width) in pixels, of which the stages make one token.
+        width: d.
+        train: whether statistics are those of the batch.
+        dtype: of the computation.
     """
 
     patch_size: tuple[int, int]
     width: int
     train: bool
     dtype: DTypeLike = jnp.float32
+
+
+class _Stages(StemFields, nn.Module):
+    """Patches by stages. The convolutions start as PyTorch's do.
+
+    Source: XCiT's patch embedding, which arXiv 2412.17810 and arXiv 2509.16875 take.
+    """
 
     @nn.compact
     def __call__(self, images_BxHxWxc: Array) -> Array:
@@ -168,16 +182,11 @@ class _Stages(nn.Module):
 Stem = nn.remat(_Stages, policy=REMAT["none"])
 
 
-class ConvolutionalEmbedding(nn.Module):
+class ConvolutionalEmbedding(StemFields, nn.Module):
     """`Stem` → class token in front, positions added, as in `PatchEmbedding`.
 
     Source: the official implementation of arXiv 2509.16875.
     """
-
-    patch_size: tuple[int, int]
-    width: int
-    train: bool
-    dtype: DTypeLike = jnp.float32
 
     @nn.compact
     def __call__(self, images_BxHxWxc: Array) -> Array:

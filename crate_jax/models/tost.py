@@ -8,7 +8,6 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 from jax.nn import initializers as init
-from jax.typing import DTypeLike
 
 from crate_jax.models.attentions import subspace_attention
 from crate_jax.models.block import Context, Part, stack
@@ -18,7 +17,7 @@ from crate_jax.models.embedding import prepend
 from crate_jax.models.fields import TostFields
 from crate_jax.models.layers import Linear
 from crate_jax.models.parameters import parameter
-from crate_jax.models.stem import Stem, stage_sizes
+from crate_jax.models.stem import Stem, StemFields, stage_sizes
 from crate_jax.models.transformer import MLP, kernel_init
 
 BANDS = 32  # waves a side, of the positions
@@ -44,13 +43,8 @@ def fourier_positions(grid: tuple[int, int]) -> np.ndarray:
     return np.concatenate(both, axis=-1).reshape(math.prod(grid), 2 * BANDS).astype(np.float32)
 
 
-class FourierEmbedding(nn.Module):
+class FourierEmbedding(StemFields, nn.Module):
     """`Stem` → positions added, a learned linear map of `fourier_positions`. No class token yet."""
-
-    patch_size: tuple[int, int]
-    width: int
-    train: bool
-    dtype: DTypeLike = jnp.float32
 
     @nn.compact
     def __call__(self, images_BxHxWxc: Array) -> Array:

@@ -9,7 +9,8 @@ letters are those of `crate_jax.models.layers`, and
 Statistics are of dtype `crate_jax.models.derivatives.wide`, and no product of matrices takes them.
 """
 
-from collections.abc import Callable, Collection
+import dataclasses
+from collections.abc import Collection
 from typing import Any, ClassVar, NamedTuple
 
 import flax.linen as nn
@@ -18,16 +19,22 @@ import jax.numpy as jnp
 from jax import Array
 from jax.ad_checkpoint import checkpoint_name as keep
 from jax.nn import initializers as init
-from jax.typing import DTypeLike
 
 from crate_jax.models.attention import keep_merged
 from crate_jax.models.derivatives import wide
-from crate_jax.models.layers import Attended, times
-from crate_jax.models.parameters import linear_bias_init, parameter, read, read_bases, read_output
+from crate_jax.models.layers import Attended
+from crate_jax.models.parameters import (
+    SubspaceMaps,
+    linear_bias_init,
+    parameter,
+    read,
+    read_bases,
+    read_output,
+)
+from crate_jax.models.subspaces import into_subspaces, out_of_subspaces
 
-# What the official code adds to the sum of Π, and the least sum of squares that it divides by: of
-# all tokens, and of the tokens so far.
-_EPSILON, _LEAST, _LEAST_SO_FAR = 1e-8, 1e-24, 1e-12
+# What the official code adds to the sum of Π, and the least sum of squares that it divides by.
+_EPSILON, _LEAST = 1e-8, 1e-24
 
 
 def attend_by_statistics(V_BxNxKxp: Array, tau_K: Array) -> tuple[Array, Array]:
@@ -58,79 +65,21 @@ def attend_by_statistics(V_BxNxKxp: Array, tau_K: Array) -> tuple[Array, Array]:
     total_Bx1xKxp = jnp.sum(squares_BxNxKxp, axis=1, keepdims=True)
     # Not squares over their sum: the derivative of that has the square of the least sum in it.
     unit_BxNxKxp = wide_BxNxKxp * jax.lax.rsqrt(jnp.maximum(total_Bx1xKxp, _LEAST))
-    Pi_BxNxK = _membership(jnp.square(unit_BxNxKxp).sum(axis=-1), tau_K)
+    Pi_BxNxK = membership_of(jnp.square(unit_BxNxKxp).sum(axis=-1), tau_K)
     weighted_Bx1xKxp = jnp.sum(Pi_BxNxK[..., None] * squares_BxNxKxp, axis=1, keepdims=True)
     weights_Bx1xK = jnp.sum(Pi_BxNxK, axis=1, keepdims=True)
-    O_BxNxKxp = _shrunk(V_BxNxKxp, Pi_BxNxK, weighted_Bx1xKxp, weights_Bx1xK)
+    O_BxNxKxp = shrunk(V_BxNxKxp, Pi_BxNxK, weighted_Bx1xKxp, weights_Bx1xK)
     return O_BxNxKxp, Pi_BxNxK.astype(V_BxNxKxp.dtype)
 
 
-class Sums(NamedTuple):
-    """What causal TSSA keeps of all tokens so far, of dtype `wide`; it does not grow with them.
-
-    Attributes:
-        squares_BxKxp: Σ V².
-        weighted_BxKxp: Σ Π V².
-        weights_BxK: Σ Π.
-    """
-
-    squares_BxKxp: Array
-    weighted_BxKxp: Array
-    weights_BxK: Array
-
-
-def no_sums(batch: int, num_heads: int, head_dim: int, dtype: DTypeLike = jnp.float32) -> Sums:
-    """The sums before the first token, zeros; ``dtype`` is that of the tokens."""
-    zeros_BxKxp = jnp.zeros((batch, num_heads, head_dim), wide(dtype))
-    return Sums(zeros_BxKxp, zeros_BxKxp, zeros_BxKxp[..., 0])
-
-
-def attend_by_past_statistics(
-    V_BxNxKxp: Array, tau_K: Array, bias_NxK: Array, past: Sums
-) -> tuple[Array, Array, Sums]:
-    """`attend_by_statistics` where a token sees itself and the tokens before it alone.
-
-    All sums over the tokens are running sums: with q_n = Σ_{m≤n} V²_m, Π_nk = softmax over k of
-    τ_k Σ_p (V²_nkp / q_nkp + b_nk), and s_nkp = Σ_{m≤n} Π_mk V²_mkp / Σ_{m≤n} Π_mk. The memberships
-    of earlier tokens stay as they are. The bias b of a place and a subspace is learned, because the
-    shares V²/q fall as a text goes on; so the longest text of the training is the longest there is.
-    Source: arXiv 2412.17810 and its code for language.
-
-    A text may come in pieces, of one token each while it is generated: each piece takes the sums
-    that the one before it returned.
-
-    Args:
-        V_BxNxKxp: tokens in K subspaces, a piece of the text.
-        tau_K: temperature τ of each subspace.
-        bias_NxK: b at the places of these tokens.
-        past: sums over the tokens before the piece; `no_sums` at the start of the text.
-
-    Returns:
-        O (B, N, K, p) and the membership Π (B, N, K), both of the dtype of the tokens; and the sums
-        with this piece.
-    """
-    squares_BxNxKxp = jnp.square(V_BxNxKxp.astype(wide(V_BxNxKxp.dtype)))
-    so_far_BxNxKxp = past.squares_BxKxp[:, None] + jnp.cumsum(squares_BxNxKxp, axis=1)
-    share_BxNxKxp = squares_BxNxKxp / jnp.maximum(so_far_BxNxKxp, _LEAST_SO_FAR)
-    # The official code adds b to each of the p terms of the sum.
-    bias_1xNxK = V_BxNxKxp.shape[-1] * bias_NxK[None].astype(share_BxNxKxp.dtype)
-    Pi_BxNxK = _membership(share_BxNxKxp.sum(axis=-1) + bias_1xNxK, tau_K)
-    running_BxNxKxp = jnp.cumsum(Pi_BxNxK[..., None] * squares_BxNxKxp, axis=1)
-    weighted_BxNxKxp = past.weighted_BxKxp[:, None] + running_BxNxKxp
-    weights_BxNxK = past.weights_BxK[:, None] + jnp.cumsum(Pi_BxNxK, axis=1)
-    O_BxNxKxp = _shrunk(V_BxNxKxp, Pi_BxNxK, weighted_BxNxKxp, weights_BxNxK)
-    sums = Sums(so_far_BxNxKxp[:, -1], weighted_BxNxKxp[:, -1], weights_BxNxK[:, -1])
-    return O_BxNxKxp, Pi_BxNxK.astype(V_BxNxKxp.dtype), sums
-
-
-def _membership(share_BxNxK: Array, tau_K: Array) -> Array:
-    """Π (B, N, K)."""
+def membership_of(share_BxNxK: Array, tau_K: Array) -> Array:
+    """Π (B, N, K): the softmax over the subspaces of τ_k times a token's share."""
     return keep(
         jax.nn.softmax(tau_K[None, None].astype(share_BxNxK.dtype) * share_BxNxK), "moments"
     )
 
 
-def _shrunk(V_BxNxKxp: Array, Pi_BxNxK: Array, weighted: Array, weights: Array) -> Array:
+def shrunk(V_BxNxKxp: Array, Pi_BxNxK: Array, weighted: Array, weights: Array) -> Array:
     """−Π V / (1 + s) with s the weighted sum of squares over the sum of weights."""
     s = keep(weighted / (weights + _EPSILON)[..., None], "moments")
     wide_BxNxKxp = V_BxNxKxp.astype(Pi_BxNxK.dtype) * -Pi_BxNxK[..., None] / (1 + s)
@@ -172,20 +121,6 @@ def tssa(
     return Attended(update_BxNxd, seen)
 
 
-def into_subspaces(Y_BxNxd: Array, U_dxKxp: Array, b_Kxp: Array | None) -> Array:
-    """V_k = U_kᵀ Y + b_k (B, N, K, p)."""
-    V_BxNxKxp = times(Y_BxNxd, U_dxKxp)
-    if b_Kxp is not None:
-        V_BxNxKxp += b_Kxp[None, None]
-    return keep_merged(V_BxNxKxp, "subspace_tokens")
-
-
-def out_of_subspaces(O_BxNxKxp: Array, W_out_Kxpxd: Array, b_out_d: Array | None) -> Array:
-    """W_out [O_1; …; O_K] + b_out (B, N, d)."""
-    update_BxNxd = times(O_BxNxKxp, W_out_Kxpxd, axes=2)
-    return update_BxNxd if b_out_d is None else update_BxNxd + b_out_d[None, None]
-
-
 class Weights(NamedTuple):
     """The parameters of TSSA, as `tssa` has them."""
 
@@ -208,24 +143,18 @@ def read_weights(attention: Any, d: int) -> Weights:
     return Weights(U_dxKxp, b_Kxp, tau_K, *read_output(attention, d))
 
 
-class TSSA(nn.Module):
-    """`tssa` with its parameters U (d, K, p), tau (K,), W_out (K, p, d) and b_out (d,).
+class TSSA(SubspaceMaps, nn.Module):
+    """`tssa` with its parameters U (d, K, p), tau (K,), W_out (K, p, d) and, with ``bias``, b_out.
 
-    With ``subspace_bias`` there is b_U (K, p) too. The temperature starts at one, the others as
-    PyTorch's nn.Linear does, unless told otherwise. Parameters are float32, the computation is
-    `dtype`.
+    The temperature τ starts at one.
+
+    Attributes:
+        subspace_bias: whether there is b_U (K, p) too.
     """
 
     TAPS: ClassVar[tuple[str, ...]] = ("subspace_tokens", "membership")
 
-    num_heads: int
-    head_dim: int
-    dtype: DTypeLike = jnp.float32
-    subspace_bias: bool = False
-    bias: bool = True
-    kernel_init: Callable[..., Array] | None = None  # None: nn.Linear's
-    out_init: Callable[..., Array] | None = None  # of W_out; None: kernel_init
-    bias_init: Callable[..., Array] | None = None  # None: nn.Linear's
+    subspace_bias: bool = dataclasses.field(default=False, kw_only=True)
 
     @nn.compact
     def __call__(

@@ -41,8 +41,8 @@ CLASSES: dict[str, type[Model]] = {
 
 
 def list_models(pattern: str = "*") -> list[str]:
-    """Names of the models that match a shell pattern, sorted."""
-    return sorted(fnmatch.filter(VARIANTS, pattern))
+    """Names of the models that match a shell pattern, by family, of each the small ones first."""
+    return fnmatch.filter(VARIANTS, pattern)
 
 
 def create_model(name: str, **overrides: object) -> Model:

@@ -1,4 +1,4 @@
-"""Our model beside PyTorch's on the same weights and images: where they differ, and by how much.
+"""Our model beside PyTorch's on the same weights and inputs: where they differ, and by how much.
 
 Differences are relative to the largest entry of PyTorch's float32 array, the yardstick. Loss and
 training step are handed in, because they stand above this file.
@@ -16,8 +16,8 @@ from jax import Array
 
 from crate_jax.config import OptimConfig
 from crate_jax.interop import to_state_dict
-from crate_jax.models.classifier import ImageClassifier
-from crate_jax.models.parameters import Params
+from crate_jax.models.parameters import Params, variables_of
+from crate_jax.models.stacked import BlockModel
 from crate_jax.parity import runs
 from crate_jax.parity.difference import (
     TOLERANCES,
@@ -27,8 +27,9 @@ from crate_jax.parity.difference import (
     Training,
     difference,
 )
-from crate_jax.parity.runs import SMOOTHING, Arrays, Loss
+from crate_jax.parity.runs import Arrays, Loss
 from crate_jax.parity.torch_reference import Twin, from_flax_model
+from crate_jax.parity.twin import SMOOTHING
 
 __all__ = ["OPTIMIZERS", "SMOOTHING", "TOLERANCES", "Train", "compare"]
 
@@ -40,14 +41,14 @@ OPTIMIZERS = {
     ),
 }
 
-# (parameters, images, labels, optimizer, steps) to the losses and the parameters after them.
+# (variables, images, labels, optimizer, steps) to the losses and the variables after them.
 Train = Callable[[Params, Array, Array, OptimConfig, int], tuple[list[float], Params]]
-# The same once parameters, images and labels are given.
+# The same once variables, images and labels are given.
 TrainOn = Callable[[OptimConfig, int], tuple[list[float], Params]]
 
 
 def compare(
-    model: ImageClassifier,
+    model: BlockModel,
     params: Params,
     images: np.ndarray,
     labels: np.ndarray,
@@ -62,18 +63,20 @@ def compare(
 ) -> Comparison:
     """Run both frameworks on the same inputs and compare all that they compute.
 
-    Forward pass layer by layer, logits, gradients of the smoothed cross-entropy, a few full-batch
-    steps of AdamW and of Lion, and the time of a forward pass. float32 products run at full
-    precision, also where an accelerator would round them by default. In another dtype the yardstick
-    stays PyTorch in float32, and PyTorch's own autocast is measured against it beside ours.
-    PyTorch runs on the CPU.
+    Forward pass layer by layer, logits, gradients of the twin's loss, a few full-batch steps of
+    AdamW and of Lion, and the time of a forward pass. Gradients and steps are of training mode: a
+    BatchNorm takes the statistics of the batch, and its running ones are compared after the steps.
+    All else is of evaluation mode. float32 products run at full precision, also where an
+    accelerator would round them by default. In another dtype the yardstick stays PyTorch in
+    float32, and PyTorch's own autocast is measured against it beside ours. PyTorch runs on the CPU.
 
     Args:
-        model: ours; its dtype is the one compared.
-        params: its parameters.
-        images: (B, H, W, c) float32, normalised.
-        labels: (B,) integer classes.
-        loss: (logits, labels) to the loss of each example, smoothed by `SMOOTHING`.
+        model: ours, without dropout and stochastic depth (`crate_jax.parity.runs.without_chance`);
+            its dtype is the one compared.
+        params: its parameters; of a model with running statistics its variables.
+        images: (B, H, W, c) float32, normalised; for a model of text, token ids (B, N).
+        labels: (B,) integer classes; for a model of text, a token for each place (B, N).
+        loss: (logits, labels) to the loss of each example, whose mean is `Twin.loss`.
         train: our training steps.
         train_steps: of each optimizer; 0: none.
         rate_scale: their learning rates, as a share of the peak rates in `OPTIMIZERS`.
@@ -86,7 +89,7 @@ def compare(
     reference = _Reference.of(model, theirs, images, labels)
     dtype = jnp.dtype(model.dtype).name
     with jax.default_matmul_precision("highest" if dtype == "float32" else "default"):
-        params = jax.tree.map(jnp.asarray, params)
+        params = jax.tree.map(jnp.asarray, variables_of(params))
         x, y = jnp.asarray(images), jnp.asarray(labels)
         tensors, top1_agreement = _compare_tensors(model, params, x, reference)
         gradients, losses, compared = _compare_gradients(model, params, x, y, loss, reference)
@@ -98,6 +101,7 @@ def compare(
         )
     return Comparison(
         dtype=dtype,
+        examples=reference.examples,
         images=len(images),
         rows=tensors + gradients,
         top1_agreement=top1_agreement,
@@ -110,20 +114,22 @@ def compare(
 
 @dataclasses.dataclass(frozen=True)
 class _Reference:
-    """PyTorch's side: the weights by official name, images (B, c, H, W) and classes (B,)."""
+    """PyTorch's side: what examples are called, the weights by official name, and a batch."""
 
-    model: ImageClassifier
+    model: BlockModel
+    examples: str
     state: Arrays
     images: torch.Tensor
     targets: torch.Tensor
 
     @classmethod
     def of(
-        cls, model: ImageClassifier, params: Params, images: np.ndarray, labels: np.ndarray
+        cls, model: BlockModel, params: Params, images: np.ndarray, labels: np.ndarray
     ) -> "_Reference":
-        """PyTorch's side of our parameters, images (B, H, W, c) and classes (B,)."""
-        x, y = torch.tensor(images.transpose(0, 3, 1, 2)), torch.tensor(labels).long()
-        return cls(model, to_state_dict(params, model), x, y)
+        """PyTorch's side of our parameters and batch."""
+        twin = from_flax_model(model)  # it refuses a model without a twin before one without names
+        x, y = twin.inputs(images), torch.tensor(labels).long()
+        return cls(model, twin.EXAMPLES, to_state_dict(params, model), x, y)
 
     def module(self) -> Twin:
         """A fresh model with the weights."""
@@ -141,20 +147,20 @@ class _Reference:
 
 
 def _compare_tensors(
-    model: ImageClassifier, params: Params, x: Array, reference: _Reference
+    model: BlockModel, params: Params, x: Array, reference: _Reference
 ) -> tuple[list[Difference], float]:
-    """Every tensor of the forward pass, and the share of images in the same class."""
+    """Every tensor of the forward pass, and the share of logits with the same largest entry."""
     dtype = getattr(torch, jnp.dtype(model.dtype).name)
     yardstick = reference.tensors(torch.float32)
     ours = runs.our_tensors(model, params, x, reference.module().TAPS)
     low = {} if dtype == torch.float32 else reference.tensors(dtype)
-    same = ours["logits"].argmax(axis=1) == yardstick["logits"].argmax(axis=1)
+    same = ours["logits"].argmax(axis=-1) == yardstick["logits"].argmax(axis=-1)
     rows = [difference(k, ours[k], yardstick[k], low.get(k)) for k in yardstick]
     return rows, float(same.mean())
 
 
 def _compare_gradients(
-    model: ImageClassifier, params: Params, x: Array, y: Array, loss: Loss, reference: _Reference
+    model: BlockModel, params: Params, x: Array, y: Array, loss: Loss, reference: _Reference
 ) -> tuple[list[Difference], dict[str, float], int]:
     """Every gradient, the losses, and the number of images whose gradients were compared."""
     dtype = getattr(torch, jnp.dtype(model.dtype).name)
@@ -239,9 +245,13 @@ def _train_both(
         relative=_relative(losses, their_losses),
         weights_within=float((np.concatenate(apart) <= WEIGHTS_WITHIN).mean()),
     )
+    running = {k: v.numpy() for k, v in module.named_buffers() if k in ours}
+    if running:
+        found["statistics"] = max(difference(k, ours[k], v).relative for k, v in running.items())
     if float64:
         double = reference.module().double()
-        exact = runs.train_torch(double, images.double(), targets, optim, steps)
+        exact_images = images.double() if images.is_floating_point() else images
+        exact = runs.train_torch(double, exact_images, targets, optim, steps)
         found["relative_to_float64"] = _relative(losses, exact)
         found["torch_relative_to_float64"] = _relative(their_losses, exact)
     return found

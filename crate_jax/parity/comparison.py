@@ -65,11 +65,11 @@ def verdict(found: Comparison) -> list[str]:
     ]
     if found.gradient_images < found.images:
         lines.append(
-            f"gradients: of {found.gradient_images} images; in the other "
+            f"gradients: of {found.gradient_images} {found.examples}; in the other "
             f"{found.images - found.gradient_images} a value of ISTA lies within rounding of its "
             "threshold and fell to either side"
         )
-    lines.append(f"top-1 agreement: {found.top1_agreement:.4f} of {found.images} images")
+    lines.append(f"top-1 agreement: {found.top1_agreement:.4f} of {found.images} {found.examples}")
     for name, run in found.training.items():
         lines.append(
             f"{name}, {len(run['ours'])} steps: worst relative difference of the loss "
@@ -77,6 +77,12 @@ def verdict(found: Comparison) -> list[str]:
             f"{run['weights_within']:.4%} of the weights within {WEIGHTS_WITHIN:.0e}"
             + (f" (at least {WEIGHTS_SHARE:.1%})" if name == "adamw" and not low else "")
         )
+        if "statistics" in run:
+            judged = f" (tolerance {TOLERANCES['statistics']:.0e})"
+            lines.append(
+                f"{name}, the running statistics after them: worst relative difference "
+                f"{run['statistics']:.1e}" + (judged if name == "adamw" and not low else "")
+            )
         if "relative_to_float64" in run and "torch_relative_to_float64" in run:
             lines.append(
                 f"{name}, from PyTorch in float64: ours {max(run['relative_to_float64']):.1e}, "
@@ -84,8 +90,8 @@ def verdict(found: Comparison) -> list[str]:
             )
     rates = found.images_per_s
     lines.append(
-        f"forward pass: ours {rates['ours']:.1f} images/s, PyTorch (eager, CPU) "
-        f"{rates['torch']:.1f} images/s"
+        f"forward pass: ours {rates['ours']:.1f} {found.examples}/s, PyTorch (eager, CPU) "
+        f"{rates['torch']:.1f} {found.examples}/s"
     )
     first = found.first_difference
     lines.append("within tolerance" if first is None else f"DIFFERENT, first at: {first}")

@@ -1,6 +1,7 @@
 """CRATE in plain PyTorch, from the equations, with the official state-dict names and shapes."""
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -28,12 +29,30 @@ class Patches(nn.Module):
         return grid.reshape(B, (H // h) * (W // w), h * w * c)
 
 
+def ssa(W_BxNxKxp: Tensor, mask: Tensor | None = None) -> tuple[Tensor, dict[str, Tensor]]:
+    """SSA_k = softmax(p^{-1/2} W_k W_kᵀ) W_k side by side, (B, N, K·p), and two taps.
+
+    Args:
+        W_BxNxKxp: tokens in K subspaces.
+        mask: True where token n may see token m; it broadcasts to (B, K, N, N).
+    """
+    W_BxKxNxp = W_BxNxKxp.transpose(1, 2)
+    scores = W_BxKxNxp @ W_BxKxNxp.transpose(-1, -2) * W_BxNxKxp.shape[-1] ** -0.5
+    if mask is not None:
+        scores = scores.masked_fill(~mask, -torch.inf)
+    A_BxKxNxN = scores.softmax(dim=-1)
+    O_BxNxKxp = (A_BxKxNxN @ W_BxKxNxp).transpose(1, 2)
+    return O_BxNxKxp.flatten(2), {"subspace_tokens": W_BxNxKxp, "attention": A_BxKxNxN}
+
+
 class MSSA(nn.Module):
     """W_out [SSA_1; …; SSA_K] + b_out with SSA_k = softmax(p^{-1/2} W_k W_kᵀ) W_k, W_k = U_kᵀ Z.
 
     ``qkv.weight`` (K·p, d) holds the bases U_kᵀ below each other. Without an output projection when
     one subspace fills the space (K = 1, p = d). Source: arXiv 2306.01129, equations 11 and 12.
     """
+
+    TAPS = ("subspace_tokens", "attention")
 
     def __init__(self, width: int, num_heads: int, head_dim: int):
         super().__init__()
@@ -46,12 +65,8 @@ class MSSA(nn.Module):
     def forward(self, Z: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """Normalised tokens (B, N, d) to their update (B, N, d), and two taps."""
         W_BxNxKxp = self.qkv(Z).unflatten(-1, (self.num_heads, self.head_dim))
-        W_BxKxNxp = W_BxNxKxp.transpose(1, 2)
-        scores = W_BxKxNxp @ W_BxKxNxp.transpose(-1, -2) * self.head_dim**-0.5
-        A_BxKxNxN = scores.softmax(dim=-1)
-        O_BxNxKxp = (A_BxKxNxN @ W_BxKxNxp).transpose(1, 2)
-        update = self.to_out(O_BxNxKxp.flatten(2))
-        return update, {"subspace_tokens": W_BxNxKxp, "attention": A_BxKxNxN}
+        O_BxNxKp, seen = ssa(W_BxNxKxp)
+        return self.to_out(O_BxNxKp), seen
 
 
 class ISTA(nn.Module):
@@ -88,32 +103,94 @@ class PreNorm(nn.Module):
 
 
 class Transformer(nn.Module):
-    """L layers: Z^{l+1/2} = Z^l + MSSA(LN(Z^l)), then Z^{l+1} = ISTA(LN(Z^{l+1/2}))."""
+    """L layers: Z^{l+1/2} = Z^l + MSSA(LN(Z^l)), then Z^{l+1} = ISTA(LN(Z^{l+1/2})).
 
-    def __init__(self, depth: int, mssa_args: tuple, ista_args: tuple):
+    Args:
+        depth: L.
+        width: d.
+        attention: makes MSSA, or what stands in its place.
+        ista: makes ISTA.
+        name: of the attention's tap.
+    """
+
+    def __init__(
+        self,
+        depth: int,
+        width: int,
+        attention: Callable[[], nn.Module],
+        ista: Callable[[], nn.Module],
+        name: str = "mssa",
+    ):
         super().__init__()
-        width = mssa_args[0]
+        self.name = name
         self.layers = nn.ModuleList(
-            nn.ModuleList(
-                [PreNorm(width, MSSA(*mssa_args)), PreNorm(width, ISTA(*ista_args))],
-            )
+            nn.ModuleList([PreNorm(width, attention()), PreNorm(width, ista())])
             for _ in range(depth)
         )
 
     def forward(self, Z: Tensor, taps: Sequence[str]) -> tuple[Tensor, dict[str, Tensor]]:
         """Tokens (B, N, d) to tokens (B, N, d), and the taps, layers on axis 0."""
         kept: dict[str, list[Tensor]] = {name: [] for name in taps}
-        for mssa, ista in self.layers:  # type: ignore
-            update, seen = mssa(Z)
+        for attention, ista in self.layers:  # type: ignore
+            update, seen = attention(Z)
             half = Z + update
             Z = ista(half)
-            seen |= {"mssa": update, "z_half": half, "ista": Z}
+            seen |= {self.name: update, "z_half": half, "ista": Z}
             for name in taps:
                 kept[name].append(seen[name])
         return Z, {name: torch.stack(values) for name, values in kept.items()}
 
 
-class TorchCrate(Twin):
+class Frame(Twin):
+    """What CRATE and the models in its frame share: the class token, positions and the head.
+
+    Args:
+        num_patches: N.
+        width: d, the length of a token.
+        num_classes: Y, the number of logits.
+        pool: "cls", the class token, or "mean", over all tokens, the class token included.
+        patch_embedding: from images (B, c, H, W) to patches (B, N, d).
+        transformer: the layers.
+
+    Raises:
+        ValueError: an unknown pool.
+    """
+
+    THRESHOLDED = "ista"
+
+    def __init__(
+        self,
+        num_patches: int,
+        width: int,
+        num_classes: int,
+        pool: str,
+        patch_embedding: nn.Module,
+        transformer: Transformer,
+    ):
+        super().__init__()
+        if pool not in ("cls", "mean"):
+            raise ValueError(f"pool must be one of cls, mean; got {pool}.")
+        self.pool = pool
+        self.pos_embedding = nn.Parameter(torch.randn(1, num_patches + 1, width))
+        self.cls_token = nn.Parameter(torch.randn(1, 1, width))
+        self.to_patch_embedding, self.transformer = patch_embedding, transformer
+        self.mlp_head = nn.Sequential(nn.LayerNorm(width, eps=1e-5), nn.Linear(width, num_classes))
+
+    def embed(self, images: Tensor) -> Tensor:
+        """Images (B, c, H, W) to the tokens (B, N + 1, d) that enter the first layer."""
+        Z = self.to_patch_embedding(images)
+        cls_token = self.cls_token.expand(Z.shape[0], -1, -1)
+        return torch.cat([cls_token, Z], dim=1) + self.pos_embedding
+
+    def trace(self, images: Tensor, taps: Sequence[str]) -> tuple[Tensor, dict[str, Tensor]]:
+        """Logits (B, Y), and the taps; see `Twin.trace`."""
+        self.check_taps(taps)
+        Z, seen = self.transformer(self.embed(images), taps)
+        pooled = Z[:, 0] if self.pool == "cls" else Z.mean(dim=1)
+        return self.mlp_head(pooled), seen
+
+
+class TorchCrate(Frame):
     """The CRATE image classifier, in PyTorch.
 
     Computes what `crate_jax.Crate` computes; loads an official checkpoint by ``load_state_dict``.
@@ -139,8 +216,7 @@ class TorchCrate(Twin):
         ValueError: an unknown pool.
     """
 
-    TAPS = ("subspace_tokens", "attention", "mssa", "z_half", "ista")
-    THRESHOLDED = "ista"
+    TAPS = (*MSSA.TAPS, "mssa", "z_half", "ista")
 
     def __init__(
         self,
@@ -156,64 +232,63 @@ class TorchCrate(Twin):
         eta: float = 0.1,
         lmbda: float = 0.1,
     ):
-        super().__init__()
-        if pool not in ("cls", "mean"):
-            raise ValueError(f"pool must be one of cls, mean; got {pool}.")
         (H, W), (h, w) = pair(image_size), pair(patch_size)
         num_patches, patch_dim = (H // h) * (W // w), h * w * in_channels
-        self.pool = pool
-        self.pos_embedding = nn.Parameter(torch.randn(1, num_patches + 1, width))
-        self.cls_token = nn.Parameter(torch.randn(1, 1, width))
-        self.to_patch_embedding = nn.Sequential(
+        head_dim = width // num_heads if head_dim is None else head_dim
+        embedding = nn.Sequential(
             Patches((h, w)),
             nn.LayerNorm(patch_dim, eps=1e-5),
             nn.Linear(patch_dim, width),
             nn.LayerNorm(width, eps=1e-5),
         )
-        head_dim = width // num_heads if head_dim is None else head_dim
-        mssa_args, ista_args = (width, num_heads, head_dim), (width, eta, lmbda)
-        self.transformer = Transformer(depth, mssa_args, ista_args)
-        self.mlp_head = nn.Sequential(nn.LayerNorm(width, eps=1e-5), nn.Linear(width, num_classes))
-
-    def embed(self, images: Tensor) -> Tensor:
-        """Images (B, c, H, W) to the tokens (B, N + 1, d) that enter the first layer."""
-        Z = self.to_patch_embedding(images)
-        cls_token = self.cls_token.expand(Z.shape[0], -1, -1)
-        return torch.cat([cls_token, Z], dim=1) + self.pos_embedding
-
-    def trace(self, images: Tensor, taps: Sequence[str]) -> tuple[Tensor, dict[str, Tensor]]:
-        """Logits (B, Y), and the taps; see `Twin.trace`."""
-        self.check_taps(taps)
-        Z, seen = self.transformer(self.embed(images), taps)
-        pooled = Z[:, 0] if self.pool == "cls" else Z.mean(dim=1)
-        return self.mlp_head(pooled), seen
+        transformer = Transformer(
+            depth,
+            width,
+            functools.partial(MSSA, width, num_heads, head_dim),
+            functools.partial(ISTA, width, eta, lmbda),
+        )
+        super().__init__(num_patches, width, num_classes, pool, embedding, transformer)
 
 
-# The switches of the theory, as the official code has them.
+# What the official codes of CRATE and of its frame have, of the fields that may be otherwise.
 _OFFICIAL: dict[str, object] = {
     **{"attention_sign": "plus", "tied_output": False},
     **{"threshold": "relu", "ista_steps": 1, "step_sizes": "fixed"},
 }
 
 
-def crate_twin(model: Crate) -> TorchCrate:
-    """The twin of a CRATE, of the same sizes and constants.
+def check_official(model: Crate, attentions: Sequence[str]) -> None:
+    """Refuse what the official code behind a twin does not have.
+
+    Args:
+        model: ours.
+        attentions: that the code has; ISTA is its only nonlinearity.
 
     Raises:
-        ValueError: an operator of the model is not CRATE's own.
+        ValueError: an operator or a switch of the model is not there.
     """
-    operators = (model.attention, model.nonlinearity)
-    if operators != ("mssa", "ista"):
+    operators, known = (model.attention, model.nonlinearity), " or ".join(attentions)
+    if model.attention not in attentions or model.nonlinearity != "ista":
         raise ValueError(
-            "model.attention and model.nonlinearity must be mssa and ista for a PyTorch twin; got "
-            f"{' and '.join(operators)}. The official code has no other operators."
+            f"model.attention and model.nonlinearity must be {known} and ista for a PyTorch twin; "
+            f"got {' and '.join(operators)}. The official code has no other operators with "
+            f"model.stem {model.stem}."
         )
     for field, value in _OFFICIAL.items():
         if (got := getattr(model, field)) != value:
             raise ValueError(
                 f"model.{field} must be {value} for a PyTorch twin; got {got}. The official code "
-                "has no such switch."
+                "has nothing else."
             )
+
+
+def crate_twin(model: Crate) -> TorchCrate:
+    """The twin of a CRATE of patches, of the same sizes and constants.
+
+    Raises:
+        ValueError: an operator of the model is not CRATE's own.
+    """
+    check_official(model, ("mssa",))
     return TorchCrate(
         image_size=model.image_size,
         patch_size=model.patch_size,

@@ -24,6 +24,13 @@ class MSSA(crate.MSSA):
             self.to_out = nn.Sequential(projection)
 
 
+def odl(Y: Tensor, D: Tensor, D1: Tensor, eta: float, lmbda: float) -> tuple[Tensor, Tensor]:
+    """D₁ A² and A², as `ODL` has them, of tokens (B, N, d) and dictionaries (d, m)."""
+    A = F.relu(eta * (Y @ D) - eta * lmbda)
+    A = F.relu(A - eta * ((A @ D.t() - Y) @ D) - eta * lmbda)
+    return A @ D1.t(), A
+
+
 class ODL(nn.Module):
     """A¹ = ReLU(η DᵀY − η λ), A² = ReLU(A¹ − η Dᵀ(D A¹ − Y) − η λ), and D₁ A².
 
@@ -42,10 +49,8 @@ class ODL(nn.Module):
 
     def forward(self, Y: Tensor) -> tuple[Tensor, Tensor]:
         """Normalised tokens (B, N, d) to tokens (B, N, d), before the residual, and the code."""
-        shrink = self.eta * self.lmbda
-        A = F.relu(self.eta * (Y @ self.D) - shrink)
-        A = F.relu(A - self.eta * ((A @ self.D.t() - Y) @ self.D) - shrink)
-        return A @ (self.D if self.D1 is None else self.D1).t(), A
+        D1 = self.D if self.D1 is None else self.D1
+        return odl(Y, self.D, D1, self.eta, self.lmbda)
 
 
 class PreNorm(nn.Module):

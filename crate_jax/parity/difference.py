@@ -7,7 +7,7 @@ from typing import NotRequired, TypedDict
 import numpy as np
 
 # The largest relative difference allowed in float32.
-TOLERANCES = {"layers": 1e-5, "logits": 1e-4, "gradients": 1e-4, "losses": 1e-4}
+TOLERANCES = {"layers": 1e-5, "logits": 1e-4, "gradients": 1e-4, "losses": 1e-4, "statistics": 1e-4}
 # This share of the weights must stay this close through the AdamW steps. Not all: a step on a
 # gradient that is zero up to rounding goes either way, so a few weights part while losses agree.
 WEIGHTS_WITHIN, WEIGHTS_SHARE = 1e-5, 0.999
@@ -25,6 +25,8 @@ class Training(TypedDict):
         torch: PyTorch's.
         relative: their differences, as shares of PyTorch's.
         weights_within: the share of the weights within `WEIGHTS_WITHIN` at the end.
+        statistics: the largest relative difference of an array of running statistics at the end, if
+            the model has any.
         relative_to_float64: of ours from PyTorch in float64, if that was asked for.
         torch_relative_to_float64: of PyTorch in float32 from there.
     """
@@ -33,6 +35,7 @@ class Training(TypedDict):
     torch: list[float]
     relative: list[float]
     weights_within: float
+    statistics: NotRequired[float]
     relative_to_float64: NotRequired[list[float]]
     torch_relative_to_float64: NotRequired[list[float]]
 
@@ -72,9 +75,11 @@ class Comparison:
 
     Attributes:
         dtype: of our computation.
+        examples: what the images are called where they are none, such as texts.
         images: how many were compared.
         rows: of every tensor, in the order of computation, the gradients last.
-        top1_agreement: share of the images that both put into the same class.
+        top1_agreement: share of the images, or of the tokens of texts, that both put into the same
+            class.
         losses: of the batch whose gradients were compared: ``ours`` and ``torch``.
         gradient_images: how many that were. Where a value of ISTA lies within rounding of its
             threshold, it is a coin toss on which side it falls, and the gradient jumps; in float32
@@ -84,6 +89,7 @@ class Comparison:
     """
 
     dtype: str
+    examples: str
     images: int
     rows: list[Difference]
     top1_agreement: float
@@ -107,9 +113,12 @@ class Comparison:
             for step, relative in enumerate(found["relative"], start=1):
                 if not relative <= self.loss_tolerance:
                     return f"{name} loss of step {step}"
-            apart = not found["weights_within"] >= WEIGHTS_SHARE
-            if apart and name == "adamw" and self.dtype == "float32":
+            if name != "adamw" or self.dtype != "float32":
+                continue  # Lion takes signs, so weights part, and what they make of images
+            if not found["weights_within"] >= WEIGHTS_SHARE:
                 return f"{name} weights after the last step"
+            if not found.get("statistics", 0.0) <= TOLERANCES["statistics"]:
+                return f"{name} running statistics after the last step"
         return None
 
 

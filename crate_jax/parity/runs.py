@@ -1,6 +1,8 @@
 """One framework at a time: what a model computes in JAX, and in PyTorch, under the same names.
 
-`crate_jax.parity.compare` puts them side by side.
+`crate_jax.parity.compare` puts them side by side. Parameters may be given as variables, with the
+running statistics beside them. Tensors and times are of evaluation mode, by the running statistics.
+Gradients and training steps are of training mode, by the statistics of the batch.
 """
 
 import statistics
@@ -12,32 +14,36 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import torch
-import torch.nn.functional as F
 from flax import linen as nn
 from jax import Array
 
 from crate_jax.analysis import taps as analysed
 from crate_jax.config import OptimConfig
 from crate_jax.interop import to_state_dict
-from crate_jax.models.classifier import ImageClassifier
-from crate_jax.models.parameters import Params
+from crate_jax.models.parameters import Params, variables_of
+from crate_jax.models.stacked import BlockModel
 from crate_jax.parity.twin import Lion, Twin
-
-SMOOTHING = 0.1  # of the labels, in every loss
 
 Loss = Callable[[Array, Array], Array]
 Arrays = dict[str, np.ndarray]
 
 
-def our_tensors(model: ImageClassifier, params: Params, x: Array, taps: Sequence[str]) -> Arrays:
+def without_chance(model: BlockModel) -> BlockModel:
+    """The model without dropout and stochastic depth, which no two frameworks draw alike."""
+    rates: dict[str, Any] = {n: 0.0 for n in ("dropout", "drop_path") if hasattr(model, n)}
+    return model.clone(**rates)
+
+
+def our_tensors(model: BlockModel, params: Params, x: Array, taps: Sequence[str]) -> Arrays:
     """Every tensor of our forward pass by name, in the order of computation."""
 
     @jax.jit
     def forward(params: Params) -> tuple[Array, Array, dict[str, Array]]:
         _, seen = model.apply(
-            {"params": params}, x, train=False, capture_intermediates=_is_embedding
+            variables_of(params), x, train=False, capture_intermediates=_is_embedding
         )
-        tokens: Any = seen["intermediates"]["embedding"]["__call__"][0]  # type: ignore[index]
+        # Of an embedding that extends another one the last is what it returns itself.
+        tokens: Any = seen["intermediates"]["embedding"]["__call__"][-1]  # type: ignore[index]
         logits, named = analysed(model, params, x, taps)
         return tokens, logits, named
 
@@ -50,6 +56,7 @@ def _is_embedding(module: nn.Module, method: str) -> bool:
 
 def torch_tensors(module: Twin, images: torch.Tensor, dtype: torch.dtype) -> Arrays:
     """The same tensors of PyTorch's; in another dtype than float32 under autocast."""
+    module.eval()
     with torch.no_grad(), torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
         tokens, (logits, seen) = module.embed(images), module.trace(images, module.TAPS)
     arrays = {name: tensor.float().numpy() for name, tensor in seen.items()}
@@ -68,25 +75,35 @@ def _named(
 
 
 def our_gradients(
-    model: ImageClassifier, params: Params, x: Array, y: Array, loss: Loss, thresholded: str | None
+    model: BlockModel, params: Params, x: Array, y: Array, loss: Loss, thresholded: str | None
 ) -> tuple[Arrays, np.ndarray]:
     """Loss and its gradients by official name, and where the thresholded tap is positive.
 
     Without such a tap the second is true everywhere, (1, B, 1, 1).
     """
+    others = dict(variables_of(params))
+    start = others.pop("params")
+    taps = () if thresholded is None else (thresholded,)
 
     @jax.jit
     def loss_and_gradients(params: Params) -> tuple[tuple[Array, Array], Params]:
         def mean_loss(params: Params) -> tuple[Array, Array]:
-            if thresholded is None:
-                logits: Any = model.apply({"params": params}, x, train=False)
-                return loss(logits, y).mean(), jnp.ones((1, len(x), 1, 1), bool)
-            logits, seen = analysed(model, params, x, (thresholded,))
-            return loss(logits, y).mean(), seen[thresholded] > 0
+            found: Any = model.apply(
+                {"params": params, **others},
+                x,
+                train=True,
+                taps=taps,
+                method="forward",
+                mutable=list(others),
+            )
+            (logits, seen), _ = found
+            everywhere = jnp.ones((1, len(x), 1, 1), bool)
+            support = everywhere if thresholded is None else seen[thresholded] > 0
+            return loss(logits, y).mean(), support
 
         return jax.value_and_grad(mean_loss, has_aux=True)(params)
 
-    (value, support), grads = loss_and_gradients(params)
+    (value, support), grads = loss_and_gradients(start)
     named = {f"gradient {k}": v for k, v in to_state_dict(grads, model).items()}
     return {"loss": np.asarray(value)} | named, np.asarray(support)
 
@@ -95,10 +112,11 @@ def torch_gradients(
     module: Twin, images: torch.Tensor, targets: torch.Tensor, dtype: torch.dtype
 ) -> tuple[Arrays, np.ndarray]:
     """The same of PyTorch's."""
+    module.train()
     name = module.THRESHOLDED
     with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
         logits, seen = module.trace(images, () if name is None else (name,))
-        loss = F.cross_entropy(logits, targets, label_smoothing=SMOOTHING)
+        loss = module.loss(logits, targets)
     loss.backward()
     grads: Arrays = {"loss": loss.detach().numpy()}
     for key, parameter in module.named_parameters():
@@ -120,9 +138,10 @@ def train_torch(
             parameters, optim.lr, betas, optim.eps, weight_decay=optim.weight_decay
         )
     losses = []
+    module.train()
     for _ in range(steps):
         optimizer.zero_grad()
-        loss = F.cross_entropy(module(images), targets, label_smoothing=optim.label_smoothing)
+        loss = module.loss(module(images), targets)
         loss.backward()
         optimizer.step()
         losses.append(float(loss.detach()))
@@ -130,7 +149,7 @@ def train_torch(
 
 
 def images_per_s_of_both(
-    model: ImageClassifier,
+    model: BlockModel,
     params: Params,
     x: Array,
     module: Twin,
@@ -139,10 +158,11 @@ def images_per_s_of_both(
 ) -> dict[str, float]:
     """Forward passes of both in turns, medians; the first of each, which compiles, left out."""
     dtype = getattr(torch, jnp.dtype(model.dtype).name)
+    module.eval()
 
     @jax.jit
     def apply(params: Params, x: Array) -> Array:
-        return model.apply({"params": params}, x, train=False)  # type: ignore[return-value]
+        return model.apply(variables_of(params), x, train=False)  # type: ignore[return-value]
 
     def run_ours() -> None:
         jax.block_until_ready(apply(params, x))

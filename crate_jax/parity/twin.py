@@ -4,8 +4,12 @@ import abc
 from collections.abc import Iterable, Sequence
 from typing import ClassVar
 
+import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+
+SMOOTHING = 0.1  # of the labels, in every loss of images
 
 
 class Twin(nn.Module, abc.ABC):
@@ -13,12 +17,22 @@ class Twin(nn.Module, abc.ABC):
 
     Attributes:
         TAPS: what `trace` can return of a layer, in the order of computation, under the names of
-            our model's taps.
+            our model's taps; of a twin with more than one attention its own.
         THRESHOLDED: the tap that is zero below a threshold; None where nothing is.
+        EXAMPLES: what the examples of a batch are called.
     """
 
-    TAPS: ClassVar[tuple[str, ...]]
+    TAPS: tuple[str, ...]
     THRESHOLDED: ClassVar[str | None] = None
+    EXAMPLES: ClassVar[str] = "images"
+
+    def inputs(self, examples: np.ndarray) -> Tensor:
+        """The twin's form of what our model takes: images (B, c, H, W) of (B, H, W, c)."""
+        return torch.tensor(examples.transpose(0, 3, 1, 2))
+
+    def loss(self, logits: Tensor, targets: Tensor) -> Tensor:
+        """Mean cross-entropy in nats of logits (B, Y) and classes (B,), smoothed."""
+        return F.cross_entropy(logits, targets, label_smoothing=SMOOTHING)
 
     @abc.abstractmethod
     def embed(self, images: Tensor) -> Tensor:

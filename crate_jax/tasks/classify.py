@@ -67,10 +67,10 @@ class Classify(Task):
                 "model.num_classes must be at least 1 for a classifier; got 0, features. Leave it "
                 "unset: it is that of the data."
             )
-        if self.penalties.srr and "mssa" not in getattr(self.model, "tap_names", ()):
+        if self.penalties.srr and "subspace_tokens" not in getattr(self.model, "tap_names", ()):
             raise ValueError(
-                "penalty.srr must be 0 for a model without MSSA, which has no U; got "
-                f"{self.penalties.srr}. Set it to 0."
+                "penalty.srr must be 0 for a model without MSSA, TSSA and CBSA, whose layers have "
+                f"no subspaces; got {self.penalties.srr}. Set it to 0."
             )
 
     @classmethod

@@ -26,3 +26,18 @@ def cross_entropy(logits_BxY: Array, labels_B: Array, *, label_smoothing: float 
         target_B = jnp.take_along_axis(z_BxY, labels_B[:, None], axis=1)[:, 0]
     loss_B = jax.nn.logsumexp(z_BxY, axis=1) - (1 - label_smoothing) * target_B
     return (loss_B - label_smoothing * z_BxY.mean(axis=1)).astype(jnp.float32)
+
+
+def token_cross_entropy(logits_BxNxV: Array, tokens_BxN: Array) -> Array:
+    """Mean cross-entropy over the tokens of each text.
+
+    Args:
+        logits_BxNxV: any float dtype; the loss is computed in float32.
+        tokens_BxN: integer ids in [0, V).
+
+    Returns:
+        Loss in nats a token (B,), float32.
+    """
+    B, N, V = logits_BxNxV.shape
+    loss = cross_entropy(logits_BxNxV.reshape(B * N, V), tokens_BxN.reshape(B * N))
+    return loss.reshape(B, N).mean(axis=1)

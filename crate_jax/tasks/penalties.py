@@ -70,7 +70,8 @@ class Penalties:
         return total, found
 
     def _srr(self, params: PyTree, Z_LxBxNxd: Array, key: Array) -> Array:
-        layers = (Z_LxBxNxd, placement.whole(params["blocks"]["mssa"]["U"]))
+        (U_LxdxKxp,) = (part["U"] for part in params["blocks"].values() if "U" in part)
+        layers = (Z_LxBxNxd, placement.whole(U_LxdxKxp))
         if self.srr_layer == "all":
             return jax.lax.map(lambda layer: self._of_layer(*layer), layers).mean()
         drawn = jax.random.randint(key, (), 0, len(Z_LxBxNxd))
@@ -118,7 +119,7 @@ def srr_penalty(Z_BxNxd: Array, U_dxKxp: Array, *, lmbda: float, eps: float) -> 
 
     Args:
         Z_BxNxd: tokens after a layer.
-        U_dxKxp: the bases of that layer.
+        U_dxKxp: the bases of that layer's MSSA, TSSA or CBSA.
         lmbda: λ.
         eps: ε.
 

@@ -15,8 +15,9 @@ _STACKED, _SHARED = 1, 2  # whether a parameter has the layers on axis 0, or all
 def orthonormal(names: tuple[str, ...]) -> optax.GradientTransformation:
     """Project what an update leads to onto orthonormal columns; to be chained last.
 
-    A parameter (L, d, …) is a matrix (d, m) for each layer, its last axes side by side; one that
-    all layers share, below ``block``, is (d, …). The update
+    A parameter (L, d, …) is a matrix (d, m) for each layer, its last axes side by side. So are the
+    first ones of W_out (L, K, p, d), whose last is the longest: (K p, d). A parameter that all
+    layers share, below ``block``, has no axis L. The update
     X → X + ΔX becomes X → P(X + ΔX). P is the nearest matrix with orthonormal columns, or rows
     where m > d: P(X) = A Bᵀ for the singular value decomposition X = A Σ Bᵀ. A step costs these
     decompositions.
@@ -46,8 +47,10 @@ def orthonormal(names: tuple[str, ...]) -> optax.GradientTransformation:
 
 
 def nearest(X: Array) -> Array:
-    """The nearest (L, d, …) to X whose matrices (d, m) have orthonormal columns, or rows."""
-    left, _, right = jnp.linalg.svd(X.reshape(*X.shape[:2], -1), full_matrices=False)
+    """The nearest array to X whose matrices, as `orthonormal` says, have orthonormal columns."""
+    L, *axes = X.shape
+    sides = (axes[0], -1) if axes[0] >= axes[-1] or len(axes) == 2 else (-1, axes[-1])
+    left, _, right = jnp.linalg.svd(X.reshape(L, *sides), full_matrices=False)
     found = jnp.einsum("ldr,lrm->ldm", left, right, precision="highest")
     return found.reshape(X.shape).astype(X.dtype)
 

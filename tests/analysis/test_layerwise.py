@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from crate_jax import Crate, CrateAlpha, CrateBert, CrateCausal, CrateLM, TostLM, ViT
+from crate_jax import Crate, CrateAlpha, CrateBert, CrateCausal, CrateLM, ViT
 from crate_jax.analysis import layerwise, taps
 from crate_jax.analysis.layerwise import _unit_length
 from crate_jax.analysis.report import draw_layerwise
@@ -176,11 +176,6 @@ def test_a_model_of_text_is_measured_on_tokens(name):
     np.testing.assert_allclose(got["zero_fraction"], zeros, rtol=1e-6)
     official = layerwise(model, params, tokens, definition="official_code")
     assert set(official) == {"coding_rate_mean", "coding_rate_std", "zero_fraction"}
-
-
-def test_tost_makes_nothing_sparse():
-    model, tokens = TostLM(**TEXT), jax.random.randint(jax.random.key(0), (3, 6), 2, 9)
-    assert set(layerwise(model, some_params(model), tokens)) == PAPER - {"zero_fraction"}
 
 
 def test_the_official_definition_needs_mssa(images):

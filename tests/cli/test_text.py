@@ -1,13 +1,15 @@
-"""The commands for models of text: what works, and one line from each that does not."""
+"""Models of text: the sizes that `summary` takes, what `compare` does, and one line for a task.
+
+The other commands are in test_family_commands.py.
+"""
 
 import json
 
-import numpy as np
 import pytest
 from command import ROOT
-from weights import assert_equal_trees, random_params
+from weights import random_params
 
-from crate_jax import CrateLM, load_weights, save_weights
+from crate_jax import CrateBert, CrateLM, save_weights
 from crate_jax.cli.flags import parse_config
 from crate_jax.cli.main import main
 from crate_jax.cli.running import run_command
@@ -55,29 +57,55 @@ def test_summary(capsys):
     assert "model.vocab_size must name a field of vit_tiny_patch16_224." in line
 
 
-def test_convert_by_official_names_and_back(weights, tmp_path, capsys):
-    official, back = tmp_path / "w.npz", tmp_path / "back.safetensors"
-    layout = "--layout=official"
-    found = result(capsys, "convert", f"--from={weights}", f"--to={official}", layout)
-    assert found["fitted"] == [] and found["parameters"] > 0
-    with np.load(official) as file:
-        assert {"transformer.wte.weight", "lm_head.weight"} <= set(file.files)
-    names = [f"--from={official}", f"--to={back}", "--model=crate_lm_2l", *KWARGS]
-    result(capsys, "convert", *names)
-    assert_equal_trees(load_weights(back, MODEL), random_params(MODEL))
-
-
-def test_training_planning_evaluating_and_comparing_are_refused(weights, capsys, tmp_path):
+def test_training_and_evaluating_are_refused(weights, capsys, tmp_path):
     recipe, name = str(ROOT / "configs/digits.py"), "--config.model.name=crate_lm_1l"
     flags = [name, "--config.batch_size=16"]  # as the tests have eight devices
     status = run_command(lambda: train(parse_config(recipe, flags), tmp_path / "run"))
     assert refused(capsys, status).endswith(f"got a CrateLM, {NO_TASK}")
-    plan = main(["plan", f"--config={recipe}", *flags, "--mesh=data:8"])
-    assert refused(capsys, plan).endswith(NO_TASK)
     model = ["--model=crate_lm_2l", *KWARGS]
     evaluate = ["evaluate", f"--weights={weights}", "--dataset=digits", *model]
     assert refused(capsys, main(evaluate)).endswith(NO_TASK)
-    compare = ["compare", f"--weights={weights}", *model]
-    assert refused(capsys, main(compare)).endswith(NO_TASK)
     with pytest.raises(ValueError, match=r"^model must classify images here; got a CrateLM, of te"):
         Classify(MODEL)
+
+
+def test_compare_trains_without_dropout(capsys, tmp_path):
+    pytest.importorskip("torch")
+    model = CrateBert(**TINY)
+    assert model.dropout
+    save_weights(tmp_path / "w.safetensors", random_params(model), model)
+    arguments = ["--batch_size=3", "--train-steps=1"]
+    found = result(capsys, "compare", f"--weights={tmp_path / 'w.safetensors'}", *arguments)
+    assert found["texts"] == 3 and found["gradient_texts"] and set(found["texts_per_s"])
+    assert not any("image" in key for key in found)
+    assert found["inputs"] == "seeded random token ids" and found["within_tolerance"]
+    assert set(found["training"]) == {"adamw", "lion"}
+
+
+@pytest.mark.parametrize(
+    ("flag", "value"),
+    [
+        ("images", "x"),
+        ("dataset", "digits"),
+        ("data_dir", "x"),
+        ("split", "test"),
+        ("image_key", "x"),
+        ("label_key", "x"),
+        ("transforms", "x"),
+    ],
+)
+def test_compare_refuses_flags_about_images(flag, value, weights, capsys):
+    pytest.importorskip("torch")
+    line = refused(capsys, main(["compare", f"--weights={weights}", f"--{flag}={value}"]))
+    assert line.startswith(f"error: --{flag} must be left out for a model of text; got ")
+    assert line.endswith(". compare draws token ids for it.")
+
+
+def test_compare_fits_no_images(weights, capsys):
+    pytest.importorskip("torch")
+    arguments = ["--fit", "image_size", "--method", "right"]
+    line = refused(capsys, main(["compare", f"--weights={weights}", *arguments]))
+    assert "for a model of text; got image_size." in line
+    arguments = ["--fit", "eta", "--method", "right"]
+    line = refused(capsys, main(["compare", f"--weights={weights}", *arguments]))
+    assert line.startswith("error: --method must be left out for a model of text; got right.")

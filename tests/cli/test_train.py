@@ -81,6 +81,8 @@ def test_an_installed_package_has_the_recipes(monkeypatch, tmp_path):
     assert sources <= set(found.values())
     assert {package.split(".")[0] for package, _ in found} == {"crate_jax"}
 
+    # And that is where they are looked for, before what is beside it in a clone.
+    assert recipes_module._FOLDERS == [ROOT / "crate_jax" / "configs", ROOT / "configs"]
     for folder in ("package", "beside"):
         (tmp_path / folder / "configs").mkdir(parents=True)
         (tmp_path / folder / "configs" / f"of_{folder}.py").write_text(MINE)

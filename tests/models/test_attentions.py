@@ -1,11 +1,13 @@
 """The operators that other papers put into CRATE's frame: CBSA and TSSA, and no nonlinearity."""
 
 import itertools
+import re
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from command import ROOT
 
 from crate_jax import Crate, analysis, create_model, list_models, load_weights, save_weights
 from crate_jax.models.cost import abstract_parameters, abstract_variables, count_parameters
@@ -69,17 +71,6 @@ def test_one_field_swaps_the_attention(attention, stem, images):
     assert seen["ista"].min() == 0
 
 
-@pytest.mark.parametrize("attention", ["mssa", "tssa", "cbsa"])
-def test_what_the_layers_are_measured_by(attention, images):
-    model = Crate(**SIZES, attention=attention, representatives=2)
-    found = jax.jit(lambda v, x: analysis.layerwise(model, v, x))(
-        filled(abstract_variables(model)), images
-    )
-    measures = ("rate_mean", "rate_reduction_mean", "coding_rate_mean", "coding_rate_std")
-    assert set(found) == {*measures, "zero_fraction"}
-    assert all(np.isfinite(values).all() for values in found.values())
-
-
 def test_a_layer_without_nonlinearity_is_the_papers(images):
     """Z ← Z + MSSA(LN(Z)), written out in double precision, and 2 d² weights a layer."""
     model = Crate(**SIZES, nonlinearity="none")
@@ -102,14 +93,25 @@ def test_a_layer_without_nonlinearity_is_the_papers(images):
         np.testing.assert_allclose(seen["out"][i], Z, rtol=1e-4, atol=1e-4)
 
 
-def test_without_nonlinearity_layers_are_measured_after_the_attention(images):
+@pytest.mark.parametrize("suffix", ["pth", "npz"])
+def test_official_names_are_not_for_layers_without_nonlinearity(suffix, tmp_path):
     model = Crate(**SIZES, nonlinearity="none")
-    params = filled(abstract_parameters(model))
-    found = analysis.layerwise(model, params, images)
-    assert set(found) == {
-        *("rate_mean", "rate_reduction_mean", "coding_rate_mean", "coding_rate_std")
-    }
-    assert all(np.isfinite(values).all() for values in found.values())
+    params, path = filled(abstract_parameters(model)), tmp_path / f"w.{suffix}"
+    layout = None if suffix == "pth" else "official"
+    with pytest.raises(ValueError, match=r"^model\.nonlinearity must be ista for weights with"):
+        save_weights(path, params, model, layout=layout)
+    assert not path.exists()
+
+
+def test_the_page_runs_as_it_is_written(tmp_path, monkeypatch):
+    """The example of docs/models.md."""
+    text = (ROOT / "docs/models.md").read_text()
+    section = text[text.index("## Other attentions") : text.index("## The ViT")]
+    monkeypatch.chdir(tmp_path)
+    (block,) = re.findall(r"^```python\n(.*?)^```", section, re.M | re.S)
+    found = {}
+    exec(compile(block, "docs/models.md", "exec"), found)
+    assert set(found["variables"]) == {"params", "batch_stats"}
 
 
 def test_our_files_state_the_operators(tmp_path):
@@ -123,5 +125,3 @@ def test_our_files_state_the_operators(tmp_path):
     message = r"they have representatives \[2, 4\] where the model has \[4, 4\]"
     with pytest.raises(ValueError, match=message):
         load_weights(tmp_path / "w.safetensors", model.clone(representatives=4))
-    with pytest.raises(ValueError, match="must have a name in the layout official; it has none"):
-        save_weights(tmp_path / "w.npz", params, model, layout="official")

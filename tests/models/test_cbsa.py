@@ -85,7 +85,7 @@ def test_pooling_is_pytorchs(grid, cells):
 
 def test_the_module_pools_from_the_first_token_on():
     Y = jnp.asarray(normal(0, B, N, d))
-    module = CBSA(K, p, (2, 3), (1, 3))
+    module = CBSA(K, p, grid=(2, 3), cells=(1, 3))
     params = module.init(jax.random.key(0), Y)["params"]
     shapes = {name: leaf.shape for name, leaf in params.items()}
     steps = {"step_r": (K,), "step_x": (K,)}
@@ -99,6 +99,6 @@ def test_the_module_pools_from_the_first_token_on():
 
 def test_a_mask_is_refused():
     with pytest.raises(ValueError, match="mask must be None for CBSA; got one"):
-        CBSA(K, p, (2, 3), (1, 3)).init(
+        CBSA(K, p, grid=(2, 3), cells=(1, 3)).init(
             jax.random.key(0), jnp.zeros((B, N, d)), jnp.ones((N, N), bool)
         )

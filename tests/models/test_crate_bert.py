@@ -73,6 +73,27 @@ def test_logits_and_tokens_of_texts_with_and_without_padding(tied):
     assert 0 < (Z == 0).mean() < 1
 
 
+@pytest.mark.parametrize("tied", [True, False])
+def test_the_pytorch_twin_computes_the_equations(tied):
+    """There is no official output that it could be held to."""
+    torch = pytest.importorskip("torch")
+    from crate_jax.parity.torch_reference import from_flax_model
+
+    model = MODEL.clone(tied=tied)
+    state = to_state_dict(random_params(model), model)
+    twin = from_flax_model(model)
+    twin.load_state_dict({name: torch.tensor(x) for name, x in state.items()})
+    logits, seen = twin.trace(twin.inputs(TOKENS), ("ista",))
+    state = {name: x.astype(np.float64) for name, x in state.items()}
+    for text, length in ((0, 5), (1, 3)):
+        Z = encode(state, TOKENS[text, :length])
+        tokens = seen["ista"][-1, text, :length].detach().numpy()
+        np.testing.assert_allclose(tokens, Z, atol=1e-5 * Z.max())
+        expected = read(state, Z)
+        found = logits[text, :length].detach().numpy()
+        np.testing.assert_allclose(found, expected, atol=1e-5 * expected.max())
+
+
 def test_the_gradient_is_that_of_the_equations(params):
     """By finite differences of the equations, along one direction of all parameters."""
     key = jax.random.key(0)

@@ -214,6 +214,27 @@ def test_images_to_logits_of_every_pixel(name, normed, images):
         np.testing.assert_allclose(logits[1, :, :, y], expected, atol=1e-4)
 
 
+@pytest.mark.parametrize("name", ["tost_tiny_patch16_224", "cbsa_tiny_patch16_224"])
+def test_a_backbone_with_running_statistics(name, images):
+    """They lie beside the parameters as the backbone's, and training moves them."""
+    sizes = {**SMALL, "width": 16} | ({"representatives": 2} if name.startswith("cbsa") else {})
+    backbone, decoder = create_model(name, **sizes), Depict(Y, **SIZES)
+    model = Segmenter(backbone, decoder)
+    variables = jax.jit(lambda key: model.init(key, images, train=False))(jax.random.key(0))
+    assert set(variables["batch_stats"]) == {"backbone"}
+    own = {kind: tree["backbone"] for kind, tree in variables.items()}
+    tokens = backbone.apply(own, images, train=False, method="forward_features")
+    alone = Segmenter(backbone, decoder, norm=False).apply(variables, images, train=False)
+    decoded = decoder.apply({"params": variables["params"]["decoder"]}, tokens[:, -6:])
+    expected = enlarged(np.asarray(decoded)[1, :, 2].reshape(2, 3), 8, 12)
+    np.testing.assert_allclose(alone[1, :, :, 2], expected, atol=1e-4)
+    train = jax.jit(lambda v, x: model.apply(v, x, train=True, mutable=["batch_stats"]))
+    logits, moved = train(variables, images)
+    assert logits.shape == (2, 8, 12, Y)
+    before, after = variables["batch_stats"], moved["batch_stats"]
+    assert all(jax.tree.leaves(jax.tree.map(lambda a, b: (a != b).any(), before, after)))
+
+
 def test_a_backbone_learns_through_the_decoder(images):
     """And a tap of any layer will do for the decoder."""
     backbone, decoder = BACKBONES["crate"], Depict(Y, **SIZES)

@@ -78,6 +78,21 @@ def test_it_runs_within_a_program(params, prompt):
     np.testing.assert_array_equal(inside(params, prompt), generate(MODEL, params, prompt, 6))
 
 
+def test_a_temperature_may_be_a_scalar_of_the_program(params, prompt):
+    drawn = functools.partial(generate, MODEL, params, prompt, 6, key=jax.random.key(1))
+    inside = jax.jit(lambda temperature: drawn(temperature=temperature))
+    for temperature in (0.5, 2.0):
+        np.testing.assert_array_equal(inside(temperature), drawn(temperature=temperature))
+    with pytest.raises(ValueError, match=r"^key must be given to draw tokens"):
+        jax.jit(lambda t: generate(MODEL, params, prompt, 6, temperature=t))(0.5)
+
+
+def test_variables_are_taken_for_their_parameters(params, prompt):
+    np.testing.assert_array_equal(
+        generate(MODEL, {"params": params}, prompt, 3), generate(MODEL, params, prompt, 3)
+    )
+
+
 def test_a_step_computes_one_token(params, prompt, equations):
     """Multiply-adds of four more steps: those of one token a text, and of what it attends to."""
 
@@ -129,6 +144,12 @@ def test_one_of_the_most_likely_is_the_most_likely_and_another_key_another_text(
     assert (one != generate(MODEL, params, prompt, 9, key=jax.random.key(4))).any()
 
 
+def test_the_coldest_draws_are_the_most_likely_tokens(params, prompt):
+    large = {**params, "embedding": jax.tree.map(lambda x: 30 * x, params["embedding"])}
+    cold = generate(MODEL, large, prompt, 9, key=jax.random.key(3), temperature=2e-38)
+    np.testing.assert_array_equal(cold, generate(MODEL, large, prompt, 9))
+
+
 def test_a_steered_text_is_that_of_the_steered_model(params, prompt):
     steer = Steer("code", 1, 7, 9.0)
     got = generate(MODEL, params, prompt, 9, steer=[steer])
@@ -140,8 +161,11 @@ def test_a_steered_text_is_that_of_the_steered_model(params, prompt):
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ({"steps": -1}, r"^steps must be >= 0; got -1\."),
-        ({"top_k": 0, "key": 1}, r"^top_k must be >= 1; got 0\."),
+        ({"steps": -1}, r"^steps must be a whole number >= 0; got -1\."),
+        ({"steps": 2.0}, r"^steps must be a whole number >= 0; got 2\.0\."),
+        ({"top_k": 0, "key": 1}, r"^top_k must be a whole number >= 1; got 0\."),
+        ({"top_k": 2.5, "key": 1}, r"^top_k must be a whole number >= 1; got 2\.5\."),
+        ({"temperature": 1e-45, "key": 1}, r"^temperature must be > 0; got 1e-45\."),
         ({"temperature": 0.0, "key": 1}, r"^temperature must be > 0; got 0\.0\. Without a key"),
         ({"temperature": 0.5}, r"^key must be given to draw tokens; got none, temperature 0\.5 an"),
         ({"top_k": 2}, r"^key must be given .* top_k 2\. Give a key, or leave these out"),

@@ -28,7 +28,7 @@ TINY = dict(image_size=16, patch_size=8, num_classes=5, width=12, depth=2, num_h
 
 def test_the_table_names_all_four():
     assert set(list_models("crate_*small_384_patch8_224")) == set(GRID)
-    assert list_models("crate_m*") == sorted(set(GRID) - {"crate_small_384_patch8_224"})
+    assert set(list_models("crate_m*")) == set(GRID) - {"crate_small_384_patch8_224"}
 
 
 @pytest.mark.parametrize("name", GRID)
@@ -110,18 +110,6 @@ def test_a_file_states_the_operators(named, tmp_path):
     save_weights(tmp_path / "model.npz", params, model)
     again = load_weights(tmp_path / "model.npz", model)
     jax.tree.map(np.testing.assert_array_equal, again, loaded.params)
-
-
-@pytest.mark.parametrize("attention, nonlinearity", list(GRID.values())[1:])
-def test_pytorch_files_have_no_names_for_them(attention, nonlinearity, tmp_path):
-    pytest.importorskip("torch")
-    model = Crate(**TINY, attention=attention, nonlinearity=nonlinearity)
-    params = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), abstract_parameters(model))
-    with pytest.raises(ValueError) as caught:
-        save_weights(tmp_path / "model.pth", params, model)
-    message = str(caught.value)
-    assert "must have a name in the layout official; it has none. Weights of this" in message
-    assert "\n" not in message and not any(tmp_path.iterdir())
 
 
 def test_weights_of_one_are_not_weights_of_another(named, tmp_path):

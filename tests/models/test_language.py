@@ -15,8 +15,11 @@ from crate_jax import (
     ViT,
     analysis,
     create_model,
+    generate,
     list_models,
 )
+from crate_jax.interop import to_state_dict
+from crate_jax.models.causal_tssa import CausalTSSA
 from crate_jax.models.cost import (
     abstract_parameters,
     activation_bytes,
@@ -27,7 +30,6 @@ from crate_jax.models.cost import (
 from crate_jax.models.crate_alpha import OvercompleteISTA
 from crate_jax.models.crate_bert import places_of
 from crate_jax.models.layers import LayerNorm
-from crate_jax.models.tost_lm import CausalTSSA
 from crate_jax.models.variants import VARIANTS
 
 # Of the official code with GPT-2's padded vocabulary: without positions, with the 1,024 of them.
@@ -141,6 +143,32 @@ def test_parameter_count_of_the_encoder_and_with_its_head():
     assert count_parameters(model.clone(tied=False)) == encoder + head + 50_265 * d
     shapes = jax.tree.map(jnp.shape, abstract_parameters(model)["embedding"])
     assert shapes["positions"] == (514, d) and shapes["token_type"] == (d,)
+
+
+def test_attention_alone_is_the_papers_layer():
+    """Z ← Z + MSSA(LN(Z)) with a causal mask, in double precision; 2 d² weights a layer."""
+    model = CrateCausal(**SMALL, nonlinearity="none")
+    params, tokens, d = start(model), texts(2, 6), SMALL["width"]
+    of_layer = sum(leaf.size for leaf in jax.tree.leaves(params["blocks"])) / SMALL["depth"]
+    assert of_layer == 2 * d * d + 3 * d  # U and W_out; b_out and one norm
+    assert model.tap_names == ("subspace_tokens", "attention", "mssa", "out")
+    weights = jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), params)
+    table, places = (weights["embedding"][name] for name in ("tokens", "positions"))
+    Z = table[np.asarray(tokens)] + places[:6]
+    for i in range(SMALL["depth"]):
+        layer = jax.tree.map(lambda leaf, i=i: leaf[i], weights["blocks"])
+        Y = (Z - Z.mean(-1, keepdims=True)) / np.sqrt(Z.var(-1, keepdims=True) + 1e-5)
+        Y = Y * layer["mssa_norm"]["scale"] + layer["mssa_norm"]["bias"]
+        V = np.einsum("bnd,dkp->bknp", Y, layer["mssa"]["U"])
+        S = np.exp(V @ V.swapaxes(-1, -2) / np.sqrt(V.shape[-1])) * np.tri(6)
+        O = S / S.sum(axis=-1, keepdims=True) @ V  # noqa: E741
+        Z = Z + np.einsum("bknp,kpd->bnd", O, layer["mssa"]["W_out"]) + layer["mssa"]["b_out"]
+    logits = jax.jit(lambda p, x: model.apply({"params": p}, x, train=False))(params, tokens)
+    np.testing.assert_allclose(logits, Z @ table.T, rtol=1e-4, atol=1e-3)
+    after = generate(model, params, tokens[:, :5], 1)[:, -1]
+    np.testing.assert_array_equal(after, np.asarray(logits)[:, 4].argmax(-1))
+    with pytest.raises(ValueError, match=r"^model\.nonlinearity must be ista for weights with"):
+        to_state_dict(params, model)
 
 
 def test_a_head_with_a_table_of_its_own():
@@ -326,6 +354,7 @@ def test_what_keeps_no_past_is_refused():
     ("tokens", "got"),
     [
         (np.zeros((1, 10), np.int32), r"int32 \(1, 10\)"),
+        (np.zeros((2, 0), np.int32), r"int32 \(2, 0\)"),
         (np.zeros(3, np.int32), r"int32 \(3,\)"),
         (np.zeros((1, 3), np.float32), r"float32 \(1, 3\)"),
         ([[1, 2]], "list"),
@@ -333,7 +362,7 @@ def test_what_keeps_no_past_is_refused():
 )
 def test_other_tokens_are_one_line(tokens, got):
     model, params = made("crate_causal")
-    message = rf"^tokens must be an array \(B, N\) of integers with N <= 9, .*; got {got}\. Make"
+    message = rf"^tokens must be an array \(B, N\) of integers with 1 <= N <= 9, .*; got {got}\."
     with pytest.raises(ValueError, match=message):
         model.apply({"params": params}, tokens, train=False)
 
@@ -458,4 +487,6 @@ def test_what_tost_keeps_of_a_text_does_not_grow_with_the_context():
     )
     assert [x.shape for x in short] == [x.shape for x in long]
     with pytest.raises(ValueError, match=r"^mask must be None for causal TSSA; got one\."):
-        CausalTSSA(3, 4, 9).init(jax.random.key(0), jnp.ones((1, 5, 12)), jnp.ones((5, 5), bool))
+        CausalTSSA(3, 4, context_length=9).init(
+            jax.random.key(0), jnp.ones((1, 5, 12)), jnp.ones((5, 5), bool)
+        )

@@ -1,5 +1,7 @@
 """ReduNet: its operators against NumPy and the gradients of the objective, ΔR on subspaces."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -196,12 +198,21 @@ def test_lifting_an_image():
     np.testing.assert_allclose(found, np.maximum(expected, 0), atol=1e-5)
 
 
+def test_a_network_is_built_within_a_program():
+    X, labels = jnp.asarray(signals(6, 3)), jnp.arange(6) % 2
+    build = functools.partial(redunet.build, num_classes=2, depth=2, eps=EPS)
+    found, expected = jax.jit(build)(X, labels)[1], build(X, labels)[1]
+    np.testing.assert_allclose(found.features, expected.features, rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize(
     ("shape", "labels", "message"),
     [
         ((4,), [0, 1, 0, 1], r"^examples must be \(m, C\), .* got \(4,\) and \(4,\)\. Put the"),
         ((4, 2), [0, 1, 0], r"^examples must be .* got \(4, 2\) and \(3,\)\."),
         ((4, 2), [0, 0, 0, 0], r"^labels must name each of the 2 classes; got none of some\. A"),
+        ((4, 2), [0, 1, 2, 0], r"^labels must be >= 0 and < 2; got others too\. Number the"),
+        ((4, 2), [0, 1, -1, 0], r"^labels must be >= 0 and < 2; got others too\. Number the"),
     ],
 )
 def test_what_builds_no_network(shape, labels, message):

@@ -11,14 +11,9 @@ import numpy as np
 import pytest
 
 from crate_jax.models import tssa as module
+from crate_jax.models.causal_tssa import attend_by_past_statistics, no_sums
 from crate_jax.models.derivatives import normalise
-from crate_jax.models.tssa import (
-    TSSA,
-    attend_by_past_statistics,
-    attend_by_statistics,
-    no_sums,
-    tssa,
-)
+from crate_jax.models.tssa import TSSA, attend_by_statistics, tssa
 
 GOLDEN = Path(__file__).parent.parent / "golden"
 B, N, d, K, p = 2, 5, 6, 3, 4

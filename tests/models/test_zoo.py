@@ -2,6 +2,7 @@
 
 import ast
 import dataclasses
+import itertools
 import json
 import sys
 from pathlib import Path
@@ -12,11 +13,13 @@ import numpy as np
 import pytest
 from sizes import sizes_of
 
+import crate_jax
 from crate_jax import create_model, list_models
 from crate_jax.config import ModelConfig
 from crate_jax.models import fields, sections, variants
 from crate_jax.models.cost import count_parameters
 from crate_jax.models.fields import FAMILIES, fields_of
+from crate_jax.models.sources import source_of
 from crate_jax.models.variants import VARIANTS
 from crate_jax.models.zoo import (
     CLASSES,
@@ -52,7 +55,6 @@ def test_every_crate_is_in_the_table():
     of_family = {name for name, variant in VARIANTS.items() if variant.family == "crate"}
     others = {name for name in of_family if name.startswith(("crate_m", "cbsa_"))}
     assert of_family - others == set(PARAMETERS) == set(SIZES)
-    assert list_models() == sorted(VARIANTS)
 
 
 @pytest.mark.parametrize("name", PARAMETERS)
@@ -80,8 +82,8 @@ def test_overrides_reach_the_model():
 @pytest.mark.parametrize(
     ("pattern", "names"),
     [
-        ("crate_[bs]*_patch8_*", ["crate_base_patch8_224", "crate_small_384_patch8_224"]),
-        ("*e_tiny*", ["crate_mae_tiny_patch16_224", "crate_tiny_patch16_224"]),
+        ("crate_[bs]*_patch8_*", ["crate_small_384_patch8_224", "crate_base_patch8_224"]),
+        ("*e_tiny*", ["crate_tiny_patch16_224", "crate_mae_tiny_patch16_224"]),
         ("resnet*", []),
         ("crate_base_patch16_224", ["crate_base_patch16_224"]),
     ],
@@ -90,9 +92,12 @@ def test_list_models_takes_a_shell_pattern(pattern, names):
     assert list_models(pattern) == names
 
 
-def test_list_models_is_sorted():
-    assert len(list_models()) >= 6
-    assert list_models() == sorted(list_models())
+def test_list_models_is_by_family():
+    assert set(list_models()) == set(VARIANTS)
+    families = [family for family, _ in itertools.groupby(map(source_of, list_models()))]
+    assert len(families) == len(set(families)) >= 10
+    sizes = ["tiny", "small", "base", "large"]
+    assert list_models("cbsa_*") == [f"cbsa_{size}_patch16_224" for size in sizes]
 
 
 def test_config_section_to_model():
@@ -176,6 +181,11 @@ def test_every_family_has_a_class_with_its_fields():
         assert issubclass(CLASSES[family], declared)
         own = {f.name for f in dataclasses.fields(CLASSES[family])} - {"parent", "name"}
         assert own == set(fields_of(family))
+
+
+@pytest.mark.parametrize("cls", CLASSES.values(), ids=lambda cls: cls.__name__)
+def test_every_class_is_a_public_name(cls):
+    assert getattr(crate_jax, cls.__name__) is cls and cls.__name__ in crate_jax.__all__
 
 
 @pytest.mark.parametrize("module", [fields, variants, sections], ids=lambda m: m.__name__)

@@ -174,7 +174,7 @@ def test_gradients_count_where_every_threshold_fell_alike():
 
 def test_a_twin_without_a_threshold_keeps_every_image(inputs):
     params, images, labels = inputs
-    loss = functools.partial(cross_entropy, label_smoothing=runs.SMOOTHING)
+    loss = functools.partial(cross_entropy, label_smoothing=comparing.SMOOTHING)
     y = jnp.asarray(labels)
     ours, support = runs.our_gradients(MODEL, params, images, y, loss, None)
     assert support.shape == (1, 4, 1, 1) and support.all()

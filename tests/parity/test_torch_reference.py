@@ -159,15 +159,6 @@ def test_unknown_pool_and_unknown_tap():
         model.trace(torch.zeros(1, 3, 16, 16), ("qkv",))
 
 
-@pytest.mark.parametrize("operators", [("mhsa", "ista"), ("mssa", "mlp"), ("mhsa", "mlp")])
-def test_the_ablations_have_no_twin(operators):
-    fields = dict(zip(("attention", "nonlinearity"), operators, strict=True))
-    with pytest.raises(
-        ValueError, match=f"must be mssa and ista .*; got {' and '.join(operators)}"
-    ):
-        from_flax_model(Crate(8, 4, 5, width=6, depth=1, num_heads=2, **fields))
-
-
 def test_a_model_without_a_twin():
     class Other(Crate):
         pass

@@ -66,7 +66,6 @@ def test_memory_and_bytes_are_those_of_the_compiled_step(arg, mesh, changes):
     [
         ("crate_alpha_tiny_patch32_224", {}),
         ("crate_alpha_tiny_patch32_224", {"model__decoupled": False}),
-        ("vit_tiny_patch16_224", {}),
         ("hyperset_patch16_224", {"model__depth": 3}),
     ],
 )

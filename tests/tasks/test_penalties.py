@@ -22,8 +22,8 @@ BATCH = {
 KEY = jax.random.key(5)
 
 
-def start(name="crate_tiny_patch16_224", **penalties):
-    model = create_model(name, **SIZES)
+def start(name="crate_tiny_patch16_224", attention=None, **penalties):
+    model = create_model(name, **SIZES, **({"attention": attention} if attention else {}))
     task = Classify(model=model, penalties=Penalties(**penalties))
     return task, task.init(jax.random.key(1))[0]
 
@@ -93,9 +93,22 @@ def test_penalties_reach_every_layer():
         assert jnp.all(jnp.abs(change).max(axis=tuple(range(1, change.ndim))) > 1e-4)
 
 
-def test_a_model_without_mssa_has_no_srr():
+@pytest.mark.parametrize("attention", ["tssa", "cbsa"])
+def test_srr_is_of_the_subspaces_of_any_attention(attention):
+    task, params = start(attention=attention, srr=1.0, srr_layer="all", srr_eps=0.7)
+    _, seen = taps(task.model, params, BATCH["image"], "out")
+    bases = params["blocks"][attention]["U"]
+    gains = [rate_reduction(Z, U, eps=0.7) for Z, U in zip(seen["out"], bases, strict=True)]
+    length = 0.1 * jnp.abs(seen["out"]).sum((2, 3))
+    found = loss_of(task, params)[1][1]["penalty/srr"]
+    expected = (length - jnp.stack(gains)).mean() / seen["out"].shape[2]
+    np.testing.assert_allclose(found, expected, rtol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["vit_tiny_patch16_224", "hyperset_patch16_224"])
+def test_a_model_without_subspaces_has_no_srr(name):
     with pytest.raises(ValueError, match=r"penalty\.srr must be 0 for a model without MSSA.*0\.5"):
-        start("vit_tiny_patch16_224", srr=0.5)
+        start(name, srr=0.5)
 
 
 @pytest.mark.parametrize("penalties", [dict(srr=0.1), dict(orthogonality=0.1)], ids=str)

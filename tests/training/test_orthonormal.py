@@ -67,6 +67,14 @@ def test_a_parameter_that_all_layers_share_is_one_matrix():
         np.testing.assert_allclose(gram(X[None])[0], np.eye(n), atol=1e-5)
 
 
+def test_an_output_projection_is_a_matrix_from_all_subspaces_to_the_width():
+    W_out = jax.random.normal(jax.random.key(4), (3, 2, 4, 8))  # L, K, p, d
+    moved = nearest(W_out).reshape(3, 8, 8)
+    np.testing.assert_allclose(
+        jnp.einsum("lmd,lme->lde", moved, moved), np.broadcast_to(np.eye(8), (3, 8, 8)), atol=1e-5
+    )
+
+
 @pytest.mark.parametrize("name", ["V", "kernel"])
 def test_an_unknown_name_is_one_line(name):
     with pytest.raises(KeyError, match=rf"optim\.orthonormal must name .* got {name}\."):

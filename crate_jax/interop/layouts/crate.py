@@ -8,10 +8,13 @@ from crate_jax.interop.layouts.layout import Implied, Layout, Table
 from crate_jax.interop.layouts.stem import COUNTERS, stem
 
 _LAYER = "transformer.layers.{i}"
-# Of the switches of the theory, whose other values have no official code of these names.
+_SIGN = "the official names"
+# Of the operator and the switches of the theory whose other values these names do not tell.
 _IMPLIED = {
-    field: Implied("the official names", (value,))
-    for field, value in dict(attention_sign="plus", threshold="relu", ista_steps=1).items()
+    field: Implied(_SIGN, (value,))
+    for field, value in dict(
+        nonlinearity="ista", attention_sign="plus", threshold="relu", ista_steps=1
+    ).items()
 }
 
 
@@ -49,6 +52,7 @@ OFFICIAL = Layout(
     head=r"mlp_head\.[1-9]\d*\..*",  # behind mlp_head.0, the norm
     implies={
         "stem": Implied("to_patch_embedding.1", ("patches",)),
+        "attention": Implied(_SIGN, ("mssa",)),
         **_IMPLIED,
     },
 )

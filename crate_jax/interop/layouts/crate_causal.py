@@ -6,7 +6,7 @@ Source: pull request 13 of the code of arXiv 2306.01129, and the code of arXiv 2
 import numpy as np
 
 from crate_jax.interop.layouts.forms import Linear, Same
-from crate_jax.interop.layouts.layout import Layout, Tree
+from crate_jax.interop.layouts.layout import Implied, Layout, Tree
 
 EMBEDDING = {
     "embedding/tokens": ("transformer.wte.weight", Same()),
@@ -44,6 +44,7 @@ CAUSAL = Layout(
     | {"blocks/ista/D": ("transformer.h.{i}.ista.weight", Same())},
     copies=TIED,
     constants={"transformer.h.{i}.attn.bias": causal_mask},
+    implies={"nonlinearity": Implied("ista.weight", ("ista",))},
 )
 LM = Layout(
     name="official",
