@@ -25,8 +25,7 @@ class Dictionary(nn.Module):
     @nn.compact
     def __call__(self, Y_BxNxd: Array) -> Array:
         """Normalised tokens (B, N, d) to tokens (B, N, d)."""
-        d = Y_BxNxd.shape[-1]
-        D_dxd = read(self, "D", dictionary_init, (d, d), self.dtype)
+        D_dxd = read(self, "D", dictionary_init, Y_BxNxd.shape[-1:] * 2, self.dtype)
         return times(Y_BxNxd.astype(self.dtype), D_dxd.T)
 
 
