@@ -22,17 +22,13 @@ from crate_jax.cli.arguments import (
     resize_method,
     saved_run,
 )
-from crate_jax.config import DataConfig, OptimConfig
+from crate_jax.config import DataConfig
 from crate_jax.files import Json, located
 
 if TYPE_CHECKING:  # imported where they are used
-    from jax import Array
-
     from crate_jax.data.images.labelled import LabelledImages
     from crate_jax.models.classifier import ImageClassifier
-    from crate_jax.models.parameters import Params, Variables
     from crate_jax.parity.difference import Comparison
-    from crate_jax.tasks.task import Batch, Task
 
 
 def add_compare(subparsers: Subparsers) -> None:
@@ -108,7 +104,8 @@ def _compare(args: argparse.Namespace) -> "tuple[Comparison, Json]":
     import jax
     import jax.numpy as jnp
 
-    from crate_jax.cli import texts
+    from crate_jax.cli.steps import classifier_steps, text_steps
+    from crate_jax.cli.texts import random_texts
     from crate_jax.interop import load_fitted
     from crate_jax.models.classifier import of_images
     from crate_jax.models.language import LanguageModel
@@ -131,11 +128,11 @@ def _compare(args: argparse.Namespace) -> "tuple[Comparison, Json]":
         theirs = fits(args.reference, model)
         reference = {"params": theirs.params, **theirs.extra}
     if isinstance(model, LanguageModel):
-        images, labels, inputs = texts.random_texts(args, model)
-        loss, steps = token_cross_entropy, texts.train_steps
+        images, labels, inputs = random_texts(args, model)
+        loss, steps = token_cross_entropy, text_steps
     else:
         images, labels, inputs = _inputs(args, of_images(model), classes)
-        loss, steps = functools.partial(cross_entropy, label_smoothing=SMOOTHING), train_steps
+        loss, steps = functools.partial(cross_entropy, label_smoothing=SMOOTHING), classifier_steps
     model = without_chance(model).clone(dtype=jnp.dtype(args.dtype))
     found = compare_both(
         model,
@@ -175,56 +172,6 @@ def _result(found: "Comparison") -> Json:
         "first_difference": found.first_difference,
         "within_tolerance": found.first_difference is None,
     }
-
-
-def train_steps(
-    model: "ImageClassifier",
-    params: "Params",
-    images: "Array",
-    labels: "Array",
-    optim: OptimConfig,
-    steps: int,
-) -> "tuple[list[float], Variables]":
-    """`full_batch_steps` of a classifier of images."""
-    from crate_jax.tasks.classify import Classify
-
-    task = Classify(model, label_smoothing=optim.label_smoothing)
-    return full_batch_steps(task, params, {"image": images, "label": labels}, optim, steps)
-
-
-def full_batch_steps(
-    task: "Task", params: "Params", batch: "Batch", optim: OptimConfig, steps: int
-) -> "tuple[list[float], Variables]":
-    """Our training step on one batch at a constant rate, again and again.
-
-    Args:
-        task: its loss, and the model's running statistics.
-        params: to start from; of a model with running statistics its variables.
-        batch: of every step.
-        optim: whose rate stays as it is.
-        steps: how many.
-
-    Returns:
-        The losses before each step, and the variables after the last.
-    """
-    import jax
-    import optax
-
-    from crate_jax.models.parameters import variables_of
-    from crate_jax.training.optimizer import make_optimizer
-    from crate_jax.training.state import TrainState
-    from crate_jax.training.step import make_train_step
-
-    tx = make_optimizer(optim, optax.constant_schedule(optim.lr))
-    step = jax.jit(make_train_step(task, tx))
-    extra = dict(variables_of(params))
-    params = extra.pop("params")
-    state = TrainState(jax.numpy.zeros((), "int32"), params, tx.init(params), extra=extra or ())
-    losses = []
-    for _ in range(steps):
-        state, metrics = step(state, batch, jax.random.key(0))
-        losses.append(float(metrics["loss"]))
-    return losses, {"params": state.params, **dict(state.extra)}
 
 
 def _inputs(

@@ -9,24 +9,10 @@ from torch import Tensor, nn
 
 from crate_jax.models.classifier import pair
 from crate_jax.models.crate import Crate
+from crate_jax.parity.stem import Patches
 from crate_jax.parity.twin import Twin
 
 Size = int | Sequence[int]
-
-
-class Patches(nn.Module):
-    """Images (B, c, H, W) to patches (B, N, h·w·c), each flattened as (row, column, channel)."""
-
-    def __init__(self, patch_size: tuple[int, int]):
-        super().__init__()
-        self.patch_size = patch_size
-
-    def forward(self, images: Tensor) -> Tensor:
-        """Cut row by row."""
-        B, c, H, W = images.shape
-        h, w = self.patch_size
-        grid = images.reshape(B, c, H // h, h, W // w, w).permute(0, 2, 4, 3, 5, 1)
-        return grid.reshape(B, (H // h) * (W // w), h * w * c)
 
 
 def ssa(W_BxNxKxp: Tensor, mask: Tensor | None = None) -> tuple[Tensor, dict[str, Tensor]]:

@@ -1,10 +1,25 @@
-"""The convolutional stem in plain PyTorch, which ToST and the frame of CBSA share."""
+"""Images to patches in plain PyTorch: cut, or by the convolutions of ToST and CBSA's frame."""
 
 import itertools
 
 from torch import Tensor, nn
 
 from crate_jax.models.stem import stage_widths
+
+
+class Patches(nn.Module):
+    """Images (B, c, H, W) to patches (B, N, h·w·c), each flattened as (row, column, channel)."""
+
+    def __init__(self, patch_size: tuple[int, int]):
+        super().__init__()
+        self.patch_size = patch_size
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Cut row by row."""
+        B, c, H, W = images.shape
+        h, w = self.patch_size
+        grid = images.reshape(B, c, H // h, h, W // w, w).permute(0, 2, 4, 3, 5, 1)
+        return grid.reshape(B, (H // h) * (W // w), h * w * c)
 
 
 def stage(before: int, channels: int) -> nn.Sequential:

@@ -14,7 +14,7 @@ from command import ROOT
 from crate_jax import Crate, load_weights, save_weights
 from crate_jax.cli import compare as command
 from crate_jax.cli import main as cli
-from crate_jax.cli.compare import train_steps
+from crate_jax.cli.steps import classifier_steps
 from crate_jax.interop import to_state_dict
 from crate_jax.tasks.losses import cross_entropy
 
@@ -41,7 +41,7 @@ def inputs():
 
 
 def compare(model, params, images, labels, **options):
-    options = {"train": functools.partial(train_steps, model), "rounds": 1} | options
+    options = {"train": functools.partial(classifier_steps, model), "rounds": 1} | options
     loss = functools.partial(cross_entropy, label_smoothing=comparing.SMOOTHING)
     return comparing.compare(model, params, images, labels, loss=loss, **options)
 
@@ -103,7 +103,7 @@ def test_one_weight_moved_is_found_where_it_is(inputs, path, first):
 def test_a_training_step_that_differs_is_found(inputs):
     def twice_the_rate(params, images, labels, optim, steps):
         optim = dataclasses.replace(optim, lr=2 * optim.lr)
-        return train_steps(MODEL, params, images, labels, optim, steps)
+        return classifier_steps(MODEL, params, images, labels, optim, steps)
 
     found = compare(MODEL, *inputs, train=twice_the_rate, train_steps=2)
     assert found.first_difference == "adamw loss of step 2"

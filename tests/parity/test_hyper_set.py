@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from crate_jax import create_model
-from crate_jax.cli.compare import train_steps
+from crate_jax.cli.steps import classifier_steps
 from crate_jax.models.cost import abstract_parameters, count_parameters
 from crate_jax.models.hyper_set import HyperSet
 from crate_jax.tasks.losses import cross_entropy
@@ -51,7 +51,7 @@ def test_the_jax_model_computes_the_same():
         images,
         np.array([0, 2, 1]),
         loss=functools.partial(cross_entropy, label_smoothing=comparing.SMOOTHING),
-        train=functools.partial(train_steps, MODEL),
+        train=functools.partial(classifier_steps, MODEL),
         train_steps=2,
         rate_scale=0.05,
         rounds=1,

@@ -9,7 +9,7 @@ import pytest
 from weights import random_params
 
 from crate_jax import CrateBert, CrateCausal, CrateLM, TostLM, create_model, list_models
-from crate_jax.cli.texts import train_steps
+from crate_jax.cli.steps import text_steps
 from crate_jax.models.cost import count_parameters
 from crate_jax.tasks.losses import token_cross_entropy
 
@@ -107,7 +107,7 @@ def test_as_many_parameters_as_the_jax_model(name):
 
 def compared(model, tokens, **options):
     targets = np.roll(tokens, -1, axis=1)
-    train = functools.partial(train_steps, model)
+    train = functools.partial(text_steps, model)
     options = {"loss": token_cross_entropy, "train": train, "rounds": 1} | options
     return compare(model, random_params(model), tokens, targets, **options)
 

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from crate_jax import Crate, ToST, create_model, list_models
-from crate_jax.cli.compare import train_steps
+from crate_jax.cli.steps import classifier_steps
 from crate_jax.interop import to_state_dict
 from crate_jax.models.cost import abstract_variables, count_parameters
 from crate_jax.tasks.losses import cross_entropy
@@ -179,7 +179,7 @@ def compare(model, **options):
         variables_of(model),
         *inputs_of(model),
         loss=functools.partial(cross_entropy, label_smoothing=comparing.SMOOTHING),
-        train=functools.partial(train_steps, model),
+        train=functools.partial(classifier_steps, model),
         rate_scale=0.05,
         rounds=1,
         **options,
@@ -218,7 +218,7 @@ def test_running_statistics_that_parted_are_found():
     )
     assert training["statistics"] > 0.01
     agreeing = training | {"relative": [0.0], "weights_within": 1.0}
-    found = Comparison("float32", 4, [], 1.0, {}, 4, {"adamw": agreeing}, {})
+    found = Comparison("float32", "images", 4, [], 1.0, {}, 4, {"adamw": agreeing}, {})
     assert found.first_difference == "adamw running statistics after the last step"
     for other in (
         dataclasses.replace(found, training={"lion": agreeing}),

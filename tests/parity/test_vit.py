@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from crate_jax import ViT, create_model, list_models
-from crate_jax.cli.compare import train_steps
+from crate_jax.cli.steps import classifier_steps
 from crate_jax.models.cost import abstract_parameters, count_parameters
 from crate_jax.tasks.losses import cross_entropy
 
@@ -102,7 +102,7 @@ def test_the_jax_model_computes_the_same(pool):
         images,
         np.array([0, 2, 1]),
         loss=functools.partial(cross_entropy, label_smoothing=comparing.SMOOTHING),
-        train=functools.partial(train_steps, model),
+        train=functools.partial(classifier_steps, model),
         train_steps=2 if pool == "cls" else 0,
         rate_scale=0.05,
         rounds=1,

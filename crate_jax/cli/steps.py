@@ -1,0 +1,90 @@
+"""Training steps of ours on one batch, for `compare`."""
+
+import dataclasses
+from typing import Any, ClassVar
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax import Array
+
+from crate_jax.config import OptimConfig
+from crate_jax.models.classifier import ImageClassifier
+from crate_jax.models.language import LanguageModel
+from crate_jax.models.parameters import Params, Variables, variables_of
+from crate_jax.tasks import Classify
+from crate_jax.tasks.losses import token_cross_entropy
+from crate_jax.tasks.task import Batch, Extra, Scalars, Task
+from crate_jax.training.optimizer import make_optimizer
+from crate_jax.training.state import TrainState
+from crate_jax.training.step import make_train_step
+
+
+def classifier_steps(
+    model: ImageClassifier,
+    params: Params,
+    images: Array,
+    labels: Array,
+    optim: OptimConfig,
+    steps: int,
+) -> tuple[list[float], Variables]:
+    """`full_batch_steps` of a classifier of images (B, H, W, c) with labels (B,)."""
+    task = Classify(model, label_smoothing=optim.label_smoothing)
+    return full_batch_steps(task, params, {"image": images, "label": labels}, optim, steps)
+
+
+def text_steps(
+    model: LanguageModel,
+    params: Params,
+    tokens: Array,
+    targets: Array,
+    optim: OptimConfig,
+    steps: int,
+) -> tuple[list[float], Variables]:
+    """`full_batch_steps` of a model of text, tokens and targets (B, N); no label is smoothed."""
+    batch = {"tokens": tokens, "targets": targets}
+    return full_batch_steps(_Tokens(model), params, batch, optim, steps)  # type: ignore[abstract]
+
+
+def full_batch_steps(
+    task: Task, params: Params, batch: Batch, optim: OptimConfig, steps: int
+) -> tuple[list[float], Variables]:
+    """Our training step on one batch at a constant rate, again and again.
+
+    Args:
+        task: of the model, without anything random.
+        params: to start from; of a model with running statistics its variables.
+        batch: of every step.
+        optim: whose rate stays as it is.
+        steps: how many.
+
+    Returns:
+        The losses before each step, and the variables after the last.
+    """
+    tx = make_optimizer(optim, optax.constant_schedule(optim.lr))
+    step = jax.jit(make_train_step(task, tx))
+    extra = dict(variables_of(params))
+    params = extra.pop("params")
+    state = TrainState(jnp.zeros((), jnp.int32), params, tx.init(params), extra=extra or ())
+    losses = []
+    for _ in range(steps):
+        state, metrics = step(state, batch, jax.random.key(0))
+        losses.append(float(metrics["loss"]))
+    return losses, {"params": state.params, **dict(state.extra)}
+
+
+@dataclasses.dataclass(frozen=True)
+class _Tokens(Task):
+    """A token for each place, by cross-entropy: as much of a task as a training step asks for."""
+
+    model: Any
+    by_row: ClassVar[bool] = True
+
+    def loss(
+        self, params: Params, extra: Extra, batch: Batch, key: Array
+    ) -> tuple[Array, tuple[Extra, Scalars]]:
+        """The mean in nats a token."""
+        logits_BxNxV = self.model.apply(
+            {"params": params}, batch["tokens"], train=True, rngs={"dropout": key}
+        )
+        return token_cross_entropy(logits_BxNxV, batch["targets"]).mean(), (extra, {})
