@@ -2,6 +2,8 @@
 
 import argparse
 
+import numpy as np
+
 from crate_jax.cli.arguments import Subparsers, add_data, add_model, path
 from crate_jax.cli.runs import add_source, open_trained
 from crate_jax.files import Json, located
@@ -30,7 +32,7 @@ def reconstruct(args: argparse.Namespace) -> Json:
 
     opened = open_trained(args, "reconstruct", task=TASK)
     _, images = inspect_split(opened.run, opened.params, opened.extra)
-    pictures, data = images[PICTURES], opened.run.config.data
+    pictures, data = np.asarray(images[PICTURES]), opened.run.config.data
     output = args.output or str(located(args.workdir or ".", "--output") / f"{PICTURES}.png")
     draw_rows(pictures, output)
     inputs = {"dataset": data.dataset, "split": data.eval_split}

@@ -1,6 +1,8 @@
 """CRATE-MAE, a masked autoencoder: an encoder that compresses, and a decoder that undoes it."""
 
 import functools
+from collections.abc import Mapping
+from typing import ClassVar
 
 import flax.linen as nn
 import jax.numpy as jnp
@@ -34,7 +36,10 @@ class CrateMae(MaeFields, ImageClassifier):
         lmbda: λ of ISTA. Released weights differ in it, and their files' names tell it.
     """
 
-    OPTIONAL = ImageClassifier.OPTIONAL | {"decoder_depth": ("decoder", "mask_token")}
+    OPTIONAL: ClassVar[Mapping[str, tuple[str, ...]]] = {
+        **ImageClassifier.OPTIONAL,
+        "decoder_depth": ("decoder", "mask_token"),
+    }
 
     def check_fields(self) -> None:
         """Refuse a width without positions, and a head beside a decoder: nothing trains both."""
