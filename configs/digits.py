@@ -4,7 +4,9 @@ Each form trains a small model of another family (width 96, 4 layers) on scans e
 pixels, in about a minute on two cores. Enlarged, because a LayerNorm over a 2 x 2 patch of flat
 paper amplifies noise. All share data, schedule and sizes; docs/zoo.md compares the classifiers.
 
-``mae`` hides three quarters of the patches and learns to tell them, without labels.
+``mae`` hides three quarters of the patches, of a pixel of the scan each, and learns to tell them,
+without labels: 40 epochs, 64 patches. Its error (``loss``) ends at less than half that of whoever
+knows the mean of each hidden patch and nothing else (``loss_of_means``).
 """
 
 from crate_jax.config import DataConfig, ModelConfig, OptimConfig, TrainConfig, choose
@@ -37,7 +39,7 @@ def get_config(arg: str | None = None) -> TrainConfig:
         eval_every_steps=300,
         model=ModelConfig(
             image_size=(32, 32),
-            patch_size=(8, 8),
+            patch_size=(4, 4) if form == "mae" else (8, 8),
             in_channels=1,
             width=96,
             depth=4,
@@ -54,6 +56,6 @@ def get_config(arg: str | None = None) -> TrainConfig:
         optim=OptimConfig(lr=2e-3, weight_decay=0.05, label_smoothing=0.1, warmup_epochs=5),
     )
     if form == "mae":
-        config.task = "masked_autoencoding"
+        config.task, config.total_epochs = "masked_autoencoding", 40
         config.optim.b2, config.optim.label_smoothing = 0.95, 0.0
     return config

@@ -32,7 +32,7 @@ def reconstruct(args: argparse.Namespace) -> Json:
 
     opened = open_trained(args, "reconstruct", task=TASK)
     _, images = inspect_split(opened.run, opened.params, opened.extra)
-    pictures, data = images[PICTURES], opened.run.config.data
+    pictures, data = np.asarray(images[PICTURES]), opened.run.config.data
     output = args.output or str(located(args.workdir or ".", "--output") / f"{PICTURES}.png")
     draw_rows(np.asarray(pictures), output)
     inputs = {"dataset": data.dataset, "split": data.eval_split}

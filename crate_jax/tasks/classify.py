@@ -15,7 +15,6 @@ from crate_jax.data.rows import Rows
 from crate_jax.files import Json
 from crate_jax.models.classifier import of_images
 from crate_jax.models.cost import has_formula, multiply_adds
-from crate_jax.models.fields import ImageFields
 from crate_jax.models.stacked import BlockModel
 from crate_jax.models.zoo import build_model
 from crate_jax.tasks.losses import cross_entropy
@@ -76,12 +75,12 @@ class Classify(Task):
     @classmethod
     def from_config(cls, config: TrainConfig, num_classes: int | None = None) -> Self:
         """The task of a config; `num_classes` of its data, where they are known."""
-        model = of_images(build_model(config.model))
-        classes = config.model.num_classes if num_classes is None else num_classes
-        if classes is None:  # also of a family that has no head unless one is asked for
-            classes = ImageFields.USUAL["num_classes"]
+        model = build_model(config.model)
+        unset = num_classes is None and getattr(config.model, "num_classes", None) is None
+        if unset and getattr(model, "num_classes", None) == 0:  # no head, unless one is asked for
+            num_classes = 1000
         return cls(
-            model=model.clone(num_classes=classes),
+            model=model if num_classes is None else model.clone(num_classes=num_classes),
             mean=tuple(config.data.mean),
             std=tuple(config.data.std),
             label_smoothing=config.optim.label_smoothing,
