@@ -168,24 +168,10 @@ def load_fitted(
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
     contents = contents._replace(arrays=arrays)
-    left = layout.set_aside(contents.arrays)
-    report = contents.left + ([left_aside(left)] if left else [])
     skip = {"head"} if "head" in fit else set()
     skip |= {group for groups in lacks.values() for group in groups}
-    counters = [
-        name
-        for name, array in contents.arrays.items()
-        if not _is_float(array) and not layout.recognised([name])
-    ]
-    report += [f"{left_aside(counters)}: no floats, so no parameters"] if counters else []
-    skipped = layout.in_groups(contents.arrays, skip)
-    for field, groups in lacks.items():
-        if layout.in_groups(contents.arrays, groups):
-            report.append(f"{', '.join(groups)}: left aside, for the model has none ({field}=0)")
-    unused = {*left, *counters, *skipped}
-    arrays = {name: array for name, array in contents.arrays.items() if name not in unused}
-    contents = contents._replace(arrays=arrays)
-
+    contents, report = _of_the_model(contents, layout, lacks, skip)
+    arrays = contents.arrays
     shapes = {name: tuple(array.shape) for name, array in arrays.items()}
     tree_shapes = layout.tree_shapes(shapes)
     told = {} if contents.fields else told_by_name(path, model)
@@ -205,6 +191,30 @@ def load_fitted(
         params, fitted = fit_params(params, source, model, method=method, key=key)
         report += fitted
     return Loaded(params, model, report, class_names, extra)
+
+
+def _of_the_model(
+    contents: Contents, layout: Layout, lacks: Mapping[str, Collection[str]], skip: set[str]
+) -> tuple[Contents, list[str]]:
+    """Without what is no parameter of the model, and what that was, in words.
+
+    `lacks` are groups that the model goes without, by field; `skip` these, and what is not wanted.
+    """
+    report, arrays = list(contents.left), contents.arrays
+    left = layout.set_aside(arrays)
+    report += [left_aside(left)] if left else []
+    counters = [
+        name
+        for name, array in arrays.items()
+        if not _is_float(array) and not layout.recognised([name])
+    ]
+    report += [f"{left_aside(counters)}: no floats, so no parameters"] if counters else []
+    for field, groups in lacks.items():
+        if layout.in_groups(arrays, groups):
+            report.append(f"{', '.join(groups)}: left aside, for the model has none ({field}=0)")
+    unused = {*left, *counters, *layout.in_groups(arrays, skip)}
+    used = {name: array for name, array in arrays.items() if name not in unused}
+    return contents._replace(arrays=used), report
 
 
 def _check_classes(path: Path, stated: Sequence[str], wanted: Sequence[str]) -> None:
