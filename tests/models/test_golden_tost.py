@@ -155,6 +155,7 @@ def test_saved_back_it_is_the_file_but_for_counters(variables, tmp_path):
 def test_our_own_files_hold_it_too(variables, suffix, tmp_path):
     save_weights(tmp_path / f"saved{suffix}", variables, MODEL)
     back = load_variables(tmp_path / f"saved{suffix}", MODEL)
+    assert set(back) == {"params", "batch_stats"}
     jax.tree.map(np.testing.assert_array_equal, back, variables)
 
 
