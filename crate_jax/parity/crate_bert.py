@@ -9,7 +9,8 @@ from torch import Tensor, nn
 
 from crate_jax.models.crate_bert import CrateBert
 from crate_jax.parity.crate import ISTA, ssa
-from crate_jax.parity.text import DEVIATION, EPSILON, TextTwin, projection, through
+from crate_jax.parity.text import DEVIATION, EPSILON, TextTwin, projection
+from crate_jax.parity.twin import through
 
 
 class Embeddings(nn.Module):

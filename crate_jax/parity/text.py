@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from crate_jax.models.language import LanguageModel
 from crate_jax.parity.crate import ssa
-from crate_jax.parity.twin import Twin
+from crate_jax.parity.twin import Twin, through
 
 EPSILON = 1e-5  # of every LayerNorm
 DEVIATION = 0.02  # of the parameters at their start
@@ -28,25 +28,6 @@ class TextTwin(Twin):
     def loss(self, logits: Tensor, targets: Tensor) -> Tensor:
         """Mean cross-entropy in nats a token, of logits (B, N, V) and tokens (B, N)."""
         return F.cross_entropy(logits.flatten(0, 1), targets.flatten())
-
-
-def through(
-    blocks: Iterable[Any], Z: Tensor, taps: Sequence[str], *others: Tensor
-) -> tuple[Tensor, dict[str, Tensor]]:
-    """Tokens (B, N, d) after all blocks, and the taps, layers on axis 0.
-
-    Args:
-        blocks: each from tokens, and the others, to tokens and all of its taps.
-        Z: tokens.
-        taps: names of those that are kept.
-        others: what every block sees too.
-    """
-    kept: dict[str, list[Tensor]] = {name: [] for name in taps}
-    for block in blocks:
-        Z, seen = block(Z, *others)
-        for name in taps:
-            kept[name].append(seen[name])
-    return Z, {name: torch.stack(values) for name, values in kept.items()}
 
 
 def projection(num_heads: int, head_dim: int, width: int, bias: bool) -> nn.Module:

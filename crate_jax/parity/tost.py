@@ -10,7 +10,7 @@ from crate_jax.models.tost import ToST
 from crate_jax.parity import vit
 from crate_jax.parity.stem import Stem
 from crate_jax.parity.tssa import TSSA
-from crate_jax.parity.twin import Twin
+from crate_jax.parity.twin import Twin, through
 
 BANDS = 32  # waves a side, of the positions
 
@@ -160,14 +160,9 @@ class TorchToST(Twin):
     def trace(self, images: Tensor, taps: Sequence[str]) -> tuple[Tensor, dict[str, Tensor]]:
         """Logits (B, Y), and the taps; see `Twin.trace`."""
         self.check_taps(taps)
-        Z = self.embed(images)
-        kept: dict[str, list[Tensor]] = {name: [] for name in taps}
-        for block in self.blocks:
-            Z, seen = block(Z)
-            for name in taps:
-                kept[name].append(seen[name])
+        Z, kept = through(self.blocks, self.embed(images), taps)  # type: ignore[arg-type]
         Z = torch.cat([self.cls_token.expand(len(Z), -1, -1), Z], dim=1)
         for block in self.cls_attn_blocks:
             Z = block(Z)
         logits = self.head(self.norm(Z[:, 0]))
-        return logits, {name: torch.stack(values) for name, values in kept.items()}
+        return logits, kept

@@ -2,7 +2,7 @@
 
 import abc
 from collections.abc import Iterable, Sequence
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -55,6 +55,25 @@ class Twin(nn.Module, abc.ABC):
         for name in taps:
             if name not in self.TAPS:
                 raise KeyError(f"taps must be among {', '.join(self.TAPS)}; got {name}.")
+
+
+def through(
+    blocks: Iterable[Any], Z: Tensor, taps: Sequence[str], *others: Tensor
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Tokens (B, N, d) after all blocks, and the taps, layers on axis 0.
+
+    Args:
+        blocks: each from tokens, and the others, to tokens and all of its taps.
+        Z: tokens.
+        taps: names of those that are kept.
+        others: what every block sees too.
+    """
+    kept: dict[str, list[Tensor]] = {name: [] for name in taps}
+    for block in blocks:
+        Z, seen = block(Z, *others)
+        for name in taps:
+            kept[name].append(seen[name])
+    return Z, {name: torch.stack(values) for name, values in kept.items()}
 
 
 class Lion(torch.optim.Optimizer):

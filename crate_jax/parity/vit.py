@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from crate_jax.models.classifier import pair
 from crate_jax.models.vit import ViT
-from crate_jax.parity.twin import Twin
+from crate_jax.parity.twin import Twin, through
 
 EPSILON = 1e-6  # of every LayerNorm
 
@@ -146,17 +146,12 @@ class TorchViT(Twin):
     def trace(self, images: Tensor, taps: Sequence[str]) -> tuple[Tensor, dict[str, Tensor]]:
         """Logits (B, Y), and the taps; see `Twin.trace`."""
         self.check_taps(taps)
-        Z = self.embed(images)
-        kept: dict[str, list[Tensor]] = {name: [] for name in taps}
-        for block in self.blocks:
-            Z, seen = block(Z)
-            for name in taps:
-                kept[name].append(seen[name])
+        Z, kept = through(self.blocks, self.embed(images), taps)  # type: ignore[arg-type]
         Z = self.norm(Z)
         pooled = self.fc_norm(Z[:, 0] if self.pool == "cls" else Z[:, 1:].mean(dim=1))
         if self.pool == "patches_twice":
             pooled = self.fc_norm(pooled)
-        return self.head(pooled), {name: torch.stack(values) for name, values in kept.items()}
+        return self.head(pooled), kept
 
 
 def vit_twin(model: ViT) -> TorchViT:
