@@ -94,7 +94,7 @@ ROOMS = {
     ],
     "data": ["rows", "stores", "images", "workers", "loader"],
     "tasks": [
-        *["losses", "pixels", "mixing", "masking", "task", "penalties"],
+        *["losses", "pixels", "mixing", "masking", "frozen", "task", "penalties"],
         *["classify", "masked_autoencoding"],
     ],
     "checkpoint": [

@@ -17,6 +17,7 @@ from crate_jax.models.classifier import of_images
 from crate_jax.models.cost import has_formula, multiply_adds
 from crate_jax.models.stacked import BlockModel
 from crate_jax.models.zoo import build_model
+from crate_jax.tasks.frozen import gives_features, pooled_token
 from crate_jax.tasks.losses import cross_entropy
 from crate_jax.tasks.mixing import make_mix
 from crate_jax.tasks.penalties import Penalties
@@ -231,6 +232,13 @@ class Classify(Task):
     def metrics(self, totals: dict[str, float]) -> dict[str, float]:
         """Means: ``loss`` in nats, ``top1`` and ``top5`` in [0, 1]."""
         return {name: totals[name] / totals["examples"] for name in ("loss", "top1", "top5")}
+
+    def features(self, params: Params, extra: Extra, batch: Batch) -> Array:
+        """What the head reads, (B, d): the pooled token, normalised."""
+        if not gives_features(self.model):
+            return super().features(params, extra, batch)
+        variables = {"params": params, **dict(extra)}
+        return pooled_token(self.model, variables, self.normalized(batch["image"]))
 
     def inspect(self, params: Params, extra: Extra, batch: Batch) -> tuple[Scalars, Images]:
         """The objective by layer, ``objective/<measure>/layer00`` …, what there is of it."""

@@ -16,6 +16,7 @@ from crate_jax.models.classifier import pair
 from crate_jax.models.cost import has_formula, multiply_adds
 from crate_jax.models.embedding import patchify, unpatchify
 from crate_jax.models.zoo import build_model
+from crate_jax.tasks.frozen import mean_patch
 from crate_jax.tasks.masking import hidden_errors, hidden_patches, own_noise, reconstructions
 from crate_jax.tasks.pixels import normalized, pixels_of
 from crate_jax.tasks.task import Batch, Extra, Images, Params, Scalars, Task
@@ -39,8 +40,7 @@ class MaskedAutoencoding(Task):
         mean: subtracted from pixels in [0, 1]: one value, or one a channel.
         std: then divided by; likewise.
         ratio: share of the patches that is hidden: all but ⌊(1 − ratio) P⌋.
-        normalize: whether the pixels of each patch are told in units of their deviation, from their
-            mean; see `patch_statistics`.
+        normalize: whether pixels are told relative to their patch; see `patch_statistics`.
     """
 
     model: Any
@@ -152,6 +152,11 @@ class MaskedAutoencoding(Task):
     def metrics(self, totals: dict[str, float]) -> dict[str, float]:
         """Means: ``loss``, and ``loss_of_means``, of the best that knows nothing but the means."""
         return {name: totals[name] / totals["examples"] for name in ("loss", "loss_of_means")}
+
+    def features(self, params: Params, extra: Extra, batch: Batch) -> Array:
+        """The mean patch token of the encoder (B, d), of whole images."""
+        images = normalized(batch["image"], mean=self.mean, std=self.std)
+        return mean_patch(self.model, {"params": params}, images)
 
     def inspect(self, params: Params, extra: Extra, batch: Batch) -> tuple[Scalars, Images]:
         """The objective by layer, of whole images; pictures: original | masked | reconstruction."""

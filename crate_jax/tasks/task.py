@@ -27,7 +27,7 @@ class Task(Protocol):
     """A frozen dataclass of static fields; all methods but `open` are pure and run inside jit.
 
     A class that derives from this one inherits what a simple objective has no use for: `reopen`,
-    `facts`, `on_device`, `after`, `inspect` and `step_flops`.
+    `facts`, `on_device`, `after`, `features`, `inspect` and `step_flops`.
 
     Attributes:
         headline: the metric of evaluation by which checkpoints are compared, such as ``top1``.
@@ -169,6 +169,26 @@ class Task(Protocol):
             totals: of `sums`, added up over the batches in double precision; ``examples`` > 0.
         """
         ...
+
+    def features(self, params: Params, extra: Extra, batch: Batch) -> Array:
+        """What k-NN and probes read of each row, in evaluation mode.
+
+        Args:
+            params: the averaged ones, if the state keeps any.
+            extra: of the state.
+            batch: of evaluation, as the loader hands it out.
+
+        Returns:
+            Features (B, F), float32. What a row of mask 0 gives reaches no other row.
+
+        Raises:
+            ValueError: the task, or its model, has none.
+        """
+        del params, extra, batch
+        raise ValueError(
+            "task must be one whose model gives features of images, to probe them; got "
+            f"{type(self).__name__} of a {type(self.model).__name__}. Choose another run."
+        )
 
     def inspect(self, params: Params, extra: Extra, batch: Batch) -> tuple[Scalars, Images]:
         """What one looks at while it trains: measures of the layers, pictures, collapse.

@@ -325,3 +325,25 @@ def test_a_classifier_needs_classes():
     message = r"^model\.num_classes must be at least 1 for a classifier; got 0, features\."
     with pytest.raises(ValueError, match=message):
         Classify.from_config(TrainConfig(model=ModelConfig(num_classes=0)))
+
+
+@pytest.mark.parametrize("name", ["crate_tiny_patch16_224", "tost_tiny_patch16_224"])
+def test_features_are_what_the_head_reads(name):
+    sizes = dict(image_size=(16, 16), patch_size=(8, 8), in_channels=1, width=32, num_heads=2)
+    task = Classify.from_config(TrainConfig(model=ModelConfig(name=name, depth=1, **sizes)), 3)
+    params, extra = jax.jit(task.init)(jax.random.key(0))
+    images = np.random.default_rng(0).integers(0, 256, (4, 16, 16, 1)).astype(np.uint8)
+    found = jax.jit(task.features)(params, extra, {"image": jnp.asarray(images)})
+    logits = task.model.apply(
+        {"params": params, **dict(extra)}, task.normalized(jnp.asarray(images)), train=False
+    )
+    assert found.shape == (4, 32)
+    assert found.dtype == jnp.float32
+    head = params["head"]
+    again = np.asarray(found) @ np.asarray(head["kernel"]) + np.asarray(head["bias"])
+    np.testing.assert_allclose(again, logits, atol=1e-5)
+
+
+def test_a_model_of_others_has_no_features():
+    with pytest.raises(ValueError, match="got Classify of a Readout"):
+        Classify(Readout()).features({}, (), {})

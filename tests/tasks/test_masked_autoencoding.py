@@ -70,6 +70,24 @@ def images():
     return np.random.default_rng(0).integers(0, 256, (8, 16, 16, 1)).astype(np.uint8)
 
 
+# --- features ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("pool", ["cls", "mean"])
+def test_features_are_the_mean_of_normalised_patch_tokens_of_whole_images(params, images, pool):
+    task = dataclasses.replace(TASK, model=MODEL.clone(pool=pool), mean=(0.3,), std=(0.2,))
+    found = jax.jit(task.features)(params, (), {"image": images})
+    whole = (images / 255 - 0.3) / 0.2
+    Z = MODEL.apply({"params": params}, whole, train=False, method="forward_features")
+    patches = np.asarray(Z, np.float64)[:, 1:]
+    centred = patches - patches.mean(axis=2, keepdims=True)
+    normed = centred / np.sqrt((centred**2).mean(axis=2, keepdims=True) + 1e-6)
+    scale, bias = (np.asarray(params["head_norm"][name]) for name in ("scale", "bias"))
+    normed = normed * scale + bias
+    assert found.dtype == jnp.float32
+    np.testing.assert_allclose(found, normed.mean(axis=1), atol=1e-4)
+
+
 # --- masks ----------------------------------------------------------------------------------------
 
 

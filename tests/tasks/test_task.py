@@ -196,3 +196,9 @@ def test_micro_batches_of_a_loss_that_is_no_mean_over_rows_are_refused(tmp_path)
 def test_an_unknown_task_suggests_the_nearest():
     with pytest.raises(KeyError, match=r"task must be a known task; got regres\. Did you mean reg"):
         set_up(config(task="regres"))
+
+
+def test_a_task_without_features_says_so():
+    task = Regress.from_config(config())
+    with pytest.raises(ValueError, match="got Regress of a Dense"):
+        task.features({}, (), {})
