@@ -1,15 +1,18 @@
 """Does a run survive what happens to machines? Faults at random moments of a digits run.
 
     python benchmarks/fault_injection.py --rounds 6
+    python benchmarks/fault_injection.py --rounds 3 --recipes digits,digits:mae
     python benchmarks/fault_injection.py --rounds 10 --bucket gs --faults "kill -9"
 
 Every round starts the same small run with train.py and does one thing to it, at a random step or in
 the middle of a save: kill -9, SIGTERM, a file of the newest checkpoint cut short, a file or all of
 it deleted, one bit of a file of it flipped, or the disk full for a while. The same command then
 goes on; every second time it is struck again, by kill -9 or SIGTERM, while it imports, restores or
-compiles, and started once more. At the end the parameters must be, bit for bit, those of a run that
-nothing happened to, and metrics.jsonl must hold the same lines. Lost are the steps that were
-computed again.
+compiles, and started once more. At the end the parameters, and what the state holds beside them,
+must be, bit for bit, those of a run that nothing happened to, and metrics.jsonl must hold the same
+lines. Lost are the steps that were computed again.
+
+With --recipes every one of these has so many rounds, made as small as `SMALL` says of its task.
 
 With --bucket the runs are in a bucket: of an emulator that this program starts, or of a service.
 Then a run is killed or told to stop; nothing is done to its files.
@@ -36,7 +39,8 @@ import faults
 import jax
 from frame import ROOT, command_line, publish
 
-from crate_jax.checkpoint.reading import read_params
+from crate_jax.checkpoint.reading import read_trained
+from crate_jax.cli.recipes import DEFAULT, load_recipe
 from crate_jax.cli.running import quiet_libraries
 from crate_jax.files import located
 
@@ -48,13 +52,16 @@ RUN = [
     "--config.log_every_steps=1",
     "--config.log_objective_every_steps=0",
     "--config.batch_size=48",
+    "--config.optim.warmup_epochs=0",
     "--config.model.width=24",
     "--config.model.depth=2",
+]
+SCANS = [
     "--config.model.image_size=16,16",
     "--config.data.train_transforms=resize(16)|random_affine(degrees=10)",
     "--config.data.eval_transforms=resize(16)",
-    "--config.optim.warmup_epochs=0",
 ]
+SMALL = {"classify": SCANS, "masked_autoencoding": SCANS}  # by task, beside `RUN`
 TWO_SAVED = 3 * SAVE_EVERY + 1  # the step by which the third save has waited for the second
 LAST_MOMENT = STEPS - 4 * SAVE_EVERY  # early enough to strike before the end
 SAVE_S = 0.15  # about as long as a save takes
@@ -83,9 +90,22 @@ def lines(workdir: Path) -> list[dict[str, Any]]:
     return found
 
 
-def final_parameters(workdir: Path) -> dict[str, tuple[str, tuple[int, ...], bytes]]:
-    """Type, shape and bytes of every array of the last step's parameters, by path."""
-    leaves = jax.tree.leaves_with_path(read_params(workdir, STEPS)[0])
+def flags_of(recipe: str) -> list[str]:
+    """Those of a small run of a recipe.
+
+    Raises:
+        FileNotFoundError, KeyError, ValueError: there is none, or `SMALL` does not know its task.
+    """
+    if (task := load_recipe(recipe).task) not in SMALL:
+        known = ", ".join(SMALL)
+        raise ValueError(f"the task of {recipe} must be among {known}; got {task}. Add it there.")
+    return [f"--config={recipe}", *RUN, *SMALL[task]]
+
+
+def last_state(workdir: Path) -> dict[str, tuple[str, tuple[int, ...], bytes]]:
+    """Type, shape and bytes of every array that the run has learnt by its last step, by path."""
+    params, extra, _ = read_trained(workdir, STEPS)
+    leaves = jax.tree.leaves_with_path((params, extra))
     return {jax.tree_util.keystr(k): (str(x.dtype), x.shape, x.tobytes()) for k, x in leaves}
 
 
@@ -133,15 +153,21 @@ def bucket(asked: str | None) -> Iterator[Path | None]:
 
 
 def play(
-    fault: str, rng: random.Random, scratch: Path, whole: tuple[Any, Any], runs: Path | None
+    fault: str,
+    flags: list[str],
+    rng: random.Random,
+    scratch: Path,
+    whole: tuple[Any, Any],
+    runs: Path | None,
 ) -> dict[str, Any]:
     """One round.
 
     Args:
         fault: one of `FAULTS`.
+        flags: of the run.
         rng: of this round alone.
         scratch: folder for all that it writes on this machine.
-        whole: final parameters and lines of the run that nothing happened to.
+        whole: last state and lines of the run that nothing happened to.
         runs: where the run is; None: in the scratch folder.
 
     Returns:
@@ -149,18 +175,18 @@ def play(
     """
     inject, first = FAULTS[fault]
     row: dict[str, Any] = {"fault": fault, "identical": False, "steps_lost": 0, "again": []}
-    failed_save = f"--config.on_failed_save={rng.choice(('stop', 'continue'))}"
+    flags = [*flags, f"--config.on_failed_save={rng.choice(('stop', 'continue'))}"]
     with new_folder(fault, scratch) as folder:
         workdir = runs or folder / "run"
         try:
-            with faults.Training(workdir, scratch / "compiled", *RUN, failed_save) as run:
+            with faults.Training(workdir, scratch / "compiled", *flags) as run:
                 run.wait_until(lambda: run.has_stepped)
                 start_up_s = run.age_s
                 row["at_step"] = wait_for_moment(rng, run, first)
                 row["what"] = inject(rng, run)
             reached = run.step
             while run.process.returncode != 0:
-                with faults.Training(workdir, scratch / "compiled", *RUN, failed_save) as run:
+                with faults.Training(workdir, scratch / "compiled", *flags) as run:
                     if rng.random() < AGAIN:
                         row["again"].append(faults.strike_start(rng, run, start_up_s))
                     else:
@@ -169,9 +195,9 @@ def play(
                     row["resumed_from"] = run.resumed_from
                     row["steps_lost"] += reached - run.resumed_from
                     reached = max(run.resumed_from, run.step)
-            row["identical"] = final_parameters(workdir) == whole[0]
+            row["identical"] = last_state(workdir) == whole[0]
             if not row["identical"]:
-                raise faults.NotSurvivedError("other parameters")
+                raise faults.NotSurvivedError("another state")
             if lines(workdir) != whole[1]:
                 raise faults.NotSurvivedError("other lines in metrics.jsonl")
         except (faults.NotSurvivedError, ValueError, OSError) as error:
@@ -179,9 +205,17 @@ def play(
     return row
 
 
+def left_alone(flags: list[str], workdir: Path, compiled: Path) -> tuple[Any, Any]:
+    """Last state and lines of a run that nothing happens to."""
+    with faults.Training(workdir, compiled, *flags) as run:
+        run.end(0)
+    return last_state(workdir), lines(workdir)
+
+
 def main() -> int:
-    """The run that nothing happens to, then the rounds; returns the exit status."""
+    """Of every recipe the run that nothing happens to, then its rounds; returns the exit status."""
     parser = command_line(__doc__, rounds=30)
+    parser.add_argument("--recipes", default=DEFAULT, help="as for train's --config, with commas")
     parser.add_argument("--seed", type=int, default=0, help="of what happens, and when")
     parser.add_argument("--faults", help=f"some of them, with commas: {','.join(FAULTS)}")
     parser.add_argument("--bucket", help="gs or s3: an emulator's; or gs://… or s3://…, new there")
@@ -192,17 +226,23 @@ def main() -> int:
     chosen = args.faults.split(",") if args.faults else possible
     if not set(chosen) <= set(possible):
         parser.error(f"--faults must be of {','.join(possible)}; got {args.faults}")
-    kinds = [kind for _ in range(args.rounds) for kind in order.sample(chosen, len(chosen))]
+    try:
+        recipes = {recipe: flags_of(recipe) for recipe in args.recipes.split(",")}
+    except (FileNotFoundError, KeyError, ValueError) as error:
+        parser.error(str(error.args[0]))
+    played = [recipe for recipe in recipes for _ in range(args.rounds)]
+    kinds = [kind for _ in played for kind in order.sample(chosen, len(chosen))]
     rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as name, bucket(args.bucket) as runs:
         scratch = Path(name)
-        with faults.Training(scratch / "whole", scratch / "compiled", *RUN) as run:
-            run.end(0)
-        whole = final_parameters(scratch / "whole"), lines(scratch / "whole")
-        for i, kind in enumerate(kinds[: args.rounds], start=1):
+        for i, (recipe, kind) in enumerate(zip(played, kinds, strict=False), start=1):
+            flags = recipes[recipe]
+            if (i - 1) % args.rounds == 0:
+                whole = left_alone(flags, scratch / f"whole{i}", scratch / "compiled")
             there = runs / str(i) if runs else None
-            rows.append(play(kind, random.Random(f"{args.seed} {i}"), scratch, whole, there))
-            print(f"round {i} of {args.rounds}:", json.dumps(rows[-1]), flush=True)
+            rng = random.Random(f"{args.seed} {i}")
+            rows.append({"recipe": recipe} | play(kind, flags, rng, scratch, whole, there))
+            print(f"round {i} of {len(played)}:", json.dumps(rows[-1]), flush=True)
     survived = sum("problem" not in row for row in rows)
     found = {
         "rounds": len(rows),

@@ -1,6 +1,7 @@
 """What `benchmarks/` makes of results, on small made-up ones; nothing is measured."""
 
 import json
+import re
 import sys
 
 import pytest
@@ -9,9 +10,15 @@ from command import ROOT, run
 # Where they look for each other, as they do when one of them is run.
 sys.path.append(str(ROOT / "benchmarks"))
 
+import fault_injection
 import frame
 import growth
 import slices
+
+from crate_jax.cli.flags import parse_config
+from crate_jax.cli.recipes import load_recipe
+from crate_jax.config import validate
+from crate_jax.tasks import TASKS
 
 RESULT = {
     "a/forward/ratio_eager": 1.5,
@@ -177,3 +184,25 @@ def test_slices_say_what_does_not_fit_what_is_far_off_and_what_is_left():
     assert {line.count("|") for line in (head, rule, first, second)} == {13}
     assert far == "Off by more than 10%: a on v5e:2x2, data:-1."
     assert left == "Not compiled yet: c on v4:2x2x1, data:-1."
+
+
+def test_faults_are_injected_into_every_task():
+    """By .ci/run, at least three times into each, with flags that its config takes."""
+    command = r"fault_injection\.py --rounds (\d+)(?: --recipes (\S+))?"
+    found = re.findall(command, (ROOT / ".ci/run").read_text())
+    struck = {recipe: int(n) for n, names in found for recipe in (names or "digits").split(",")}
+    assert {load_recipe(recipe).task for recipe in struck} == TASKS.keys()
+    assert min(struck.values()) >= 3
+    for recipe in struck:
+        flag, *fields = fault_injection.flags_of(recipe)
+        config = parse_config(recipe, fields)
+        validate(config)
+        assert flag == f"--config={recipe}" and config.total_steps == fault_injection.STEPS
+
+
+def test_faults_are_injected_into_known_recipes_alone(monkeypatch):
+    status, _, error = run("benchmarks/fault_injection.py", "--recipes", "digitz")
+    assert status == 2 and "error: --config must be a known recipe; got digitz." in error
+    monkeypatch.delitem(fault_injection.SMALL, "classify")
+    with pytest.raises(ValueError, match=r"^the task of digits must be among masked_autoencoding"):
+        fault_injection.flags_of("digits")
