@@ -57,6 +57,9 @@ class OptimConfig:
     optimizer: str = option("adamw", "the update rule", choices=("adamw", "lion"), identity=True)
     lr: float = option(1e-3, "peak learning rate", above=0)
     weight_decay: float = option(0.05, "decoupled", low=0)
+    end_weight_decay: float | None = option(
+        None, "where it ends, by half a cosine over the run; unset: it stays", low=0, identity=True
+    )
     decay_only: tuple[str, ...] = option(
         (), "names of the only parameters that decay; none: no_decay decides", identity=True
     )
@@ -85,6 +88,15 @@ class OptimConfig:
     label_smoothing: float = option(0.0, "share of a label spread over all classes", low=0, below=1)
     clip_norm: float = option(
         0.0, "largest global gradient norm; 0: no clipping", low=0, identity=True
+    )
+    clip_each: float = option(
+        0.0, "largest gradient norm of each parameter of a layer; 0: none", low=0, identity=True
+    )
+    layer_decay: float = option(
+        1.0, "of a layer's rate, to the layer before it; 1: none", above=0, high=1, identity=True
+    )
+    patch_lr_scale: float = option(
+        1.0, "of the rate of what turns pixels into tokens", low=0, identity=True
     )
     orthonormal: tuple[str, ...] = option(
         (), "names of parameters that each step projects, such as U,D; none: none", identity=True

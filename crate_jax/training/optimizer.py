@@ -12,6 +12,7 @@ import optax
 from crate_jax.config import OptimConfig, did_you_mean
 from crate_jax.files import Json
 from crate_jax.parallel import PyTree
+from crate_jax.training.layerwise import clip_each, scale_by_layer
 from crate_jax.training.orthonormal import orthonormal
 
 
@@ -93,18 +94,46 @@ def decay_mask(
     return jax.tree.unflatten(treedef, decays)
 
 
-def make_optimizer(optim: OptimConfig, schedule: optax.Schedule) -> optax.GradientTransformation:
+def make_decay(optim: OptimConfig, total_steps: int) -> float | optax.Schedule:
+    """Weight decay: a number, or with end_weight_decay half a cosine to it over the run.
+
+    Step i of T has e + ½ (d − e)(1 + cos(π i/T)), as the official code of arXiv 2502.10385.
+
+    Args:
+        optim: reads weight_decay and end_weight_decay.
+        total_steps: T; 0: of no run, and the decay stays where it starts.
+    """
+    start, end = optim.weight_decay, optim.end_weight_decay
+    if end is None:
+        return start
+
+    def schedule(step: Any) -> jax.Array:
+        done = jnp.minimum(step, total_steps) / max(1, total_steps)
+        return end + 0.5 * (start - end) * (1 + jnp.cos(jnp.pi * done))
+
+    return schedule
+
+
+def make_optimizer(
+    optim: OptimConfig, schedule: optax.Schedule, *, total_steps: int = 0
+) -> optax.GradientTransformation:
     """Clipping (if any), AdamW or Lion with decoupled weight decay, and the projection (if any).
 
     By default every parameter decays, norms and biases included, as in the official code. The first
-    moment is kept in optim.mu_dtype, everything else in float32.
+    moment is kept in optim.mu_dtype, everything else in float32. Rates that differ by layer scale
+    the decay with the step, as a rate does.
+
+    Args:
+        optim: reads all fields that `make_schedule` does not.
+        schedule: the learning rate.
+        total_steps: of the run, for `make_decay`.
     """
     names = dict(no_decay=optim.no_decay, decay_only=optim.decay_only)
     mask = functools.partial(decay_mask, **names) if any(names.values()) else None
     common: Json = dict(
         b1=optim.b1,
         b2=optim.b2,
-        weight_decay=optim.weight_decay,
+        weight_decay=make_decay(optim, total_steps),
         mask=mask,
         mu_dtype=jnp.dtype(optim.mu_dtype),
     )
@@ -112,6 +141,12 @@ def make_optimizer(optim: OptimConfig, schedule: optax.Schedule) -> optax.Gradie
         tx = optax.adamw(schedule, eps=optim.eps, **common)
     else:
         tx = optax.lion(schedule, **common)
+    # What is not asked for leaves no trace in the chain: its state has a place for each link, and
+    # older checkpoints have the places of their links.
+    if optim.clip_each:
+        tx = optax.chain(clip_each(optim.clip_each), tx)
     if optim.clip_norm:
         tx = optax.chain(optax.clip_by_global_norm(optim.clip_norm), tx)
+    if (optim.layer_decay, optim.patch_lr_scale) != (1, 1):
+        tx = optax.chain(tx, scale_by_layer(optim.layer_decay, optim.patch_lr_scale))
     return optax.chain(tx, orthonormal(optim.orthonormal)) if optim.orthonormal else tx

@@ -136,7 +136,7 @@ def set_up(
         mesh=mesh,
         task=task,
         rows=rows,
-        tx=make_optimizer(config.optim, schedule),
+        tx=make_optimizer(config.optim, schedule, total_steps=total_steps),
         schedule=schedule,
         total_steps=total_steps,
         distributed=distributed,
