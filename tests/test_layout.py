@@ -373,32 +373,53 @@ def names_of_tasks_and_models() -> set[str]:
     return {*TASKS, *VARIANTS, *classes, *operators}
 
 
-def named_in(source: str, names: set[str]) -> set[str]:
-    """Which of some names stand in a source, as words; and keys of an image classifier's batch."""
+def keys_of_batches() -> set[str]:
+    """What a task's batch is made of, by the small run of each, and plurals of it."""
+    from objectives import small
+
+    from crate_jax.tasks import TASKS
+    from crate_jax.training.run import set_up
+
+    blanks = [set_up(small(task)).task.blank() for task in TASKS]
+    return {key + end for blank in blanks for key in blank for end in ("", "s")}
+
+
+def named_in(source: str, names: set[str], keys: set[str]) -> set[str]:
+    """Which of some names stand in a source, as words; and which keys, as texts."""
     words = set(re.findall(r"\w+", source))
     strings = {
         node.value
         for node in ast.walk(ast.parse(source))
         if isinstance(node, ast.Constant) and isinstance(node.value, str)
     }
-    return words & names | strings & {"image", "label", "images", "labels"}
+    return words & names | strings & keys
 
 
 def test_training_checkpoints_and_loader_name_no_task_and_no_model():
-    names = names_of_tasks_and_models()
+    names, keys = names_of_tasks_and_models(), keys_of_batches()
     assert {"classify", "Classify", "Crate", "crate_base_patch16_224"} <= names
+    assert {"image", "label", "images", "labels"} <= keys
     files = {
         path: source
         for path, source in sources("crate_jax").items()
         if path.startswith(BLIND) or path in BLIND_FILES
     }
     assert len(files) > 15
-    found = {path: seen for path, source in files.items() if (seen := named_in(source, names))}
+    found = {
+        path: seen for path, source in files.items() if (seen := named_in(source, names, keys))
+    }
     assert found == {}
 
 
-def test_the_search_finds_names_and_keys():
-    names = names_of_tasks_and_models()
-    assert named_in("from crate_jax.models.crate import Crate", names) == {"Crate"}
-    assert named_in("x = batch['label']  # of classify", names) == {"label", "classify"}
-    assert named_in("import crate_jax  # an image of the state", names) == set()
+def test_the_search_finds_names_and_keys(monkeypatch):
+    from crate_jax import tasks
+
+    class Unheard(tasks.Task):
+        """An objective that nobody has written yet."""
+
+    monkeypatch.setitem(tasks.TASKS, "unheard_of", Unheard)
+    names, keys = names_of_tasks_and_models(), {"image", "label"}
+    assert named_in("from crate_jax.models.crate import Crate", names, keys) == {"Crate"}
+    assert named_in("x = batch['label']  # of classify", names, keys) == {"label", "classify"}
+    assert named_in("import crate_jax  # an image of the state", names, keys) == set()
+    assert named_in("if task == 'unheard_of': Unheard()", names, keys) == {"unheard_of", "Unheard"}

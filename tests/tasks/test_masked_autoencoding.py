@@ -1,7 +1,6 @@
 """Masked autoencoding: the loss against NumPy, masks that keys and pixels draw, runs, mistakes."""
 
 import dataclasses
-import json
 
 import jax
 import jax.numpy as jnp
@@ -13,20 +12,14 @@ from crate_jax import CrateMae, create_model
 from crate_jax.checkpoint.reading import restore_trained
 from crate_jax.config import DataConfig, MaskingConfig, ModelConfig, OptimConfig, TrainConfig
 from crate_jax.interop import load_fitted
-from crate_jax.parallel import batch_sharding, make_mesh, replicated
-from crate_jax.planning.plan import plan
 from crate_jax.tasks import TASKS, Classify
 from crate_jax.tasks.masked_autoencoding import MaskedAutoencoding
 from crate_jax.tasks.masking import hidden_errors, hidden_patches, own_noise, seeds_of
-from crate_jax.training import loop
 from crate_jax.training.loop import train
-from crate_jax.training.optimizer import make_optimizer
-from crate_jax.training.run import jit_train_step, set_up
-from crate_jax.training.state import init_sharded
+from crate_jax.training.run import set_up
 
 MODEL = CrateMae(16, 4, 0, width=32, depth=2, num_heads=2, decoder_depth=1, in_channels=1)
 TASK = MaskedAutoencoding(MODEL)
-STEPS = 10
 
 
 def config(**changes):
@@ -216,53 +209,6 @@ def test_a_run_shows_its_reconstructions(trained):
     assert tags == {f"reconstruction/{i}" for i in range(8)}
 
 
-def test_stopped_and_resumed_it_ends_with_the_same_bits(trained, tmp_path):
-    workdir, summary = trained
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loop.StopSignal, "at", lambda self, step: "SIGTERM" if step == 3 else None)
-        with pytest.raises(KeyboardInterrupt, match="SIGTERM at step 3 of 4"):
-            train(config(), tmp_path)
-    again = train(config(), tmp_path)
-    own = ("seconds", "workdir")
-    assert {k: v for k, v in again.items() if k not in own} == {
-        k: v for k, v in summary.items() if k not in own
-    }
-    jax.tree.map(np.testing.assert_array_equal, state_of(tmp_path), state_of(workdir))
-    clock = ("examples_per_s", "data_wait_share", "flops_share")
-    files = [(folder / "metrics.jsonl").read_text() for folder in (tmp_path, workdir)]
-    resumed, whole = (
-        [
-            {k: v for k, v in json.loads(line).items() if k not in clock}
-            for line in file.splitlines()
-        ]
-        for file in files
-    )
-    assert resumed == whole
-
-
-def losses(spec, devices):
-    """Of ten steps on a mesh."""
-    mesh = make_mesh(spec, devices)
-    tx = make_optimizer(config().optim, lambda step: 3e-3)
-    run = dataclasses.replace(set_up(config()), mesh=mesh, tx=tx)
-    state, shardings = init_sharded(run.task, run.tx, run.key, mesh, ema=False)
-    step, key = jit_train_step(run, shardings), jax.device_put(run.key, replicated(mesh))
-    rng, found = np.random.default_rng(0), []
-    for _ in range(STEPS):
-        rows = rng.integers(0, 256, (16, 16, 16, 1)).astype(np.uint8)
-        batch = {"image": rows, "label": np.zeros(16, np.int32)}
-        state, metrics = step(state, jax.device_put(batch, batch_sharding(mesh)), key)
-        found.append(float(metrics["loss"]))
-    return found
-
-
-def test_any_mesh_takes_the_same_steps():
-    alone = losses("data:1", jax.devices()[:1])
-    assert alone[-1] < alone[0]
-    for spec in ("data:8", "data:2,fsdp:4"):
-        np.testing.assert_allclose(losses(spec, None), alone, rtol=0, atol=1e-5, err_msg=spec)
-
-
 def test_micro_batches_take_the_same_step(params, images):
     """Masks are drawn of the whole batch."""
     batch = TASK.on_device({"image": jnp.asarray(images)}, jax.random.key(0))
@@ -274,12 +220,6 @@ def test_micro_batches_take_the_same_step(params, images):
         mean,
         gradient(params, batch),
     )
-
-
-def test_a_plan_compiles_it():
-    found = plan(config(batch_size=16), "data:2,fsdp:4")
-    assert found["compiled"]["memory"] > 0 and found["compiled"]["collectives"]
-    assert found["flops"] > 0
 
 
 def test_the_encoder_of_a_run_is_fine_tuned(trained, tmp_path):
