@@ -86,9 +86,14 @@ class ImageClassifier(ImageFields, BlockModel):
         return self.grid[0] * self.grid[1]
 
     @property
+    def first_patch(self) -> int:
+        """The place of the first patch among the tokens; the class token comes before it."""
+        return 1
+
+    @property
     def num_tokens(self) -> int:
-        """N: patches and the class token."""
-        return self.num_patches + 1
+        """N: the patches and what comes before them."""
+        return self.first_patch + self.num_patches
 
     @property
     def stages(self) -> list[tuple[int, int]]:

@@ -162,6 +162,12 @@ class VitFields(ImageFields):
         "cls", "the token that the head reads", choices=("cls", "patches", "patches_twice")
     )
     mlp_ratio: int = option(4, "hidden units of the MLP over the width", low=1)
+    registers: int = option(0, "learned tokens behind the class token, without positions", low=0)
+    layer_scale: float | None = option(None, "start of learned factors on both halves", above=0)
+    drop_path: float = option(0.0, "stochastic depth of the last layer", low=0, below=1, how=True)
+    drop_path_uniform: bool = option(
+        False, "whether every layer has drop_path; else it grows from 0 at the first", how=True
+    )
 
 
 @dataclasses.dataclass(eq=False, repr=False)

@@ -103,9 +103,9 @@ class ToST(TostFields, ImageClassifier):
         return FourierEmbedding(patch_size, self.width, train, self.dtype, name="embedding")
 
     @property
-    def num_tokens(self) -> int:
-        """N: the patches; the class token joins after the layers."""
-        return self.num_patches
+    def first_patch(self) -> int:
+        """The patches are all tokens; the class token joins after the layers."""
+        return 0
 
     @property
     def stages(self) -> list[tuple[int, int]]:

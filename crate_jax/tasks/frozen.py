@@ -33,7 +33,7 @@ def mean_patch(model: Any, variables: Any, images_BxHxWxc: Array) -> Array:
     """The mean of the patch tokens, each behind the last norm: what a decoder would see.
 
     Args:
-        model: an `ImageClassifier` whose first token is the class token.
+        model: an `ImageClassifier`.
         variables: of the model.
         images_BxHxWxc: normalised, whole.
 
@@ -41,7 +41,7 @@ def mean_patch(model: Any, variables: Any, images_BxHxWxc: Array) -> Array:
         Features (B, d), float32.
     """
     Z_BxNxd = model.apply(variables, images_BxHxWxc, train=False, method="forward_features")
-    Z_BxPxd = Z_BxNxd[:, 1:]
+    Z_BxPxd = Z_BxNxd[:, model.first_patch :]
     B, P, d = Z_BxPxd.shape
     # A token alone is its own pooled token, so that the head's norm acts on each.
     alone = Z_BxPxd.reshape(B * P, 1, d)

@@ -16,7 +16,7 @@ from jax import Array
 from crate_jax.parallel import PyTree
 
 EMBEDDING, BLOCKS = "embedding", "blocks"  # a group with both of them is a backbone
-MASK_TOKEN = "mask_token"  # beside them
+TOKENS = ("mask_token", "register_tokens")  # of a backbone that lie outside its embedding
 # What turns pixels into tokens, below the embedding: not the class token, nor positions.
 PATCH_PARTS = ("patch_norm", "projection", "token_norm", "stem")
 
@@ -71,9 +71,9 @@ def scale_by_layer(layer_decay: float, patch_scale: float = 1.0) -> optax.Gradie
 def layer_rates(params: PyTree, layer_decay: float, patch_scale: float = 1.0) -> PyTree:
     """The factor of the learning rate of every parameter, decay^(L + 1 − i) in layer i.
 
-    The embedding and the mask token are layer 0: patches, positions, class token. Block i, counted
-    from 1, is layer i of L. All else has the factor 1: the last LayerNorm, the head, a decoder. The
-    patches' own parameters have ``patch_scale`` too.
+    The embedding is layer 0, with patches, positions and class token, and so are tokens for masks
+    and registers. Block i, counted from 1, is layer i of L. All else has the factor 1: the last
+    LayerNorm, the head, a decoder. The patches' own parameters have ``patch_scale`` too.
     Source: the official implementation of arXiv 2304.07193.
 
     Args:
@@ -108,7 +108,7 @@ def layer_rates(params: PyTree, layer_decay: float, patch_scale: float = 1.0) ->
         exponents = np.zeros(1)
         for root, depth in depths.items():
             below = path[len(root)] if path[: len(root)] == root else ""
-            if below in (EMBEDDING, MASK_TOKEN):
+            if below == EMBEDDING or (below and path[-1] in TOKENS):
                 exponents = np.full(1, depth + 1)
             elif below == BLOCKS:
                 exponents = depth - np.arange(depth)

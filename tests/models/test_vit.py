@@ -159,9 +159,89 @@ def test_dropout_acts_while_training_alone(params, tiny_images, model):
     assert np.abs(trained - forward(model, params, tiny_images)).max() > 1e-2
 
 
+# --- what DINO and DINOv2 add -----------------------------------------------------------------
+
+
+def off_start(model, images):
+    start = jax.eval_shape(lambda key: model.init(key, images, train=False), jax.random.key(0))
+    rng = np.random.default_rng(7)
+    return jax.tree.map(
+        lambda leaf: jnp.asarray(0.3 * rng.normal(size=leaf.shape) + 0.1, leaf.dtype),
+        start["params"],
+    )
+
+
+def test_registers_and_factors_are_parameters_of_their_own(params, tiny_images):
+    model = build(registers=4, layer_scale=0.1)
+    found = jax.jit(lambda key: model.init(key, tiny_images, train=False)["params"])(
+        jax.random.key(0)
+    )
+    new = {
+        "register_tokens": (4, 24),
+        "blocks": {"mhsa_scale": (3, 24), "mlp_scale": (3, 24)},
+    }
+    expected = jax.tree.map(jnp.shape, params) | {"register_tokens": (4, 24)}
+    expected["blocks"] |= new["blocks"]
+    assert jax.tree.map(jnp.shape, found) == expected
+    assert count_parameters(model) == count_parameters(build()) + 4 * 24 + 2 * 3 * 24
+    for name in new["blocks"]:
+        np.testing.assert_allclose(found["blocks"][name], 0.1)
+    assert 0 < np.abs(found["register_tokens"]).max() < 1e-5
+    assert (model.num_tokens, model.first_patch, build().first_patch) == (21, 5, 1)
+
+
+def test_registers_stand_behind_the_class_token_without_positions(tiny_images):
+    """The first layer sees class token, registers, patches; positions are added to the others."""
+    model = build(registers=2, depth=1)
+    params = off_start(model, tiny_images)
+    names = ("attention", "mhsa", "z_half")
+    logits, seen = jax.jit(lambda p, x: analysis.taps(model, p, x, names))(params, tiny_images)
+    Z = np.asarray(seen["z_half"][0] - seen["mhsa"][0])
+    moved = params | {"register_tokens": -params["register_tokens"]}
+    assert np.abs(forward(model, moved, tiny_images) - logits).max() > 1e-3
+    params = jax.tree.map(np.asarray, params)
+    embedding = params["embedding"]
+    patches = np.asarray(tiny_images).reshape(2, 4, 4, 4, 4, 3).transpose(0, 1, 3, 2, 4, 5)
+    patches = patches.reshape(2, 16, 48) @ embedding["projection"]["kernel"]
+    patches = patches + embedding["projection"]["bias"] + embedding["pos_embedding"][1:]
+    np.testing.assert_allclose(Z[:, 3:], patches, atol=2e-5)
+    cls = embedding["cls_token"] + embedding["pos_embedding"][0]
+    np.testing.assert_allclose(Z[:, 0], np.broadcast_to(cls, (2, 24)), atol=1e-5)
+    registers = np.broadcast_to(params["register_tokens"], (2, 2, 24))
+    np.testing.assert_allclose(Z[:, 1:3], registers, atol=1e-5)
+
+
+def test_the_mean_of_the_patches_leaves_registers_out(tiny_images):
+    model = build(registers=3, pool="patches", num_classes=0)
+    params = off_start(model, tiny_images)
+    run = dict(train=False, method="forward_features")
+    Z = np.asarray(model.apply({"params": params}, tiny_images, **run), np.float64)
+    token = Z[:, 4:].mean(axis=1)
+    token = token - token.mean(axis=1, keepdims=True)
+    token = token / np.sqrt((token**2).mean(axis=1, keepdims=True) + 1e-6)
+    norm = jax.tree.map(np.asarray, params["head_norm"])
+    expected = token * norm["scale"] + norm["bias"]
+    np.testing.assert_allclose(forward(model, params, tiny_images), expected, atol=2e-5)
+
+
+@pytest.mark.parametrize("uniform", [False, True])
+def test_stochastic_depth_grows_or_is_the_same(uniform, params, tiny_images):
+    model = build(drop_path=0.4, drop_path_uniform=uniform)
+    expected = [0.4] * 3 if uniform else [0, 0.2, 0.4]
+    np.testing.assert_allclose(model.drop_path_rates(), expected, rtol=1e-6)
+    assert build(drop_path_uniform=True).drop_path_rates() is None
+    whole = forward(build(), params, tiny_images)
+    np.testing.assert_array_equal(forward(model, params, tiny_images), whole)
+    key = {"dropout": jax.random.key(1)}
+    trained = model.apply({"params": params}, tiny_images, train=True, rngs=key)
+    assert np.abs(trained - whole).max() > 1e-2
+
+
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
+        (dict(registers=-1), "model.registers must be >= 0; got -1. Change it."),
+        (dict(layer_scale=0.0), "model.layer_scale must be > 0; got 0.0. Change it."),
         (dict(mlp_ratio=0), "model.mlp_ratio must be >= 1; got 0. Change it."),
         (dict(num_heads=0), "model.num_heads must be >= 1; got 0. Change it."),
     ],
