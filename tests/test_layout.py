@@ -61,6 +61,7 @@ ROOMS = {
         "stacked",
         "embedding",
         "classifier",
+        "image_sizes",
         "stem",
         "transformer",
         "theory",

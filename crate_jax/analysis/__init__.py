@@ -1,6 +1,8 @@
 """Looking inside a trained CRATE: named tensors and the objective, layer by layer."""
 
 from crate_jax.analysis.layerwise import layerwise
+from crate_jax.analysis.measure import measure
+from crate_jax.analysis.measured import Measured, measured_of
 from crate_jax.analysis.taps import taps
 
-__all__ = ["layerwise", "taps"]
+__all__ = ["Measured", "layerwise", "measure", "measured_of", "taps"]

@@ -1,0 +1,96 @@
+"""Measures of one layer, image by image, in double precision on the host.
+
+A determinant of tokens that a layer compresses has eigenvalues from 1 to 10⁸ and more: the Cholesky
+factor of its float32 Gram matrix is NaN, and a QR decomposition in float32 costs more than the
+forward pass. So tokens come as the model computed them, in float32, and their Gram matrix and its
+factor are computed in float64. Tokens are rows. Rates are in nats.
+"""
+
+import numpy as np
+
+Tokens = np.ndarray  # (B, N, d), any float dtype
+
+
+def rates(X_xNxd: Tokens, *, eps: float) -> np.ndarray:
+    """R of each set of tokens: ½ logdet(I + d/(N ε²) X Xᵀ), by the Cholesky factor; (...).
+
+    Source: arXiv 2306.01129, equation 7. Of subspace tokens (B, K, N, p) it is each subspace's part
+    of R^c, equation 8.
+
+    >>> round(float(rates(np.array([[3.0, 0.0], [0.0, 1.0]]), eps=1.0)), 4)
+    1.4979
+    """
+    N, d = X_xNxd.shape[-2:]
+    G_xnxn = gram(X_xNxd) * (d / (N * eps**2))
+    diagonal = np.einsum("...ii->...i", G_xnxn)
+    diagonal += 1
+    factor_xnxn = np.linalg.cholesky(G_xnxn)
+    return np.log(np.einsum("...ii->...i", factor_xnxn)).sum(axis=-1)
+
+
+def gram(X_xNxd: Tokens) -> np.ndarray:
+    """X Xᵀ or XᵀX, whichever is smaller, in float64."""
+    X_xNxd = X_xNxd.astype(np.float64)
+    if X_xNxd.shape[-2] < X_xNxd.shape[-1]:
+        X_xNxd = X_xNxd.swapaxes(-2, -1)
+    return X_xNxd.swapaxes(-2, -1) @ X_xNxd
+
+
+def unit_length(X_xNxd: Tokens) -> np.ndarray:
+    """Each token scaled to length one, float64; a zero token stays zero."""
+    X_xNxd = X_xNxd.astype(np.float64)
+    length = np.linalg.norm(X_xNxd, axis=-1, keepdims=True)
+    return np.divide(X_xNxd, length, out=np.zeros_like(X_xNxd), where=length > 0)
+
+
+def effective_rank(X_xNxd: Tokens) -> np.ndarray:
+    """exp(H) of the singular values, scaled to sum 1, with H their entropy; of zeros 0; (...).
+
+    Between 1, where all tokens lie on a line, and min(N, d), where they fill all directions alike.
+    Source: Roy and Vetterli, "The effective rank" (EUSIPCO 2007); used by arXiv 2502.11646's code.
+
+    >>> round(float(effective_rank(np.eye(3))), 6)
+    3.0
+    """
+    squares = np.linalg.eigvalsh(gram(X_xNxd))
+    values = np.sqrt(np.maximum(squares, 0))
+    total = values.sum(axis=-1, keepdims=True)
+    shares = np.divide(values, total, out=np.zeros_like(values), where=total > 0)
+    entropy = -np.sum(shares * np.log(np.where(shares > 0, shares, 1)), axis=-1)
+    return np.where(total[..., 0] > 0, np.exp(entropy), 0)
+
+
+def mean_angle(X_xNxd: Tokens) -> np.ndarray:
+    """Mean angle between two different tokens, in degrees; of one token NaN; (...).
+
+    >>> float(mean_angle(np.array([[1.0, 0.0], [0.0, 2.0], [-1.0, 0.0]])))
+    120.0
+    """
+    X_xNxd = unit_length(X_xNxd)
+    N = X_xNxd.shape[-2]
+    cosines_xNxN = np.clip(X_xNxd @ X_xNxd.swapaxes(-2, -1), -1, 1)
+    angles_xNxN = np.degrees(np.arccos(cosines_xNxN))
+    pairs = np.triu_indices(N, 1)
+    if N < 2:
+        return np.full(X_xNxd.shape[:-2], np.nan)
+    return angles_xNxN[..., pairs[0], pairs[1]].mean(axis=-1)
+
+
+def coherence(X_dxm: np.ndarray) -> tuple[float, float]:
+    """|cosine| between two different columns: the mean and the largest; of one column 0, 0.
+
+    Source: the mutual coherence of a dictionary, arXiv 2306.01129, section 2.4.
+    """
+    cosines = np.abs(unit_length(X_dxm.T) @ unit_length(X_dxm.T).T)
+    pairs = cosines[np.triu_indices(len(cosines), 1)]
+    return (float(pairs.mean()), float(pairs.max())) if pairs.size else (0.0, 0.0)
+
+
+def coherence_between(U_dxKxp: np.ndarray) -> tuple[float, float]:
+    """|cosine| between bases of two different subspaces: the mean and the largest; K = 1: 0, 0."""
+    d, K, p = U_dxKxp.shape
+    flat = unit_length(U_dxKxp.reshape(d, K * p).T)
+    cosines = np.abs(flat @ flat.T)
+    subspace = np.repeat(np.arange(K), p)
+    other = cosines[subspace[:, None] != subspace[None, :]]
+    return (float(other.mean()), float(other.max())) if other.size else (0.0, 0.0)

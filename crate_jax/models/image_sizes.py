@@ -1,0 +1,53 @@
+"""A model and its parameters for images of another size than those that it was made for."""
+
+from typing import Any
+
+from crate_jax.models.classifier import ImageClassifier, pair
+from crate_jax.models.embedding import resize_positions, resize_positions_as_official_maps
+from crate_jax.models.parameters import Params, variables_of
+
+# Positions of another grid, by the ways there are; see `crate_jax.models.embedding`.
+POSITIONS = {"right": resize_positions, "official_maps": resize_positions_as_official_maps}
+
+
+def at_image_size(
+    model: ImageClassifier,
+    params: Params,
+    image_size: tuple[int, int],
+    *,
+    positions: str = "right",
+) -> tuple[ImageClassifier, Params]:
+    """The same layers for images of another size: learned positions are resized, nothing else is.
+
+    It computes with JAX alone, so it runs under `jax.jit` and is differentiable. A model with fixed
+    positions computes those of the new grid.
+
+    Args:
+        model: an image classifier.
+        params: its parameters; of a model with running statistics its variables.
+        image_size: (height, width) in pixels, multiples of the patch's.
+        positions: "right", bicubic, and at the trained size the model's own; "official_maps", as
+            behind the published attention maps, which resamples those of the trained size too.
+
+    Returns:
+        The model for that size, and its parameters or variables.
+
+    Raises:
+        ValueError: an unknown way, or a size that the patches do not fit.
+    """
+    if positions not in POSITIONS:
+        raise ValueError(f"positions must be one of {', '.join(POSITIONS)}; got {positions}.")
+    patch = pair(model.patch_size)
+    if any(side < p or side % p for side, p in zip(image_size, patch, strict=True)):
+        raise ValueError(
+            f"images must have sides that are multiples of the patch, {patch[0]} x {patch[1]}; got "
+            f"{image_size[0]} x {image_size[1]}. Resize or crop them."
+        )
+    resized = model.clone(image_size=tuple(image_size))
+    variables: dict[str, Any] = {**variables_of(params)}
+    tree = variables["params"]
+    table = tree["embedding"].get("pos_embedding")
+    if table is not None and (resized.grid != model.grid or positions != "right"):
+        table = POSITIONS[positions](table, model.grid, resized.grid)
+        tree = {**tree, "embedding": {**tree["embedding"], "pos_embedding": table}}
+    return resized, {**variables, "params": tree} if "params" in params else tree
