@@ -102,7 +102,7 @@ ROOMS = {
         *["faults", "digest", "best", "record", "shapes", "folder", "lease", "owner"],
         *["s3", "engine", "manager", "reading"],
     ],
-    "analysis": ["taps", "layerwise", "report"],
+    "analysis": ["taps", "layerwise", "coarse_masks", "maskcut", "pca", "report"],
     "interop": [
         *["layouts", "names", "kinds", "pickled", "safetensors", "npz", "msgpack", "orbax", "pth"],
         *["folders", "nearby", "tree", "faults", "resize", "fit", "convert", "stated", "contents"],
