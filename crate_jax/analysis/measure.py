@@ -77,7 +77,7 @@ def measure(
         batches = (batches,)
     layers = _Layers(model.clone(dtype=jnp.float32), frozenset(names), definition, eps)
     variables = variables_of(params)
-    program, totals = jax.jit(layers.program), {name: Moments() for name in names}
+    program, totals = _compiled(layers), {name: Moments() for name in names}
     for images in batches:
         if not len(images):
             continue
@@ -231,6 +231,12 @@ class _Layers(NamedTuple):
     def _code_width(self) -> int:
         model: Any = self.model
         return model.width * (model.overcompleteness if "code" in model.tap_names else 1)
+
+
+@functools.lru_cache(maxsize=16)
+def _compiled(layers: _Layers) -> Callable[[Any, Array], dict[str, Array]]:
+    """One program a model and choice of measures, however often a data set is measured."""
+    return jax.jit(layers.program)
 
 
 def _projected(Z_LxBxNxd: Array, U_LxdxKxp: Array) -> Array:
