@@ -234,7 +234,7 @@ class _Layers(NamedTuple):
 
 
 @functools.lru_cache(maxsize=16)
-def _compiled(layers: _Layers) -> Callable[[Any, Array], dict[str, Array]]:
+def _compiled(layers: _Layers) -> Callable[[Any, Any], dict[str, Array]]:
     """One program a model and choice of measures, however often a data set is measured."""
     return jax.jit(layers.program)
 

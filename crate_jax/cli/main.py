@@ -5,6 +5,7 @@ import sys
 from typing import NoReturn
 
 from crate_jax.cli.compare import add_compare
+from crate_jax.cli.layerwise import add_layerwise
 from crate_jax.cli.mistakes import complain
 from crate_jax.cli.models import add_convert, add_plan, add_summary
 from crate_jax.cli.prepare import add_prepare
@@ -23,6 +24,7 @@ COMMANDS = (
     add_compare,
     add_summary,
     add_report,
+    add_layerwise,
     add_reconstruct,
     add_checkpoints,
     add_plan,

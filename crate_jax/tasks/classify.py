@@ -22,7 +22,7 @@ from crate_jax.tasks.losses import cross_entropy
 from crate_jax.tasks.mixing import make_mix
 from crate_jax.tasks.penalties import Penalties
 from crate_jax.tasks.pixels import normalized
-from crate_jax.tasks.task import CLASSES, Batch, Extra, Images, Params, Scalars, Task
+from crate_jax.tasks.task import CLASSES, Batch, Extra, Images, Inside, Params, Scalars, Task
 
 
 @dataclasses.dataclass(frozen=True)
@@ -237,8 +237,14 @@ class Classify(Task):
         """What the head reads, (B, d): the pooled token, normalised."""
         if not gives_features(self.model):
             return super().features(params, extra, batch)
+        return pooled_token(*self.inside(params, extra, batch))
+
+    def inside(self, params: Params, extra: Extra, batch: Batch) -> Inside:
+        """All layers, of the images."""
+        if not getattr(self.model, "tap_names", ()):
+            return super().inside(params, extra, batch)
         variables = {"params": params, **dict(extra)}
-        return pooled_token(self.model, variables, self.normalized(batch["image"]))
+        return Inside(self.model, variables, self.normalized(batch["image"]))
 
     def inspect(self, params: Params, extra: Extra, batch: Batch) -> tuple[Scalars, Images]:
         """The objective by layer, ``objective/<measure>/layer00`` …, what there is of it."""
@@ -248,8 +254,7 @@ class Classify(Task):
 
     def layers(self, params: Params, extra: Extra, batch: Batch) -> dict[str, Array]:
         """`crate_jax.analysis.layerwise` of a batch: arrays (L,), float32, by measure."""
-        variables = {"params": params, **dict(extra)}
-        return layerwise(self.model, variables, self.normalized(batch["image"]))
+        return layerwise(*self.inside(params, extra, batch))
 
     def normalized(self, images: Array) -> Array:
         """What the model takes: stored pixels normalised, floats as they are.

@@ -19,7 +19,7 @@ from crate_jax.models.zoo import build_model
 from crate_jax.tasks.frozen import mean_patch
 from crate_jax.tasks.masking import hidden_errors, hidden_patches, own_noise, reconstructions
 from crate_jax.tasks.pixels import normalized, pixels_of
-from crate_jax.tasks.task import Batch, Extra, Images, Params, Scalars, Task
+from crate_jax.tasks.task import Batch, Extra, Images, Inside, Params, Scalars, Task
 
 _SHOWN = 8  # pictures of `inspect`
 _ANY_LABEL = 2**31 - 1  # of data sets whose labels are numbers: none is read here
@@ -155,19 +155,22 @@ class MaskedAutoencoding(Task):
 
     def features(self, params: Params, extra: Extra, batch: Batch) -> Array:
         """The mean patch token of the encoder (B, d), of whole images."""
+        return mean_patch(*self.inside(params, extra, batch))
+
+    def inside(self, params: Params, extra: Extra, batch: Batch) -> Inside:
+        """The encoder, of whole images."""
         images = normalized(batch["image"], mean=self.mean, std=self.std)
-        return mean_patch(self.model, {"params": params}, images)
+        return Inside(self.model, {"params": params}, images)
 
     def inspect(self, params: Params, extra: Extra, batch: Batch) -> tuple[Scalars, Images]:
         """The objective by layer, of whole images; pictures: original | masked | reconstruction."""
         images, masked_BxP = self._evaluated(batch["image"])
         scalars = layer_scalars(layerwise(self.model, params, images))
         shown, masked_BxP = images[:_SHOWN], masked_BxP[:_SHOWN]
-        told_BxPxk = self._told(params, shown, masked_BxP)
-        patches = patchify(shown, self._patch)
+        told_BxPxk, patches = self._told(params, shown, masked_BxP), patchify(shown, self._patch)
         three = reconstructions(told_BxPxk, patches, masked_BxP, normalize=self.normalize)
-        pictures = [unpatchify(patches, self._patch, self.model.grid) for patches in three]
-        beside = jnp.concatenate(pictures, axis=2)
+        pictures = (unpatchify(patches, self._patch, self.model.grid) for patches in three)
+        beside = jnp.concatenate([*pictures], axis=2)
         return scalars, {"reconstruction": pixels_of(beside, mean=self.mean, std=self.std)}
 
     @property
@@ -184,11 +187,9 @@ class MaskedAutoencoding(Task):
         self, params: Params, images: Array, masked_BxP: Array, key: Array | None = None
     ) -> Array:
         """What the model says of all patches (B, P, k); with a key, in training mode."""
-        variables, rngs = {"params": params}, {} if key is None else {"dropout": key}
-        train = key is not None
-        return self.model.apply(
-            variables, images, masked_BxP, train=train, rngs=rngs, method="reconstruct"
-        )
+        how: Any = dict(train=False) if key is None else dict(train=True, rngs={"dropout": key})
+        inputs = ({"params": params}, images, masked_BxP)
+        return self.model.apply(*inputs, method="reconstruct", **how)
 
     def _errors(
         self, params: Params, images: Array, masked_BxP: Array, key: Array | None = None

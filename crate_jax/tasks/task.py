@@ -4,7 +4,7 @@ Loop, evaluation, checkpoints, progress line and plan speak to this protocol. A 
 class that follows it, and one row in `crate_jax.tasks.TASKS`.
 """
 
-from typing import ClassVar, Protocol, Self
+from typing import Any, ClassVar, NamedTuple, Protocol, Self
 
 from flax import linen as nn
 from jax import Array
@@ -21,6 +21,20 @@ Scalars = dict[str, Array]  # by the name under which they are logged
 Images = dict[str, Array]  # likewise; (n, H, W, c), uint8, or floats in [0, 1]
 
 CLASSES = "classes"  # which of a task's facts names the outputs of a classifier, in their order
+
+
+class Inside(NamedTuple):
+    """A stack of layers that one looks into, and what goes in.
+
+    Attributes:
+        model: a `crate_jax.models.stacked.BlockModel`.
+        variables: of it, in all collections.
+        inputs: of a batch, as the model takes them: normalised images, or token ids.
+    """
+
+    model: Any
+    variables: PyTree
+    inputs: Array
 
 
 class Task(Protocol):
@@ -187,6 +201,23 @@ class Task(Protocol):
         del params, extra, batch
         raise ValueError(
             "task must be one whose model gives features of images, to probe them; got "
+            f"{type(self).__name__} of a {type(self.model).__name__}. Choose another run."
+        )
+
+    def inside(self, params: Params, extra: Extra, batch: Batch) -> Inside:
+        """The layers that measures and figures look into, in evaluation mode.
+
+        Args:
+            params: of the state.
+            extra: of the state.
+            batch: of evaluation, as the loader hands it out.
+
+        Raises:
+            ValueError: the task's model has no layers of the family.
+        """
+        del params, extra, batch
+        raise ValueError(
+            "task must be one whose model is a stack of blocks, to look into its layers; got "
             f"{type(self).__name__} of a {type(self.model).__name__}. Choose another run."
         )
 

@@ -1,0 +1,165 @@
+"""The command `layerwise`: what every layer does to its objective, on train and test."""
+
+import argparse
+import contextlib
+import itertools
+import sys
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from crate_jax.analysis.measured import DEFINITIONS, GEOMETRY, Measured, measured_of
+from crate_jax.analysis.verdict import verdict
+from crate_jax.cli.arguments import Subparsers, add_data, add_model
+from crate_jax.cli.runs import add_source, open_trained
+from crate_jax.files import Json
+
+if TYPE_CHECKING:  # imported where they are used
+    from jax import Array
+
+    from crate_jax.tasks.task import Extra, Inside, Params
+    from crate_jax.training.run import Run
+
+COLUMNS = 80  # of a terminal
+INITIAL = "initial"  # in the place of a step: the parameters before the first one
+
+
+def add_layerwise(subparsers: Subparsers) -> None:
+    """The flags of `layerwise`."""
+    parser = subparsers.add_parser(
+        "layerwise", help="what every layer does: compression, sparsity, geometry, in numbers"
+    )
+    add_source(parser)
+    parser.add_argument(
+        "--initial", action="store_true", help="the run's parameters before its first step"
+    )
+    parser.add_argument("--images", type=int, default=256, help="how many examples, at most")
+    parser.add_argument("--definition", choices=DEFINITIONS, default=DEFINITIONS[0])
+    parser.add_argument(
+        "--geometry", action="store_true", help="also ranks, angles and entropy, which cost more"
+    )
+    add_model(parser)
+    add_data(parser)
+    parser.set_defaults(function=layerwise)
+
+
+def layerwise(args: argparse.Namespace) -> Json:
+    """A table of every measure by layer, a verdict, and the numbers as JSON."""
+    if args.images < 1:
+        raise ValueError(f"--images must be at least 1; got {args.images}. The default is 256.")
+    if args.initial and (args.weights or args.step):
+        raise ValueError("--initial must go with --workdir and without --step. Leave one out.")
+    opened = open_trained(args, "layerwise")
+    params, extra = opened.params, opened.extra
+    if args.initial:
+        params, extra = initial(opened.run)
+    found = measure_split(
+        opened.run,
+        params,
+        extra,
+        images=args.images,
+        definition=args.definition,
+        geometry=args.geometry,
+    )
+    sys.stdout.write(table(found) + "\n\n" + "\n".join(verdict(found)) + "\n")
+    data = opened.run.config.data
+    return {
+        "dataset": data.dataset,
+        "split": data.eval_split,
+        "step": INITIAL if args.initial else opened.step,
+        "fitted": opened.fitted,
+        "definition": args.definition,
+        "images": next(iter(found.values())).count,
+        "layers": {name: _rounded(values.mean) for name, values in found.items()},
+        "deviations": {name: _rounded(values.std) for name, values in found.items()},
+        "verdict": verdict(found),
+    }
+
+
+def initial(run: "Run") -> "tuple[Params, Extra]":
+    """Parameters and extra of a run before its first step."""
+    import jax
+
+    return jax.device_get(jax.jit(run.task.init)(run.key))
+
+
+def measure_split(
+    run: "Run",
+    params: "Params",
+    extra: "Extra",
+    *,
+    images: int,
+    definition: str = DEFINITIONS[0],
+    geometry: bool = False,
+) -> dict[str, Measured]:
+    """`crate_jax.analysis.measure` of the first examples of a run's evaluation split.
+
+    Args:
+        run: with "eval" rows.
+        params: of its task, on the host.
+        extra: likewise.
+        images: how many examples, at most.
+        definition: of `crate_jax.analysis.measure`.
+        geometry: whether ranks, angles and entropy are measured too.
+
+    Raises:
+        ValueError: the task's model has no layers of the family.
+    """
+    from crate_jax.analysis.measure import measure
+
+    examples = looked_into(run, params, extra, images)
+    first = next(examples)
+    known = measured_of(first.model, definition=definition)
+    names = [name for name in known if geometry or name not in GEOMETRY]
+    batches: Iterator[Array] = (inside.inputs for inside in itertools.chain([first], examples))
+    return measure(first.model, first.variables, batches, names, definition=definition)
+
+
+def looked_into(run: "Run", params: "Params", extra: "Extra", images: int) -> "Iterator[Inside]":
+    """The layers of a run with batch after batch of its evaluation split, without filling.
+
+    Args:
+        run: with "eval" rows.
+        params: of its task, on the host.
+        extra: likewise.
+        images: after how many examples it ends.
+    """
+    from crate_jax.training.run import evaluation_batches
+
+    with contextlib.closing(evaluation_batches(run)) as batches:
+        for batch in batches:
+            real = np.flatnonzero(np.asarray(batch["mask"]))[:images]
+            rows = {k: np.asarray(v)[real] for k, v in batch.items() if k != "mask"}
+            if len(real):
+                yield run.task.inside(params, extra, rows)  # type: ignore[arg-type]
+            images -= len(real)
+            if not images:
+                return
+
+
+def table(found: Mapping[str, Measured]) -> str:
+    """A line a layer, a column a measure: means over the examples, in tables of 80 columns."""
+    depth = len(next(iter(found.values())).mean)
+    columns = [[name, *(f"{mean:.4g}" for mean in values.mean)] for name, values in found.items()]
+    layers = ["layer", *map(str, range(1, depth + 1))]
+    tables, beside = [], [layers]
+    for column in columns:
+        if sum(_width(each) for each in [*beside, column]) > COLUMNS:
+            tables.append(beside)
+            beside = [layers]
+        beside.append(column)
+    return "\n\n".join(_lines(each) for each in [*tables, beside])
+
+
+def _width(cells: list[str]) -> int:
+    return max(map(len, cells)) + 2
+
+
+def _lines(columns: list[list[str]]) -> str:
+    padded = [[cell.rjust(_width(cells)) for cell in cells] for cells in columns]
+    return "\n".join("".join(row) for row in zip(*padded, strict=True))
+
+
+def _rounded(values_L: np.ndarray) -> list[float | None]:
+    return [float(f"{value:.5g}") if np.isfinite(value) else None for value in values_L]
