@@ -5,12 +5,12 @@ import jax.numpy as jnp
 from jax import Array
 
 from crate_jax import placement
+from crate_jax.analysis.measured import DEFINITIONS
 from crate_jax.analysis.taps import taps
 from crate_jax.models.parameters import Params, variables_of
 from crate_jax.models.stacked import BlockModel
 from crate_jax.objective import coding_rate, projected_coding_rate, sparsity, subspace_coding_rate
 
-DEFINITIONS = ("paper", "official_code")
 _SPARSE = ("ista", "code")  # taps of what a layer makes sparse
 
 

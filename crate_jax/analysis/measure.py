@@ -19,6 +19,7 @@ import numpy as np
 from jax import Array
 
 from crate_jax.analysis import measures
+from crate_jax.analysis.decoder import DecoderLayers
 from crate_jax.analysis.measured import DEFINITIONS, GEOMETRY, Measured, Moments, measured_of
 from crate_jax.analysis.taps import taps
 from crate_jax.models.derivatives import normalise
@@ -27,7 +28,7 @@ from crate_jax.models.stacked import BlockModel
 
 
 def measure(
-    model: BlockModel,
+    model: BlockModel | DecoderLayers,
     params: Params,
     batches: Array | np.ndarray | Iterable[Array | np.ndarray],
     names: Collection[str] | None = None,
@@ -45,7 +46,7 @@ def measure(
     script, which measures R^c of U_kᵀ LN(Z^l), each token at unit length.
 
     Args:
-        model: a model of `crate_jax.create_model`.
+        model: a model of `crate_jax.create_model`, or the decoder of one.
         params: its parameters; of a model with running statistics its variables.
         batches: normalised images (B, H, W, C), or token ids (B, N); one array or several.
         names: out of `measured_of`; None: all but those of the geometry, which cost more.
@@ -93,7 +94,7 @@ def measure(
 class _Layers(NamedTuple):
     """How one batch is measured."""
 
-    model: BlockModel
+    model: Any  # a BlockModel, or DecoderLayers
     names: frozenset[str]
     definition: str
     eps: float
@@ -103,54 +104,76 @@ class _Layers(NamedTuple):
 
     def program(self, variables: Any, images: Array) -> dict[str, Array]:
         """On the device: tokens of which the host takes determinants, and sums by image (L, B)."""
-        model, half = self.model, "z_half" if "z_half" in self.model.tap_names else "out"
+        model = self.model
         sparse = next((name for name in ("ista", "code") if name in model.tap_names), None)
-        wanted = {half, "out", model.attention_part.name}
-        if sparse and self.wants("zeros", "l0", "l1", "lasso_before", "lasso_after", "descent"):
-            wanted.add(sparse)
-        if self.wants("attention_entropy"):
-            wanted.add("attention")
-        if self.definition == "official_code":
-            wanted.add("subspace_tokens")
-        _, seen = taps(model, variables, images, names=wanted)
-        blocks = variables["params"]["block" if model.SHARED else "blocks"]
-        if model.SHARED:
-            blocks = jax.tree.map(lambda x: jnp.stack([x] * model.depth), blocks)
+        if not self.wants("zeros", "l0", "l1", "lasso_before", "lasso_after", "descent"):
+            sparse = None
+        _, seen = taps(model, variables, images, names=self._taps(sparse))
+        blocks = _blocks(model, variables)
         found: dict[str, Array] = {}
-        U = blocks[model.attention_part.name].get("U")
         if self.definition == "official_code":
             found["unit"] = seen["subspace_tokens"]
         else:
-            if self.wants("rate", "rate_reduction"):
-                found["half"] = seen[half]
-            if self.wants("subspace_rate", "rate_reduction", "compression", "effective_rank"):
-                found["half_in_subspaces"] = _projected(seen[half], U)
-            if self.wants("rate_before", "subspace_rate_before", "compression"):
-                entering = self._entering(seen, blocks)
-                if self.wants("rate_before"):
-                    found["entering"] = entering
-                if self.wants("subspace_rate_before", "compression"):
-                    found["entering_in_subspaces"] = _projected(entering, U)
+            found |= self._tokens(seen, blocks)
         if self.wants("token_rank", "mean_angle"):
             found["out"] = seen["out"]
-        if sparse in seen:
+        if sparse:
             A = seen[sparse]
             found["zeros"] = jnp.mean(A == 0, axis=(2, 3), dtype=jnp.float32)
             found["l1"] = jnp.abs(A).sum(axis=3).mean(axis=2)
             if self.wants("lasso_before", "lasso_after", "descent"):
-                found |= self._lasso(seen[half], A, blocks, variables["params"], sparse)
+                found |= self._lasso(seen["z_half"], A, blocks, variables["params"], sparse)
         if self.wants("attention_entropy"):
             found["attention_entropy"] = jax.lax.map(_entropy, seen["attention"])
         return found
 
-    def _entering(self, seen: dict[str, Array], blocks: Any) -> Array:
-        """The tokens that enter each layer: those that leave the one before."""
-        name, half = self.model.attention_part.name, "z_half"
-        fields = self.model.block_fields()
-        update = seen[name][0]
+    @property
+    def _after(self) -> str:
+        """The tap of the tokens after the attention."""
+        first = self.model.block_fields().get("attention_first", True)
+        return "z_half" if first and "z_half" in self.model.tap_names else "out"
+
+    def _taps(self, sparse: str | None) -> set[str]:
+        """What the forward pass must show."""
+        wanted = {self._after} | ({sparse, "z_half"} if sparse else set())
+        if self.wants("rate_before", "subspace_rate_before", "compression"):
+            wanted |= {"out", self.model.attention_part.name}
+            wanted |= {"z_half"} & {*self.model.tap_names}
+        if self.wants("token_rank", "mean_angle"):
+            wanted.add("out")
+        if self.wants("attention_entropy"):
+            wanted.add("attention")
+        if self.definition == "official_code":
+            wanted.add("subspace_tokens")
+        return {*filter(None, wanted)}
+
+    def _tokens(self, seen: dict[str, Array], blocks: Any) -> dict[str, Array]:
+        """Tokens after the attention and before it, whole and in the subspaces."""
+        found, U = {}, blocks[self.model.attention_part.name].get("U")
+        if self.wants("rate", "rate_reduction"):
+            found["after"] = seen[self._after]
+        if self.wants("subspace_rate", "rate_reduction", "compression", "effective_rank"):
+            found["after_in_subspaces"] = _projected(seen[self._after], U)
+        if self.wants("rate_before", "subspace_rate_before", "compression"):
+            before = self._before(seen, blocks)
+            if self.wants("rate_before"):
+                found["before"] = before
+            if self.wants("subspace_rate_before", "compression"):
+                found["before_in_subspaces"] = _projected(before, U)
+        return found
+
+    def _before(self, seen: dict[str, Array], blocks: Any) -> Array:
+        """The tokens that the attention of each layer changes.
+
+        Where it comes first, they are those that leave the layer before. Into the first layer go
+        those after its attention without the update.
+        """
+        fields, name = self.model.block_fields(), self.model.attention_part.name
+        if not fields.get("attention_first", True):
+            return seen["z_half"]
+        update, after = seen[name][0], seen[self._after][0]
         if fields.get("layer_scale") is not None:
             update = update * blocks[f"{name}_scale"][0][None, None]
-        after = seen[half if half in seen else "out"][0]
         first = after - update if fields.get("sign", 1) > 0 else after + update
         return jnp.concatenate([first[None], seen["out"][:-1]])
 
@@ -185,13 +208,13 @@ class _Layers(NamedTuple):
         of = functools.partial(_by_layer, computed)
         rates = functools.partial(measures.rates, eps=self.eps)
         subspaces: dict[str, str] = {
-            "half_in_subspaces": "subspace_rate",
-            "entering_in_subspaces": "subspace_rate_before",
+            "after_in_subspaces": "subspace_rate",
+            "before_in_subspaces": "subspace_rate_before",
         }
         for tokens, name in subspaces.items():
             if tokens in computed and (name != "subspace_rate" or self._wants_rate):
                 values[name] = of(tokens, lambda V: rates(V.swapaxes(1, 2)).sum(axis=-1))
-        for tokens, name in {"half": "rate", "entering": "rate_before"}.items():
+        for tokens, name in {"after": "rate", "before": "rate_before"}.items():
             if tokens in computed:
                 values[name] = of(tokens, rates)
         if "unit" in computed:
@@ -200,7 +223,7 @@ class _Layers(NamedTuple):
             )
         if self.wants("effective_rank"):
             values["effective_rank"] = of(
-                "half_in_subspaces",
+                "after_in_subspaces",
                 lambda V: measures.effective_rank(V.swapaxes(1, 2)).mean(axis=-1),
             )
         if self.wants("token_rank"):
@@ -237,6 +260,16 @@ class _Layers(NamedTuple):
 def _compiled(layers: _Layers) -> Callable[[Any, Any], dict[str, Array]]:
     """One program a model and choice of measures, however often a data set is measured."""
     return jax.jit(layers.program)
+
+
+def _blocks(model: Any, variables: Any) -> Any:
+    """The parameters of the layers, stacked on axis 0, also where all layers share one set."""
+    groups = variables["params"]
+    for name in getattr(model, "BLOCKS", ("block" if model.SHARED else "blocks",)):
+        groups = groups[name]
+    if model.SHARED:
+        return jax.tree.map(lambda x: jnp.stack([x] * model.depth), groups)
+    return groups
 
 
 def _projected(Z_LxBxNxd: Array, U_LxdxKxp: Array) -> Array:

@@ -4,6 +4,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from crate_jax.analysis.decoder import DecoderLayers
 from crate_jax.models.stacked import BlockModel
 
 OBJECTIVE = (
@@ -36,7 +37,7 @@ TITLES = {
 }
 
 
-def measured_of(model: BlockModel, *, definition: str = "paper") -> tuple[str, ...]:
+def measured_of(model: BlockModel | DecoderLayers, *, definition: str = "paper") -> tuple[str, ...]:
     """What `measure` can measure of a model, in the order of `TITLES`.
 
     R needs tokens alone, so every model has it. R^c needs subspaces, and zeros and LASSO a sparse
@@ -57,9 +58,9 @@ def measured_of(model: BlockModel, *, definition: str = "paper") -> tuple[str, .
     return tuple(name for name in TITLES if name in known and lacks.get(name, True))
 
 
-def has_plain_halves(model: BlockModel) -> bool:
-    """Whether tokens enter a layer as those that leave the last, plus or minus the update."""
-    return not {"modulation", "attention_first"} & model.block_fields().keys()
+def has_plain_halves(model: BlockModel | DecoderLayers) -> bool:
+    """Whether the attention's update is added or subtracted as it is, or times a learned factor."""
+    return "modulation" not in model.block_fields()
 
 
 class Measured(NamedTuple):

@@ -34,6 +34,9 @@ def add_layerwise(subparsers: Subparsers) -> None:
     parser.add_argument(
         "--initial", action="store_true", help="the run's parameters before its first step"
     )
+    parser.add_argument(
+        "--decoder", action="store_true", help="an autoencoder's decoder, in its encoder's place"
+    )
     parser.add_argument("--images", type=int, default=256, help="how many examples, at most")
     parser.add_argument("--definition", choices=DEFINITIONS, default=DEFINITIONS[0])
     parser.add_argument(
@@ -61,6 +64,7 @@ def layerwise(args: argparse.Namespace) -> Json:
         images=args.images,
         definition=args.definition,
         geometry=args.geometry,
+        decoder=args.decoder,
     )
     sys.stdout.write(table(found) + "\n\n" + "\n".join(verdict(found)) + "\n")
     data = opened.run.config.data
@@ -92,6 +96,7 @@ def measure_split(
     images: int,
     definition: str = DEFINITIONS[0],
     geometry: bool = False,
+    decoder: bool = False,
 ) -> dict[str, Measured]:
     """`crate_jax.analysis.measure` of the first examples of a run's evaluation split.
 
@@ -102,18 +107,28 @@ def measure_split(
         images: how many examples, at most.
         definition: of `crate_jax.analysis.measure`.
         geometry: whether ranks, angles and entropy are measured too.
+        decoder: whether to measure the layers of a decoder, in the place of the encoder's.
 
     Raises:
-        ValueError: the task's model has no layers of the family.
+        ValueError: the task's model has no layers of the family, or no decoder.
     """
+    from crate_jax.analysis.decoder import DecoderLayers
     from crate_jax.analysis.measure import measure
 
     examples = looked_into(run, params, extra, images)
     first = next(examples)
-    known = measured_of(first.model, definition=definition)
+    model = first.model
+    if decoder:
+        if not getattr(model, "decoder_depth", 0):
+            raise ValueError(
+                "--decoder must go with a model that has a decoder; got a "
+                f"{type(model).__name__} without one. Leave it out."
+            )
+        model = DecoderLayers(model)
+    known = measured_of(model, definition=definition)
     names = [name for name in known if geometry or name not in GEOMETRY]
     batches: Iterator[Array] = (inside.inputs for inside in itertools.chain([first], examples))
-    return measure(first.model, first.variables, batches, names, definition=definition)
+    return measure(model, first.variables, batches, names, definition=definition)
 
 
 def looked_into(run: "Run", params: "Params", extra: "Extra", images: int) -> "Iterator[Inside]":

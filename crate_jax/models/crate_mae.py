@@ -1,7 +1,7 @@
 """CRATE-MAE, a masked autoencoder: an encoder that compresses, and a decoder that undoes it."""
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import ClassVar
 
 import flax.linen as nn
@@ -9,13 +9,13 @@ import jax.numpy as jnp
 from jax import Array
 from jax.nn import initializers as init
 
-from crate_jax.models.block import Part
+from crate_jax.models.block import Part, chosen_taps
 from crate_jax.models.classifier import ImageClassifier, pair
 from crate_jax.models.embedding import PatchEmbedding, grid_positions
 from crate_jax.models.fields import MaeFields
 from crate_jax.models.images import check_images, check_masked
 from crate_jax.models.layers import ISTA, MSSA, LayerNorm
-from crate_jax.models.mae_decoder import Decoder, decoder_cost, xavier
+from crate_jax.models.mae_decoder import DICTIONARY, Decoder, decoder_cost, xavier
 from crate_jax.models.parameters import parameter
 
 
@@ -107,35 +107,57 @@ class CrateMae(MaeFields, ImageClassifier):
         return norm(Z_BxNxd[:, 0] if self.pool == "cls" else Z_BxNxd.mean(axis=1))
 
     def reconstruct(self, images_BxHxWxc: Array, masked_BxP: Array, *, train: bool) -> Array:
-        """The pixels of all patches, from images of which some are hidden.
+        """The pixels of all patches, from images of which some are hidden: those of `decode`."""
+        return self.decode(images_BxHxWxc, masked_BxP, train=train)[0]
+
+    def decode(
+        self,
+        images_BxHxWxc: Array,
+        masked_BxP: Array | None,
+        *,
+        train: bool,
+        taps: str | Iterable[str] = (),
+    ) -> tuple[Array, dict[str, Array]]:
+        """The pixels of all patches, and what the decoder's layers compute on the way.
 
         Args:
             images_BxHxWxc: as for a call.
-            masked_BxP: True where a patch is hidden, row by row.
+            masked_BxP: True where a patch is hidden, row by row; None: nowhere.
             train: whether dropout acts; it needs a "dropout" key.
+            taps: names out of `decoder_taps`, or one.
 
         Returns:
             Patches (B, P, h · w · c), float32, of what the model was trained to give, pixel by
-            pixel as of `crate_jax.models.embedding.patchify`.
+            pixel as of `crate_jax.models.embedding.patchify`; and {name: array}, layers on axis 0.
 
         Raises:
             ValueError: a field, the images or the mask break a rule, or there is no decoder.
+            KeyError: an unknown tap.
         """
         if not self.decoder_depth:
             raise ValueError(
                 "model.decoder_depth must be at least 1 to reconstruct; got 0, the encoder alone. "
                 "Set model.decoder_depth."
             )
+        names = chosen_taps(taps, self.decoder_taps)
 
-        def compute() -> Array:
+        def compute() -> tuple[Array, dict[str, Array]]:
             check_images(images_BxHxWxc, self.input_shape)
-            check_masked(masked_BxP, (len(images_BxHxWxc), self.num_patches))
-            hidden = (masked_BxP, self._mask_token())
+            hidden = None
+            if masked_BxP is not None:
+                check_masked(masked_BxP, (len(images_BxHxWxc), self.num_patches))
+                hidden = (masked_BxP, self._mask_token())
             Z_BxNxd = self.embed(train)(images_BxHxWxc, hidden)
             Z_BxNxd, _ = self.run_blocks(Z_BxNxd, train=train)
-            return self._decoder(train)(self.make_head_norm()(Z_BxNxd))
+            return self._decoder(train, names)(self.make_head_norm()(Z_BxNxd))
 
         return self.with_layers(compute)
+
+    @property
+    def decoder_taps(self) -> tuple[str, ...]:
+        """What the layers of the decoder can show, in the order of computation."""
+        attention = self.attention_part
+        return (DICTIONARY.name, "z_half", *attention.taps, attention.name, "out")
 
     @nn.nowrap
     def _mask_token(self) -> Array:
@@ -147,7 +169,7 @@ class CrateMae(MaeFields, ImageClassifier):
         return h * w * self.in_channels
 
     @nn.nowrap
-    def _decoder(self, train: bool) -> Decoder:
+    def _decoder(self, train: bool, taps: tuple[str, ...] = ()) -> Decoder:
         return Decoder(
             self.decoder_depth,
             self._pixels,
@@ -155,7 +177,9 @@ class CrateMae(MaeFields, ImageClassifier):
             self.dtype,
             self.remat,
             self.layers_at_once,
-            dict(backward=self.backward, epsilon=self.EPSILON, dropout=self.dropout, train=train),
+            dict(backward=self.backward, epsilon=self.EPSILON, dropout=self.dropout),
+            train,
+            taps,
             name="decoder",
         )
 

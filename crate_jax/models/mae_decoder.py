@@ -29,6 +29,9 @@ class Dictionary(nn.Module):
         return times(Y_BxNxd.astype(self.dtype), D_dxd.T)
 
 
+DICTIONARY = Part("dictionary", Dictionary)
+
+
 class Decoder(nn.Module):
     """The layers of the decoder, a LayerNorm, and a linear map from tokens to pixels.
 
@@ -43,27 +46,34 @@ class Decoder(nn.Module):
     remat: str
     unroll: int
     block_fields: dict[str, Any]
+    train: bool
+    taps: tuple[str, ...]
 
     @nn.compact
-    def __call__(self, latent_BxNxd: Array) -> Array:
-        """The encoder's tokens (B, N, d), normalised, to patches (B, P, h · w · c), float32."""
+    def __call__(self, latent_BxNxd: Array) -> tuple[Array, dict[str, Array]]:
+        """The encoder's tokens (B, N, d), normalised, to patches (B, P, h · w · c), float32.
+
+        Beside them the taps, with the layers on axis 0.
+        """
         blocks = stack(
             Block,
             self.depth,
             remat=self.remat,
             unroll=min(self.unroll, self.depth),
             attention=self.attention,
-            nonlinearity=Part("dictionary", functools.partial(Dictionary, self.dtype)),
+            nonlinearity=DICTIONARY._replace(make=functools.partial(Dictionary, self.dtype)),
             dtype=self.dtype,
             attention_first=False,
             sign=-1,
+            train=self.train,
+            taps=self.taps,
             **self.block_fields,
         )
-        Z_BxNxd, _ = blocks(latent_BxNxd.astype(self.dtype), None, Context())
+        Z_BxNxd, seen = blocks(latent_BxNxd.astype(self.dtype), None, Context())
         backward = self.block_fields["backward"]
         Y_BxPxd = LayerNorm(self.dtype, backward, 1e-6, name="norm")(Z_BxNxd)[:, 1:]
         prediction = Linear(self.pixels, self.dtype, xavier(), init.zeros, name="prediction")
-        return prediction(Y_BxPxd).astype(jnp.float32)
+        return prediction(Y_BxPxd).astype(jnp.float32), seen
 
 
 class DecoderCost(NamedTuple):

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from crate_jax import Crate, CrateAlpha, CrateCausal, CrateLM, ViT, create_model
-from crate_jax.analysis import layerwise, measure, measured_of, taps
+from crate_jax.analysis import DecoderLayers, layerwise, measure, measured_of, taps
 from crate_jax.analysis.measured import GEOMETRY, HALVES, OBJECTIVE, TITLES
 from crate_jax.analysis.measures import (
     coherence,
@@ -166,6 +166,34 @@ def test_by_the_equations(name, images):
         np.testing.assert_allclose(
             values.std, exact.std(1, ddof=1), atol=1e-4 * scale, err_msg=measured
         )
+
+
+def test_a_decoder(images):
+    """Its attention comes last in a layer, with a minus; it has no code."""
+    model = create_model(
+        "crate_mae_tiny_patch16_224", **{**TINY, "num_classes": 0}, decoder_depth=3
+    )
+    params, decoder = some_params(model), DecoderLayers(model)
+    known = measured_of(decoder)
+    sparse = {"zeros", "l0", "l1", "lasso_before", "lasso_after", "descent"}
+    assert set(known) == set(TITLES) - sparse
+    got = measure(decoder, params, images, known)
+    _, seen = taps(decoder, params, images)
+    seen = {name: np.asarray(array, np.float64) for name, array in seen.items()}
+    assert seen["dictionary"].shape == (3, 5, 5, 12)
+    np.testing.assert_allclose(seen["z_half"] - seen["mssa"], seen["out"], atol=1e-4)
+    U = np.asarray(params["decoder"]["blocks"]["mssa"]["U"], np.float64)
+    for name, tap in {"subspace_rate_before": "z_half", "subspace_rate": "out"}.items():
+        exact = [[in_subspaces(Z, U[at]) for Z in seen[tap][at]] for at in range(3)]
+        np.testing.assert_allclose(got[name].mean, np.mean(exact, axis=1), rtol=1e-5)
+    whole = [[rate(Z) for Z in seen["out"][at]] for at in range(3)]
+    np.testing.assert_allclose(got["rate"].mean, np.mean(whole, axis=1), rtol=1e-5)
+    pixels = model.apply({"params": params}, images, None, train=False, method="decode")[0]
+    nothing = np.zeros((5, 4), bool)
+    told = model.apply({"params": params}, images, nothing, train=False, method="reconstruct")
+    np.testing.assert_allclose(pixels, told, atol=1e-5)
+    with pytest.raises(KeyError, match=r"taps must be among dictionary, z_half, .*; got ista"):
+        taps(decoder, params, images, "ista")
 
 
 def test_what_each_model_has():

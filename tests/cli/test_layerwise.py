@@ -101,6 +101,13 @@ def test_mistakes(run, tmp_path, capsys):
     assert "--initial must go with --workdir and without --step." in capsys.readouterr().err
 
 
+def test_a_decoder_that_is_not_there(run, capsys):
+    assert main(["layerwise", "--workdir", str(run), "--decoder"]) == 2
+    assert (
+        "--decoder must go with a model that has a decoder; got a Crate" in capsys.readouterr().err
+    )
+
+
 def test_numbers_stand_below_their_names():
     values = Measured(np.array([1.0, 2000.0]), np.array([0.1, 0.2]), 3)
     assert table({"rate": values, "a_longer_name": values}) == (

@@ -1,0 +1,54 @@
+"""The decoder of CRATE-MAE as a stack that one looks into, as one looks into an encoder."""
+
+import dataclasses
+from typing import Any, ClassVar
+
+from jax import Array
+
+from crate_jax.models.block import Part
+from crate_jax.models.crate_mae import CrateMae
+
+
+@dataclasses.dataclass(frozen=True)
+class DecoderLayers:
+    """What measures ask of a model, answered for a decoder. Nothing is hidden from the encoder.
+
+    A layer is Z^{l+1/2} = D LN(Z^l), then Z^{l+1} = Z^{l+1/2} − MSSA(LN(Z^{l+1/2})): its attention
+    comes last, and undoes a compression.
+
+    Attributes:
+        model: an autoencoder with a decoder.
+    """
+
+    model: CrateMae
+
+    BLOCKS: ClassVar[tuple[str, ...]] = ("decoder", "blocks")
+    SHARED: ClassVar[bool] = False
+
+    @property
+    def tap_names(self) -> tuple[str, ...]:
+        """What the layers can show."""
+        return self.model.decoder_taps
+
+    @property
+    def attention_part(self) -> Part:
+        """MSSA."""
+        return self.model.attention_part
+
+    @property
+    def depth(self) -> int:
+        """How many layers there are."""
+        return self.model.decoder_depth
+
+    def block_fields(self) -> dict[str, Any]:
+        """The order and the sign of the halves."""
+        return {"attention_first": False, "sign": -1}
+
+    def clone(self, **fields: Any) -> "DecoderLayers":
+        """With other fields of the model."""
+        return DecoderLayers(self.model.clone(**fields))
+
+    def apply(self, variables: Any, images: Array, *, taps: Any, **how: Any) -> Any:
+        """Pixels, and the taps; see `crate_jax.models.crate_mae.CrateMae.decode`."""
+        del how
+        return self.model.apply(variables, images, None, train=False, taps=taps, method="decode")
