@@ -52,11 +52,6 @@ REFUSALS = {
         "the official code of CRATE has no such operator or switch, so `compare` has no PyTorch "
         "model of it.",
     ),
-    "not yet": Refusal(
-        "PyTorch twin",
-        "no PyTorch model of it has been written for `compare`. Golden files hold it against the "
-        "official code.",
-    ),
     "no task": Refusal(
         "There is no next-token task yet",
         "`plan` needs a loss to train by, and no task of text exists yet.",
@@ -100,10 +95,8 @@ FAMILIES = {
     "CBSA's frame with TSSA": _images(_CBSA, ALL, "frame_tssa", YES, attention="tssa"),
     "CBSA's frame with MSSA": _images(_CBSA, ALL, "frame_mssa", YES, attention="mssa"),
     "Hyper-SET": _images("hyperset_patch16_224", "R", "official", YES),
-    "CRATE-MAE": _images(_MAE, ALL, "official", "not yet"),
-    "CRATE-MAE's encoder": _images(
-        _MAE, ALL, "official", "not yet", decoder_depth=0, num_classes=3
-    ),
+    "CRATE-MAE": _images(_MAE, ALL, "official", YES),
+    "CRATE-MAE's encoder": _images(_MAE, ALL, "official", YES, decoder_depth=0, num_classes=3),
     "Causal CRATE": _text("crate_causal_base", ALL, "official"),
     "CRATE-LM": _text("crate_lm_1l", ALL, "official"),
     "ToST for text": _text("tost_lm_base", "R, Rᶜ", "official"),

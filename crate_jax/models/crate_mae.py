@@ -1,7 +1,7 @@
 """CRATE-MAE, a masked autoencoder: an encoder that compresses, and a decoder that undoes it."""
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import ClassVar
 
 import flax.linen as nn
@@ -121,19 +121,30 @@ class CrateMae(MaeFields, ImageClassifier):
         Raises:
             ValueError: a field, the images or the mask break a rule, or there is no decoder.
         """
+        return self.forward_masked(images_BxHxWxc, masked_BxP, train=train)[0]
+
+    def forward_masked(
+        self,
+        images_BxHxWxc: Array,
+        masked_BxP: Array,
+        *,
+        train: bool,
+        taps: str | Iterable[str] = (),
+    ) -> tuple[Array, dict[str, Array]]:
+        """`reconstruct`, and what the encoder's layers computed on the way; see `forward`."""
         if not self.decoder_depth:
             raise ValueError(
                 "model.decoder_depth must be at least 1 to reconstruct; got 0, the encoder alone. "
                 "Set model.decoder_depth."
             )
 
-        def compute() -> Array:
+        def compute() -> tuple[Array, dict[str, Array]]:
             check_images(images_BxHxWxc, self.input_shape)
             check_masked(masked_BxP, (len(images_BxHxWxc), self.num_patches))
             hidden = (masked_BxP, self._mask_token())
             Z_BxNxd = self.embed(train)(images_BxHxWxc, hidden)
-            Z_BxNxd, _ = self.run_blocks(Z_BxNxd, train=train)
-            return self._decoder(train)(self.make_head_norm()(Z_BxNxd))
+            Z_BxNxd, seen = self.run_blocks(Z_BxNxd, train=train, taps=taps)
+            return self._decoder(train)(self.make_head_norm()(Z_BxNxd)), seen
 
         return self.with_layers(compute)
 

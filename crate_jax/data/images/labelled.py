@@ -16,6 +16,8 @@ from crate_jax.errors import first_line
 # No file that is damaged makes its reader raise these: they are bugs, or a package is missing.
 _NEVER_DAMAGE = (ImportError, NameError, RecursionError, NotImplementedError, AssertionError)
 
+ANY_LABEL = 2**31 - 1  # of data sets whose labels are numbers, for whoever reads none
+
 
 @dataclasses.dataclass(frozen=True)
 class LabelledImages:
@@ -128,7 +130,8 @@ def open_labelled_images(
         split: as `open_source` takes it.
         train: whether data.train_transforms or data.eval_transforms are applied.
         image_shape: (H, W, c) that the model takes.
-        num_classes: of synthetic images and of integer labels, as `open_source` takes it.
+        num_classes: of synthetic images and of integer labels, as `open_source` takes it;
+            `ANY_LABEL` for whoever reads no labels.
         classes: names of a model's outputs, by which the labels are numbered; (): as they are.
 
     Raises:
