@@ -23,6 +23,7 @@ CLASSIFIERS = {
 }
 RECIPES = CLASSIFIERS | {
     "mae": dict(name="crate_mae_tiny_patch16_224", decoder_depth=2, lmbda=0.1),
+    "mcr2": dict(name="crate_tiny_patch16_224", pool="mean"),
 }
 
 
@@ -58,4 +59,7 @@ def get_config(arg: str | None = None) -> TrainConfig:
     if form == "mae":
         config.task, config.total_epochs = "masked_autoencoding", 40
         config.optim.b2, config.optim.label_smoothing = 0.95, 0.0
+    if form == "mcr2":
+        config.task, config.batch_size, config.mcr2.dimension = "mcr2", 500, 64
+        config.optim.label_smoothing = 0.0
     return config

@@ -11,7 +11,6 @@ from jax import Array
 from crate_jax.analysis.layerwise import layer_scalars, layerwise
 from crate_jax.config import TrainConfig
 from crate_jax.data.rows import Rows
-from crate_jax.files import Json
 from crate_jax.models.classifier import pair
 from crate_jax.models.cost import has_formula, multiply_adds
 from crate_jax.models.embedding import patchify, unpatchify
@@ -98,11 +97,6 @@ class MaskedAutoencoding(Task):
             open_labelled_images(config.data, split, train=train, **size) for split, train in splits
         )
         return task, tuple(opened)
-
-    def facts(self, rows: Rows) -> Json:
-        """``examples``, and ``listing`` where it is known."""
-        listing: str = getattr(rows, "listing", "")
-        return super().facts(rows) | ({"listing": listing} if listing else {})
 
     def step_flops(self) -> float:
         """Three times the forward pass, of the models that have a formula."""
