@@ -63,6 +63,7 @@ def fields_of_program(name, arg):
         **{f"model.{key}": value for key, value in values["model"].items()},
         **{f"optim.{key}": value for key, value in values["optim"].items()},
         **{f"masking.{key}": value for key, value in values["masking"].items()},
+        **{f"mcr2.{key}": value for key, value in values["mcr2"].items()},
         **{f"data.{key}": values["data"][key] for key in data},
     }
 

@@ -95,7 +95,7 @@ ROOMS = {
     "data": ["rows", "stores", "images", "workers", "loader"],
     "tasks": [
         *["losses", "pixels", "mixing", "masking", "frozen", "task", "penalties"],
-        *["classify", "masked_autoencoding"],
+        *["projection", "rates", "classify", "masked_autoencoding", "mcr2"],
     ],
     "checkpoint": [
         *["faults", "digest", "best", "record", "shapes", "folder", "lease", "owner"],
