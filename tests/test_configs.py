@@ -171,9 +171,11 @@ def test_recipe_builds_and_lowers_for_tpu_and_cuda(name, arg):
     (new_state, metrics), sums = results
     state = both["cuda"][0][1][0]
     assert jax.tree.map(jnp.shape, new_state) == jax.tree.map(jnp.shape, state)
-    told, summed = {"classify": ("top1", "top5"), "masked_autoencoding": ("loss", "loss_of_means")}[
-        config.task
-    ]
+    told, summed = {
+        "classify": ("top1", "top5"),
+        "masked_autoencoding": ("loss", "loss_of_means"),
+        "mcr2": ("rate_reduction", "pairs"),
+    }[config.task]
     assert {"loss", told, "lr"} <= set(metrics)
     assert sums[summed].shape == ()
 
