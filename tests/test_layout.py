@@ -105,7 +105,7 @@ ROOMS = {
     "interop": [
         *["layouts", "names", "kinds", "pickled", "safetensors", "npz", "msgpack", "orbax", "pth"],
         *["folders", "nearby", "tree", "faults", "resize", "fit", "convert", "stated", "contents"],
-        *["load", "save"],
+        *["floats", "load", "save", "networks"],
     ],
     "parity": [
         *["twin", "crate", "crate_alpha", "vit", "hyper_set"],
@@ -114,7 +114,7 @@ ROOMS = {
     ],
     "training": [
         *["tensorboard", "mirror", "writer", "progress", "workdir"],
-        *["orthonormal", "optimizer", "state", "step"],
+        *["orthonormal", "layerwise", "optimizer", "state", "step"],
         *["run", "loop"],
     ],
     "planning": [

@@ -120,3 +120,9 @@ def test_an_unknown_tap():
     model = TorchViT((8, 8), (4, 4), 3, width=6, depth=1, num_heads=1, head_dim=6, hidden=6)
     with pytest.raises(KeyError, match=r"taps must be among attention, mhsa, .*; got ista"):
         model.trace(torch.zeros(1, 3, 8, 8), ("ista",))
+
+
+@pytest.mark.parametrize("changes", [dict(registers=4), dict(layer_scale=0.1)], ids=str)
+def test_what_timms_plain_vit_has_not_is_refused(changes):
+    with pytest.raises(ValueError, match=r"model must have no registers and no layer_scale to ha"):
+        from_flax_model(ViT(**ODD, **changes))
