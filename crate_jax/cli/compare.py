@@ -210,7 +210,7 @@ def _stored_images(
     """The same for --images, or for the first of a split."""
     import jax.numpy as jnp
 
-    from crate_jax.data.images.labelled import ANY_LABEL, open_labelled_images
+    from crate_jax.data.images.labelled import open_labelled_images
     from crate_jax.data.loader import eval_batches
     from crate_jax.tasks.pixels import normalized
 
@@ -222,8 +222,9 @@ def _stored_images(
             data.eval_split,
             train=False,
             image_shape=model.input_shape,
-            num_classes=model.num_classes or ANY_LABEL,
+            num_classes=model.num_classes,
             classes=classes,
+            labelled=bool(model.num_classes),
         )
     if model.num_classes and rows.num_classes != model.num_classes:
         raise ValueError(

@@ -87,12 +87,12 @@ class MaskedAutoencoding(Task):
             KeyError, FileNotFoundError: the config names what does not exist.
         """
         # Here, because a machine that only trains on arrays has none of the libraries.
-        from crate_jax.data.images.labelled import ANY_LABEL, open_labelled_images
+        from crate_jax.data.images.labelled import open_labelled_images
 
         task = cls.from_config(config)
         # Sizes that do not fit together fail here, before any data is read.
         jax.eval_shape(task.init, jax.random.key(0))
-        size = dict(image_shape=task.model.input_shape, num_classes=ANY_LABEL)
+        size = dict(image_shape=task.model.input_shape, num_classes=None, labelled=False)
         opened = (
             open_labelled_images(config.data, split, train=train, **size) for split, train in splits
         )
