@@ -49,8 +49,8 @@ REFUSALS = {
     ),
     "no twin": Refusal(
         "PyTorch twin",
-        "the official code of CRATE has no such operator or switch, so `compare` has no PyTorch "
-        "model of it.",
+        "the official code of CRATE, or timm's plain ViT, has no such operator or switch, so "
+        "`compare` has no PyTorch model of it.",
     ),
     "no task": Refusal(
         "There is no next-token task yet",
@@ -86,7 +86,8 @@ FAMILIES = {
         _CRATE, ALL, "no names", "no twin", **_SWITCHES, step_sizes="per_layer"
     ),
     "CRATE-α": _images("crate_alpha_tiny_patch16_224", ALL, "torch, jax, clipa", YES),
-    "ViT": _images("vit_tiny_patch16_224", "R", "timm", YES),
+    "ViT": _images("vit_tiny_patch16_224", "R", "timm, simdino", YES),
+    "ViT with registers": _images("vit_base_patch16_reg4_224", "R", "dinov2, simdinov2", "no twin"),
     "ViT of CRATE's authors": _images(
         "vit_tiny_patch16_224", "R", "crate_baseline", YES, pool="patches_twice"
     ),

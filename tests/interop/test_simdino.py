@@ -153,7 +153,11 @@ def test_the_model_computes_what_dinov2_does_of_the_same_file(v2_file):
     state = torch.load(path, weights_only=True)["teacher"]
     images = np.random.default_rng(1).normal(size=(2, 8, 12, 3)).astype(np.float32)
     expected = official_pass(state, torch.tensor(images.transpose(0, 3, 1, 2)))
-    params = load_weights(path, V2)
+    params, _, report, *_ = load_fitted(path, V2)
+    assert report == [
+        "left aside mask_token (1)",
+        "head: left aside, for the model has none (num_classes=0)",
+    ]
     found = jax.jit(lambda p, x: V2.apply({"params": p}, x, train=False))(params, images)
     np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
 
@@ -176,12 +180,13 @@ def test_any_number_of_chunks_is_read(chunks, v2_file, tmp_path):
 
 def test_a_backbone_of_dinov2_alone(tmp_path):
     """It has the mask token that training starts from, which the official program asks for."""
-    params = random_params(V2)
-    save_weights(tmp_path / "w.pth", params, V2)
+    model = V2.clone(num_classes=5)
+    params = random_params(model)
+    save_weights(tmp_path / "w.pth", params, model)
     state = torch.load(tmp_path / "w.pth", weights_only=True)
     assert "blocks.3.ls2.gamma" in state and "register_tokens" in state
     assert state["mask_token"].shape == (1, 6) and not state["mask_token"].any()
-    assert_equal_trees(load_weights(tmp_path / "w.pth", V2), params)
+    assert_equal_trees(load_weights(tmp_path / "w.pth", model), params)
 
 
 # --- what does not fit ----------------------------------------------------------------------------

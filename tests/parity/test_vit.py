@@ -60,7 +60,7 @@ def test_reproduces_the_official_implementation(name):
         assert relative(parameter.grad, expected[f"grad/{key}"]) <= 1e-5, key
 
 
-@pytest.mark.parametrize("name", list_models("vit_*"))
+@pytest.mark.parametrize("name", list_models("vit_*_patch16_224"))
 def test_as_many_parameters_as_the_jax_model(name):
     model = create_model(name)
     with torch.device("meta"):

@@ -72,6 +72,7 @@ DINOV2 = Layout(
         "register_tokens": ("register_tokens", Leading(1)),
         "head/mask_token": ("mask_token", Leading(1)),
     },
+    left_out="mask_token",  # of a backbone: training alone reads it
     fillers={"mask_token": _mask_token},
     implies=_CLASS_TOKEN,
 )
@@ -91,6 +92,7 @@ SIMDINOV2 = Layout(
     bare=r"dino_head\.mlp\..*",
     under="teacher",
     chunks=4,
+    left_out=DINOV2.left_out,
     fillers=DINOV2.fillers,
     implies=_CLASS_TOKEN,
 )
