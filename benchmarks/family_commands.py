@@ -49,13 +49,8 @@ REFUSALS = {
     ),
     "no twin": Refusal(
         "PyTorch twin",
-        "the official code of CRATE has no such operator or switch, so `compare` has no PyTorch "
-        "model of it.",
-    ),
-    "not yet": Refusal(
-        "PyTorch twin",
-        "no PyTorch model of it has been written for `compare`. Golden files hold it against the "
-        "official code.",
+        "the official code of CRATE, or timm's plain ViT, has no such operator or switch, so "
+        "`compare` has no PyTorch model of it.",
     ),
     "no task": Refusal(
         "There is no next-token task yet",
@@ -91,7 +86,8 @@ FAMILIES = {
         _CRATE, ALL, "no names", "no twin", **_SWITCHES, step_sizes="per_layer"
     ),
     "CRATE-α": _images("crate_alpha_tiny_patch16_224", ALL, "torch, jax, clipa", YES),
-    "ViT": _images("vit_tiny_patch16_224", "R", "timm", YES),
+    "ViT": _images("vit_tiny_patch16_224", "R", "timm, simdino", YES),
+    "ViT with registers": _images("vit_base_patch16_reg4_224", "R", "dinov2, simdinov2", "no twin"),
     "ViT of CRATE's authors": _images(
         "vit_tiny_patch16_224", "R", "crate_baseline", YES, pool="patches_twice"
     ),
@@ -100,10 +96,8 @@ FAMILIES = {
     "CBSA's frame with TSSA": _images(_CBSA, ALL, "frame_tssa", YES, attention="tssa"),
     "CBSA's frame with MSSA": _images(_CBSA, ALL, "frame_mssa", YES, attention="mssa"),
     "Hyper-SET": _images("hyperset_patch16_224", "R", "official", YES),
-    "CRATE-MAE": _images(_MAE, ALL, "official", "not yet"),
-    "CRATE-MAE's encoder": _images(
-        _MAE, ALL, "official", "not yet", decoder_depth=0, num_classes=3
-    ),
+    "CRATE-MAE": _images(_MAE, ALL, "official", YES),
+    "CRATE-MAE's encoder": _images(_MAE, ALL, "official", YES, decoder_depth=0, num_classes=3),
     "Causal CRATE": _text("crate_causal_base", ALL, "official"),
     "CRATE-LM": _text("crate_lm_1l", ALL, "official"),
     "ToST for text": _text("tost_lm_base", "R, Rᶜ", "official"),

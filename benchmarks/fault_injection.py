@@ -61,7 +61,12 @@ SCANS = [
     "--config.data.train_transforms=resize(16)|random_affine(degrees=10)",
     "--config.data.eval_transforms=resize(16)",
 ]
-SMALL = {"classify": SCANS, "masked_autoencoding": SCANS}  # by task, beside `RUN`
+# By task, beside `RUN`.
+SMALL = {
+    "classify": SCANS,
+    "masked_autoencoding": SCANS,
+    "mcr2": [*SCANS, "--config.mcr2.dimension=16"],
+}
 TWO_SAVED = 3 * SAVE_EVERY + 1  # the step by which the third save has waited for the second
 LAST_MOMENT = STEPS - 4 * SAVE_EVERY  # early enough to strike before the end
 SAVE_S = 0.15  # about as long as a save takes

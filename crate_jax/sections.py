@@ -1,4 +1,4 @@
-"""The sections of a config beside the model's: data, optimizer, penalties, masking, devices.
+"""The sections of a config beside the model's: data, optimizer, objectives, devices.
 
 Nothing here imports JAX.
 """
@@ -130,6 +130,31 @@ class MaskingConfig:
     normalize: bool = option(
         True, "whether hidden pixels are told in units of their patch's deviation", identity=True
     )
+
+
+@dataclasses.dataclass(kw_only=True)
+class Mcr2Config:
+    """The features of mcr2, and the loss that spreads and sorts them; see tasks/mcr2.py."""
+
+    mode: str = option(
+        "supervised",
+        "what shares a class: images of a label, or the views of an image",
+        choices=("supervised", "self_supervised"),
+        identity=True,
+    )
+    dimension: int = option(128, "of the features, p", low=1, identity=True)
+    hidden: int = option(
+        0, "width of a layer between model and features; 0: a linear map", low=0, identity=True
+    )
+    eps: float = option(
+        0.5**0.5, "quantisation precision ε; the official eps is ε²", above=0, identity=True
+    )
+    gamma1: float = option(1.0, "factor within the determinant of R", above=0, identity=True)
+    gamma2: float = option(1.0, "weight of R in the loss", above=0, identity=True)
+    regularizer: float = option(
+        0.0, "λ of λ/2 ‖Z‖², in place of features of norm 1; 0: those", low=0, identity=True
+    )
+    views: int = option(1, "how often a row holds its image, augmented anew", low=1, identity=True)
 
 
 @dataclasses.dataclass(kw_only=True)

@@ -11,7 +11,7 @@ import fault_injection
 from crate_jax.cli.flags import parse_config
 
 # By task: a recipe that trains it offline.
-RECIPES = {"classify": "digits", "masked_autoencoding": "digits:mae"}
+RECIPES = {"classify": "digits", "masked_autoencoding": "digits:mae", "mcr2": "digits:mcr2"}
 
 
 def small(task, **fields):

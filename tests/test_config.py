@@ -12,6 +12,7 @@ import pytest
 from crate_jax.config import (
     DataConfig,
     MaskingConfig,
+    Mcr2Config,
     ModelConfig,
     OptimConfig,
     ParallelConfig,
@@ -93,6 +94,13 @@ BOUNDS = {
     "penalty.srr_lmbda": AMOUNT,
     "penalty.srr_eps": POSITIVE,
     "masking.ratio": ([0.001, 0.999], [0.0, 1.0, -0.1, math.nan]),
+    "mcr2.dimension": AT_LEAST_ONE,
+    "mcr2.hidden": AT_LEAST_ZERO,
+    "mcr2.eps": POSITIVE,
+    "mcr2.gamma1": POSITIVE,
+    "mcr2.gamma2": POSITIVE,
+    "mcr2.regularizer": AMOUNT,
+    "mcr2.views": AT_LEAST_ONE,
 }
 # field: (every legal value, an illegal one, the legal one nearest to it)
 CHOICES = {
@@ -112,6 +120,7 @@ CHOICES = {
     "optim.schedule": (["cosine", "official_readme"], "cosin", "cosine"),
     "data.on_bad_example": (["raise", "skip"], "skipp", "skip"),
     "optim.mu_dtype": (["float32", "bfloat16"], "bfloat61", "bfloat16"),
+    "mcr2.mode": (["supervised", "self_supervised"], "supervized", "supervised"),
     "init_method": (["right", "crate_alpha", "official_maps"], "crate_alfa", "crate_alpha"),
     "on_failed_save": (["stop", "continue"], "contnue", "continue"),
 }
@@ -150,6 +159,7 @@ SECTIONS = {
     "optim": OptimConfig,
     "penalty": PenaltyConfig,
     "masking": MaskingConfig,
+    "mcr2": Mcr2Config,
     "parallel": ParallelConfig,
 }
 # What a started run may not change, besides all of the model.
@@ -181,6 +191,14 @@ IDENTITY = {
     "optim.orthonormal",
     "masking.ratio",
     "masking.normalize",
+    "mcr2.mode",
+    "mcr2.dimension",
+    "mcr2.hidden",
+    "mcr2.eps",
+    "mcr2.gamma1",
+    "mcr2.gamma2",
+    "mcr2.regularizer",
+    "mcr2.views",
 }
 
 
@@ -491,6 +509,16 @@ def unusual():
         orthogonality=0.1, srr=0.2, srr_layer="all", srr_lmbda=0.3, srr_eps=0.4
     )
     config.masking = MaskingConfig(ratio=0.5, normalize=False)
+    config.mcr2 = Mcr2Config(
+        mode="self_supervised",
+        dimension=16,
+        hidden=8,
+        eps=0.5,
+        gamma1=20.0,
+        gamma2=0.05,
+        regularizer=0.1,
+        views=5,
+    )
     config.parallel = ParallelConfig(
         mesh="fsdp:-1",
         coordinator="host:1234",
@@ -566,7 +594,7 @@ def test_a_config_of_an_older_run_is_the_same_run():
     """Before the families of models: no task, no operators, every field of the model a null."""
     values = to_dict(unusual()) | {"name": "digits", "seed": 0, "batch_size": 128}
     del values["task"]
-    for section in ("data", "optim", "masking", "parallel"):
+    for section in ("data", "optim", "masking", "mcr2", "parallel"):
         values[section] = {}
     names = "num_classes image_size patch_size width depth num_heads head_dim pool in_channels eta"
     names += " lmbda dropout backward remat scan_unroll"

@@ -63,6 +63,7 @@ def fields_of_program(name, arg):
         **{f"model.{key}": value for key, value in values["model"].items()},
         **{f"optim.{key}": value for key, value in values["optim"].items()},
         **{f"masking.{key}": value for key, value in values["masking"].items()},
+        **{f"mcr2.{key}": value for key, value in values["mcr2"].items()},
         **{f"data.{key}": values["data"][key] for key in data},
     }
 
@@ -170,9 +171,11 @@ def test_recipe_builds_and_lowers_for_tpu_and_cuda(name, arg):
     (new_state, metrics), sums = results
     state = both["cuda"][0][1][0]
     assert jax.tree.map(jnp.shape, new_state) == jax.tree.map(jnp.shape, state)
-    told, summed = {"classify": ("top1", "top5"), "masked_autoencoding": ("loss", "loss_of_means")}[
-        config.task
-    ]
+    told, summed = {
+        "classify": ("top1", "top5"),
+        "masked_autoencoding": ("loss", "loss_of_means"),
+        "mcr2": ("rate_reduction", "pairs"),
+    }[config.task]
     assert {"loss", told, "lr"} <= set(metrics)
     assert sums[summed].shape == ()
 

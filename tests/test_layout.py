@@ -96,7 +96,7 @@ ROOMS = {
     "data": ["rows", "stores", "images", "workers", "loader"],
     "tasks": [
         *["losses", "pixels", "mixing", "masking", "frozen", "task", "penalties"],
-        *["classify", "masked_autoencoding"],
+        *["projection", "rates", "classify", "masked_autoencoding", "mcr2"],
     ],
     "checkpoint": [
         *["faults", "digest", "best", "record", "shapes", "folder", "lease", "owner"],
@@ -106,7 +106,7 @@ ROOMS = {
     "interop": [
         *["layouts", "names", "kinds", "pickled", "safetensors", "npz", "msgpack", "orbax", "pth"],
         *["folders", "nearby", "tree", "faults", "resize", "fit", "convert", "stated", "contents"],
-        *["load", "save"],
+        *["floats", "load", "save", "networks"],
     ],
     "parity": [
         *["twin", "crate", "crate_alpha", "vit", "hyper_set"],
@@ -115,7 +115,7 @@ ROOMS = {
     ],
     "training": [
         *["tensorboard", "mirror", "writer", "progress", "workdir"],
-        *["orthonormal", "optimizer", "state", "step"],
+        *["orthonormal", "layerwise", "optimizer", "state", "step"],
         *["run", "loop"],
     ],
     "planning": [

@@ -28,7 +28,7 @@ class DecoderLayers:
     @property
     def tap_names(self) -> tuple[str, ...]:
         """What the layers can show."""
-        return self.model.decoder_taps
+        return self.model.decoder_tap_names
 
     @property
     def attention_part(self) -> Part:
@@ -49,6 +49,6 @@ class DecoderLayers:
         return DecoderLayers(self.model.clone(**fields))
 
     def apply(self, variables: Any, images: Array, *, taps: Any, **how: Any) -> Any:
-        """Pixels, and the taps; see `crate_jax.models.crate_mae.CrateMae.decode`."""
-        del how
-        return self.model.apply(variables, images, None, train=False, taps=taps, method="decode")
+        """Pixels, and the taps; see `crate_jax.models.crate_mae.CrateMae.forward_masked`."""
+        how |= dict(method="forward_masked", decoder_taps=taps)
+        return self.model.apply(variables, images, None, **how)

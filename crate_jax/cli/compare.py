@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 from importlib.metadata import version
 from importlib.util import find_spec
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -104,13 +104,14 @@ def _compare(args: argparse.Namespace) -> "tuple[Comparison, Json]":
     import jax
     import jax.numpy as jnp
 
-    from crate_jax.cli.steps import classifier_steps, text_steps
+    from crate_jax.cli.steps import autoencoder_steps, classifier_steps, hidden_loss, text_steps
     from crate_jax.cli.texts import random_texts
     from crate_jax.interop import load_fitted
     from crate_jax.models.classifier import of_images
     from crate_jax.models.language import LanguageModel
     from crate_jax.parity.compare import SMOOTHING
     from crate_jax.parity.compare import compare as compare_both
+    from crate_jax.parity.crate_mae import hiding
     from crate_jax.parity.runs import without_chance
     from crate_jax.tasks.losses import cross_entropy, token_cross_entropy
 
@@ -118,7 +119,8 @@ def _compare(args: argparse.Namespace) -> "tuple[Comparison, Json]":
     loaded = fits(args.weights, named_model(args))
     params, model, fitted, classes, extra = loaded
     variables = {"params": params, **extra}
-    if getattr(model, "num_classes", None) == 0:
+    autoencodes = bool(getattr(model, "decoder_depth", 0))
+    if getattr(model, "num_classes", None) == 0 and not autoencodes:
         raise ValueError(
             "model.num_classes must be at least 1 for its PyTorch twin; got 0, features. Set it by "
             "--model and --model-kwargs."
@@ -130,6 +132,10 @@ def _compare(args: argparse.Namespace) -> "tuple[Comparison, Json]":
     if isinstance(model, LanguageModel):
         images, labels, inputs = random_texts(args, model)
         loss, steps = token_cross_entropy, text_steps
+    elif autoencodes:
+        model: Any = hiding(model)
+        images, _, inputs = _inputs(args, model, classes)
+        labels, loss, steps = images, functools.partial(hidden_loss, model), autoencoder_steps
     else:
         images, labels, inputs = _inputs(args, of_images(model), classes)
         loss, steps = functools.partial(cross_entropy, label_smoothing=SMOOTHING), classifier_steps
@@ -191,7 +197,8 @@ def _inputs(
         return _stored_images(args, model, data, classes)
     rng, batch_size = np.random.default_rng(0), args.batch_size or 8
     images = rng.normal(size=(batch_size, *model.input_shape)).astype(np.float32)
-    return images, rng.integers(0, model.num_classes, batch_size), "seeded normal noise"
+    labels = rng.integers(0, model.num_classes or 1, batch_size)
+    return images, labels, "seeded normal noise"
 
 
 def _stored_images(
@@ -205,7 +212,7 @@ def _stored_images(
 
     from crate_jax.data.images.labelled import open_labelled_images
     from crate_jax.data.loader import eval_batches
-    from crate_jax.tasks.classify import Classify
+    from crate_jax.tasks.pixels import normalized
 
     if args.images:
         rows = _folder_rows(args.images, model, data)
@@ -217,16 +224,17 @@ def _stored_images(
             image_shape=model.input_shape,
             num_classes=model.num_classes,
             classes=classes,
+            labelled=bool(model.num_classes),
         )
-    if rows.num_classes != model.num_classes:
+    if model.num_classes and rows.num_classes != model.num_classes:
         raise ValueError(
             f"model.num_classes must equal the {rows.num_classes} classes of {rows.name}; got "
             f"{model.num_classes}. Choose another --dataset."
         )
     batch_size = min(args.batch_size or 8, len(rows))
     batch = next(eval_batches(rows, data, batch_size=batch_size))
-    task = Classify(model, mean=tuple(data.mean), std=tuple(data.std))
-    images = task.normalized(jnp.asarray(batch["image"]))
+    pixels = jnp.asarray(batch["image"])
+    images = normalized(pixels, mean=tuple(data.mean), std=tuple(data.std))
     return np.asarray(images), np.asarray(batch["label"], np.int64), rows.name
 
 
@@ -240,8 +248,9 @@ def _folder_rows(folder: str, model: "ImageClassifier", data: DataConfig) -> "La
     found = folder_images(folder, _no_label)
     if not len(found):
         raise ValueError(f"--images must be a folder with images; got {folder}. Choose another.")
-    labels = np.random.default_rng(0).integers(0, model.num_classes, len(found)).astype(np.int32)
-    source = Source(folder, FolderImages(folder, found.names, labels), model.num_classes)
+    classes = model.num_classes or 1
+    labels = np.random.default_rng(0).integers(0, classes, len(found)).astype(np.int32)
+    source = Source(folder, FolderImages(folder, found.names, labels), classes)
     return LabelledImages(source, make_pipeline(data, model.input_shape, train=False))
 
 

@@ -39,9 +39,9 @@ def add_convert(subparsers: Subparsers) -> None:
     parser.add_argument(
         "--layout",
         help="whose names to write: official for most families; frame_cbsa, frame_tssa or "
-        "frame_mssa for CBSA's frame; torch, jax or clipa for CRATE-α; timm or crate_baseline for "
-        "ViT; transformers for CRATE-BERT; default: our own paths, and in PyTorch files the first "
-        "that fits",
+        "frame_mssa for CBSA's frame; torch, jax or clipa for CRATE-α; timm, crate_baseline, "
+        "dinov2, simdino or simdinov2 for ViT; transformers for CRATE-BERT; "
+        "default: our own paths, and in PyTorch files the first that fits",
     )
     add_model(parser)
     parser.set_defaults(function=convert)

@@ -1,6 +1,8 @@
 """Training steps of ours on one batch, for `compare`."""
 
 import dataclasses
+import functools
+from collections.abc import Callable
 from typing import Any, ClassVar
 
 import jax
@@ -9,11 +11,15 @@ import optax
 from jax import Array
 
 from crate_jax.config import OptimConfig
-from crate_jax.models.classifier import ImageClassifier
+from crate_jax.models.classifier import ImageClassifier, pair
+from crate_jax.models.crate_mae import CrateMae
+from crate_jax.models.embedding import patchify
 from crate_jax.models.language import LanguageModel
 from crate_jax.models.parameters import Params, Variables, variables_of
+from crate_jax.parity.crate_mae import hidden_places
 from crate_jax.tasks import Classify
 from crate_jax.tasks.losses import token_cross_entropy
+from crate_jax.tasks.masking import hidden_errors
 from crate_jax.tasks.task import Batch, Extra, Scalars, Task
 from crate_jax.training.optimizer import make_optimizer
 from crate_jax.training.state import TrainState
@@ -42,8 +48,28 @@ def text_steps(
     steps: int,
 ) -> tuple[list[float], Variables]:
     """`full_batch_steps` of a model of text, tokens and targets (B, N); no label is smoothed."""
-    batch = {"tokens": tokens, "targets": targets}
-    return full_batch_steps(_Tokens(model), params, batch, optim, steps)  # type: ignore[abstract]
+    task = _Outputs(model, token_cross_entropy)  # type: ignore[abstract]
+    return full_batch_steps(task, params, {"input": tokens, "target": targets}, optim, steps)
+
+
+def autoencoder_steps(
+    model: CrateMae,
+    params: Params,
+    images: Array,
+    targets: Array,
+    optim: OptimConfig,
+    steps: int,
+) -> tuple[list[float], Variables]:
+    """`full_batch_steps` of an autoencoder that hides the same patches of each image."""
+    task = _Outputs(model, functools.partial(hidden_loss, model))  # type: ignore[abstract]
+    return full_batch_steps(task, params, {"input": images, "target": targets}, optim, steps)
+
+
+def hidden_loss(model: CrateMae, told_BxPxk: Array, images_BxHxWxc: Array) -> Array:
+    """The error (B,) over the patches that a comparison hides, as pre-training has it."""
+    X_BxPxk = patchify(images_BxHxWxc, pair(model.patch_size))
+    masked_BxP = jnp.broadcast_to(hidden_places(X_BxPxk.shape[1])[None], X_BxPxk.shape[:2])
+    return hidden_errors(told_BxPxk, X_BxPxk, masked_BxP, normalize=True)[0]
 
 
 def full_batch_steps(
@@ -74,17 +100,18 @@ def full_batch_steps(
 
 
 @dataclasses.dataclass(frozen=True)
-class _Tokens(Task):
-    """A token for each place, by cross-entropy: as much of a task as a training step asks for."""
+class _Outputs(Task):
+    """A loss of the model's outputs: as much of a task as a training step asks for."""
 
     model: Any
+    loss_of: Callable[[Array, Array], Array]
     by_row: ClassVar[bool] = True
 
     def loss(
         self, params: Params, extra: Extra, batch: Batch, key: Array
     ) -> tuple[Array, tuple[Extra, Scalars]]:
-        """The mean in nats a token."""
-        logits_BxNxV = self.model.apply(
-            {"params": params}, batch["tokens"], train=True, rngs={"dropout": key}
+        """The mean over all examples."""
+        outputs = self.model.apply(
+            {"params": params}, batch["input"], train=True, rngs={"dropout": key}
         )
-        return token_cross_entropy(logits_BxNxV, batch["targets"]).mean(), (extra, {})
+        return self.loss_of(outputs, batch["target"]).mean(), (extra, {})

@@ -1,15 +1,19 @@
 """Exact sums over a whole split."""
 
-from collections import defaultdict
 from collections.abc import Callable, Iterable
+from typing import Any
 
 import jax
+import numpy as np
 from jax import Array
+
+# Of every name the total, or totals of the shape of the array that was added up.
+Totals = dict[str, Any]
 
 
 def add_up(
     sums_of: Callable[[dict[str, Array]], dict[str, Array]], batches: Iterable[dict[str, Array]]
-) -> dict[str, float]:
+) -> Totals:
     """The sums of all batches, in double precision on the host, one batch behind the device.
 
     Args:
@@ -17,16 +21,17 @@ def add_up(
         batches: of `crate_jax.data.loader.eval_batches`, on the devices.
 
     Returns:
-        The totals by the same names.
+        The totals by the same names: numbers, and arrays of float64 for sums that are arrays.
 
     Raises:
         ValueError: there is no example.
     """
-    totals: defaultdict[str, float] = defaultdict(float)
+    totals: Totals = {"examples": 0.0}
 
     def add(sums: dict[str, Array]) -> None:
         for name, value in jax.device_get(sums).items():
-            totals[name] += float(value)
+            exact = np.asarray(value, np.float64)
+            totals[name] = totals.get(name, 0.0) + (exact if exact.ndim else float(exact))
 
     previous: dict[str, Array] = {}
     for batch in batches:
@@ -36,4 +41,4 @@ def add_up(
     add(previous)
     if not totals["examples"]:
         raise ValueError("batches must hold at least one example; got none. Choose another split.")
-    return dict(totals)
+    return totals

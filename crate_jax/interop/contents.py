@@ -16,7 +16,7 @@ from crate_jax.interop import msgpack, npz, orbax, pth, safetensors
 from crate_jax.interop.folders import pieces, weights_file
 from crate_jax.interop.kinds import kind_of, not_there
 from crate_jax.interop.layouts.layout import Arrays, Tree
-from crate_jax.interop.names import TRAINING_STATE, Known, bare_names, left_aside
+from crate_jax.interop.names import TRAINING_STATE, Known, bare_names, left_aside, no_choice
 from crate_jax.interop.nearby import nearby
 from crate_jax.interop.tree import flatten, tree_of
 from crate_jax.models.zoo import architecture, build_model, from_architecture
@@ -45,51 +45,54 @@ class Contents(NamedTuple):
     class_names: tuple[str, ...] = ()
 
 
-def read_contents(path: Path, tree: Tree = NO_TREE) -> Contents:
+def read_contents(path: Path, tree: Tree = NO_TREE, which: str = "") -> Contents:
     """All weights in a file, in a folder of such, or in a run's checkpoint.
 
     Args:
         path: of the file or folder.
         tree: of the model that the weights are for, if it is known.
+        which: the key of one of several sets of weights in the file; "": see `unwrap`.
 
     Raises:
         FileNotFoundError: there is nothing at ``path``.
-        ValueError: it is no file of weights and no run, or it is damaged.
+        ValueError: it is no file of weights and no run, or it is damaged, or has no such key.
     """
     check_reachable(path, "weights")
     if not path.exists():
         raise FileNotFoundError(not_there(path))
-    return _read(path, tree)._replace(class_names=read_class_names(path))
+    return _read(path, tree, which)._replace(class_names=read_class_names(path))
 
 
-def _read(path: Path, tree: Tree) -> Contents:
+def _read(path: Path, tree: Tree, which: str) -> Contents:
     """All but the names of classes."""
     if path.is_dir():
         if is_run(path):
+            if which:
+                raise ValueError(no_choice(path, which))
             return Contents(*_read_run(path), [])
         if trees := orbax.find_trees(_checkpoints(path)):
-            known = _known(tree)
+            known = _known(tree, which)
             arrays, said = orbax.read(trees, path, known)
             return Contents(bare_names(arrays, path, known), {}, said)
     with nearby(path) as here:
-        return _read_here(weights_file(here) if here.is_dir() else here, tree)
+        return _read_here(weights_file(here) if here.is_dir() else here, tree, which)
 
 
-def _read_here(path: Path, tree: Tree) -> Contents:
+def _read_here(path: Path, tree: Tree, which: str) -> Contents:
     """What a file of this machine holds."""
     if (part := re.search(r"-\d+-of-(\d+)\.\w+$", path.name)) and int(part[1]) > 1:
         raise ValueError(
             f"{path} must hold all weights; it is one of {int(part[1])} pieces. Name their folder, "
             "or the file that ends in .index.json."
         )
-    return _read_file(path, kind_of(path), tree)
+    return _read_file(path, kind_of(path), tree, which)
 
 
-def _read_file(path: Path, kind: str, tree: Tree) -> Contents:
+def _read_file(path: Path, kind: str, tree: Tree, which: str) -> Contents:
     """What a file of a kind holds; of an index, its pieces hold."""
     arrays: Arrays = {}
     if kind == "index":
-        parts = [_read_file(each, kind_of(each), tree) for each in pieces(path)]
+        parts = [_read_file(each, kind_of(each), tree, which) for each in pieces(path)]
         for part in parts:
             if twice := arrays.keys() & part.arrays.keys():
                 raise ValueError(
@@ -99,9 +102,11 @@ def _read_file(path: Path, kind: str, tree: Tree) -> Contents:
             arrays |= part.arrays
         lines = dict.fromkeys(line for part in parts for line in part.left)
         return Contents(arrays, parts[0].fields, list(lines))
-    known, fields, said = _known(tree), {}, []
+    known, fields, said = _known(tree, which), {}, []
     if kind in ("torch", "msgpack"):
         arrays, said = (pth if kind == "torch" else msgpack).read(path, known)
+    elif which:
+        raise ValueError(no_choice(path, which))
     elif kind == "safetensors":
         arrays, fields = safetensors.read(path)
         if fields:
@@ -118,8 +123,8 @@ def _read_file(path: Path, kind: str, tree: Tree) -> Contents:
     return Contents(bare_names(arrays, path, known), fields, said)
 
 
-def _known(tree: Tree) -> Known:
-    return Known(tree.shapes, tree.collections)
+def _known(tree: Tree, which: str = "") -> Known:
+    return Known(tree.shapes, tree.collections, which)
 
 
 def read_class_names(path: str | Path) -> tuple[str, ...]:

@@ -10,7 +10,8 @@ import numpy as np
 from crate_jax.interop.faults import faults
 from crate_jax.interop.fit import FITS
 from crate_jax.interop.layouts import LAYOUTS
-from crate_jax.interop.layouts.layout import Layout, own_paths
+from crate_jax.interop.layouts.layout import Layout
+from crate_jax.interop.layouts.own import own_paths
 from crate_jax.interop.tree import flatten, nest, tree_of
 from crate_jax.models.parameters import Params
 from crate_jax.models.stacked import BlockModel

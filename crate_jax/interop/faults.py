@@ -53,7 +53,7 @@ def mismatch(shapes: Shapes, model: BlockModel) -> tuple[str, str]:
         return "", remedy
     if not found:
         return f"it holds no weights of a {type(model).__name__}", remedy
-    if not wrong and "num_classes" in wanted and not any(p.startswith("head/") for p in shapes):
+    if not wrong and "num_classes" in wanted and "num_classes" not in found:
         return "these weights have no head", "Build it with num_classes=0, or ask to fit: head."
     if not wrong:
         return "", remedy

@@ -6,16 +6,15 @@ from pathlib import Path
 from typing import NamedTuple
 
 import jax
-import jax.numpy as jnp
-import numpy as np
 
 from crate_jax.files import Json, located
 from crate_jax.interop.contents import NO_TREE, Contents, read_contents
 from crate_jax.interop.convert import check_implied, foreign_family, recognise
 from crate_jax.interop.faults import faults, mismatch
 from crate_jax.interop.fit import fit_params, source_model
+from crate_jax.interop.floats import as_float32, check_finite, is_float
 from crate_jax.interop.layouts.forms import Shape
-from crate_jax.interop.layouts.layout import Arrays, Layout
+from crate_jax.interop.layouts.layout import Layout
 from crate_jax.interop.names import left_aside
 from crate_jax.interop.stated import check_told, lacking, optional, told_by_name
 from crate_jax.interop.tree import FIRST_STAGE, PROJECTION, nest, sizes, tree_of
@@ -33,6 +32,7 @@ def load_weights(
     fit: Collection[str] = (),
     method: str = "right",
     key: jax.Array | None = None,
+    which: str = "",
 ) -> Params:
     """Read a model's parameters from a file or from a training run.
 
@@ -56,6 +56,8 @@ def load_weights(
         method: how positions and patches are resized: "right", "crate_alpha" or "official_maps",
             which resamples positions of the same grid too and so needs ``image_size`` in ``fit``.
         key: of a new head; None: ``jax.random.key(0)``.
+        which: key of the weights where a file has several sets, such as "student"; "": the first
+            of `crate_jax.interop.names.WRAPPERS`, and so the teacher of a student.
 
     Returns:
         The parameter tree, float32 arrays on the host: ``model.apply({"params": params}, …)``.
@@ -72,7 +74,7 @@ def load_weights(
             f"model must have parameters alone for load_weights; this {type(model).__name__} has "
             f"{', '.join(others)} too. Call load_variables."
         )
-    return load_variables(path, model, fit=fit, method=method, key=key)["params"]
+    return load_variables(path, model, fit=fit, method=method, key=key, which=which)["params"]
 
 
 def load_variables(
@@ -82,6 +84,7 @@ def load_variables(
     fit: Collection[str] = (),
     method: str = "right",
     key: jax.Array | None = None,
+    which: str = "",
 ) -> Variables:
     """`load_weights` for any model: its parameters, and its running statistics if it has any.
 
@@ -91,6 +94,7 @@ def load_variables(
         fit: likewise.
         method: likewise.
         key: likewise.
+        which: likewise.
 
     Returns:
         What ``model.apply`` takes: {"params": …}, and by the name of their collection the others,
@@ -99,7 +103,7 @@ def load_variables(
     Raises:
         FileNotFoundError, ValueError: as `load_weights`.
     """
-    loaded = load_fitted(path, model, fit=fit, method=method, key=key)
+    loaded = load_fitted(path, model, fit=fit, method=method, key=key, which=which)
     for line in loaded.report:
         logging.getLogger("crate_jax").info("%s: %s", path, line)
     return {"params": loaded.params, **loaded.extra}
@@ -131,17 +135,19 @@ def load_fitted(
     method: str = "right",
     key: jax.Array | None = None,
     facts: Json | None = None,
+    which: str = "",
 ) -> Loaded:
     """`load_weights` for a program that reports; without a model, the one that the file states.
 
     Args:
-        path: as for `load_weights`, and so are `model`, `fit`, `method` and `key`.
+        path: as for `load_weights`, and so are all others but `facts`.
         model: likewise.
         fit: likewise.
         method: likewise.
         key: likewise.
         facts: of the data that the model is for, see `crate_jax.tasks.task.Task.facts`. A head that
             is kept must be one for its classes.
+        which: likewise.
 
     Raises:
         ValueError: also where there is no model, and the file states none; or where the file names
@@ -153,7 +159,7 @@ def load_fitted(
             "fit must have image_size for the method official_maps, which resizes positions; got "
             f"{', '.join(fit) or 'nothing'}. Ask to fit image_size."
         )
-    contents = read_contents(path, tree_of(model) if model else NO_TREE)
+    contents = read_contents(path, tree_of(model) if model else NO_TREE, which)
     lacks = lacking(model)
     new_head = "head" in fit or "num_classes" in lacks
     class_names = () if new_head else contents.class_names
@@ -183,9 +189,9 @@ def load_fitted(
     report += check_implied(layout, source, remedy, fit)
     free = {field for field, groups in optional(model).items() if skip.issuperset(groups)}
     _check_fit(path, contents, layout, source, skip, free)
-    arrays = {name: _as_float32(array, name, path) for name, array in arrays.items()}
+    arrays = {name: as_float32(array, name, path) for name, array in arrays.items()}
     flat = layout.to_ours(arrays, tree, skip)
-    _check_finite(flat, path)
+    check_finite(flat, path)
     params, extra = nest(flat, tree)
     if fit:
         params, fitted = fit_params(params, source, model, method=method, key=key)
@@ -206,7 +212,7 @@ def _of_the_model(
     counters = [
         name
         for name, array in arrays.items()
-        if not _is_float(array) and not layout.recognised([name])
+        if not is_float(array) and not layout.recognised([name])
     ]
     report += [f"{left_aside(counters)}: no floats, so no parameters"] if counters else []
     for field, groups in lacks.items():
@@ -270,29 +276,3 @@ def _check_fit(
             f"{path} must be weights of the model; they have {', '.join(other)}. "
             "Build the model with these, or ask to fit what is a constant: pool, eta, lmbda."
         )
-
-
-def _is_float(array: np.ndarray) -> bool:
-    """Whether an array is of floats; NumPy's archives hand back bfloat16 as two bytes, untyped."""
-    return array.dtype == np.dtype("V2") or jnp.issubdtype(array.dtype, jnp.floating)
-
-
-def _as_float32(array: np.ndarray, name: str, path: Path) -> np.ndarray:
-    """Any float as float32."""
-    if array.dtype == np.dtype("V2"):
-        array = array.view(jnp.bfloat16)
-    if not _is_float(array):
-        raise ValueError(
-            f"{name} must be of floats; got {array.dtype} in {path}. Save the weights alone."
-        )
-    return np.asarray(array, np.float32)
-
-
-def _check_finite(flat: Arrays, path: Path) -> None:
-    for name, leaf in flat.items():
-        if not np.isfinite(leaf).all():
-            count = int(np.sum(~np.isfinite(leaf)))
-            raise ValueError(
-                f"{name} must be finite; got {count} values of NaN or infinity in {path}. "
-                "Take an earlier checkpoint."
-            )

@@ -16,7 +16,11 @@ _Value = TypeVar("_Value")
 # Keys under which training programs put the weights, in the order in which they are taken:
 # averaged weights first, as timm takes them and as a run of ours is read.
 AVERAGES = ("state_dict_ema", "model_ema", "ema_state_dict", "ema_params", "ema")
-WRAPPERS = (*AVERAGES, "state_dict", "model_state_dict", "model", "net", "params", "module")
+WRAPPERS = (
+    *AVERAGES,
+    *("state_dict", "model_state_dict", "model", "net", "params", "module"),
+    "teacher",  # the average of a student that lies beside it
+)
 
 # Parts that PyTorch's wrappers put into names; no model has a part of its own that is called so.
 ARTEFACTS = (
@@ -34,6 +38,8 @@ _ANY_ARTEFACT, _ANY_PART = (
     for parts in (ARTEFACTS, ARTEFACTS + ENCLOSING)
 )
 
+_CHUNK = re.compile(r"(?<![^./])(blocks\.)\d+\.(?=\d+\.)")
+
 # Groups of entries beside the parameters that are the state of a training run.
 TRAINING_STATE = r"(opt|opt_state|optimizer|optimizers|chrono|scheduler|lr_scheduler|scaler)/.*"
 
@@ -44,10 +50,13 @@ class Known:
     Args:
         own: the paths of the tree of the model that the weights are for.
         collections: that the model has beside its parameters; a path in one begins with its name.
+        which: the key of the set of weights that is wanted of several; "": `WRAPPERS` decide.
     """
 
-    def __init__(self, own: Collection[str] = (), collections: Collection[str] = ()):
-        self.own = set(own)
+    def __init__(
+        self, own: Collection[str] = (), collections: Collection[str] = (), which: str = ""
+    ):
+        self.own, self.which = set(own), which
         self.beside = {path for path in own if path.split("/")[0] in collections}
         self.dotted = {path.replace("/", "."): path for path in own}  # a tree flattened with dots
 
@@ -81,14 +90,16 @@ def _official() -> tuple[re.Pattern[str], re.Pattern[str]]:
 def _forms(name: str) -> list[str]:
     """A name as it stands; without PyTorch's parts; and without those of enclosing models.
 
-    Of the latter first those in front, one after the other, and then all.
+    Of the latter first those in front, one after the other, and then all. Each also without the
+    part of the layers, ``blocks.0.1.x``, that DINOv2 puts before a layer's number.
     """
     forms = [name, _ANY_ARTEFACT.sub("", name)]
     rest = name
     while found := _ANY_PART.match(rest):
         rest = rest[found.end() :]
         forms.append(rest)
-    return [*forms, _ANY_PART.sub("", name)]
+    forms.append(_ANY_PART.sub("", name))
+    return forms + [_CHUNK.sub(r"\1", form) for form in forms if _CHUNK.search(form)]
 
 
 def bare_names(state: Mapping[str, _Value], path: object, known: Known) -> dict[str, _Value]:
@@ -160,26 +171,35 @@ def unwrap(content: object, path: object, known: Known) -> Found:
         order = [key for key in WRAPPERS if inner.get(key)]
         order += [key for key in inner if key not in WRAPPERS]
         sets = [key for key in order if _has_known(inner[key], known, deep=True)]
-        if len(sets) > 1 and sets[0] not in WRAPPERS:
+        if len(sets) > 1 and known.which not in sets and sets[0] not in WRAPPERS:
             raise ValueError(
                 f"{path} must hold one set of weights; got {', '.join(map(str, sets))}. "
                 "Save the one that you mean alone."
             )
+        if known.which in sets:
+            sets.insert(0, sets.pop(sets.index(known.which)))
         taken = next(iter(sets or [key for key in order if key in WRAPPERS]), None)
         if taken is None:
             break
         if len(sets) > 1:
-            why = "averaged weights, " if taken in AVERAGES else ""
+            why = "averaged weights, " if taken in (*AVERAGES, "teacher") else ""
             said.append(f"took {taken}, {why}and left aside {', '.join(map(str, sets[1:]))}")
         others = {str(key): tree for key, tree in inner.items() if key != taken}
         beside |= {name: leaf for name, leaf in flat(others) if name in known.beside}
         where, content = (*where, taken), inner[taken]
+    if known.which and known.which not in where:
+        raise ValueError(no_choice(path, known.which))
     if not isinstance(content, Mapping):
         raise ValueError(
             f"{path} must hold a state dict, bare or under state_dict, model, net; got "
             f"{type(content).__name__}. Save model.state_dict()."
         )
     return Found(dict(flat(content)), where, said, beside)
+
+
+def no_choice(path: object, which: str) -> str:
+    """What to say where the set of weights that is wanted is not one of a file's."""
+    return f"{path} must hold weights under {which}; it has none. Leave which out, or name another."
 
 
 def flat(tree: Mapping, before: str = "") -> Iterator[tuple[str, object]]:

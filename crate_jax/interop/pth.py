@@ -155,7 +155,9 @@ def _sharded(path: object, name: str) -> str:
     )
 
 
-def write_checkpoint(path: str | Path, state: Mapping[str, np.ndarray], form: str = ".pth") -> None:
+def write_checkpoint(
+    path: str | Path, state: Mapping[str, np.ndarray], form: str = ".pth", under: str = ""
+) -> None:
     """Write a state dict.
 
     Args:
@@ -163,14 +165,27 @@ def write_checkpoint(path: str | Path, state: Mapping[str, np.ndarray], form: st
         state: arrays by official name.
         form: one of `FORMS`; the state dict of ".pth" is what the official model's
             ``load_state_dict(strict=True)`` takes.
+        under: the key that holds the state dict, in the place of the form's; "": the form's.
 
     Raises:
         ValueError: PyTorch is missing.
     """
     torch = _torch(path)
     wrapper, prefix = FORMS[form]
+    wrapper = under or wrapper
     tensors = {prefix + name: torch.from_numpy(array) for name, array in state.items()}
     torch.save({wrapper: tensors} if wrapper else tensors, path)
+
+
+def write_networks(path: str | Path, states: Mapping[str, Mapping[str, np.ndarray]]) -> None:
+    """Write several state dicts, each under its key.
+
+    Raises:
+        ValueError: PyTorch is missing.
+    """
+    torch = _torch(path)
+    found = {k: {n: torch.from_numpy(a) for n, a in state.items()} for k, state in states.items()}
+    torch.save(found, path)
 
 
 def _torch(path: str | Path) -> ModuleType:

@@ -34,7 +34,8 @@ def save_weights(
             ``class_names``); ``.pth``, ``.pt`` or ``.bin`` (a bare state dict, which the official
             model's ``load_state_dict`` takes); ``.ckpt`` (that under ``state_dict``, as Lightning
             has it); or ``.pth.tar`` (likewise, every name behind ``module.``, as the official
-            scripts read it). What is there is replaced at the end.
+            scripts read it). A layout of files that hold more than one network puts the state dict
+            under the key where they have it. What is there is replaced at the end.
         params: the parameter tree; of a model with running statistics its variables, {"params": …,
             "batch_stats": …}. Arrays of any kind that this process holds whole, in the boxes of
             Flax's partitioning or not.
@@ -75,13 +76,14 @@ def save_weights(
             f"class_names must be one for each of the {outputs} outputs of the model; "
             f"got {len(class_names)}. Name all of them, or none."
         )
+    under = ""
     if layout is not None or torch:
         names = find_layout(model, layout, torch=torch)
-        official = names.to_official(arrays, tree)
-        arrays = {names.prefix + name: array for name, array in official.items()}
+        official, under = names.to_official(arrays, tree), names.under
+        arrays = {names.in_file(name, tree.depth): array for name, array in official.items()}
     with written_aside(path) as aside:
         if torch:
-            pth.write_checkpoint(aside, arrays, suffix)
+            pth.write_checkpoint(aside, arrays, suffix, under)
         elif suffix == ".npz":
             npz.write(aside, arrays, class_names)
         else:

@@ -32,6 +32,7 @@ _SIZES: dict[str, dict[str, slice]] = {
     "hidden": {"blocks/mlp/b_in": slice(1, None), "block/tied_mlp/V": slice(1, None)},
     "pixels of a patch": {PROJECTION: slice(0, -1)},
     "positions": {"embedding/pos_embedding": slice(0, 1)},
+    "registers": {"register_tokens": slice(0, 1)},
     "num_classes": {"head/kernel": slice(-1, None)},
     "vocab_size": {"embedding/tokens": slice(0, 1)},
     "positions in a text": {"embedding/positions": slice(0, 1)},

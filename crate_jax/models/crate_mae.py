@@ -75,9 +75,8 @@ class CrateMae(MaeFields, ImageClassifier):
         return Part("ista", functools.partial(ISTA, self.eta, self.lmbda, self.dtype))
 
     @nn.nowrap
-    def positions(self, N: int, d: int) -> Array:
+    def positions(self, _: int, d: int) -> Array:
         """What is added to the class token and the patches, (N, d)."""
-        del N
         return grid_positions(self.grid, d)
 
     def embed(self, train: bool) -> nn.Module:
@@ -107,54 +106,55 @@ class CrateMae(MaeFields, ImageClassifier):
         return norm(Z_BxNxd[:, 0] if self.pool == "cls" else Z_BxNxd.mean(axis=1))
 
     def reconstruct(self, images_BxHxWxc: Array, masked_BxP: Array, *, train: bool) -> Array:
-        """The pixels of all patches, from images of which some are hidden: those of `decode`."""
-        return self.decode(images_BxHxWxc, masked_BxP, train=train)[0]
+        """The pixels of all patches, from images of which some are hidden: of `forward_masked`."""
+        return self.forward_masked(images_BxHxWxc, masked_BxP, train=train)[0]
 
-    def decode(
+    def forward_masked(
         self,
         images_BxHxWxc: Array,
         masked_BxP: Array | None,
         *,
         train: bool,
         taps: str | Iterable[str] = (),
+        decoder_taps: str | Iterable[str] = (),
     ) -> tuple[Array, dict[str, Array]]:
-        """The pixels of all patches, and what the decoder's layers compute on the way.
+        """The pixels of all patches, and what layers compute on the way.
 
         Args:
             images_BxHxWxc: as for a call.
             masked_BxP: True where a patch is hidden, row by row; None: nowhere.
             train: whether dropout acts; it needs a "dropout" key.
-            taps: names out of `decoder_taps`, or one.
+            taps: of the encoder, names out of `tap_names`, or one.
+            decoder_taps: of the decoder in their place, names out of `decoder_tap_names`, or one.
 
         Returns:
             Patches (B, P, h · w · c), float32, of what the model was trained to give, pixel by
             pixel as of `crate_jax.models.embedding.patchify`; and {name: array}, layers on axis 0.
 
         Raises:
-            ValueError: a field, the images or the mask break a rule, or there is no decoder.
-            KeyError: an unknown tap.
+            ValueError, KeyError: a field, the images, the mask or a tap break a rule, or there is
+                no decoder.
         """
         if not self.decoder_depth:
             raise ValueError(
                 "model.decoder_depth must be at least 1 to reconstruct; got 0, the encoder alone. "
                 "Set model.decoder_depth."
             )
-        names = chosen_taps(taps, self.decoder_taps)
 
         def compute() -> tuple[Array, dict[str, Array]]:
             check_images(images_BxHxWxc, self.input_shape)
-            hidden = None
-            if masked_BxP is not None:
-                check_masked(masked_BxP, (len(images_BxHxWxc), self.num_patches))
-                hidden = (masked_BxP, self._mask_token())
+            hidden = None if masked_BxP is None else (masked_BxP, self._mask_token())
+            check_masked(masked_BxP, (len(images_BxHxWxc), self.num_patches))
             Z_BxNxd = self.embed(train)(images_BxHxWxc, hidden)
-            Z_BxNxd, _ = self.run_blocks(Z_BxNxd, train=train)
-            return self._decoder(train, names)(self.make_head_norm()(Z_BxNxd))
+            Z_BxNxd, seen = self.run_blocks(Z_BxNxd, train=train, taps=taps)
+            names = chosen_taps(decoder_taps, self.decoder_tap_names)
+            patches, decoded = self._decoder(train, names)(self.make_head_norm()(Z_BxNxd))
+            return patches, decoded if names else seen
 
         return self.with_layers(compute)
 
     @property
-    def decoder_taps(self) -> tuple[str, ...]:
+    def decoder_tap_names(self) -> tuple[str, ...]:
         """What the layers of the decoder can show, in the order of computation."""
         attention = self.attention_part
         return (DICTIONARY.name, "z_half", *attention.taps, attention.name, "out")

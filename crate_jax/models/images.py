@@ -40,12 +40,14 @@ def check_masked(masked: object, shape: tuple[int, int]) -> None:
     """Refuse what does not say of every patch whether it is hidden.
 
     Args:
-        masked: what a model was given, an array or a tracer of one.
+        masked: what a model was given, an array or a tracer of one; None: nothing is hidden.
         shape: (B, P).
 
     Raises:
         ValueError: it is no array of truth values, or of another shape.
     """
+    if masked is None:
+        return
     got = type(masked).__name__
     if isinstance(masked, jax.Array | np.ndarray):
         if masked.shape == shape and masked.dtype == np.bool_:

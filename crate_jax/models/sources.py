@@ -121,7 +121,14 @@ SOURCES = (
         "positions, and a map that it never reads: parameters that are not counted here. The "
         "authors released the base weights, by a link in their README.",
     ),
-    Source("ViT, the baseline", "vit_*", "2010.11929", "timm, Apache-2.0"),
+    Source(
+        "ViT, the baseline",
+        "vit_*",
+        "2010.11929",
+        "timm, Apache-2.0",
+        "Those with four registers and LayerScale are SimDINOv2's, arXiv 2502.10385 "
+        "(RobinWu218/SimDINO, MIT). SimDINO's weights are released by links in that README.",
+    ),
     Source(
         "Hyper-SET",
         "hyperset_*",
@@ -137,6 +144,7 @@ IN1K, IN21K, REAL = "ImageNet-1K", "ImageNet-21K → 1K", "ImageNet ReaL"
 CIFAR10, CIFAR100 = "CIFAR-10, fine-tuned", "CIFAR-100, fine-tuned"
 FLOWERS, PETS = "Flowers-102, fine-tuned", "Oxford Pets, fine-tuned"
 _PROBED = ("CIFAR-10", "CIFAR-100", "Flowers-102", "Oxford Pets")  # by a linear probe
+_FROZEN = ("ImageNet-1K without labels, k-NN", "and linear probe")
 _TRANSFER = (IN1K, REAL, CIFAR10, CIFAR100, FLOWERS, PETS)
 RESULTS: dict[str, dict[str, float]] = {
     name: dict(zip(_TRANSFER, numbers, strict=True))
@@ -151,6 +159,16 @@ RESULTS: dict[str, dict[str, float]] = {
         # The ViT-T and ViT-S that CRATE's paper compares with.
         "vit_tiny_patch16_224": (71.5, 78.3, 96.6, 81.8, 85.1, 88.5),
         "vit_small_patch16_224": (72.4, 78.4, 97.2, 83.2, 88.5, 88.6),
+    }.items()
+}
+# Frozen backbones of 100 epochs without labels: SimDINO, and with registers SimDINOv2.
+RESULTS |= {
+    name: dict(zip(_FROZEN, numbers, strict=True))
+    for name, numbers in {
+        "vit_base_patch16_224": (74.9, 77.3),
+        "vit_large_patch16_224": (75.6, 77.4),
+        "vit_base_patch16_reg4_224": (78.1, 79.7),
+        "vit_large_patch16_reg4_224": (81.1, 82.4),
     }.items()
 }
 RESULTS |= {

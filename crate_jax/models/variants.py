@@ -26,7 +26,12 @@ _ALPHA = {
     "large": (1024, 24, 16),
     "huge": (1280, 32, 16),
 }
-_VIT = {"tiny": (192, 12, 3), "small": (384, 12, 6), "base": (768, 12, 12)}
+_VIT = {
+    "tiny": (192, 12, 3),
+    "small": (384, 12, 6),
+    "base": (768, 12, 12),
+    "large": (1024, 24, 16),
+}
 
 
 def _variant(
@@ -62,6 +67,11 @@ VARIANTS |= {
     for patch in (32, 16, 14, 8)
 }
 VARIANTS |= {f"vit_{size}_patch16_224": _variant("vit", 16, *shape) for size, shape in _VIT.items()}
+# As SimDINOv2 trains them, arXiv 2502.10385.
+VARIANTS |= {
+    f"vit_{size}_patch16_reg4_224": _variant("vit", 16, *_VIT[size], registers=4, layer_scale=0.1)
+    for size in ("base", "large")
+}
 # arXiv 2502.11646: 16 patches a side, of 14 pixels. Its configurations count patches, not pixels.
 VARIANTS["hyperset_patch16_224"] = _variant("hyper_set", 14, 512, 12, 8)
 

@@ -75,7 +75,8 @@ def compare(
             its dtype is the one compared.
         params: its parameters; of a model with running statistics its variables.
         images: (B, H, W, c) float32, normalised; for a model of text, token ids (B, N).
-        labels: (B,) integer classes; for a model of text, a token for each place (B, N).
+        labels: (B,) integer classes; for a model of text, a token for each place (B, N); for an
+            autoencoder, `crate_jax.parity.crate_mae.Hiding`, the images.
         loss: (logits, labels) to the loss of each example, whose mean is `Twin.loss`.
         train: our training steps.
         train_steps: of each optimizer; 0: none.
@@ -128,7 +129,7 @@ class _Reference:
     ) -> "_Reference":
         """PyTorch's side of our parameters and batch."""
         twin = from_flax_model(model)  # it refuses a model without a twin before one without names
-        x, y = twin.inputs(images), torch.tensor(labels).long()
+        x, y = twin.inputs(images), twin.targets(labels)
         return cls(model, twin.EXAMPLES, to_state_dict(params, model), x, y)
 
     def module(self) -> Twin:
@@ -238,6 +239,7 @@ def _train_both(
     apart = [
         np.abs(ours[name] - parameter.detach().numpy()).ravel()
         for name, parameter in module.named_parameters()
+        if parameter.requires_grad
     ]
     found = Training(
         ours=losses,

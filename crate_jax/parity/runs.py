@@ -120,7 +120,8 @@ def torch_gradients(
     loss.backward()
     grads: Arrays = {"loss": loss.detach().numpy()}
     for key, parameter in module.named_parameters():
-        grads[f"gradient {key}"] = parameter.grad.numpy()  # type: ignore[union-attr]
+        if parameter.requires_grad:
+            grads[f"gradient {key}"] = parameter.grad.numpy()  # type: ignore[union-attr]
     if name is None:
         return grads, np.ones((1, len(images), 1, 1), bool)
     return grads, (seen[name].detach() > 0).numpy()

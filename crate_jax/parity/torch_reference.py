@@ -10,6 +10,7 @@ from crate_jax.models.crate import Crate
 from crate_jax.models.crate_alpha import CrateAlpha
 from crate_jax.models.crate_bert import CrateBert
 from crate_jax.models.crate_causal import CrateCausal, CrateLM
+from crate_jax.models.crate_mae import CrateMae
 from crate_jax.models.hyper_set import HyperSet
 from crate_jax.models.stacked import BlockModel
 from crate_jax.models.tost import ToST
@@ -21,6 +22,7 @@ from crate_jax.parity.crate_alpha import TorchCrateAlpha
 from crate_jax.parity.crate_bert import TorchCrateBert
 from crate_jax.parity.crate_causal import TorchCrateCausal
 from crate_jax.parity.crate_lm import TorchCrateLM
+from crate_jax.parity.crate_mae import Hiding, TorchCrateMae
 from crate_jax.parity.hyper_set import TorchHyperSet
 from crate_jax.parity.tost import TorchToST
 from crate_jax.parity.tost_lm import TorchTostLM
@@ -36,6 +38,7 @@ __all__ = [
     "TorchCrateBert",
     "TorchCrateCausal",
     "TorchCrateLM",
+    "TorchCrateMae",
     "TorchHyperSet",
     "TorchToST",
     "TorchTostLM",
@@ -55,6 +58,8 @@ TWINS: dict[type, Callable[[Any], Twin]] = {
     CrateLM: TorchCrateLM,
     TostLM: TorchTostLM,
     CrateBert: TorchCrateBert,
+    CrateMae: TorchCrateMae,
+    Hiding: TorchCrateMae,
 }
 
 
@@ -74,7 +79,7 @@ def from_flax_model(model: BlockModel) -> Twin:
             f"model must be one with a PyTorch twin ({known}); got {type(model).__name__}. "
             "Compare it with its own family's program."
         )
-    if getattr(model, "num_classes", None) == 0:
+    if getattr(model, "num_classes", None) == 0 and not getattr(model, "decoder_depth", 0):
         raise ValueError(
             "model.num_classes must be at least 1 for its PyTorch twin; got 0, features. Set it."
         )

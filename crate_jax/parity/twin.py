@@ -30,6 +30,10 @@ class Twin(nn.Module, abc.ABC):
         """The twin's form of what our model takes: images (B, c, H, W) of (B, H, W, c)."""
         return torch.tensor(examples.transpose(0, 3, 1, 2))
 
+    def targets(self, labels: np.ndarray) -> Tensor:
+        """The twin's form of what our loss takes beside the logits: classes as int64."""
+        return torch.tensor(labels).long()
+
     def loss(self, logits: Tensor, targets: Tensor) -> Tensor:
         """Mean cross-entropy in nats of logits (B, Y) and classes (B,), smoothed."""
         return F.cross_entropy(logits, targets, label_smoothing=SMOOTHING)

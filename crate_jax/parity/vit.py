@@ -155,7 +155,16 @@ class TorchViT(Twin):
 
 
 def vit_twin(model: ViT) -> TorchViT:
-    """The twin of a ViT, of the same sizes."""
+    """The twin of a ViT, of the same sizes.
+
+    Raises:
+        ValueError: the model has registers or LayerScale, which timm's ViT of that name has not.
+    """
+    if model.registers or model.layer_scale is not None:
+        raise ValueError(
+            "model must have no registers and no layer_scale to have a PyTorch twin; got "
+            f"{model.registers} and {model.layer_scale}. The twin is timm's plain ViT."
+        )
     return TorchViT(
         image_size=pair(model.image_size),
         patch_size=pair(model.patch_size),

@@ -2,10 +2,12 @@
 
 from crate_jax.tasks.classify import Classify
 from crate_jax.tasks.masked_autoencoding import MaskedAutoencoding
+from crate_jax.tasks.mcr2 import Mcr2
 from crate_jax.tasks.task import Task
 
 # By the name that ``--config.task`` takes.
 TASKS: dict[str, type[Task]] = {
     "classify": Classify,
     "masked_autoencoding": MaskedAutoencoding,
+    "mcr2": Mcr2,
 }

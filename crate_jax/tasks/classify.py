@@ -148,9 +148,8 @@ class Classify(Task):
         the version and the shards.
         """
         images: Any = rows  # LabelledImages
-        classes, listing = {CLASSES: list(images.class_names)}, {"listing": images.listing}
-        known = classes | super().facts(rows) | listing
-        return {name: value for name, value in known.items() if value}
+        known = super().facts(rows)
+        return {CLASSES: list(images.class_names)} | known if images.class_names else known
 
     def step_flops(self) -> float:
         """Three times the forward pass, of the models that have a formula."""

@@ -11,7 +11,6 @@ from jax import Array
 from crate_jax.analysis.layerwise import layer_scalars, layerwise
 from crate_jax.config import TrainConfig
 from crate_jax.data.rows import Rows
-from crate_jax.files import Json
 from crate_jax.models.classifier import pair
 from crate_jax.models.cost import has_formula, multiply_adds
 from crate_jax.models.embedding import patchify, unpatchify
@@ -22,7 +21,6 @@ from crate_jax.tasks.pixels import normalized, pixels_of
 from crate_jax.tasks.task import Batch, Extra, Images, Inside, Params, Scalars, Task
 
 _SHOWN = 8  # pictures of `inspect`
-_ANY_LABEL = 2**31 - 1  # of data sets whose labels are numbers: none is read here
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,16 +92,11 @@ class MaskedAutoencoding(Task):
         task = cls.from_config(config)
         # Sizes that do not fit together fail here, before any data is read.
         jax.eval_shape(task.init, jax.random.key(0))
-        size = dict(image_shape=task.model.input_shape, num_classes=_ANY_LABEL)
+        size = dict(image_shape=task.model.input_shape, num_classes=None, labelled=False)
         opened = (
             open_labelled_images(config.data, split, train=train, **size) for split, train in splits
         )
         return task, tuple(opened)
-
-    def facts(self, rows: Rows) -> Json:
-        """``examples``, and ``listing`` where it is known."""
-        listing: str = getattr(rows, "listing", "")
-        return super().facts(rows) | ({"listing": listing} if listing else {})
 
     def step_flops(self) -> float:
         """Three times the forward pass, of the models that have a formula."""

@@ -104,11 +104,13 @@ class Task(Protocol):
         """What outputs mean, and on which rows they are trained, as JSON values by name.
 
         Every checkpoint records them. A run goes on only where those that it recorded are the same.
+        All tasks state ``examples``, and the ``listing`` of stores that have one.
 
         Args:
             rows: of training.
         """
-        return {"examples": len(rows)}
+        listing: str = getattr(rows, "listing", "")
+        return {"examples": len(rows)} | ({"listing": listing} if listing else {})
 
     def step_flops(self) -> float:
         """Operations of the model's matrix products in a training step, for one row; 0: not known.
@@ -172,7 +174,7 @@ class Task(Protocol):
             batch: with ``mask`` (B,), float32 of 0 and 1.
 
         Returns:
-            Float32 scalars, among them ``examples``, the number of rows that count.
+            Float32 scalars or arrays, among them ``examples``, the number of rows that count.
         """
         ...
 

@@ -207,8 +207,8 @@ def jit_train_step(run: Run, shardings: Shardings) -> TrainProgram:
 
 
 def jit_sums(run: Run) -> SumsProgram:
-    """The evaluation step: (parameters, extra, batch) to the task's sums."""
-    return jax.jit(on_mesh(run.mesh, run.task.sums))
+    """The evaluation step: (parameters, extra, batch) to the task's sums, on every device."""
+    return jax.jit(on_mesh(run.mesh, run.task.sums), out_shardings=replicated(run.mesh))
 
 
 def make_evaluate(run: Run, step: SumsProgram) -> EvaluateProgram:

@@ -95,10 +95,11 @@ def replace_params(
 
     Args:
         state: a fresh state; its optimizer state is kept.
-        params: tree of arrays, on the host or not.
+        params: tree of arrays, on the host or not. A branch of the state's parameters that it has
+            not is kept: the head of an objective, behind a model that has none.
         extra: branches of the state's extra that are replaced too, by name; None: none.
     """
-    ema_params = None
+    ema_params, params = None, {**state.params, **params}
     if state.ema_params is not None:
         ema_params = jax.tree.map(_in_place_of, params, state.ema_params)
     params = jax.tree.map(_in_place_of, params, state.params)

@@ -188,7 +188,7 @@ def test_a_decoder(images):
         np.testing.assert_allclose(got[name].mean, np.mean(exact, axis=1), rtol=1e-5)
     whole = [[rate(Z) for Z in seen["out"][at]] for at in range(3)]
     np.testing.assert_allclose(got["rate"].mean, np.mean(whole, axis=1), rtol=1e-5)
-    pixels = model.apply({"params": params}, images, None, train=False, method="decode")[0]
+    pixels = model.apply({"params": params}, images, None, train=False, method="forward_masked")[0]
     nothing = np.zeros((5, 4), bool)
     told = model.apply({"params": params}, images, nothing, train=False, method="reconstruct")
     np.testing.assert_allclose(pixels, told, atol=1e-5)

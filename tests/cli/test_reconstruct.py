@@ -92,6 +92,26 @@ def test_weights(workdir, call, tmp_path):
     assert "decoder" in read_trained(workdir, "latest")[0]
 
 
+def test_pictures_without_labels(workdir, call, tmp_path):
+    """They train it, and are reconstructed, in whatever folders they lie."""
+    rng = np.random.default_rng(0)
+    for i in range(60):
+        path = tmp_path / ("photos" if i % 3 else f"photos/{i // 20}") / f"{i}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        assert cv2.imwrite(str(path), rng.integers(0, 256, (20, 18), np.uint8))
+    made = config("masked_autoencoding", decoder_depth=1)
+    made.data.dataset, made.data.data_dir = "folder", str(tmp_path)
+    made.data.train_split, made.data.eval_split = "photos", "photos/0"
+    assert train(made, tmp_path / "run")["test/examples"] == 7
+    given = ["--dataset", "folder", "--data_dir", tmp_path / "photos", "--split", "."]
+    for run in (workdir, tmp_path / "run"):
+        status, found, err = call("reconstruct", "--workdir", run, *given)
+        assert status == 0 and found["images"] == 8, err
+    assert cv2.imread(found["output"]).shape == (8 * 128, 3 * 128, 3)
+    status, _, err = call("reconstruct", "--workdir", workdir, *given[:-1], "phots")
+    assert status == 2 and "split must be a folder below" in err and err.count("\n") == 1
+
+
 def test_what_it_refuses(workdir, call, tmp_path):
     train(config("classify", decoder_depth=0), tmp_path)
     for arguments, message in (

@@ -134,6 +134,28 @@ def test_where_the_weights_are(content, where, said):
 
 
 def test_several_sets_of_weights_none_of_which_comes_first():
-    both = {"student": STATE, "teacher": {f"module.{NAME}": STATE[NAME]}, "epoch": 3}
-    with pytest.raises(ValueError, match="must hold one set of weights; got student, teacher"):
+    both = {"student": STATE, "other": {f"module.{NAME}": STATE[NAME]}, "epoch": 3}
+    with pytest.raises(ValueError, match="must hold one set of weights; got student, other"):
         unwrap(both, "w", Known())
+
+
+def test_a_teacher_comes_before_its_student_unless_another_is_asked_for():
+    both = {"student": STATE, "teacher": {f"module.{NAME}": STATE[NAME]}, "epoch": 3}
+    found = unwrap(both, "w", Known())
+    assert found.where == ("teacher",)
+    assert found.said == ["took teacher, averaged weights, and left aside student"]
+    found = unwrap({"model": both}, "w", Known(which="student"))
+    assert found.where == ("model", "student")
+    assert found.said == ["took student, and left aside teacher"]
+    message = "^w must hold weights under pupil; it has none. Leave which out, or name another.$"
+    with pytest.raises(ValueError, match=message):
+        unwrap(both, "w", Known(which="pupil"))
+
+
+def test_parts_of_the_layers_are_no_part_of_a_name():
+    known = Known()
+    for name in ("blocks.0.3.ls1.gamma", "backbone.blocks.12.3.ls1.gamma", "blocks.3.ls1.gamma"):
+        assert known.bare(name) == "blocks.3.ls1.gamma"
+    assert known.bare("blocks.0.3.unheard.of") == "blocks.0.3.unheard.of"
+    with pytest.raises(ValueError, match=r"got blocks.3.ls1.gamma twice, as blocks.0.3.ls1.gamma"):
+        bare_names({"blocks.0.3.ls1.gamma": 0, "blocks.1.3.ls1.gamma": 1}, "w", known)

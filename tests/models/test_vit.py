@@ -15,6 +15,9 @@ PARAMETERS = {
     "vit_tiny_patch16_224": 5_717_416,
     "vit_small_patch16_224": 22_050_664,
     "vit_base_patch16_224": 86_567_656,
+    "vit_large_patch16_224": 304_326_632,
+    "vit_base_patch16_reg4_224": 86_589_160,
+    "vit_large_patch16_reg4_224": 304_379_880,
 }
 BASE = dict(image_size=16, patch_size=4, num_classes=7, width=24, depth=3, num_heads=3)
 
@@ -54,7 +57,10 @@ def test_parameter_count(name):
     mhsa = 3 * (d * d + d) + d * d + d
     mlp = d * m + m + m * d + d
     layer = 2 * d + mhsa + 2 * d + mlp
-    assert PARAMETERS[name] == embedding + 12 * layer + 2 * d + d * 1000 + 1000
+    if "reg4" in name:
+        embedding, layer = embedding + 4 * d, layer + 2 * d
+    depth = 24 if "large" in name else 12
+    assert PARAMETERS[name] == embedding + depth * layer + 2 * d + d * 1000 + 1000
     assert count_parameters(model) == PARAMETERS[name]
 
 
@@ -65,7 +71,12 @@ def test_the_named_models():
         (192, 3, 12, 16, "cls"),
         (384, 6, 12, 16, "cls"),
         (768, 12, 12, 16, "cls"),
+        (1024, 16, 24, 16, "cls"),
+        (768, 12, 12, 16, "cls"),
+        (1024, 16, 24, 16, "cls"),
     ]
+    extras = [(m.registers, m.layer_scale) for m in sizes.values()]
+    assert extras == [(0, None)] * 4 + [(4, 0.1)] * 2
 
 
 def test_shapes_of_the_parameter_tree(params):

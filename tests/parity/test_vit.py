@@ -60,7 +60,7 @@ def test_reproduces_the_official_implementation(name):
         assert relative(parameter.grad, expected[f"grad/{key}"]) <= 1e-5, key
 
 
-@pytest.mark.parametrize("name", list_models("vit_*"))
+@pytest.mark.parametrize("name", list_models("vit_*_patch16_224"))
 def test_as_many_parameters_as_the_jax_model(name):
     model = create_model(name)
     with torch.device("meta"):
@@ -120,3 +120,9 @@ def test_an_unknown_tap():
     model = TorchViT((8, 8), (4, 4), 3, width=6, depth=1, num_heads=1, head_dim=6, hidden=6)
     with pytest.raises(KeyError, match=r"taps must be among attention, mhsa, .*; got ista"):
         model.trace(torch.zeros(1, 3, 8, 8), ("ista",))
+
+
+@pytest.mark.parametrize("changes", [dict(registers=4), dict(layer_scale=0.1)], ids=str)
+def test_what_timms_plain_vit_has_not_is_refused(changes):
+    with pytest.raises(ValueError, match=r"model must have no registers and no layer_scale to ha"):
+        from_flax_model(ViT(**ODD, **changes))

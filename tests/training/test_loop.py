@@ -35,6 +35,7 @@ from crate_jax.interop.resize import METHODS
 from crate_jax.options import option_of
 from crate_jax.parallel import start_processes
 from crate_jax.tasks.masked_autoencoding import MaskedAutoencoding
+from crate_jax.tasks.mcr2 import Mcr2
 from crate_jax.training.loop import open_checkpoints, restore_or_init, train
 from crate_jax.training.run import evaluate_split, set_up
 from crate_jax.training.workdir import write_config
@@ -334,6 +335,9 @@ def test_every_field_of_the_config_is_read(four_steps, tiny_config, tmp_path, ph
         with pytest.raises(ValueError, match=r"process_id < num_processes"):
             start_processes(ParallelConfig(coordinator="a:1", num_processes=1, process_id=1))
         MaskedAutoencoding.from_config(load_recipe("digits:mae"))
+        mcr2 = Mcr2.from_config(load_recipe("digits:mcr2"))
+        key = jax.random.key(0)
+        jax.eval_shape(mcr2.loss, *jax.eval_shape(mcr2.init, key), mcr2.blank(), key)
         records = DataConfig(dataset="photos", data_dir=str(tmp_path / "tfrecord"))
         assert len(open_source(records, "train", image_shape=(8, 8, 3), num_classes=1)) == 1
     # The section of the model is unpacked whole, and tests/models/test_zoo.py sees who reads it.

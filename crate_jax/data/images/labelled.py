@@ -16,6 +16,8 @@ from crate_jax.errors import first_line
 # No file that is damaged makes its reader raise these: they are bugs, or a package is missing.
 _NEVER_DAMAGE = (ImportError, NameError, RecursionError, NotImplementedError, AssertionError)
 
+_ANY_LABEL = 2**31 - 1  # of data sets whose labels are numbers, where none is read
+
 
 @dataclasses.dataclass(frozen=True)
 class LabelledImages:
@@ -120,6 +122,7 @@ def open_labelled_images(
     image_shape: Sequence[int],
     num_classes: int | None,
     classes: Sequence[str] = (),
+    labelled: bool = True,
 ) -> LabelledImages:
     """The images of a split; one row is made at once, so that what does not fit fails here.
 
@@ -130,6 +133,8 @@ def open_labelled_images(
         image_shape: (H, W, c) that the model takes.
         num_classes: of synthetic images and of integer labels, as `open_source` takes it.
         classes: names of a model's outputs, by which the labels are numbered; (): as they are.
+        labelled: whether labels are read, as `open_source` takes it. Without, any number will do
+            for one, and `num_classes` counts for nothing.
 
     Raises:
         BadExampleError: the first row is bad, and data.on_bad_example is "raise".
@@ -138,7 +143,10 @@ def open_labelled_images(
             among `classes`.
     """
     pipeline = make_pipeline(data, image_shape, train=train)
-    source = open_source(data, split, image_shape=image_shape, num_classes=num_classes)
+    num_classes = num_classes if labelled else _ANY_LABEL
+    source = open_source(
+        data, split, image_shape=image_shape, num_classes=num_classes, labelled=labelled
+    )
     if classes:
         check_known_classes(source, classes)
     rows = LabelledImages(source, pipeline, tuple(classes))

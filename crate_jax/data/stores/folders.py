@@ -1,4 +1,4 @@
-"""Image files in folders, one folder a class."""
+"""Image files in folders, one folder a class, or anywhere for whoever reads no labels."""
 
 import dataclasses
 from collections.abc import Callable
@@ -58,9 +58,15 @@ def folder_images(root: str, labels: Callable[[str], int]) -> FolderImages:
     return FolderImages(root, pack_names(found), np.array([labels(p) for p in found], np.int32))
 
 
-def open_folder(data: DataConfig, split: str, **_: object) -> Source:
-    """``data_dir/split/class/…/image``; classes are numbered in the order of their names."""
+def open_folder(data: DataConfig, split: str, *, labelled: bool = True, **_: object) -> Source:
+    """``data_dir/split/class/…/image``; classes are numbered in the order of their names.
+
+    Without labels ``data_dir/split/…/image``, wherever they lie, or ``data_dir/…/image`` as the
+    split ``.``.
+    """
     folder = storage.data_folder(data)
+    if not labelled and split == ".":
+        return _without_labels(folder)
     root = storage.join(folder, split)
     # '', '.' and '..' are folders too, whose folders are no classes.
     if not split.strip("./") or not storage.is_folder(root):
@@ -68,6 +74,8 @@ def open_folder(data: DataConfig, split: str, **_: object) -> Source:
         raise FileNotFoundError(
             f"split must be a folder below {folder}; got {split}. " + did_you_mean(split, have)
         )
+    if not labelled:
+        return _without_labels(root)
     classes = storage.list_subfolders(root)
     number = {name: label for label, name in enumerate(classes)}
     images = folder_images(root, lambda path: number.get(path.split("/")[0], -1))
@@ -75,3 +83,9 @@ def open_folder(data: DataConfig, split: str, **_: object) -> Source:
     examples = FolderImages(root, images.names[inside], images.labels[inside])
     listing = listing_of("names and labels", examples.names, examples.labels)
     return Source(root, examples, len(classes), tuple(classes), listing)
+
+
+def _without_labels(root: str) -> Source:
+    """All images below a folder, as if of one class."""
+    examples = folder_images(root, lambda path: 0)
+    return Source(root, examples, 1, listing=listing_of("names", examples.names))

@@ -12,7 +12,8 @@ from crate_jax.data.stores.tfds import UnknownDatasetError, open_digits, open_tf
 __all__ = ["STORES", "Source", "check_known_classes", "check_same_classes", "open_source"]
 
 
-# Of (data, split, image_shape=, num_classes=); stored images have a shape and classes of their own.
+# Of (data, split, image_shape=, num_classes=, labelled=); stored images have a shape and classes of
+# their own.
 Opener = Callable[..., Source]
 
 # By ``data.dataset``; every other name is one of TFDS.
@@ -25,7 +26,12 @@ STORES: dict[str, Opener] = {
 
 
 def open_source(
-    data: DataConfig, split: str, *, image_shape: Sequence[int], num_classes: int | None
+    data: DataConfig,
+    split: str,
+    *,
+    image_shape: Sequence[int],
+    num_classes: int | None,
+    labelled: bool = True,
 ) -> Source:
     """Open one split; nothing is read but what is needed to count and find its examples.
 
@@ -36,6 +42,7 @@ def open_source(
         image_shape: (H, W, c) of synthetic images; stored ones have their own.
         num_classes: of synthetic images, likewise; and of integer labels, which do not say how many
             classes there are. None: not known.
+        labelled: whether labels are read. Without, a folder need not have a folder for each class.
 
     Raises:
         FileNotFoundError: the directory, split or prepared data set does not exist.
@@ -56,7 +63,9 @@ def open_source(
             )
     opener = STORES.get(data.dataset, open_tfds)
     try:
-        source = opener(data, split, image_shape=image_shape, num_classes=num_classes)
+        source = opener(
+            data, split, image_shape=image_shape, num_classes=num_classes, labelled=labelled
+        )
     except UnknownDatasetError as error:
         raise KeyError(
             f"data.dataset must be {', '.join(STORES)} or a TFDS name; got {data.dataset}. "

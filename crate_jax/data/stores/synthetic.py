@@ -29,7 +29,12 @@ class SyntheticImages:
 
 
 def open_synthetic(
-    data: DataConfig, split: str, *, image_shape: Sequence[int], num_classes: int | None
+    data: DataConfig,
+    split: str,
+    *,
+    image_shape: Sequence[int],
+    num_classes: int | None,
+    **_: object,
 ) -> Source:
     """Images of a shape (H, W, c), the same in every split."""
     classes = num_classes or NUM_CLASSES

@@ -35,6 +35,13 @@ class Tree(NamedTuple):
     grid: tuple[int, int] | None = None
 
     @property
+    def depth(self) -> int:
+        """Layers that are stacked; 0: none are."""
+        return max(
+            (s[0] for path, s in self.shapes.items() if path.startswith("blocks/")), default=0
+        )
+
+    @property
     def of_parameters(self) -> "Tree":
         """Without the other collections."""
         own = {k: v for k, v in self.shapes.items() if k.split("/")[0] not in self.collections}
@@ -77,6 +84,10 @@ class Layout:
         table: our path to the official name, in which ``{i}`` is the layer, and the form.
         in_torch: whether PyTorch files have it.
         prefix: before every official name in a file; names are compared without it.
+        bare: pattern of the names that it does not stand before.
+        under: the key of PyTorch files that holds the entries; "": they lie in the file itself.
+        chunks: in how many parts a file has the layers, with the part before a layer's number in
+            names, ``blocks.0.1.x``; 0: in one, without. Names are compared without it.
         zeros: paths that have no entry there and are zero.
         left_out: pattern of entries that belong to no parameter of ours and are left aside.
         head: pattern of the head's entries besides those of the table, such as its further layers.
@@ -85,8 +96,8 @@ class Layout:
             parameter for it.
         constants: names, in which ``{i}`` is the layer, of what each layer has there besides its
             parameters, and how it follows from the model.
-        fillers: of what is left out, entries without which that program takes no file, and what is
-            written there.
+        fillers: entries without which that program takes no file, and what is written there of a
+            model that has none.
         implies: what the names tell of fields of the model that no shape shows.
         in_file_names: of such fields, the pattern by which the name of a file tells the number.
     """
@@ -95,6 +106,9 @@ class Layout:
     table: Table
     in_torch: bool = True
     prefix: str = ""
+    bare: str = ""
+    under: str = ""
+    chunks: int = 0
     zeros: tuple[str, ...] = ()
     left_out: str = ""
     head: str = ""
@@ -110,6 +124,14 @@ class Layout:
         named = [pattern for pattern, _ in self.table.values()]
         patterns = [_regex(pattern) for pattern in (*named, *self.copies, *self.constants)]
         return "|".join(patterns + [self.head] * bool(self.head))
+
+    def in_file(self, name: str, depth: int) -> str:
+        """An official name as it stands in a file of a model of so many layers."""
+        if self.chunks and (found := re.fullmatch(r"blocks\.(\d+)\.(.*)", name)):
+            part = int(found[1]) // max(1, depth // self.chunks)
+            name = f"blocks.{part}.{found[1]}.{found[2]}"
+        bare = self.bare and re.fullmatch(self.bare, name)
+        return name if bare else self.prefix + name
 
     def recognised(self, names: Iterable[str]) -> int:
         """How many of the names are in the table."""
@@ -150,11 +172,10 @@ class Layout:
         return {name: of for name, of in self.copies.items() if name not in own}
 
     def _constants(self, tree: Tree) -> Arrays:
-        depths = {shape[0] for path, shape in tree.shapes.items() if path.startswith("blocks/")}
         return {
             pattern.format(i=layer): compute(tree)
             for pattern, compute in self.constants.items()
-            for layer in range(max(depths))
+            for layer in range(tree.depth)
         }
 
     def told_by(self, file_name: str) -> dict[str, float]:
@@ -253,28 +274,8 @@ class Layout:
             value = (whole if entry.layer is None else whole[entry.layer]).reshape(entry.ours)
             official[name] = np.array(entry.form.to_official(value), order="C")
         official |= {name: official[of].copy() for name, of in self._copies(tree).items()}
-        official |= {name: fill(tree) for name, fill in self.fillers.items()}
-        return official | self._constants(tree)
-
-
-@dataclasses.dataclass(frozen=True)
-class OwnPaths(Layout):
-    """Our own tree: each array under its path."""
-
-    def to_ours(
-        self, arrays: Mapping[str, np.ndarray], tree: Tree, skip: Collection[str] = ()
-    ) -> Arrays:
-        """The arrays as they are, not copied."""
-        return dict(arrays)
-
-    def in_groups(self, names: Iterable[str], groups: Collection[str]) -> list[str]:
-        """By the first part of a path, whether the model has it or not."""
-        return [name for name in names if name.split("/")[0] in groups]
-
-
-def own_paths(shapes: Shapes) -> OwnPaths:
-    """The layout of our own tree with these paths."""
-    return OwnPaths("own", {path: (path, Same()) for path in shapes}, head="head/.*")
+        filled = {name: fill(tree) for name, fill in self.fillers.items()}
+        return filled | official | self._constants(tree)
 
 
 def _regex(pattern: str) -> str:

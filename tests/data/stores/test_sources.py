@@ -78,6 +78,33 @@ def test_folder_numbers_sorted_classes_and_reads_nested_images(folder):
         assert np.abs(pixels - np.array(color)[None, None]).max() <= 3, name  # JPEG is lossy
 
 
+def test_without_labels_images_lie_anywhere(folder, tmp_path):
+    """In folders of classes, as they are; beside these; and in no folder of a split."""
+
+    def names(split, root=folder):
+        data = DataConfig(dataset="folder", data_dir=str(root))
+        source = open_source(data, split, image_shape=(8, 8, 3), num_classes=None, labelled=False)
+        assert source.num_classes == 1 and source.class_names == ()
+        found = [source.examples[i] for i in range(len(source))]
+        assert all(example["label"] == 0 for example in found)
+        return source.listing, [str(Path(e["name"]).relative_to(root)) for e in found]
+
+    inside = [name for name in COLORS if name.startswith("train")]
+    assert names("train")[1] == sorted([*inside, "train/stray.png"], key=lambda n: n.split("/"))
+    listing, found = names(".")
+    assert set(found) == {*COLORS, "train/stray.png"} and listing != names("train")[0]
+    write_image(tmp_path / "1.png", (1, 2, 3))
+    write_image(tmp_path / "deep/er/2.png", (1, 2, 3))
+    assert names(".", tmp_path)[1] == ["1.png", "deep/er/2.png"]
+    with pytest.raises(FileNotFoundError, match=r"^split must be a folder below .*; got no\."):
+        names("no")
+    with pytest.raises(FileNotFoundError, match=r"^split must be a folder below .*; got \.\."):
+        names("..")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ValueError, match=r"empty must hold examples; it is empty"):
+        names("empty", tmp_path)
+
+
 def test_hidden_files_and_folders_are_no_examples(tmp_path):
     for name in ("ant/1.png", "ant/._1.png", "ant/.cache/2.png", ".ipynb_checkpoints/3.png"):
         write_image(tmp_path / "train" / name, (1, 2, 3))

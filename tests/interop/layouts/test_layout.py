@@ -6,7 +6,8 @@ import pytest
 from crate_jax.interop.faults import faults
 from crate_jax.interop.layouts import LAYOUTS
 from crate_jax.interop.layouts.crate_alpha import CLIPA, JAX, TORCH
-from crate_jax.interop.layouts.layout import Tree, own_paths
+from crate_jax.interop.layouts.layout import Tree
+from crate_jax.interop.layouts.own import own_paths
 from crate_jax.interop.layouts.vit import CRATE_BASELINE, TIMM
 
 NORM = {"scale": (6,), "bias": (6,)}
