@@ -72,6 +72,8 @@ OTHERS = {
     *["transforms", "layout", "name", "dtype", "train_steps", "rate_scale", "float64"],
     *["image_size", "num_classes", "mesh", "config", "help", "image_key", "label_key"],
     *["topology", "context_length", "vocab_size"],
+    *["tap", "layer", "head", "size", "positions", "objects", "tau", "similarity", "connected"],
+    *["share", "share_of", "definition", "limit", "pictures"],
 }
 
 
