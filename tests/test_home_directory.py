@@ -72,7 +72,11 @@ OTHERS = {
     *["transforms", "layout", "name", "dtype", "train_steps", "rate_scale", "float64"],
     *["image_size", "num_classes", "mesh", "config", "help", "image_key", "label_key"],
     *["topology", "context_length", "vocab_size"],
+    *["tap", "layer", "head", "size", "positions", "objects", "tau", "similarity", "connected"],
+    *["share", "share_of", "definition", "limit", "pictures", "initial", "geometry"],
 }
+# Likewise: a name where other commands have a path.
+NAMESAKES = {("summary", "model"), ("layerwise", "images")}
 
 
 def actions():
@@ -82,7 +86,7 @@ def actions():
         add(subparsers)
     for command, parser in subparsers.choices.items():
         for action in parser._actions:
-            if action.dest not in OTHERS and (command, action.dest) != ("summary", "model"):
+            if action.dest not in OTHERS and (command, action.dest) not in NAMESAKES:
                 yield command, action
 
 

@@ -102,7 +102,10 @@ ROOMS = {
         *["faults", "digest", "best", "record", "shapes", "folder", "lease", "owner"],
         *["s3", "engine", "manager", "reading"],
     ],
-    "analysis": ["taps", "layerwise", "coarse_masks", "maskcut", "pca", "report"],
+    "analysis": [
+        *["taps", "layerwise", "coarse_masks", "maskcut", "pca", "rle", "overlays"],
+        *["report"],
+    ],
     "interop": [
         *["layouts", "names", "kinds", "pickled", "safetensors", "npz", "msgpack", "orbax", "pth"],
         *["folders", "nearby", "tree", "faults", "resize", "fit", "convert", "stated", "contents"],

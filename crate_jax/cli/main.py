@@ -12,6 +12,7 @@ from crate_jax.cli.prepare import add_prepare
 from crate_jax.cli.reconstruct import add_reconstruct
 from crate_jax.cli.running import run_command
 from crate_jax.cli.runs import add_checkpoints, add_evaluate, add_report
+from crate_jax.cli.segment import add_segment
 from crate_jax.cli.train import add_train, train
 from crate_jax.streams import secure_streams
 
@@ -26,12 +27,13 @@ COMMANDS = (
     add_report,
     add_layerwise,
     add_reconstruct,
+    add_segment,
     add_checkpoints,
     add_plan,
 )
 
 # Their work is in files when they end; a result that nobody can write down loses nothing.
-WRITERS = ("train", "convert", "prepare", "report", "reconstruct")
+WRITERS = ("train", "convert", "prepare", "report", "reconstruct", "segment")
 
 
 def main(argv: list[str] | None = None) -> int:

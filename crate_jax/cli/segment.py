@@ -1,0 +1,141 @@
+"""The command `segment`: objects and foreground that a model's tokens show, without a decoder."""
+
+import argparse
+import json
+from typing import TYPE_CHECKING
+
+from crate_jax.cli.arguments import Subparsers, add_model_kwargs, path
+from crate_jax.cli.frozen import open_frozen
+from crate_jax.cli.runs import add_source
+from crate_jax.files import Json, located, written_aside
+
+if TYPE_CHECKING:  # imported where they are used, with OpenCV
+    from crate_jax.data.annotated import Picture
+
+# Flags that only some methods read, with the value that each has unless told otherwise.
+OWN = {
+    "maskcut": {"objects": 3, "tau": 0.15, "similarity": "cosine", "connected": True},
+    "coarse": {"share": 0.6, "share_of": "entries", "definition": "paper"},
+    "pca": {"definition": "official_code"},
+}
+
+
+def add_segment(subparsers: Subparsers) -> None:
+    """The flags of `segment`."""
+    parser = subparsers.add_parser(
+        "segment", help="masks of objects or of the foreground, their pictures, AP and mIoU"
+    )
+    add_source(parser)
+    parser.add_argument("--model", help="one of crate_jax.list_models() (with --weights)")
+    add_model_kwargs(parser)
+    parser.add_argument(
+        "--images", type=path, help="a folder of images, or one as VOC's (JPEGImages, …)"
+    )
+    parser.add_argument(
+        "--annotations", type=path, help="a JSON file as COCO's, of the images; asks for AP"
+    )
+    parser.add_argument("--split", help="of a folder as VOC's; default: val")
+    parser.add_argument("--method", choices=tuple(OWN), default="maskcut")
+    parser.add_argument("--tap", help="whose tokens; default: subspace_tokens")
+    parser.add_argument("--layer", type=int, help="1 … L; default: L, for coarse L − 1")
+    parser.add_argument("--head", type=int, help="1 … K; default: all heads")
+    parser.add_argument(
+        "--size", type=int, help="pixels of a side for the model; default: about 480"
+    )
+    parser.add_argument(
+        "--positions",
+        choices=("right", "official_maps"),
+        default="right",
+        help="how they are resized",
+    )
+    parser.add_argument("--objects", type=int, help="maskcut: at most; default: 3")
+    parser.add_argument("--tau", type=float, help="maskcut: patches are alike from it on")
+    parser.add_argument("--similarity", choices=("cosine", "product"), help="maskcut: of patches")
+    parser.add_argument(
+        "--connected",
+        action=argparse.BooleanOptionalAction,
+        help="maskcut: an object is one connected piece (the default)",
+    )
+    parser.add_argument("--share", type=float, help="coarse: of a map; default: 0.6")
+    parser.add_argument("--share_of", choices=("entries", "mass"), help="coarse: share of what")
+    parser.add_argument(
+        "--definition",
+        choices=("paper", "official_code"),
+        help="coarse: of the map; pca: of the foreground",
+    )
+    parser.add_argument("--limit", type=int, help="the first images alone")
+    parser.add_argument("--pictures", type=int, default=20, help="how many to draw; default: 20")
+    parser.add_argument(
+        "--output", type=path, help="a folder; default WORKDIR/segmentation, or segmentation here"
+    )
+    parser.set_defaults(function=segment)
+
+
+def segment(args: argparse.Namespace) -> Json:
+    """Masks of images as COCO's results and as pictures; AP by annotations, mIoU by VOC's masks."""
+    from crate_jax.analysis.coarse_masks import mean_iou
+    from crate_jax.cli.segmenting import Reader, found_in, results_of, write_picture
+    from crate_jax.evaluation.average_precision import average_precision, require_pycocotools
+
+    how = _own_flags(args)
+    pictures, annotations = _pictures(args)
+    if annotations is not None:
+        require_pycocotools()
+    frozen = open_frozen(args, "segment")
+    reader = Reader(frozen, args)
+    output = located(args.output or f"{args.workdir or '.'}/segmentation", "--output")
+    output.mkdir(parents=True, exist_ok=True)
+    results: list[Json] = []
+    fits: list[dict[int, float]] = []
+    for place, found in enumerate(found_in(args.method, pictures, reader, how)):
+        rows, fit = results_of(found, reader.grid)
+        results += rows
+        fits += [fit] if fit is not None else []
+        if place < args.pictures:
+            write_picture(output, found, reader.grid)
+    with written_aside(output / "results.json") as aside:
+        aside.write_text(json.dumps(results))
+    scores: Json = {}
+    if annotations is not None:
+        scores = average_precision(annotations, results, {each.number for each in pictures})
+    if fits:
+        scores["miou"] = mean_iou(fits)
+    made = {"images": len(pictures), "masks": len(results), "output": str(output)}
+    inputs = {"method": args.method, "step": frozen.step, "tap": reader.tap, "layer": reader.layer}
+    return inputs | how | made | {name: round(value, 4) for name, value in scores.items()}
+
+
+def _own_flags(args: argparse.Namespace) -> Json:
+    """The flags that the method reads; one of another method is refused."""
+    own = OWN[args.method]
+    for name in {name for flags in OWN.values() for name in flags} - {*own}:
+        if getattr(args, name) is not None:
+            whose = [method for method, flags in OWN.items() if name in flags]
+            raise ValueError(
+                f"--{name} must go with --method {' or '.join(whose)}; got {args.method}. "
+                "Leave it out."
+            )
+    given = {name: getattr(args, name) for name in own}
+    return {name: own[name] if value is None else value for name, value in given.items()}
+
+
+def _pictures(args: argparse.Namespace) -> "tuple[list[Picture], Json | None]":
+    """The images, and the annotations if there are any."""
+    from crate_jax.data.annotated import coco_pictures, folder_pictures, is_voc, voc_pictures
+
+    if not args.images:
+        raise ValueError("segment must get --images, a folder. See --help.")
+    if args.limit is not None and args.limit < 1:
+        raise ValueError(f"--limit must be at least 1; got {args.limit}. Leave it out for all.")
+    voc, annotations = is_voc(args.images), None
+    if args.split and not voc:
+        raise ValueError(
+            f"--split must go with a folder as VOC's; {args.images} is none. Leave it out."
+        )
+    if args.annotations:
+        pictures, annotations = coco_pictures(args.annotations, args.images)
+    elif voc:
+        pictures = voc_pictures(args.images, args.split or "val")
+    else:
+        pictures = folder_pictures(args.images)
+    return pictures[: args.limit], annotations
