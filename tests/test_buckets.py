@@ -79,8 +79,10 @@ def test_a_killed_run_goes_on_and_is_what_one_on_disk_is(uninterrupted, bucket):
     assert json.loads(out)["top1"] == pytest.approx(expected["test/top1"])
     status, out, err = run("-m", "crate_jax", "report", f"--workdir={bucket}")
     assert status == 0, err
-    assert json.loads(out)["output"] == f"{bucket}/layerwise.png"
-    assert (located(bucket, "workdir") / "layerwise.png").read_bytes().startswith(b"\x89PNG")
+    assert json.loads(out)["output"] == f"{bucket}/report/index.html"
+    written = located(bucket, "workdir") / "report"
+    assert (written / "index.html").read_text().startswith("<!doctype html>")
+    assert (written / "data" / "tokens.csv").read_text().startswith("layer,")
 
 
 @pytest.mark.parametrize("kind", ["gs", "s3"])

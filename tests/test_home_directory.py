@@ -12,7 +12,7 @@ import pytest
 from command import ROOT
 
 from crate_jax import load_weights, save_weights
-from crate_jax.analysis.report import draw_layerwise
+from crate_jax.analysis.figures import curves, save
 from crate_jax.checkpoint.manager import Checkpointer
 from crate_jax.checkpoint.reading import inspect
 from crate_jax.cli import main as cli
@@ -74,6 +74,7 @@ OTHERS = {
     *["topology", "context_length", "vocab_size"],
     *["tap", "layer", "head", "size", "positions", "objects", "tau", "similarity", "connected"],
     *["share", "share_of", "definition", "limit", "pictures", "initial", "geometry"],
+    *["examples", "watch", "decoder"],
 }
 # Likewise: a name where other commands have a path.
 NAMESAKES = {("summary", "model"), ("layerwise", "images")}
@@ -102,13 +103,16 @@ def test_every_flag_that_is_a_path(home, capsys):
             "convert": ["--from", "a", "--to", "b"],
             "prepare": ["--from", "a", "--to", "b"],
             "report": ["--workdir=a"],
+            "figure": ["objective", "--workdir=a"],
             "compare": ["--weights=a"],
         }.get(command, [])
         flag = action.option_strings[:1]
         if command == "checkpoints":
             required = []
         args = cli.parse([command, *required, *flag, "~/x"])
-        assert getattr(args, action.dest) == f"{home}/x", (command, action.dest)
+        given = getattr(args, action.dest)
+        several = action.nargs == "+"
+        assert given == ([f"{home}/x"] if several else f"{home}/x"), (command, action.dest)
         with pytest.raises(SystemExit):
             cli.parse([command, *required, *flag, "~nobodyy/x"])
         line = capsys.readouterr().err
@@ -132,8 +136,8 @@ def test_calls_take_it(home, tiny_model, tiny_params):
 
 def test_pictures_take_it(home):
     pytest.importorskip("matplotlib")
-    draw_layerwise({"rate_mean": np.ones(2)}, "~/picture.png", title="")
-    assert (home / "picture.png").is_file()
+    save(curves({"a": [{"step": 1, "train/loss": 1.0}]}, "loss"), "~/picture.png")
+    assert (home / "picture.png").is_file() and (home / "picture.csv").is_file()
 
 
 def test_data_take_it(home):

@@ -18,6 +18,7 @@ FLOORS = [
     "streams",
     "buckets",
     "files",
+    "pages",
     "options",
     "models.fields",  # of the families, which the section of the model has too
     "models.variants",

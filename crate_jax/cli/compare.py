@@ -95,8 +95,11 @@ def _check_compare(args: argparse.Namespace) -> None:
         raise ValueError("--train-steps must be >= 0 and --rate-scale > 0. See --help.")
     if args.batch_size is not None and args.batch_size < 1:
         raise ValueError(f"--batch_size must be >= 1; got {args.batch_size}. The default is 8.")
-    if args.html and find_spec("matplotlib") is None:
-        raise ValueError("--html must have matplotlib. Install it: pip install 'crate-jax[plot]'")
+    for package in ("matplotlib", "jinja2") if args.html else ():
+        if find_spec(package) is None:
+            raise ValueError(
+                f"--html must have {package}. Install it: pip install 'crate-jax[report]'"
+            )
 
 
 def _compare(args: argparse.Namespace) -> "tuple[Comparison, Json]":

@@ -5,13 +5,15 @@ import sys
 from typing import NoReturn
 
 from crate_jax.cli.compare import add_compare
+from crate_jax.cli.figures import add_figure
 from crate_jax.cli.layerwise import add_layerwise
 from crate_jax.cli.mistakes import complain
 from crate_jax.cli.models import add_convert, add_plan, add_summary
 from crate_jax.cli.prepare import add_prepare
 from crate_jax.cli.reconstruct import add_reconstruct
+from crate_jax.cli.report import add_report
 from crate_jax.cli.running import run_command
-from crate_jax.cli.runs import add_checkpoints, add_evaluate, add_report
+from crate_jax.cli.runs import add_checkpoints, add_evaluate
 from crate_jax.cli.segment import add_segment
 from crate_jax.cli.train import add_train, train
 from crate_jax.streams import secure_streams
@@ -25,6 +27,7 @@ COMMANDS = (
     add_compare,
     add_summary,
     add_report,
+    add_figure,
     add_layerwise,
     add_reconstruct,
     add_segment,
@@ -33,7 +36,7 @@ COMMANDS = (
 )
 
 # Their work is in files when they end; a result that nobody can write down loses nothing.
-WRITERS = ("train", "convert", "prepare", "report", "reconstruct", "segment")
+WRITERS = ("train", "convert", "prepare", "report", "figure", "reconstruct", "segment")
 
 
 def main(argv: list[str] | None = None) -> int:

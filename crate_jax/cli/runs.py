@@ -1,4 +1,4 @@
-"""Commands that read a run or a weights file: `evaluate`, `report`, `checkpoints`."""
+"""Commands that read a run or a weights file: `evaluate`, `checkpoints`."""
 
 import argparse
 import sys
@@ -185,36 +185,6 @@ def _abstract(run: "Run") -> "tuple[Params, Extra]":
     import jax
 
     return jax.eval_shape(run.task.init, run.key)
-
-
-def add_report(subparsers: Subparsers) -> None:
-    """The flags of `report`."""
-    parser = subparsers.add_parser("report", help="draw a run's layer-wise objective")
-    parser.add_argument("--workdir", type=path, required=True, help="a run")
-    parser.add_argument("--step", default="latest", help="latest, best or a number")
-    parser.add_argument("--output", type=path, help="a picture file; default WORKDIR/layerwise.png")
-    parser.set_defaults(function=report)
-
-
-def report(args: argparse.Namespace) -> Json:
-    """The layer-wise objective of a run on its evaluation split, as numbers and as a picture."""
-    from crate_jax.analysis.report import by_layer, draw_layerwise
-    from crate_jax.training.run import inspect_split, set_up
-
-    config, facts, step = saved_run(args.workdir, args.step)
-    run = set_up(config, "eval", facts=facts)
-    scalars, _ = inspect_split(run, *_restore(args.workdir, run, step))
-    values = by_layer(scalars)
-    if not values:
-        raise ValueError(
-            f"report must get a run that measures the objective; {args.workdir} does not. "
-            "Choose another --workdir."
-        )
-    output = args.output or str(located(args.workdir, "--workdir") / "layerwise.png")
-    split = f"{config.data.dataset}/{config.data.eval_split}"
-    draw_layerwise(values, output, title=f"{config.name}, step {step}, on {split}")
-    rounded = {name: [round(float(v), 4) for v in array] for name, array in values.items()}
-    return rounded | {"step": step, "output": output}
 
 
 def add_checkpoints(subparsers: Subparsers) -> None:

@@ -1,9 +1,8 @@
 """What `compare` found, for people: a table for the terminal and a page with a plot."""
 
-import html
-import io
-
+from crate_jax.analysis.figures.canvas import INK, Picture, drawing, inline_svg, new_figure
 from crate_jax.files import Json
+from crate_jax.pages import render
 from crate_jax.parity.difference import (
     LOW_PRECISION_FACTOR,
     TOLERANCES,
@@ -112,80 +111,54 @@ def table(found: Comparison) -> str:
 
 
 def page(found: Comparison, conditions: Json) -> str:
-    """The whole comparison as one HTML page that needs no other file; matplotlib draws its plot.
+    """The whole comparison as one HTML page that needs no other file.
 
     Args:
         found: of `compare`.
         conditions: what a reader needs to judge it: model, weights, inputs, versions.
     """
-    lines = verdict(found)
-    colour = "#1a7f37" if found.first_difference is None else "#b42318"
-    facts = "".join(
-        f"<tr><th>{html.escape(str(k))}</th><td>{html.escape(str(v))}</td></tr>"
-        for k, v in conditions.items()
+    return render(
+        "comparison.html",
+        title="JAX and PyTorch compared",
+        within=found.first_difference is None,
+        verdict=verdict(found),
+        conditions=conditions,
+        plot=inline_svg(plot(found), "differences"),
+        tables=sections(found),
     )
-    tables = "".join(
-        f"<details><summary>{heading}</summary><table>{_html_rows(rows)}</table></details>"
-        for heading, rows in sections(found).items()
-    )
-    return f"""<!doctype html>
-<html lang="en"><head><meta charset="utf-8"><title>JAX and PyTorch compared</title><style>
-body {{ font: 15px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 60rem }}
-table {{ border-collapse: collapse; font: 13px/1.4 ui-monospace, monospace }}
-td, th {{ padding: .1rem .8rem; text-align: right; border-bottom: 1px solid #ddd }}
-td:first-child, th:first-child {{ text-align: left }}
-.out {{ color: #b42318; font-weight: bold }} summary {{ font-weight: bold; margin: .6rem 0 }}
-svg {{ max-width: 100%; height: auto }}
-</style></head><body>
-<h1>JAX and PyTorch compared</h1>
-<p style="color: {colour}; font-weight: bold">{html.escape(lines[-1])}</p>
-<ul>{"".join(f"<li>{html.escape(line)}</li>" for line in lines[:-1])}</ul>
-{plot(found)}
-<table>{facts}</table>
-{tables}
-</body></html>
-"""
 
 
-def _html_rows(rows: list[tuple[str, ...]]) -> str:
-    head = "".join(f"<th>{html.escape(cell)}</th>" for cell in rows[0])
-    body = "".join(
-        f"<tr{' class=out' if 'OUT' in row[-1] else ''}>"
-        + "".join(f"<td>{html.escape(cell)}</td>" for cell in row)
-        + "</tr>"
-        for row in rows[1:]
-    )
-    return f"<tr>{head}</tr>{body}"
-
-
-def plot(found: Comparison) -> str:
-    """Relative differences by layer, and of the losses by step, as inline SVG."""
-    from matplotlib.backends.backend_svg import FigureCanvasSVG
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(9, 3.2), layout="constrained")
-    FigureCanvasSVG(figure)
+@drawing
+def plot(found: Comparison) -> Picture:
+    """Relative differences by layer, and of the losses by step."""
+    figure = new_figure(9, 3.2)
     panels = figure.subplots(1, 2 if found.training else 1, squeeze=False)[0]
     smallest = 1e-9  # a difference of zero has no place on a logarithmic axis
     by_tap: dict[str, list[float]] = {}
     for row in found.rows:
         if row.name.startswith("layer "):  # layer 3 mssa
             by_tap.setdefault(row.name.split(" ")[2], []).append(max(row.relative, smallest))
+    bars = dict(color=INK, ls="--", lw=1, label="tolerance")
     for tap, values in by_tap.items():
-        panels[0].semilogy(range(len(values)), values, marker="o", ms=3, label=tap)
+        panels[0].semilogy(range(1, len(values) + 1), values, marker="o", ms=3, label=tap)
     if found.dtype == "float32":
-        panels[0].axhline(TOLERANCES["layers"], color="black", ls="--", lw=1, label="tolerance")
+        panels[0].axhline(TOLERANCES["layers"], **bars)
     panels[0].set(xlabel="layer", ylabel="relative difference", title="tensors")
     for name, run in found.training.items():
         steps = range(1, len(run["relative"]) + 1)
-        panels[1].semilogy(steps, [max(v, smallest) for v in run["relative"]], marker="o", ms=3)
-        panels[1].lines[-1].set_label(name)
+        values = [max(v, smallest) for v in run["relative"]]
+        panels[1].semilogy(steps, values, marker="o", ms=3, label=name)
     if found.training:
-        panels[1].axhline(found.loss_tolerance, color="black", ls="--", lw=1, label="tolerance")
+        panels[1].axhline(found.loss_tolerance, **bars)
         panels[1].set(xlabel="step", title="loss while training")
     for axes in panels:
-        axes.grid(alpha=0.3)
+        axes.grid()
         axes.legend(fontsize=7)
-    out = io.StringIO()
-    figure.savefig(out, format="svg", metadata={"Date": None})
-    return out.getvalue()[out.getvalue().index("<svg") :]
+    rows = [row for row in found.rows if row.name.startswith("layer ")]
+    worst = max((row.relative for row in rows), default=0.0)
+    alt = (
+        f"Relative differences of {len(by_tap)} tensors over the layers, at most {worst:.1e}, and "
+        f"of the loss of {len(found.training)} trainings over the steps."
+    )
+    table = {"name": [row.name for row in rows], "relative": [row.relative for row in rows]}
+    return Picture(figure, alt, table)

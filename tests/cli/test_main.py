@@ -185,12 +185,12 @@ def test_checkpoints_ends_with_1_where_one_is_damaged(trained, tmp_path):
     assert "DAMAGED" in rows[1] and "checkpoint must be readable; step 8 in" in rows[2]
 
 
-def test_report_draws_the_run(trained):
+def test_report_writes_the_page_of_the_run(trained):
     workdir, _ = trained
     found = result("-m", "crate_jax", "report", f"--workdir={workdir}")
-    assert len(found["zero_fraction"]) == 2 and 0 < found["zero_fraction"][0] < 1
-    picture = (workdir / "layerwise.png").read_bytes()
-    assert picture.startswith(b"\x89PNG") and len(picture) > 10_000
+    assert len(found["zeros"]) == 2 and 0 < found["zeros"][0] < 1 and found["step"] == 8
+    assert found["output"] == str(workdir / "report" / "index.html")
+    assert (workdir / "report" / "index.html").read_text().startswith("<!doctype html>")
 
 
 def test_train_without_flags_starts():

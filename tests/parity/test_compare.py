@@ -207,7 +207,7 @@ def test_the_table_and_the_page_tell_the_same(agreeing):
     assert text.endswith("DIFFERENT, first at: layer 1 mssa\n")
     lines = [line for line in text.splitlines() if line.endswith("OUT")]
     assert lines[0].startswith("layer 1 mssa")
-    assert "<tr class=out><td>layer 1 mssa</td>" in compare_report.page(other, {})
+    assert '<tr class="out"><th scope="row">layer 1 mssa</th>' in compare_report.page(other, {})
 
 
 def main(capsys, *arguments):

@@ -1,0 +1,279 @@
+"""The figures of the papers by name: what each takes of a run, or of several."""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+
+from crate_jax.analysis.figures import Measure
+from crate_jax.cli.examples import as_floats
+from crate_jax.cli.measuring import COMPRESSION, GEOMETRY, HALVES, as_curves, measured
+from crate_jax.cli.specimen import SHOWN, NotThere, Specimen
+from crate_jax.files import Json
+
+if TYPE_CHECKING:  # they need matplotlib
+    from crate_jax.analysis.figures import Picture
+
+
+class Asked(NamedTuple):
+    """What a figure is asked to show.
+
+    Attributes:
+        layer: counted from 1; None: the last, or all.
+        head: counted from 1; None: all.
+    """
+
+    layer: int | None = None
+    head: int | None = None
+
+
+Draw = Callable[[list[Specimen], Asked], "Picture"]
+
+
+def objective(runs: list[Specimen], asked: Asked) -> "Picture":
+    """R^c and the share of zeros by layer: train, test and before training."""
+    del asked
+    return _measures(runs, COMPRESSION)
+
+
+def halves(runs: list[Specimen], asked: Asked) -> "Picture":
+    """What each half of a layer does to its own objective: attention to R^c, ISTA to the LASSO."""
+    del asked
+    return _measures(runs, HALVES)
+
+
+def geometry(runs: list[Specimen], asked: Asked) -> "Picture":
+    """Ranks, angles, entropy of the attention and norms by layer."""
+    del asked
+    return _measures(runs, GEOMETRY)
+
+
+def tokens(runs: list[Specimen], asked: Asked) -> "Picture":
+    """Tokens of one example after every layer, as heat maps."""
+    from crate_jax.analysis.figures import token_maps
+
+    del asked
+    run = runs[0]
+    found = run.look(["out"], run.rows_shown(1))
+    return token_maps(found["out"][:, 0])
+
+
+def subspaces(runs: list[Specimen], asked: Asked) -> "Picture":
+    """U_[K]ᵀ U_[K] of every layer."""
+    from crate_jax.analysis.figures import subspace_grams
+
+    U_LxdxKxp = runs[0].block_parameter(runs[0].model.attention_part.name, "U")
+    return subspace_grams(_chosen_layer(U_LxdxKxp, asked.layer))
+
+
+def dictionary(runs: list[Specimen], asked: Asked) -> "Picture":
+    """Cosines between the atoms of the dictionary of every layer."""
+    from crate_jax.analysis.figures import dictionary_gram
+
+    return dictionary_gram(_chosen_layer(_dictionary(runs[0]), asked.layer))
+
+
+def atoms(runs: list[Specimen], asked: Asked) -> "Picture":
+    """Atoms of the first layer's dictionary as patches of an image."""
+    from crate_jax.analysis.figures import atoms_as_patches
+
+    if asked.layer not in (None, 1):
+        raise ValueError(
+            f"--layer must be 1 for atoms, whose entries are those of patches there alone; got "
+            f"{asked.layer}. Draw the figure dictionary for other layers."
+        )
+    run = runs[0]
+    embedding = run.variables["params"].get("embedding", {})
+    if not (run.of_images and "projection" in embedding):
+        raise NotThere(
+            "atoms must get a model that embeds patches by one linear map; that of "
+            f"{run.workdir} does not. Draw the figure dictionary."
+        )
+    model: Any = run.model
+    (h, w), c = model.patch_size, model.in_channels
+    kernel = np.asarray(embedding["projection"]["kernel"]).reshape(h, w, c, -1)
+    return atoms_as_patches(_dictionary(run)[0], kernel)
+
+
+def saliency(runs: list[Specimen], asked: Asked) -> "Picture":
+    """Where the class token looks, a map a head."""
+    from crate_jax.analysis.figures import saliency as draw
+
+    run = runs[0]
+    images, _ = run.shown
+    maps, layer = _maps(run, SHOWN, asked.layer)
+    if asked.head is not None:
+        _check_number("--head", asked.head, maps.shape[1])
+    return draw(maps, as_floats(images[:SHOWN]), layer=layer, head=asked.head)
+
+
+def heads(runs: list[Specimen], asked: Asked) -> "Picture":
+    """What each head responds to: its mean map over the images of each class, or folder."""
+    from crate_jax.analysis.figures import heads_by_kind
+
+    _, kinds = runs[0].shown
+    maps, layer = _maps(runs[0], None, asked.layer)
+    return heads_by_kind(maps, kinds, layer=layer)
+
+
+def pca(runs: list[Specimen], asked: Asked) -> "Picture":
+    """Principal components that the patches of several images share, as colours."""
+    from crate_jax.analysis.figures import shared_components
+    from crate_jax.analysis.pca import foreground
+
+    run = runs[0]
+    images = run.shown[0][:SHOWN]
+    W_BxPxf, layer = _subspace_tokens(run, SHOWN, asked.layer)
+    model: Any = run.model
+    return shared_components(
+        foreground(W_BxPxf, model.grid), as_floats(images), model.grid, layer=layer
+    )
+
+
+def segmentation(runs: list[Specimen], asked: Asked) -> "Picture":
+    """Coarse masks from attention, and the objects of MaskCut."""
+    from crate_jax.analysis.figures import segments
+    from crate_jax.analysis.maskcut import maskcut
+
+    run = runs[0]
+    images = run.shown[0][:SHOWN]
+    W_BxPxf, layer = _subspace_tokens(run, SHOWN, asked.layer)
+    maps, _ = _maps(run, SHOWN, asked.layer)
+    model: Any = run.model
+    cuts = [maskcut(W_Pxf, model.grid) for W_Pxf in W_BxPxf]
+    return segments(maps, cuts, as_floats(images), layer=layer)
+
+
+def operators(runs: list[Specimen], asked: Asked) -> "Picture":
+    """Where models of several operators look on the same images, such as MSSA and MHSA."""
+    from crate_jax.analysis.figures import side_by_side
+
+    images, _ = runs[0].shown
+    maps = {}
+    for run in runs:
+        name = _operators(run)
+        name = f"{name} ({run.name})" if name in maps else name
+        maps[name], layer = _maps(run, SHOWN, asked.layer)
+    where = "the last layer" if asked.layer is None else f"layer {layer}"
+    return side_by_side(maps, as_floats(images[:SHOWN]), layer=where)
+
+
+def curves(runs: list[Specimen], asked: Asked) -> "Picture":
+    """The loss over the steps of training."""
+    from crate_jax.analysis.figures import curves as draw
+
+    del asked
+    return draw(_logs(runs), "loss")
+
+
+def confusion(runs: list[Specimen], asked: Asked) -> "Picture":
+    """Which classes the model takes for which."""
+    from crate_jax.analysis.figures import confusion as draw
+
+    del asked
+    return draw(*runs[0].confusion)
+
+
+# In the order in which --help lists them.
+FIGURES: Mapping[str, Draw] = {
+    draw.__name__: draw
+    for draw in (
+        objective,
+        halves,
+        geometry,
+        tokens,
+        subspaces,
+        dictionary,
+        atoms,
+        saliency,
+        heads,
+        pca,
+        segmentation,
+        operators,
+        curves,
+        confusion,
+    )
+}
+
+
+def _measures(runs: list[Specimen], measures: Sequence[Measure]) -> "Picture":
+    """Panels of measures."""
+    from crate_jax.analysis.figures import by_layer
+
+    found = as_curves(measured(runs, [m.name for m in measures]))
+    there = [m for m in measures if any(m.name in curves for curves in found.values())]
+    if not there:
+        raise NotThere(
+            f"a measure must be there to draw; the layers of {runs[0].workdir} have none of "
+            f"{', '.join(m.name for m in measures)}. Choose another figure."
+        )
+    return by_layer(found, there, columns=2 if len(there) in (2, 4) else 3)
+
+
+def _maps(run: Specimen, count: int | None, layer: int | None) -> tuple[np.ndarray, int]:
+    """Where heads look in a layer (B, K, rows, columns), and the layer's number."""
+    from crate_jax.analysis.figures import class_token_maps
+
+    model: Any = run.model
+    layer = _number_of(model, layer)
+    tap = "membership" if "membership" in model.tap_names else "attention"
+    if tap == "attention" and tap in model.tap_names and model.num_tokens == model.num_patches:
+        raise NotThere(
+            f"the model must have a class token in its layers; that of {run.workdir} adds it after "
+            "them. Choose another run."
+        )
+    seen = run.look([tap], run.rows_shown(count))
+    return class_token_maps(seen, model.grid)[layer - 1], layer
+
+
+def _subspace_tokens(run: Specimen, count: int | None, layer: int | None) -> tuple[np.ndarray, int]:
+    """Of the patches in a layer, heads one after the other (B, P, f), and the layer's number."""
+    model: Any = run.model
+    layer = _number_of(model, layer)
+    W_BxNxKxp = run.look(["subspace_tokens"], run.rows_shown(count))["subspace_tokens"][layer - 1]
+    return W_BxNxKxp.reshape(*W_BxNxKxp.shape[:2], -1)[:, -model.num_patches :], layer
+
+
+def _number_of(model: Any, layer: int | None) -> int:
+    """The number of a layer; of none the last one's."""
+    if layer is None:
+        return model.depth
+    _check_number("--layer", layer, model.depth)
+    return layer
+
+
+def _chosen_layer(values_L: np.ndarray, layer: int | None) -> np.ndarray:
+    """All layers, or one."""
+    if layer is None:
+        return values_L
+    _check_number("--layer", layer, len(values_L))
+    return values_L[layer - 1 : layer]
+
+
+def _check_number(flag: str, number: int, count: int) -> None:
+    """Refuse what is not in 1 … count.
+
+    Raises:
+        ValueError: it is not.
+    """
+    if not 1 <= number <= count:
+        raise ValueError(f"{flag} must be one of 1 … {count}; got {number}. Choose another.")
+
+
+def _dictionary(run: Specimen) -> np.ndarray:
+    """D of every layer (L, d, m)."""
+    part = run.model.nonlinearity_part
+    return run.block_parameter("" if part is None else part.name, "D")
+
+
+def _operators(run: Specimen) -> str:
+    """Such as MSSA + ISTA."""
+    parts = (run.model.attention_part, run.model.nonlinearity_part)
+    return " + ".join(part.name.upper() for part in parts if part)
+
+
+def _logs(runs: list[Specimen]) -> dict[str, list[Json]]:
+    """The metrics of every run, by a name of its own."""
+    names = [run.name for run in runs]
+    unique = [n if names.count(n) == 1 else r.workdir for n, r in zip(names, runs, strict=True)]
+    return {name: run.metrics for name, run in zip(unique, runs, strict=True)}

@@ -1,0 +1,60 @@
+"""Examples that commands look at: of a run's split, or of a folder of images."""
+
+import contextlib
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from crate_jax.config import TrainConfig
+
+if TYPE_CHECKING:  # imported where it is used
+    from crate_jax.training.run import Run
+
+Batch = dict[str, Any]  # of arrays on the host, rows on axis 0
+MOST_IMAGES = 256  # of a folder
+
+
+def folder_images(folder: str, config: TrainConfig, task: Any) -> tuple[np.ndarray, list[str]]:
+    """The images below a folder, prepared as the run's, and of each the folder it lies in.
+
+    Raises:
+        ValueError: there is none.
+        BadExampleError: one cannot be read.
+    """
+    from crate_jax.data.images.pipeline import make_pipeline
+    from crate_jax.data.stores.examples import unpack_name
+    from crate_jax.data.stores.folders import folder_images as found_in
+
+    found = found_in(folder, lambda _: 0)
+    if not len(found):
+        raise ValueError(f"--images must be a folder with images; got {folder}. Choose another.")
+    pipeline = make_pipeline(config.data, task.model.input_shape, train=False)
+    pixels, kinds = [], []
+    for i in range(min(len(found), MOST_IMAGES)):
+        example = found[i]
+        pixels.append(
+            pipeline(example["image"], np.random.default_rng(0), name=example.get("name", folder))
+        )
+        kinds.append(Path(unpack_name(found.names[i])).parent.name or ".")
+    return np.stack(pixels), kinds
+
+
+def as_floats(pixels: np.ndarray) -> np.ndarray:
+    """Stored pixels as floats in [0, 1]."""
+    return pixels.astype(np.float64) / 255 if pixels.dtype == np.uint8 else np.clip(pixels, 0, 1)
+
+
+def first_examples(run: "Run", count: int) -> Batch:
+    """The first examples of the evaluation split, on the host."""
+    parts: list[Any] = []
+    from crate_jax.data.loader import eval_batches
+
+    data, size = run.config.data, run.config.eval_batch_size
+    with contextlib.closing(eval_batches(run.rows["eval"], data, batch_size=size)) as batches:
+        for batch in batches:
+            real = batch.pop("mask") > 0
+            parts.append({name: values[real] for name, values in batch.items()})
+            if sum(len(next(iter(part.values()))) for part in parts) >= count:
+                break
+    return {name: np.concatenate([p[name] for p in parts])[:count] for name in parts[0]}

@@ -1,0 +1,86 @@
+"""What figures and pages measure of the layers of runs, and how it is called."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from crate_jax.analysis import Measured, measure, measured_of
+from crate_jax.analysis.figures import Curve, Measure
+from crate_jax.cli.specimen import Specimen
+
+if TYPE_CHECKING:
+    from crate_jax.tasks.task import Inside
+
+COMPRESSION = (
+    Measure("subspace_rate", "compression", "Rᶜ in nats"),
+    Measure("zeros", "sparsification", "share of zeros"),
+    Measure("rate", "coding rate", "R in nats"),
+    Measure("rate_reduction", "rate reduction", "ΔR = R − Rᶜ in nats"),
+)
+HALVES = (
+    Measure("compression", "what the attention does to Rᶜ", "change of Rᶜ in nats"),
+    Measure("descent", "what the second half does to the LASSO", "change, per token"),
+    Measure("subspace_rate_before", "compression before the layer", "Rᶜ in nats"),
+    Measure("rate_before", "coding rate before the layer", "R in nats"),
+    Measure("lasso_before", "LASSO before the step", "per token"),
+    Measure("lasso_after", "LASSO after the step", "per token"),
+)
+GEOMETRY = (
+    Measure("effective_rank", "effective rank of a subspace", "directions"),
+    Measure("token_rank", "effective rank of the tokens", "directions"),
+    Measure("mean_angle", "angle between two tokens", "degrees"),
+    Measure("attention_entropy", "entropy of the attention", "nats"),
+    Measure("l0", "entries that are not zero", "per token"),
+    Measure("l1", "ℓ₁ norm of the code", "per token"),
+)
+ALL = COMPRESSION + HALVES + GEOMETRY
+_VALUES_AT_ONCE = 2**25  # of a tap, in memory
+
+Found = dict[str, Mapping[str, Measured]]
+
+
+def measured(runs: Sequence[Specimen], names: Sequence[str] = tuple(m.name for m in ALL)) -> Found:
+    """The measures of every run by what they are of; of one run also before training.
+
+    Args:
+        runs: one, measured on test and train and before training, or several, measured on test.
+        names: of the measures; those that a model does not have are left out.
+    """
+    if len(runs) > 1:
+        names_of = [run.name for run in runs]
+        unique = len(set(names_of)) == len(runs)
+        labels = names_of if unique else [run.workdir for run in runs]
+        return {x: _of(run, names) for x, run in zip(labels, runs, strict=True)}
+    (run,) = runs
+    found = {"test": _of(run, names), "train": _of(run, names, train=True)}
+    if run.beginning is not None:
+        found["before training"] = _of(run, names, first=True)
+    return found
+
+
+def as_curves(found: Found) -> dict[str, Mapping[str, Curve]]:
+    """Measures as figures take them."""
+    return {
+        label: {name: Curve(value.mean, value.std) for name, value in values.items()}
+        for label, values in found.items()
+    }
+
+
+def _of(
+    run: Specimen, names: Sequence[str], *, train: bool = False, first: bool = False
+) -> Mapping[str, Measured]:
+    """The measures of one run's layers on one split, trained or before training."""
+    inside = run.inside(run.train_batch if train else run.batch, first=first)
+    there = [name for name in measured_of(inside.model) if name in names]
+    if not there:
+        return {}
+    return measure(inside.model, inside.variables, _parts(inside), there)
+
+
+def _parts(inside: "Inside") -> Iterator[np.ndarray]:
+    """Inputs in batches whose taps fit into memory."""
+    model = inside.model
+    size = max(1, _VALUES_AT_ONCE // (model.depth * model.num_tokens * model.width))
+    for start in range(0, len(inside.inputs), size):
+        yield np.asarray(inside.inputs[start : start + size])

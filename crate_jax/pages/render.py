@@ -1,0 +1,38 @@
+"""From a template of this folder to a page."""
+
+from typing import Any
+
+from crate_jax.pages.mathml import mathml
+
+
+def render(template: str, **context: Any) -> str:
+    """A template with its values; every value is escaped, unless it says that it is markup.
+
+    Templates know `crate_jax.pages.mathml.mathml` as the filter ``math``, and ``markup`` for
+    figures.
+
+    Args:
+        template: the name of a file in ``templates``.
+        **context: what it asks for; a name that it asks for and that is not given is an error.
+
+    Raises:
+        ValueError: Jinja is missing.
+    """
+    try:
+        import jinja2
+        from markupsafe import Markup
+    except ImportError as error:
+        raise ValueError(
+            "pages must have Jinja2 to be written with; it is missing. "
+            "Install it: pip install 'crate-jax[report]'"
+        ) from error
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("crate_jax.pages"),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters["math"] = lambda text: Markup(mathml(text))
+    environment.filters["markup"] = Markup
+    return environment.get_template(template).render(**context)
