@@ -110,3 +110,17 @@ def colour_features(pixels: np.ndarray, patch: int) -> np.ndarray:
     H, W = (side // patch for side in pixels.shape[:2])
     cells = pixels.reshape(H, patch, W, patch, 3) / 255 - GREY
     return cells.mean(axis=(1, 3)).reshape(H * W, 3)
+
+
+def write_voc(folder: Path, images: list[Drawn]) -> None:
+    """Images and their classes, 1 … 3, as a folder of VOC's: all in the split val."""
+    for part in ("JPEGImages", "SegmentationClass", "ImageSets/Segmentation"):
+        (folder / part).mkdir(parents=True, exist_ok=True)
+    names = [f"{number:04d}" for number in range(1, len(images) + 1)]
+    for name, drawn in zip(names, images, strict=True):
+        classes = np.zeros(drawn.pixels.shape[:2], np.uint8)
+        for mask, kind in zip(drawn.masks, drawn.kinds, strict=True):
+            classes[mask] = kind + 1
+        cv2.imwrite(str(folder / "JPEGImages" / f"{name}.png"), drawn.pixels[..., ::-1])
+        cv2.imwrite(str(folder / "SegmentationClass" / f"{name}.png"), classes)
+    (folder / "ImageSets/Segmentation/val.txt").write_text("\n".join(names) + "\n")

@@ -134,7 +134,9 @@ def affinity(F_Pxf: np.ndarray, *, tau: float = 0.15, similarity: str = "cosine"
     return np.where(alike_PxP | alike_PxP.T, np.float32(1), np.float32(WEAK))
 
 
-def second_eigenvector(W_PxP: np.ndarray, *, solver: str = "lanczos") -> tuple[float, np.ndarray]:
+def second_eigenvector(
+    W_PxP: np.ndarray, *, solver: str = "lanczos", seed: int = 0
+) -> tuple[float, np.ndarray]:
     """The second smallest λ of (D − W) x = λ D x, with its x; D the row sums of W.
 
     With y = D^½ x the problem is that of the symmetric D^-½ W D^-½, of which 1 − λ is an
@@ -152,6 +154,7 @@ def second_eigenvector(W_PxP: np.ndarray, *, solver: str = "lanczos") -> tuple[f
     Args:
         W_PxP: weights >= 0, symmetric, float32 or float64, P > 1.
         solver: "lanczos" or "dense".
+        seed: of Lanczos's start.
 
     Returns:
         λ, and x (P,), float64, of unit length in D; the entry with the largest |x| is positive.
@@ -166,7 +169,7 @@ def second_eigenvector(W_PxP: np.ndarray, *, solver: str = "lanczos") -> tuple[f
         raise ValueError("weights must connect every patch to something; one has none at all.")
     found = None
     if solver == "lanczos" and len(W_PxP) >= FEW:
-        found = _lanczos(W_PxP, degree_P)
+        found = _lanczos(W_PxP, degree_P, seed)
     mu, y_P = found or _dense(W_PxP, degree_P)
     x_P = y_P / np.sqrt(degree_P)
     x_P = x_P * np.sign(x_P[np.abs(x_P).argmax()])
@@ -210,7 +213,9 @@ def _piece(mask_P: np.ndarray, patch: int, grid: tuple[int, int]) -> np.ndarray:
     return pieces_RxC.ravel() == pieces_RxC.ravel()[patch]
 
 
-def _lanczos(W_PxP: np.ndarray, degree_P: np.ndarray) -> tuple[float, np.ndarray] | None:
+def _lanczos(
+    W_PxP: np.ndarray, degree_P: np.ndarray, seed: int = 0
+) -> tuple[float, np.ndarray] | None:
     """1 − λ and y by Lanczos, in float32; None: it has not converged after `STEPS`.
 
     Every vector is made orthogonal to y₀ and to all before it, twice, so that rounding neither
@@ -221,7 +226,7 @@ def _lanczos(W_PxP: np.ndarray, degree_P: np.ndarray) -> tuple[float, np.ndarray
     inverse_P, W_PxP = (1 / root_P).astype(np.float32), W_PxP.astype(np.float32, copy=False)
     basis = np.zeros((min(STEPS, P - 1) + 1, P), np.float32)  # y₀ and Lanczos's vectors, as rows
     basis[0] = root_P / np.linalg.norm(root_P)
-    y_P = np.random.default_rng(0).standard_normal(P).astype(np.float32)
+    y_P = np.random.default_rng(seed).standard_normal(P).astype(np.float32)
     y_P -= basis[0] * (basis[0] @ y_P)
     diagonal: list[float] = []
     beside = [float(np.linalg.norm(y_P))]

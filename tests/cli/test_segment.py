@@ -4,10 +4,10 @@ import json
 import sys
 
 import cv2
+import jax
 import numpy as np
 import pytest
 from command import ROOT
-from PIL import Image
 
 from crate_jax import create_model, save_weights
 from crate_jax.analysis import taps
@@ -52,19 +52,8 @@ def coco(tmp_path_factory):
 
 
 @pytest.fixture
-def voc(coco, tmp_path):
-    for folder in ("JPEGImages", "SegmentationClass", "ImageSets/Segmentation"):
-        (tmp_path / folder).mkdir(parents=True)
-    names = []
-    for number, drawn in enumerate(shapes.drawn_set(seed=2, count=4, side=32, most=2), start=1):
-        names.append(f"{number:04d}")
-        cv2.imwrite(str(tmp_path / "JPEGImages" / f"{number:04d}.png"), drawn.pixels[..., ::-1])
-        labels = Image.new("P", (32, 32))
-        labels.putpalette(list(range(256)) * 3)
-        classes = sum((k + 1) * m for k, m in zip(drawn.kinds, drawn.masks, strict=True))
-        labels.putdata(classes.ravel().tolist())
-        labels.save(tmp_path / "SegmentationClass" / f"{number:04d}.png")
-    (tmp_path / "ImageSets/Segmentation/val.txt").write_text("\n".join(names))
+def voc(tmp_path):
+    shapes.write_voc(tmp_path, shapes.drawn_set(seed=2, count=4, side=32, most=2))
     return tmp_path
 
 
@@ -179,8 +168,6 @@ def test_weights_and_taps_without_heads(call, coco, tmp_path):
     name = "vit_tiny_patch16_224"
     fields = dict(image_size=16, patch_size=8, width=16, depth=2, num_heads=2, num_classes=3)
     model = create_model(name, **fields)
-    import jax
-
     params = model.init(jax.random.key(0), model.sample_input(), train=False)["params"]
     save_weights(tmp_path / "vit.npz", params, model)
     weights = ["--weights", tmp_path / "vit.npz", "--model", name, "--model-kwargs"]
@@ -243,8 +230,6 @@ def test_a_missing_package_is_told_before_the_work(workdir, coco, call, monkeypa
 
 
 def test_without_a_class_token_there_is_no_map(call, coco, tmp_path):
-    import jax
-
     name = "tost_tiny_patch16_224"
     fields = dict(image_size=16, patch_size=8, width=16, depth=2, num_heads=2, num_classes=3)
     model = create_model(name, **fields)
