@@ -37,10 +37,10 @@ from crate_jax.evaluation.average_precision import average_precision
 from crate_jax.training.loop import train
 from crate_jax.training.run import set_up
 
-SIDE, IMAGES, MOST = 96, 24, 3
-SIZES = (SIDE, 2 * SIDE)  # that the tokens are read at: the trained size, and twice that
+SIDE, IMAGES, MOST = 64, 24, 3
+SIZES = (SIDE, 3 * SIDE)  # that the tokens are read at: the trained size, and three times that
 MODEL = "crate_tiny_patch16_224"
-FIELDS = dict(image_size=SIDE, patch_size=8, in_channels=3, width=96, depth=4, num_heads=3)
+FIELDS = dict(image_size=SIDE, patch_size=8, in_channels=3, width=64, depth=4, num_heads=4)
 APS = ("box_ap50", "box_ap75", "box_ap", "mask_ap50", "mask_ap75", "mask_ap")
 TRAINING = {"train": 1200, "test": 240}
 LARGE, SMALL = 128, 2  # side and patch of the colours
@@ -50,7 +50,7 @@ def config(folder: Path, steps: int) -> TrainConfig:
     """A CRATE of 4 layers on images of one shape each."""
     return TrainConfig(
         name="shapes",
-        batch_size=40,
+        batch_size=32,
         eval_batch_size=80,
         total_steps=steps,
         log_every_steps=50,
@@ -192,7 +192,7 @@ def report(result: Result) -> list[str]:
 def main() -> None:
     """Parse, measure, print, write."""
     parser = command_line(__doc__)
-    parser.add_argument("--steps", type=int, default=600)
+    parser.add_argument("--steps", type=int, default=500)
     args = parser.parse_args()
     publish(args, measure(args.steps), "scipy", "pycocotools", report=report)
 
