@@ -22,6 +22,7 @@ from crate_jax.sections import Mcr2Config as Mcr2Config
 from crate_jax.sections import OptimConfig as OptimConfig
 from crate_jax.sections import ParallelConfig as ParallelConfig
 from crate_jax.sections import PenaltyConfig as PenaltyConfig
+from crate_jax.sections import SimDinoConfig as SimDinoConfig
 
 _Recipe = TypeVar("_Recipe")
 
@@ -69,6 +70,7 @@ class TrainConfig:
     penalty: PenaltyConfig = dataclasses.field(default_factory=PenaltyConfig)
     masking: MaskingConfig = dataclasses.field(default_factory=MaskingConfig)
     mcr2: Mcr2Config = dataclasses.field(default_factory=Mcr2Config)
+    simdino: SimDinoConfig = dataclasses.field(default_factory=SimDinoConfig)
     parallel: ParallelConfig = dataclasses.field(default_factory=ParallelConfig)
 
 
@@ -79,6 +81,7 @@ Section = (
     | PenaltyConfig
     | MaskingConfig
     | Mcr2Config
+    | SimDinoConfig
     | ParallelConfig
 )
 

@@ -121,7 +121,7 @@ def programs(config, device, num_classes=10):
 
 
 def test_every_recipe_is_lowered_but_for_its_size():
-    assert len(OTHERS) == 20
+    assert len(OTHERS) == 22
     seen = [recipe for recipes in OTHERS for recipe in recipes]
     for name, (args, between) in FAMILIES.items():
         recipes = [recipe for recipe in RECIPES if recipe[0] == name]
@@ -175,6 +175,7 @@ def test_recipe_builds_and_lowers_for_tpu_and_cuda(name, arg):
         "classify": ("top1", "top5"),
         "masked_autoencoding": ("loss", "loss_of_means"),
         "mcr2": ("rate_reduction", "pairs"),
+        "simdino": ("compression", "knn"),
     }[config.task]
     assert {"loss", told, "lr"} <= set(metrics)
     assert sums[summed].shape == ()
@@ -200,7 +201,7 @@ def test_imagenet_presets_say_what_their_sources_say():
 def test_recipes_have_different_names():
     names = [MODULES[name].get_config(arg).name for name, arg in RECIPES]
     # Short forms are the same recipe as one of the long ones.
-    assert len(set(names)) == 8 + 8 + 16 + 2 * 40 + 4 + 6 + 8
+    assert len(set(names)) == 10 + 8 + 16 + 2 * 40 + 4 + 6 + 8
 
 
 def test_configs_survive_json():

@@ -94,8 +94,9 @@ ROOMS = {
     ],
     "data": ["rows", "stores", "images", "workers", "loader"],
     "tasks": [
-        *["losses", "pixels", "mixing", "masking", "frozen", "task", "penalties"],
-        *["projection", "rates", "classify", "masked_autoencoding", "mcr2"],
+        *["losses", "pixels", "mixing", "masking", "neighbours", "frozen", "task", "penalties"],
+        *["projection", "rates", "coding_losses", "distillation"],
+        *["classify", "masked_autoencoding", "mcr2", "simdino"],
     ],
     "checkpoint": [
         *["faults", "digest", "best", "record", "shapes", "folder", "lease", "owner"],

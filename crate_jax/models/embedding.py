@@ -94,6 +94,19 @@ def with_class_token(
     return prepend(cls_d, Z_BxPxd) + pos_Nxd.astype(Z_BxPxd.dtype)[None]
 
 
+def hide(Z_BxPxd: Array, hidden: tuple[Array, Array] | None) -> Array:
+    """Patches, before positions are added, of which some are replaced.
+
+    Args:
+        Z_BxPxd: patches.
+        hidden: which (B, P), and the token (d,) that stands there instead; None: none.
+    """
+    if hidden is None:
+        return Z_BxPxd
+    masked_BxP, token_d = hidden
+    return jnp.where(masked_BxP[..., None], token_d.astype(Z_BxPxd.dtype)[None, None], Z_BxPxd)
+
+
 def prepend(cls_d: Array, Z_BxPxd: Array) -> Array:
     """Patches with the class token in front, (B, P + 1, d), of the patches' dtype."""
     B, _, d = Z_BxPxd.shape
@@ -259,8 +272,7 @@ class PatchEmbedding(nn.Module):
 
         Args:
             images_BxHxWxc: as the model takes them.
-            hidden: which patches are hidden (B, P), and the token (d,) that stands there instead,
-                at their positions; None: no patch is.
+            hidden: of `hide`.
         """
         X_BxPxk = patchify(images_BxHxWxc.astype(self.dtype), self.patch_size)
         if self.norms:
@@ -271,8 +283,5 @@ class PatchEmbedding(nn.Module):
         Z_BxPxd = projection(X_BxPxk)
         if self.norms:
             Z_BxPxd = LayerNorm(self.dtype, self.backward, name="token_norm")(Z_BxPxd)
-        if hidden is not None:
-            masked_BxP, token_d = hidden
-            token_1x1xd = token_d.astype(Z_BxPxd.dtype)[None, None]
-            Z_BxPxd = jnp.where(masked_BxP[..., None], token_1x1xd, Z_BxPxd)
+        Z_BxPxd = hide(Z_BxPxd, hidden)
         return with_class_token(self, Z_BxPxd, self.cls_init, self.pos_init, self.positions)

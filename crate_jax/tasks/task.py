@@ -4,6 +4,7 @@ Loop, evaluation, checkpoints, progress line and plan speak to this protocol. A 
 class that follows it, and one row in `crate_jax.tasks.TASKS`.
 """
 
+import math
 from typing import ClassVar, Protocol, Self
 
 from flax import linen as nn
@@ -21,6 +22,17 @@ Scalars = dict[str, Array]  # by the name under which they are logged
 Images = dict[str, Array]  # likewise; (n, H, W, c), uint8, or floats in [0, 1]
 
 CLASSES = "classes"  # which of a task's facts names the outputs of a classifier, in their order
+
+
+def length_of(config: TrainConfig, rows: Rows) -> tuple[int, int]:
+    """Optimizer steps of an epoch, and of the run.
+
+    Args:
+        config: reads batch_size, and total_steps or total_epochs.
+        rows: of training.
+    """
+    steps_per_epoch = max(1, len(rows) // config.batch_size)
+    return steps_per_epoch, config.total_steps or math.ceil(config.total_epochs * steps_per_epoch)
 
 
 class Task(Protocol):

@@ -110,8 +110,18 @@ class LabelledImages:
         if not 0 <= label < self.source.num_classes:
             last = self.source.num_classes - 1
             raise BadExampleError(f"{name} must have a label of 0 … {last}; got {label}. Mend it.")
-        pixels = self.pipeline(example["image"], rng, name=name)
-        return {"image": pixels, "label": np.array(self._labels[label], np.int32)}
+        label = np.array(self._labels[label], np.int32)
+        return {**self.views(example["image"], rng, name), "label": label}
+
+    def views(self, image: bytes | np.ndarray, rng: np.random.Generator, name: str) -> Row:
+        """What a row shows of an image.
+
+        Args:
+            image: as it is stored.
+            rng: of the transforms.
+            name: what errors call the image.
+        """
+        return {"image": self.pipeline(image, rng, name=name)}
 
 
 def open_labelled_images(
