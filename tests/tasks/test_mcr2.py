@@ -14,7 +14,7 @@ from crate_jax import Crate, create_model
 from crate_jax.checkpoint.reading import restore_trained
 from crate_jax.config import DataConfig, Mcr2Config, ModelConfig, OptimConfig, TrainConfig
 from crate_jax.data.images.labelled import open_labelled_images
-from crate_jax.data.images.views import Views
+from crate_jax.data.views import Views, in_views
 from crate_jax.evaluation.sums import add_up
 from crate_jax.objective import class_coding_rate, coding_rate
 from crate_jax.tasks import TASKS
@@ -299,7 +299,8 @@ def test_a_row_holds_several_views():
     )
     rows = Views(images, 3)
     assert len(rows) == len(images) and rows.name == images.name == "digits/train"
-    assert rows.listing == images.listing
+    assert rows.listing == images.listing and rows.class_names == images.class_names
+    assert in_views(images, 1) is images and in_views(images, 3) == rows
     row = rows.row(5, np.random.default_rng(0))
     assert {name: (x.shape, x.dtype) for name, x in row.items()} == {
         name: (shape.shape, shape.dtype) for name, shape in rows.shapes.items()
@@ -323,6 +324,25 @@ def test_a_run_without_labels(tmp_path):
         summary["test/rate"] - summary["test/class_rate"]
     )
     assert 0 < summary["test/cosine"] <= 1
+
+
+def test_labels_keep_their_numbers(tmp_path):
+    """A split whose classes are some of those that were trained on, in another order."""
+    import cv2
+
+    for split, names in (("train", "abc"), ("some", "cb")):
+        for name in names:
+            (tmp_path / split / name).mkdir(parents=True)
+            pixels = np.full((16, 16), ord(name), np.uint8)
+            cv2.imwrite(str(tmp_path / split / name / "0.png"), pixels)
+    data = DataConfig(dataset="folder", data_dir=str(tmp_path), eval_split="some")
+    made = config(batch_size=8, eval_batch_size=8, data=data)
+    task, (rows,) = Mcr2.open(made, ("train", True))
+    facts = task.facts(rows)
+    assert facts["labels"] == ["a", "b", "c"] and facts["examples"] == 3
+    again, (some,) = Mcr2.reopen(made, ("some", False), facts=facts)
+    assert again.num_classes == 3
+    assert {int(some.row(i, np.random.default_rng(0))["label"]) for i in range(2)} == {1, 2}
 
 
 def test_a_backbone_goes_from_classes_to_features_and_back(tmp_path):
@@ -354,7 +374,7 @@ def test_a_backbone_goes_from_classes_to_features_and_back(tmp_path):
         (
             dict(regularizer=0.01, gamma1=2.0),
             "mcr2.gamma1 and mcr2.gamma2 must be 1 where mcr2.regularizer is set; got 2.0 and 1.0. "
-            "Set mcr2.regularizer or these.",
+            "Set --config.mcr2.regularizer=0, or these to 1.",
         ),
         (
             dict(regularizer=0.7, dimension=16),

@@ -29,6 +29,11 @@ class Views:
         return self.images.name
 
     @property
+    def class_names(self) -> tuple[str, ...]:
+        """Those of the images, if they have any."""
+        return getattr(self.images, "class_names", ())
+
+    @property
     def listing(self) -> str:
         """That of the images, if they have one."""
         return getattr(self.images, "listing", "")
@@ -51,3 +56,8 @@ class Views:
         """
         views = [self.images.row(index, rng) for _ in range(self.count)]
         return views[0] | {"image": np.stack([view["image"] for view in views])}
+
+
+def in_views(rows: Rows, count: int) -> Rows:
+    """Rows of so many views; those given for one."""
+    return Views(rows, count) if count > 1 else rows
