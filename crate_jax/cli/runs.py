@@ -4,6 +4,8 @@ import argparse
 import sys
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import numpy as np
+
 from crate_jax.cli.arguments import (
     Subparsers,
     add_data,
@@ -189,7 +191,9 @@ def _abstract(run: "Run") -> "tuple[Params, Extra]":
 
 def add_report(subparsers: Subparsers) -> None:
     """The flags of `report`."""
-    parser = subparsers.add_parser("report", help="draw a run's layer-wise objective")
+    parser = subparsers.add_parser(
+        "report", help="draw a run's layer-wise objective, and what its task shows"
+    )
     parser.add_argument("--workdir", type=path, required=True, help="a run")
     parser.add_argument("--step", default="latest", help="latest, best or a number")
     parser.add_argument("--output", type=path, help="a picture file; default WORKDIR/layerwise.png")
@@ -197,13 +201,16 @@ def add_report(subparsers: Subparsers) -> None:
 
 
 def report(args: argparse.Namespace) -> Json:
-    """The layer-wise objective of a run on its evaluation split, as numbers and as a picture."""
-    from crate_jax.analysis.report import by_layer, draw_layerwise
+    """The layer-wise objective of a run on its evaluation split, as numbers and as a picture.
+
+    What the task shows of the first batch is drawn beside that, each under its own name.
+    """
+    from crate_jax.analysis.report import by_layer, draw_layerwise, draw_rows
     from crate_jax.training.run import inspect_split, set_up
 
     config, facts, step = saved_run(args.workdir, args.step)
     run = set_up(config, "eval", facts=facts)
-    scalars, _ = inspect_split(run, *_restore(args.workdir, run, step))
+    scalars, images = inspect_split(run, *_restore(args.workdir, run, step))
     values = by_layer(scalars)
     if not values:
         raise ValueError(
@@ -214,7 +221,9 @@ def report(args: argparse.Namespace) -> Json:
     split = f"{config.data.dataset}/{config.data.eval_split}"
     draw_layerwise(values, output, title=f"{config.name}, step {step}, on {split}")
     rounded = {name: [round(float(v), 4) for v in array] for name, array in values.items()}
-    return rounded | {"step": step, "output": output}
+    for name, pictures in images.items():
+        draw_rows(np.asarray(pictures), located(output, "--output").with_name(f"{name}.png"))
+    return rounded | {"step": step, "output": output, "shown": sorted(images)}
 
 
 def add_checkpoints(subparsers: Subparsers) -> None:

@@ -1,5 +1,7 @@
 """Classes of features by the subspace, or on the side of the planes, that training rows span."""
 
+from typing import Any
+
 import numpy as np
 
 
@@ -67,5 +69,5 @@ def linear_svm(
 
     if not C > 0:
         raise ValueError(f"C must be > 0; got {C}. scikit-learn's is 1.")
-    machine = LinearSVC(C=C, dual=False, random_state=0, max_iter=10_000)
+    machine: Any = LinearSVC(C=C, dual="auto", random_state=0, max_iter=10_000)
     return machine.fit(train_NxF, labels_N).predict(tests_MxF)
