@@ -13,7 +13,8 @@ without labels: 40 epochs, 64 patches. Its error (``loss``) ends at less than ha
 knows the mean of each hidden patch and nothing else (``loss_of_means``).
 
 ``mcr2`` learns features of 30 values by the coding rates of their classes: 60 epochs. On the test
-images the rate reduction ends at 7.7 nats, and the mean |cosine| between classes at 0.07.
+images the rate reduction goes from 1.38 to 7.72 nats, and the mean |cosine| between classes from
+0.81 to 0.07 (docs/self_supervised.md).
 """
 
 from crate_jax.config import (

@@ -152,7 +152,8 @@ def validate(config: TrainConfig) -> TrainConfig:
             setattr(section, field.name, expanded(value, path))
     check_family(config.model)
     _check_schedule(config.optim)
-    _check_mcr2(config.mcr2)
+    if config.task == "mcr2":
+        _check_mcr2(config.mcr2)
     if config.batch_size % config.optim.accumulate_steps:
         raise ValueError(
             f"batch_size must be a multiple of optim.accumulate_steps; got {config.batch_size} and "

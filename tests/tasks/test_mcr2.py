@@ -5,6 +5,7 @@ import json
 import math
 from pathlib import Path
 
+import cv2
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -12,6 +13,7 @@ import pytest
 
 from crate_jax import Crate, create_model
 from crate_jax.checkpoint.reading import restore_trained
+from crate_jax.cli import main as cli
 from crate_jax.config import DataConfig, Mcr2Config, ModelConfig, OptimConfig, TrainConfig
 from crate_jax.data.images.labelled import open_labelled_images
 from crate_jax.data.views import Views, in_views
@@ -324,12 +326,14 @@ def test_a_run_without_labels(tmp_path):
         summary["test/rate"] - summary["test/class_rate"]
     )
     assert 0 < summary["test/cosine"] <= 1
+    args = cli.parse(["report", f"--workdir={tmp_path}"])
+    assert args.function(args)["shown"] == ["cosines"]
+    picture = cv2.imread(str(tmp_path / "cosines.png"), cv2.IMREAD_UNCHANGED)
+    assert picture.shape == (104, 104) and not picture.diagonal().any()  # black: 1
 
 
 def test_labels_keep_their_numbers(tmp_path):
     """A split whose classes are some of those that were trained on, in another order."""
-    import cv2
-
     for split, names in (("train", "abc"), ("some", "cb")):
         for name in names:
             (tmp_path / split / name).mkdir(parents=True)
