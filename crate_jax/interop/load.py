@@ -168,6 +168,7 @@ def load_fitted(
         if not contents.fields:
             raise ValueError(f"{path} must state its model; it does not. Name the model.")
         model = from_architecture(contents.fields)
+        lacks = lacking(model)
     layout = recognise(contents.arrays, model)
     try:
         arrays = layout.parameters(contents.arrays, tree_of(model))
