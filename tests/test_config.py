@@ -693,7 +693,12 @@ def test_a_config_can_be_pickled_and_copied(name):
 
 @pytest.mark.parametrize(
     ("field", "legal", "illegal"),
-    [("decoder_depth", [0, 24], [-1]), ("eta", *POSITIVE), ("lmbda", *AMOUNT)],
+    [
+        ("decoder_depth", [0, 24], [-1]),
+        ("position_size", [(0, 0), (24,)], []),
+        ("eta", *POSITIVE),
+        ("lmbda", *AMOUNT),
+    ],
 )
 def test_bounds_of_an_autoencoder(field, legal, illegal):
     for value in [None, *legal]:

@@ -11,7 +11,7 @@ from jax.nn import initializers as init
 
 from crate_jax.models.block import Part
 from crate_jax.models.classifier import ImageClassifier, pair
-from crate_jax.models.embedding import PatchEmbedding, grid_positions
+from crate_jax.models.embedding import PatchEmbedding, check_sides, fixed_positions
 from crate_jax.models.fields import MaeFields
 from crate_jax.models.images import check_images, check_masked
 from crate_jax.models.layers import ISTA, MSSA, LayerNorm
@@ -27,13 +27,16 @@ class CrateMae(MaeFields, ImageClassifier):
     and gives the pixels of all patches. A call and the methods of every image classifier take whole
     images, and know the encoder alone.
     Source: arXiv 2404.02446 and its code. Parameters start as there, in distribution.
-    Differs from official: positions of another image size are computed, and not resized; what the
-        official model holds and never reads (``pos_embed``, ``decoder_embed``) is no parameter.
+    Differs from official: positions of another image size are computed, unless ``position_size``
+        says whose are resized; what the official model holds and never reads (``pos_embed``,
+        ``decoder_embed``) is no parameter.
 
     Attributes: as `crate_jax.Crate`, and
         num_classes: 0 of an autoencoder, whose call gives features.
         decoder_depth: layers of the decoder; 0: there is none, nor a mask token.
         lmbda: λ of ISTA. Released weights differ in it, and their files' names tell it.
+        position_size: of the images for which positions are computed; where `image_size` is
+            another, they are resized as the official code does; 0: of `image_size`.
     """
 
     OPTIONAL: ClassVar[Mapping[str, tuple[str, ...]]] = {
@@ -53,6 +56,7 @@ class CrateMae(MaeFields, ImageClassifier):
                 f"model.decoder_depth must be 0 for a model that classifies; got "
                 f"{self.decoder_depth}. Set model.decoder_depth=0: the encoder alone."
             )
+        check_sides(pair(self.position_size), pair(self.patch_size), "model.position_size")
 
     @property
     def attention_part(self) -> Part:
@@ -74,11 +78,17 @@ class CrateMae(MaeFields, ImageClassifier):
         """ISTA."""
         return Part("ista", functools.partial(ISTA, self.eta, self.lmbda, self.dtype))
 
+    @property
+    def position_grid(self) -> tuple[int, int]:
+        """Patches (down, across) for which positions are computed."""
+        (H, W), (h, w) = pair(self.position_size), pair(self.patch_size)
+        return (H // h, W // w) if H and W else self.grid
+
     @nn.nowrap
     def positions(self, N: int, d: int) -> Array:
         """What is added to the class token and the patches, (N, d)."""
         del N
-        return grid_positions(self.grid, d)
+        return fixed_positions(self.position_grid, self.grid, d)
 
     def embed(self, train: bool) -> nn.Module:
         """A convolution of stride h, w, at fixed positions."""

@@ -50,8 +50,15 @@ def unpatchify(X_BxPxk: Array, patch_size: tuple[int, int], grid: tuple[int, int
     return placement.reshape(grid_BxRxhxCxwxc, (len(X_BxPxk), R * h, C * w, -1))
 
 
-def check_sides(image_size: tuple[int, int], patch_size: tuple[int, int]) -> None:
+def check_sides(
+    image_size: tuple[int, int], patch_size: tuple[int, int], field: str = "model.image_size"
+) -> None:
     """Refuse images that cannot be cut into patches.
+
+    Args:
+        image_size: pixels (down, across).
+        patch_size: likewise.
+        field: whose value the former is, for the error.
 
     Raises:
         ValueError: a side of the image is not a multiple of the patch's.
@@ -59,7 +66,7 @@ def check_sides(image_size: tuple[int, int], patch_size: tuple[int, int]) -> Non
     (H, W), (h, w) = image_size, patch_size
     if H % h or W % w:
         raise ValueError(
-            f"model.image_size must be a multiple of model.patch_size; got {H}x{W} and {h}x{w}. "
+            f"{field} must be a multiple of model.patch_size; got {H}x{W} and {h}x{w}. "
             f"Nearest that fits: {max(1, round(H / h)) * h}x{max(1, round(W / w)) * w}."
         )
 
@@ -205,6 +212,12 @@ def resize_positions_as_official_maps(
     )
     patches_Pxd = resized_rxcxd.reshape(new[0] * new[1], -1).astype(grid_RxCxd.dtype)
     return jnp.concatenate([pos_Nxd[:1], patches_Pxd])
+
+
+def fixed_positions(old: tuple[int, int], new: tuple[int, int], width: int) -> Array:
+    """`grid_positions` of the old grid (N, d), resized as officially where the new is another."""
+    pos_Nxd = grid_positions(old, width)
+    return pos_Nxd if old == new else resize_positions_as_official_maps(pos_Nxd, old, new)
 
 
 def _cubic_weights(n: int, m: int) -> np.ndarray:
