@@ -23,6 +23,7 @@ from crate_jax.sections import OptimConfig as OptimConfig
 from crate_jax.sections import ParallelConfig as ParallelConfig
 from crate_jax.sections import PenaltyConfig as PenaltyConfig
 from crate_jax.sections import SimDinoConfig as SimDinoConfig
+from crate_jax.sections import TextConfig as TextConfig
 
 _Recipe = TypeVar("_Recipe")
 
@@ -66,6 +67,7 @@ class TrainConfig:
     )
     model: ModelConfig = dataclasses.field(default_factory=ModelConfig)
     data: DataConfig = dataclasses.field(default_factory=DataConfig)
+    text: TextConfig = dataclasses.field(default_factory=TextConfig)
     optim: OptimConfig = dataclasses.field(default_factory=OptimConfig)
     penalty: PenaltyConfig = dataclasses.field(default_factory=PenaltyConfig)
     masking: MaskingConfig = dataclasses.field(default_factory=MaskingConfig)
@@ -77,6 +79,7 @@ class TrainConfig:
 Section = (
     ModelConfig
     | DataConfig
+    | TextConfig
     | OptimConfig
     | PenaltyConfig
     | MaskingConfig

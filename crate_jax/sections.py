@@ -12,9 +12,15 @@ from crate_jax.options import option
 class DataConfig:
     """Where the examples come from and what happens to each on its way to the device."""
 
-    dataset: str = option("digits", "digits, folder, tar, synthetic, or a TFDS name", identity=True)
+    dataset: str = option(
+        "digits",
+        "digits, folder, tar, synthetic, or a TFDS name; of text: text, tokens or pydoc",
+        identity=True,
+    )
     data_dir: str | None = option(None, "TFDS directory or folder root; unset: TFDS's", path=True)
-    train_split: str = option("train", "TFDS split, or a folder under data_dir", identity=True)
+    train_split: str = option(
+        "train", "TFDS split, or a folder or file under data_dir", identity=True
+    )
     eval_split: str = option("test", "likewise")
     image_key: str = option("image", "TFDS feature; a/b: b within a", identity=True)
     label_key: str = option("label", "likewise", identity=True)
@@ -47,6 +53,20 @@ class DataConfig:
     check_crc: bool = option(False, "whether TFRecord checksums are verified at each read")
     index_dir: str | None = option(
         None, "of TFRecord and tar indices; unset: beside the files", path=True
+    )
+
+
+@dataclasses.dataclass(kw_only=True)
+class TextConfig:
+    """How next_token makes tokens of text; where the text lies is for the section data."""
+
+    tokenizer: str | None = option(
+        "bytes",
+        "bytes, a tokenizer.json, or a name on huggingface.co; unset: not known, of token files",
+        path=True,
+    )
+    end_token: str = option(
+        "<|endoftext|>", "what such a tokenizer calls the end of a text", identity=True
     )
 
 

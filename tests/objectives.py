@@ -12,7 +12,7 @@ from crate_jax.cli.flags import parse_config
 
 # By task: a recipe that trains it offline.
 RECIPES = {"classify": "digits", "masked_autoencoding": "digits:mae"}
-RECIPES |= {"mcr2": "digits:mcr2", "simdino": "digits:simdino"}
+RECIPES |= {"mcr2": "digits:mcr2", "simdino": "digits:simdino", "next_token": "text"}
 
 
 def small(task, **fields):

@@ -18,6 +18,7 @@ from crate_jax.config import (
     ParallelConfig,
     PenaltyConfig,
     SimDinoConfig,
+    TextConfig,
     TrainConfig,
     choose,
     did_you_mean,
@@ -169,6 +170,8 @@ UNRULED = {
     "masking.normalize",
     "simdino.second_transforms",
     "simdino.local_transforms",
+    "text.tokenizer",
+    "text.end_token",
     "parallel.mesh",
     "parallel.coordinator",
 }
@@ -176,6 +179,7 @@ SIZES = {"model.image_size", "model.patch_size", "model.representatives"}
 SECTIONS = {
     "model": type(ModelConfig()),
     "data": DataConfig,
+    "text": TextConfig,
     "optim": OptimConfig,
     "penalty": PenaltyConfig,
     "masking": MaskingConfig,
@@ -225,6 +229,7 @@ IDENTITY = {
     *(f"simdino.{field}" for field in ("momentum", "end_momentum", "local_size", "patch_weight")),
     *(f"simdino.{field}" for field in ("min_masked", "max_masked", "bank_size")),
     *(f"simdino.{field}" for field in ("second_transforms", "local_transforms")),
+    "text.end_token",
 }
 
 
@@ -565,6 +570,7 @@ def unusual():
         bank_size=10,
         neighbours=3,
     )
+    config.text = TextConfig(tokenizer="a/tokenizer.json", end_token="</s>")
     config.parallel = ParallelConfig(
         mesh="fsdp:-1",
         coordinator="host:1234",
@@ -640,7 +646,7 @@ def test_a_config_of_an_older_run_is_the_same_run():
     """Before the families of models: no task, no operators, every field of the model a null."""
     values = to_dict(unusual()) | {"name": "digits", "seed": 0, "batch_size": 128}
     del values["task"]
-    for section in ("data", "optim", "masking", "mcr2", "simdino", "parallel"):
+    for section in ("data", "text", "optim", "masking", "mcr2", "simdino", "parallel"):
         values[section] = {}
     names = "num_classes image_size patch_size width depth num_heads head_dim pool in_channels eta"
     names += " lmbda dropout backward remat scan_unroll"

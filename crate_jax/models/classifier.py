@@ -28,8 +28,8 @@ def of_images(model: object) -> "ImageClassifier":
     if isinstance(model, ImageClassifier):
         return model
     raise ValueError(
-        f"model must classify images here; got a {type(model).__name__}, of text. There is no "
-        "next-token task yet: choose a model of images."
+        f"model must classify images here; got a {type(model).__name__}, of text. Choose a "
+        "model of images, or the task next_token."
     )
 
 

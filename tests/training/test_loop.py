@@ -29,9 +29,11 @@ from crate_jax.config import (
     ParallelConfig,
     PenaltyConfig,
     SimDinoConfig,
+    TextConfig,
     TrainConfig,
 )
 from crate_jax.data.stores.sources import open_source
+from crate_jax.data.text.rows import open_text
 from crate_jax.interop.resize import METHODS
 from crate_jax.options import option_of
 from crate_jax.parallel import start_processes
@@ -308,7 +310,7 @@ def test_every_field_of_the_config_is_read(four_steps, tiny_config, tmp_path, ph
     convert(prepared, tmp_path / "tfrecord", "tfrecord")
     read = set()
     classes = (TrainConfig, DataConfig, OptimConfig, PenaltyConfig, MaskingConfig, ParallelConfig)
-    classes += (SimDinoConfig,)
+    classes += (SimDinoConfig, TextConfig)
 
     def spy(cls):
         names = {field.name for field in dataclasses.fields(cls)}
@@ -342,6 +344,8 @@ def test_every_field_of_the_config_is_read(four_steps, tiny_config, tmp_path, ph
         key = jax.random.key(0)
         jax.eval_shape(mcr2.loss, *jax.eval_shape(mcr2.init, key), mcr2.blank(), key)
         SimDino.open(load_recipe("digits:simdino"), ("train", True))
+        sizes = dict(train=True, context=8, vocab_size=257)
+        assert open_text(DataConfig(dataset="pydoc"), TextConfig(), "train", **sizes)
         records = DataConfig(dataset="photos", data_dir=str(tmp_path / "tfrecord"))
         assert len(open_source(records, "train", image_shape=(8, 8, 3), num_classes=1)) == 1
     # The section of the model is unpacked whole, and tests/models/test_zoo.py sees who reads it.
