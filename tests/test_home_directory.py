@@ -71,7 +71,9 @@ OTHERS = {
     *["step", "model", "model_kwargs", "fit", "method", "dataset", "split", "batch_size"],
     *["transforms", "layout", "name", "dtype", "train_steps", "rate_scale", "float64"],
     *["image_size", "num_classes", "mesh", "config", "help", "image_key", "label_key"],
-    *["topology", "context_length", "vocab_size"],
+    *["topology", "context_length", "vocab_size", "train_split", "task", "baselines", "seeds"],
+    *["k", "temperature", "form", "classifiers", "solver", "epochs", "shots", "l2", "detail"],
+    *["which"],
 }
 
 

@@ -8,6 +8,7 @@ from crate_jax.cli.compare import add_compare
 from crate_jax.cli.mistakes import complain
 from crate_jax.cli.models import add_convert, add_plan, add_summary
 from crate_jax.cli.prepare import add_prepare
+from crate_jax.cli.probe import add_knn, add_probe
 from crate_jax.cli.reconstruct import add_reconstruct
 from crate_jax.cli.running import run_command
 from crate_jax.cli.runs import add_checkpoints, add_evaluate, add_report
@@ -23,6 +24,8 @@ COMMANDS = (
     add_compare,
     add_summary,
     add_report,
+    add_knn,
+    add_probe,
     add_reconstruct,
     add_checkpoints,
     add_plan,

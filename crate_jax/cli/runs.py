@@ -17,6 +17,7 @@ from crate_jax.cli.arguments import (
     resize_method,
     saved_run,
 )
+from crate_jax.cli.detail import CLASSIFY, add_detail, asks_detail, detail
 from crate_jax.config import ModelConfig, TrainConfig
 from crate_jax.files import Json, located
 
@@ -31,6 +32,7 @@ def add_evaluate(subparsers: Subparsers) -> None:
     add_source(parser)
     add_model(parser)
     add_data(parser)
+    add_detail(parser)
     parser.set_defaults(function=evaluate)
 
 
@@ -51,11 +53,12 @@ def evaluate(args: argparse.Namespace) -> Json:
     """Exact metrics of a run or of a weights file."""
     from crate_jax.training.run import evaluate_split
 
-    opened = open_trained(args, "evaluate")
+    opened = open_trained(args, "evaluate", task=CLASSIFY if asks_detail(args) else None)
     data = opened.run.config.data
     inputs = {"dataset": data.dataset, "split": data.eval_split}
     inputs |= {"step": opened.step, "fitted": opened.fitted}
-    return inputs | evaluate_split(opened.run, opened.params, opened.extra)
+    more = detail(args, *opened[:3])  # first, as it may refuse a file
+    return inputs | evaluate_split(opened.run, opened.params, opened.extra) | more
 
 
 class Opened(NamedTuple):
