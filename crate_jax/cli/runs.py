@@ -2,6 +2,7 @@
 
 import argparse
 import sys
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -79,7 +80,13 @@ class Opened(NamedTuple):
     fitted: list[str]
 
 
-def open_trained(args: argparse.Namespace, command: str, *, task: str | None = None) -> Opened:
+def open_trained(
+    args: argparse.Namespace,
+    command: str,
+    *,
+    task: str | None = None,
+    change: Callable[[TrainConfig], None] | None = None,
+) -> Opened:
     """What the flags of `add_source`, `add_model` and `add_data` name, on its evaluation split.
 
     Args:
@@ -87,6 +94,7 @@ def open_trained(args: argparse.Namespace, command: str, *, task: str | None = N
         command: for errors.
         task: what it must have been trained for; None: for whatever a run was, and a weights file
             for the default.
+        change: writes what the command's own flags say into the config.
 
     Raises:
         ValueError, KeyError, FileNotFoundError: what the user can mend.
@@ -107,6 +115,8 @@ def open_trained(args: argparse.Namespace, command: str, *, task: str | None = N
         )
     override_data(config.data, args)
     config.eval_batch_size = args.batch_size or config.eval_batch_size
+    if change is not None:
+        change(config)
     run = set_up(config, "eval", facts=facts)
     if step is None:
         params, extra, fitted = _load_weights(args, run)
