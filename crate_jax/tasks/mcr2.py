@@ -11,7 +11,6 @@ from jax import Array
 from crate_jax.analysis.layerwise import layer_scalars, layerwise
 from crate_jax.config import Mcr2Config, TrainConfig
 from crate_jax.data.rows import Rows
-from crate_jax.data.views import in_views
 from crate_jax.files import Json
 from crate_jax.models.cost import has_formula, multiply_adds
 from crate_jax.tasks.classify import Classify
@@ -96,11 +95,14 @@ class Mcr2(Task):
         cls, config: TrainConfig, *splits: tuple[str, bool], facts: Json
     ) -> tuple[Self, tuple[Rows, ...]]:
         """Where the facts name labels, those of the rows are numbered by name."""
+        # Here, because a machine that only trains on arrays has none of the libraries.
+        from crate_jax.data.images.views import repeated
+
         named = {CLASSES: facts[_LABELS]} if _LABELS in facts else {}
-        labels, rows = Classify.reopen(config, *splits, facts=named)
-        pairs, views = zip(rows, splits, strict=True), config.mcr2.views
-        rows = tuple(in_views(images, views if train else 1) for images, (_, train) in pairs)
-        return cls.from_config(config, labels.model.num_classes), rows
+        labels, opened = Classify.reopen(config, *splits, facts=named)
+        rows: Any = opened  # LabelledImages
+        counts = (config.mcr2.views if train else 1 for _, train in splits)
+        return cls.from_config(config, labels.model.num_classes), tuple(map(repeated, rows, counts))
 
     def facts(self, rows: Rows) -> Json:
         """``labels``, their names in order, where they are known; ``examples``, ``listing``."""

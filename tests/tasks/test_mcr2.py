@@ -16,7 +16,7 @@ from crate_jax.checkpoint.reading import restore_trained
 from crate_jax.cli import main as cli
 from crate_jax.config import DataConfig, Mcr2Config, ModelConfig, OptimConfig, TrainConfig
 from crate_jax.data.images.labelled import open_labelled_images
-from crate_jax.data.views import Views, in_views
+from crate_jax.data.images.views import repeated
 from crate_jax.evaluation.sums import add_up
 from crate_jax.objective import class_coding_rate, coding_rate
 from crate_jax.tasks import TASKS
@@ -294,23 +294,29 @@ def test_running_statistics_of_a_backbone_are_kept(images):
     assert any(jax.tree.leaves(changed))
 
 
-def test_a_row_holds_several_views():
+@pytest.mark.parametrize("encoded", [False, True])
+def test_a_row_holds_several_views(encoded, tmp_path):
     data = config().data
-    images = open_labelled_images(
-        data, "train", train=True, image_shape=(16, 16, 1), num_classes=10
-    )
-    rows = Views(images, 3)
-    assert len(rows) == len(images) and rows.name == images.name == "digits/train"
-    assert rows.listing == images.listing and rows.class_names == images.class_names
-    assert in_views(images, 1) is images and in_views(images, 3) == rows
-    row = rows.row(5, np.random.default_rng(0))
+    if encoded:
+        pixels = np.random.default_rng(0).integers(0, 256, (20, 24)).astype(np.uint8)
+        for name in "ab":
+            (tmp_path / "train" / name).mkdir(parents=True)
+            cv2.imwrite(str(tmp_path / "train" / name / "0.png"), pixels)
+        data = dataclasses.replace(data, dataset="folder", data_dir=str(tmp_path))
+    size = dict(image_shape=(16, 16, 1), num_classes=10)
+    images = open_labelled_images(data, "train", train=True, **size)
+    rows = repeated(images, 3)
+    assert repeated(images, 1) is images
+    assert len(rows) == len(images) and rows.listing == images.listing
+    assert rows.class_names == images.class_names
+    row, rng = rows.row(1, np.random.default_rng(0)), np.random.default_rng(0)
     assert {name: (x.shape, x.dtype) for name, x in row.items()} == {
         name: (shape.shape, shape.dtype) for name, shape in rows.shapes.items()
     }
-    assert row["label"] == images.row(5, np.random.default_rng(0))["label"]
+    expected = [images.row(1, rng) for _ in range(3)]  # the random numbers go on
+    np.testing.assert_array_equal(row["image"], [one["image"] for one in expected])
+    assert row["label"] == expected[0]["label"]
     assert len({view.tobytes() for view in row["image"]}) == 3
-    np.testing.assert_array_equal(row["image"][0], images.row(5, np.random.default_rng(0))["image"])
-    np.testing.assert_array_equal(row["image"], rows.row(5, np.random.default_rng(0))["image"])
 
 
 # --- runs -----------------------------------------------------------------------------------------

@@ -8,7 +8,6 @@ import jax
 import numpy as np
 
 from crate_jax.config import DataConfig, SimDinoConfig, TrainConfig
-from crate_jax.data.images.decode import EncodedImage
 from crate_jax.data.images.labelled import LabelledImages, open_labelled_images
 from crate_jax.data.images.pipeline import Pipeline, pipeline_of
 from crate_jax.data.rows import Row, good_row
@@ -44,9 +43,7 @@ class CroppedImages(LabelledImages):
 
     def views(self, image: bytes | np.ndarray, rng: np.random.Generator, name: str) -> Row:
         """The crops, of which each draws its own random numbers; the image is decoded once."""
-        if isinstance(image, bytes):
-            channels = self.pipeline.image_shape[-1]
-            image = EncodedImage(image, channels=channels, name=name, fast=True).pixels()
+        image = self.decoded(image, name)
         pipelines = (self.pipeline, self.second)
         views = {"global": np.stack([each(image, rng, name=name) for each in pipelines])}
         if self.count:

@@ -8,6 +8,7 @@ import jax
 import numpy as np
 
 from crate_jax.config import DataConfig
+from crate_jax.data.images.decode import EncodedImage
 from crate_jax.data.images.pipeline import Pipeline, make_pipeline
 from crate_jax.data.rows import BadExampleError, Row, good_row, patiently
 from crate_jax.data.stores.sources import Source, check_known_classes, open_source
@@ -122,6 +123,13 @@ class LabelledImages:
             name: what errors call the image.
         """
         return {"image": self.pipeline(image, rng, name=name)}
+
+    def decoded(self, image: bytes | np.ndarray, name: str) -> np.ndarray:
+        """An image as it is stored, or its pixels, for several views of it."""
+        if isinstance(image, np.ndarray):
+            return image
+        channels = self.pipeline.image_shape[-1]
+        return EncodedImage(image, channels=channels, name=name, fast=self.pipeline.fast).pixels()
 
 
 def open_labelled_images(
