@@ -125,6 +125,17 @@ class Task(Protocol):
         """Parameters and extra at step 0, a function of the key alone."""
         ...
 
+    def begun(self, params: Params, extra: Extra, others: Params) -> Extra:
+        """The extra at step 0 of a run that begins with parameters out of a file.
+
+        Args:
+            params: all of them.
+            extra: of `init`.
+            others: the model's other collections in that file, such as running statistics.
+        """
+        del params
+        return {**extra, **others} if others else extra
+
     def on_device(self, batch: Batch, key: Array) -> Batch:
         """What happens to a whole batch before it is cut into micro-batches: mixing, masks.
 
