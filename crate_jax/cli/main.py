@@ -5,6 +5,7 @@ import sys
 from typing import NoReturn
 
 from crate_jax.cli.compare import add_compare
+from crate_jax.cli.generate import add_generate
 from crate_jax.cli.mistakes import complain
 from crate_jax.cli.models import add_convert, add_plan, add_summary
 from crate_jax.cli.prepare import add_prepare
@@ -27,6 +28,7 @@ COMMANDS = (
     add_knn,
     add_probe,
     add_reconstruct,
+    add_generate,
     add_checkpoints,
     add_plan,
 )

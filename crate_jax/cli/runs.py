@@ -178,7 +178,7 @@ def _by_number(facts: Json, run: "Run") -> list[str]:
     """That labels are taken as they are, where the weights or the data do not name the classes."""
     from crate_jax.tasks.task import CLASSES
 
-    if not getattr(run.task.model, "num_classes", 1):
+    if not getattr(run.task.model, "num_classes", 0):
         return []
     named = {
         "the weights": facts.get(CLASSES),

@@ -275,12 +275,13 @@ def test_a_token_file_of_another_vocabulary(files):
     tokens = np.zeros(5000, np.uint16)
     tokens[3000] = 300
     tokens.tofile(files / "train.bin")
-    message = (
-        r"^tokens/train must hold tokens below model\.vocab_size, 257; got 300 near token \d+\. Set"
-    )
+    message = r"^tokens/train must hold tokens below 257, as its .*; got 300 near token \d+\. Set t"
+    short = dict(dataset="tokens", train=False, context=16)
     with pytest.raises(BadExampleError, match=message):
-        opened(files, "train", dataset="tokens", train=False, context=16)
-    assert opened(files, "train", dataset="tokens", context=16, vocab_size=301)
+        opened(files, "train", **short, tokenizer=None)
+    with pytest.raises(BadExampleError, match=message):  # of which bytes would not be counted
+        opened(files, "train", **short, vocab_size=301)
+    assert opened(files, "train", **short, vocab_size=301, tokenizer=None)
 
 
 def test_a_vocabulary_that_is_smaller_than_the_tokenizer(files, learned):

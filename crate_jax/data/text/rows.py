@@ -76,9 +76,9 @@ class TextRows:
         name: what errors and logs call the rows.
         tokens: all of them, texts one after the other.
         context: T, tokens of a row.
-        vocab_size: tokens are below it.
+        vocab_size: V; tokens are below it.
         train: whether rows begin at random, and none is filled up.
-        lengths: bytes of text of each token, (vocab_size,); None: not known.
+        lengths: bytes of text of each token, (V,); None: not known.
         listing: another one where other tokens lie.
     """
 
@@ -120,8 +120,9 @@ class TextRows:
         piece = self.tokens.read(start, T + 1)
         if piece.max() >= self.vocab_size:
             raise BadExampleError(
-                f"{self.name} must hold tokens below model.vocab_size, {self.vocab_size}; got "
-                f"{piece.max()} near token {start}. Set the vocabulary that it was written with."
+                f"{self.name} must hold tokens below {self.vocab_size}, as its tokenizer or the "
+                f"model has them; got {piece.max()} near token {start}. Set text.tokenizer and "
+                "model.vocab_size to those that it was written with."
             )
         told = piece[1:]
         tokens, targets = np.zeros(T, np.int32), np.full(T, NOT_COUNTED, np.int32)
@@ -164,9 +165,8 @@ def open_text(
         listing, lengths = f"{len(tokens)} tokens", None if tokenizer is None else tokenizer.lengths
     else:
         tokens, listing, lengths = _tokenized(data, text, split, tokenizer)
-    if lengths is not None:
-        lengths = np.pad(lengths, (0, vocab_size - len(lengths)))
-    rows = TextRows(name, tokens, context, vocab_size, train, lengths, listing)
+    known = vocab_size if tokenizer is None else tokenizer.size
+    rows = TextRows(name, tokens, context, known, train, lengths, listing)
     least = context + 1 if train else 2
     if len(tokens) < least:
         raise ValueError(
