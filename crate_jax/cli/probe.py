@@ -38,12 +38,16 @@ def add_probe(subparsers: Subparsers) -> None:
         default=["linear"],
         choices=CLASSIFIERS,
         help="linear: logistic regression on all training rows (the default); fewshot: ridge on "
-        "some of each class",
+        "some of each class; subspace: the class of the nearest; svm: a linear one",
     )
     parser.add_argument("--solver", help="of linear: auto (the default), lbfgs, or sgd")
     parser.add_argument("--epochs", type=int, help="of --solver sgd; default: 100")
     parser.add_argument("--shots", nargs="+", type=int, help="of fewshot; default: 1 5 10 25")
     parser.add_argument("--l2", nargs="+", type=float, help="of fewshot; default: 1024")
+    parser.add_argument(
+        "--components", type=int, help="of subspace, a class; default: all values, shared out"
+    )
+    parser.add_argument("--C", type=float, help="of svm; default: 1")
     parser.set_defaults(function=probe)
 
 
@@ -77,10 +81,28 @@ def _fewshot(args: argparse.Namespace) -> Callable[..., dict[str, float]]:
     return lambda train, test, seed: fewshot(train, test, seed=seed, **options)
 
 
+def _subspace(args: argparse.Namespace) -> Callable[..., dict[str, float]]:
+    """`subspace_probe` with the flags' options."""
+    from crate_jax.evaluation.subspaces import subspace_probe
+
+    options = _given(components=args.components)
+    return lambda train, test, seed: subspace_probe(train, test, **options)
+
+
+def _svm(args: argparse.Namespace) -> Callable[..., dict[str, float]]:
+    """`svm_probe` with the flags' options."""
+    from crate_jax.evaluation.subspaces import svm_probe
+
+    options = _given(C=args.C)
+    return lambda train, test, seed: svm_probe(train, test, **options)
+
+
 # By name: from the flags to a function of (train, test, seed=), whose numbers have own names.
 CLASSIFIERS: dict[str, Callable[[argparse.Namespace], Callable[..., dict[str, float]]]] = {
     "linear": _linear,
     "fewshot": _fewshot,
+    "subspace": _subspace,
+    "svm": _svm,
 }
 
 

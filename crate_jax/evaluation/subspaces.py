@@ -4,6 +4,50 @@ from typing import Any
 
 import numpy as np
 
+from crate_jax.evaluation.features import Features, standardize
+
+
+def subspace_probe(
+    train: Features, test: Features, *, components: int | None = None
+) -> dict[str, float]:
+    """Top-1 over the test rows of `nearest_subspace`, on features as they are.
+
+    Args:
+        train: spans the subspaces.
+        test: which are told.
+        components: of each class; None: the values of a feature shared out among the classes.
+
+    Returns:
+        ``top1`` in [0, 1], and the ``components``.
+
+    Raises:
+        ValueError: as `nearest_subspace`.
+    """
+    if components is None:
+        F, classes = train.values.shape[1], len(np.unique(train.labels))
+        components = min(max(1, F // classes), F - 1)
+    told = nearest_subspace(train.values, train.labels, test.values, components=components)
+    return {"top1": float(np.mean(told == test.labels)), "components": components}
+
+
+def svm_probe(train: Features, test: Features, *, C: float = 1.0) -> dict[str, float]:
+    """Top-1 over the test rows of `linear_svm`, on features standardised by the training rows.
+
+    Args:
+        train: of two classes or more.
+        test: which are told.
+        C: of `linear_svm`.
+
+    Returns:
+        ``top1`` in [0, 1].
+
+    Raises:
+        ValueError: C is not positive, or there is one class.
+    """
+    train_NxF, tests_MxF = standardize(train.values, test.values)
+    told = linear_svm(train_NxF, train.labels, tests_MxF, C=C)
+    return {"top1": float(np.mean(told == test.labels))}
+
 
 def nearest_subspace(
     train_NxF: np.ndarray, labels_N: np.ndarray, tests_MxF: np.ndarray, *, components: int
@@ -63,11 +107,13 @@ def linear_svm(
         (M,) of the dtype of the labels.
 
     Raises:
-        ValueError: C is not positive.
+        ValueError: C is not positive, or there is one class.
     """
     from sklearn.svm import LinearSVC  # slow to import
 
     if not C > 0:
         raise ValueError(f"C must be > 0; got {C}. scikit-learn's is 1.")
+    if len(np.unique(labels_N)) < 2:
+        raise ValueError("labels must be of two classes or more; got one. Choose another split.")
     machine: Any = LinearSVC(C=C, dual="auto", random_state=0, max_iter=10_000)
     return machine.fit(train_NxF, labels_N).predict(tests_MxF)

@@ -121,10 +121,13 @@ def test_weights_are_probed_as_the_run_is(workdir, call, tmp_path):
 
 
 def test_sgd_and_two_classifiers_at_once(workdir, call):
-    flags = ["--classifiers", "linear", "fewshot", "--shots", 2]
+    flags = ["--classifiers", "linear", "fewshot", "subspace", "svm", "--shots", 2]
+    flags += ["--components", 3, "--C", 0.5]
     found = call("probe", "--workdir", workdir, *flags, "--solver", "sgd", "--epochs", 5)
     assert found["linear/top1"] > 0.2
     assert found["fewshot/shots_2/l2_1024/top1"] > 0.15
+    assert found["subspace/top1"] > 0.3 and found["subspace/components_by_seed"] == [3]
+    assert found["svm/top1"] > 0.3
     assert len(found["linear/rate_by_seed"]) == 1
 
 

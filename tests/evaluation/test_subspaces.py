@@ -3,7 +3,13 @@
 import numpy as np
 import pytest
 
-from crate_jax.evaluation.subspaces import linear_svm, nearest_subspace
+from crate_jax.evaluation.features import Features
+from crate_jax.evaluation.subspaces import (
+    linear_svm,
+    nearest_subspace,
+    subspace_probe,
+    svm_probe,
+)
 
 
 def on_planes(rows, seed, planes=3, F=8, r=2):
@@ -79,3 +85,26 @@ def test_a_support_vector_machine_has_the_largest_margin():
 def test_the_weight_of_the_losses_must_be_positive():
     with pytest.raises(ValueError, match=r"^C must be > 0; got 0\. scikit-learn's is 1\.$"):
         linear_svm(np.eye(2), np.arange(2), np.eye(2), C=0)
+
+
+def test_one_class_has_no_margin():
+    message = r"^labels must be of two classes or more; got one\. Choose another split\.$"
+    with pytest.raises(ValueError, match=message):
+        linear_svm(np.eye(2), np.ones(2), np.eye(2))
+
+
+def test_probes_share_the_values_out_and_count_hits():
+    train, test = Features(*on_planes(60, seed=0)), Features(*on_planes(90, seed=1))
+    told = nearest_subspace(*train, test.values, components=2)
+    hits = np.mean(told == test.labels)
+    assert subspace_probe(train, test) == {"top1": hits, "components": 2}  # of eight values
+    few = Features(train.values[:, :1], train.labels), Features(test.values[:, :1], test.labels)
+    assert subspace_probe(*few)["components"] == 0
+    assert subspace_probe(train, test, components=0)["top1"] < hits
+    mean, std = train.values.mean(axis=0), train.values.std(axis=0) + 1e-5
+    scaled = ((x.values - mean) / std for x in (train, test))
+    ours, theirs = next(scaled), next(scaled)
+    told = linear_svm(ours, train.labels, theirs)
+    assert svm_probe(train, test)["top1"] == pytest.approx(np.mean(told == test.labels), abs=0.02)
+    large = Features(train.values * 1e3, train.labels), Features(test.values * 1e3, test.labels)
+    assert svm_probe(*large)["top1"] == pytest.approx(svm_probe(train, test)["top1"], abs=0.02)
