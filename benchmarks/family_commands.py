@@ -53,8 +53,9 @@ REFUSALS = {
         "`compare` has no PyTorch model of it.",
     ),
     "no task": Refusal(
-        "There is no next-token task yet",
-        "`plan` needs a loss to train by, and no task of text exists yet.",
+        "must be a causal model of text for next_token",
+        "`plan` needs a loss to train by. The task of text tells the next token, which this model "
+        "sees.",
     ),
 }
 
@@ -64,8 +65,9 @@ def _images(model: str, layerwise: str, names: str, compare: str, **fields: obje
     return Family(model, fields, dict.fromkeys(COMMANDS, YES) | cells)
 
 
-def _text(model: str, layerwise: str, names: str) -> Family:
-    cells = {"layerwise": layerwise, "plan": "no task", "official names": names}
+def _text(model: str, layerwise: str, names: str, causal: bool = True) -> Family:
+    plan = {} if causal else {"plan": "no task"}
+    cells = {"layerwise": layerwise, "official names": names} | plan
     return Family(model, {}, dict.fromkeys(COMMANDS, YES) | cells)
 
 
@@ -101,5 +103,5 @@ FAMILIES = {
     "Causal CRATE": _text("crate_causal_base", ALL, "official"),
     "CRATE-LM": _text("crate_lm_1l", ALL, "official"),
     "ToST for text": _text("tost_lm_base", "R, Rᶜ", "official"),
-    "CRATE-BERT": _text("crate_bert_base", ALL, "transformers"),
+    "CRATE-BERT": _text("crate_bert_base", ALL, "transformers", causal=False),
 }

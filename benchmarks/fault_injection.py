@@ -66,6 +66,16 @@ SMALL = {
     "classify": SCANS,
     "masked_autoencoding": SCANS,
     "mcr2": [*SCANS, "--config.mcr2.dimension=16"],
+    "simdino": [
+        *SCANS,
+        "--config.simdino.head_hidden=24",
+        "--config.simdino.head_features=16",
+        "--config.simdino.local_crops=2",
+        "--config.simdino.local_size=8",
+        "--config.simdino.local_transforms=random_resized_crop(8, min_area=0.2, max_area=0.5)",
+        "--config.simdino.bank_size=64",
+    ],
+    "next_token": ["--config.model.context_length=16"],
 }
 TWO_SAVED = 3 * SAVE_EVERY + 1  # the step by which the third save has waited for the second
 LAST_MOMENT = STEPS - 4 * SAVE_EVERY  # early enough to strike before the end

@@ -22,6 +22,8 @@ from crate_jax.sections import Mcr2Config as Mcr2Config
 from crate_jax.sections import OptimConfig as OptimConfig
 from crate_jax.sections import ParallelConfig as ParallelConfig
 from crate_jax.sections import PenaltyConfig as PenaltyConfig
+from crate_jax.sections import SimDinoConfig as SimDinoConfig
+from crate_jax.sections import TextConfig as TextConfig
 
 _Recipe = TypeVar("_Recipe")
 
@@ -65,20 +67,24 @@ class TrainConfig:
     )
     model: ModelConfig = dataclasses.field(default_factory=ModelConfig)
     data: DataConfig = dataclasses.field(default_factory=DataConfig)
+    text: TextConfig = dataclasses.field(default_factory=TextConfig)
     optim: OptimConfig = dataclasses.field(default_factory=OptimConfig)
     penalty: PenaltyConfig = dataclasses.field(default_factory=PenaltyConfig)
     masking: MaskingConfig = dataclasses.field(default_factory=MaskingConfig)
     mcr2: Mcr2Config = dataclasses.field(default_factory=Mcr2Config)
+    simdino: SimDinoConfig = dataclasses.field(default_factory=SimDinoConfig)
     parallel: ParallelConfig = dataclasses.field(default_factory=ParallelConfig)
 
 
 Section = (
     ModelConfig
     | DataConfig
+    | TextConfig
     | OptimConfig
     | PenaltyConfig
     | MaskingConfig
     | Mcr2Config
+    | SimDinoConfig
     | ParallelConfig
 )
 
@@ -149,6 +155,8 @@ def validate(config: TrainConfig) -> TrainConfig:
             setattr(section, field.name, expanded(value, path))
     check_family(config.model)
     _check_schedule(config.optim)
+    if config.task == "mcr2":
+        _check_mcr2(config.mcr2)
     if config.batch_size % config.optim.accumulate_steps:
         raise ValueError(
             f"batch_size must be a multiple of optim.accumulate_steps; got {config.batch_size} and "
@@ -180,6 +188,20 @@ def _check_schedule(optim: OptimConfig) -> None:
         raise ValueError(
             f"optim.warmup_lr must be 0 where optim.warmup_epochs is 0; got {optim.warmup_lr}. "
             "Set --config.optim.warmup_lr=0."
+        )
+
+
+def _check_mcr2(mcr2: Mcr2Config) -> None:
+    """Refuse views that are none, and factors that the theory of λ does not know."""
+    if mcr2.mode == "self_supervised" and mcr2.views < 2:
+        raise ValueError(
+            "mcr2.views must be at least 2 where mcr2.mode is self_supervised; got "
+            f"{mcr2.views}. Set --config.mcr2.views."
+        )
+    if mcr2.regularizer and (mcr2.gamma1, mcr2.gamma2) != (1, 1):
+        raise ValueError(
+            "mcr2.gamma1 and mcr2.gamma2 must be 1 where mcr2.regularizer is set; got "
+            f"{mcr2.gamma1} and {mcr2.gamma2}. Set --config.mcr2.regularizer=0, or these to 1."
         )
 
 

@@ -12,9 +12,15 @@ from crate_jax.options import option
 class DataConfig:
     """Where the examples come from and what happens to each on its way to the device."""
 
-    dataset: str = option("digits", "digits, folder, tar, synthetic, or a TFDS name", identity=True)
+    dataset: str = option(
+        "digits",
+        "digits, folder, tar, synthetic, or a TFDS name; of text: text, tokens or pydoc",
+        identity=True,
+    )
     data_dir: str | None = option(None, "TFDS directory or folder root; unset: TFDS's", path=True)
-    train_split: str = option("train", "TFDS split, or a folder under data_dir", identity=True)
+    train_split: str = option(
+        "train", "TFDS split, or a folder or file under data_dir", identity=True
+    )
     eval_split: str = option("test", "likewise")
     image_key: str = option("image", "TFDS feature; a/b: b within a", identity=True)
     label_key: str = option("label", "likewise", identity=True)
@@ -47,6 +53,20 @@ class DataConfig:
     check_crc: bool = option(False, "whether TFRecord checksums are verified at each read")
     index_dir: str | None = option(
         None, "of TFRecord and tar indices; unset: beside the files", path=True
+    )
+
+
+@dataclasses.dataclass(kw_only=True)
+class TextConfig:
+    """How next_token makes tokens of text; where the text lies is for the section data."""
+
+    tokenizer: str | None = option(
+        "bytes",
+        "bytes, a tokenizer.json, or a name on huggingface.co; unset: not known, of token files",
+        path=True,
+    )
+    end_token: str = option(
+        "<|endoftext|>", "what such a tokenizer calls the end of a text", identity=True
     )
 
 
@@ -155,6 +175,49 @@ class Mcr2Config:
         0.0, "λ of λ/2 ‖Z‖², in place of features of norm 1; 0: those", low=0, identity=True
     )
     views: int = option(1, "how often a row holds its image, augmented anew", low=1, identity=True)
+
+
+@dataclasses.dataclass(kw_only=True)
+class SimDinoConfig:
+    """What simdino asks of the views of an image; see crate_jax/tasks/simdino.py."""
+
+    eps: float = option(0.05, "ε of the expansion, in the place of ε²", above=0, identity=True)
+    coeff: float = option(1.0, "weight of the compression", low=0, identity=True)
+    gamma: float | None = option(
+        None, "weight of the expansion; unset: (p + n)/(p n); 0: collapse", low=0, identity=True
+    )
+    expanded: str = option(
+        "both",
+        "features that are expanded: of the student, or its mean with the teacher (expa_type 0, 1)",
+        choices=("student", "both"),
+        identity=True,
+    )
+    group_size: int = option(
+        0, "images of a covariance; 0: of the batch, as reduce_cov 1", low=0, identity=True
+    )
+    head_hidden: int = option(2048, "hidden units of the head", low=1, identity=True)
+    head_features: int = option(256, "p, the values that the head gives", low=1, identity=True)
+    momentum: float = option(
+        0.996, "share that the teacher keeps of itself, at first", low=0, high=1, identity=True
+    )
+    end_momentum: float = option(1.0, "at last, half a cosine later", low=0, high=1, identity=True)
+    local_crops: int = option(
+        10, "small views of an image, beside two global ones", low=0, identity=True
+    )
+    local_size: int = option(96, "side of a small view, pixels", low=1, identity=True)
+    second_transforms: str = option(
+        "", "of the second global view; unset: data.train_transforms, of the first", identity=True
+    )
+    local_transforms: str = option("", "of the small views", identity=True)
+    patch_weight: float = option(
+        0.0, "of the patches that one global view hides from the student", low=0, identity=True
+    )
+    min_masked: float = option(0.1, "least share of them", low=0, high=1, identity=True)
+    max_masked: float = option(0.5, "largest share of them", low=0, high=1, identity=True)
+    bank_size: int = option(
+        4096, "recent images that evaluation asks for their class", low=1, identity=True
+    )
+    neighbours: int = option(20, "how many of these vote", low=1)
 
 
 @dataclasses.dataclass(kw_only=True)

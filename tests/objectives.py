@@ -11,7 +11,8 @@ import fault_injection
 from crate_jax.cli.flags import parse_config
 
 # By task: a recipe that trains it offline.
-RECIPES = {"classify": "digits", "masked_autoencoding": "digits:mae", "mcr2": "digits:mcr2"}
+RECIPES = {"classify": "digits", "masked_autoencoding": "digits:mae"}
+RECIPES |= {"mcr2": "digits:mcr2", "simdino": "digits:simdino", "next_token": "text"}
 
 
 def small(task, **fields):

@@ -17,6 +17,8 @@ from crate_jax.config import (
     OptimConfig,
     ParallelConfig,
     PenaltyConfig,
+    SimDinoConfig,
+    TextConfig,
     TrainConfig,
     choose,
     did_you_mean,
@@ -36,6 +38,7 @@ from crate_jax.options import option_of, rule
 AT_LEAST_ONE = ([1, 10**9], [0, -1])
 AT_LEAST_ZERO = ([0, 10**9], [-1])
 SHARE = ([0.0, 0.999], [1.0, 1.5, -0.001, math.nan])
+CLOSED_SHARE = ([0.0, 0.5, 1.0], [-0.001, 1.001, math.nan])
 AMOUNT = ([0.0, 7.5], [-0.001, math.inf, math.nan])
 POSITIVE = ([1e-12, 1e6], [0.0, -0.1, math.inf, math.nan])
 BOUNDS = {
@@ -101,6 +104,21 @@ BOUNDS = {
     "mcr2.gamma2": POSITIVE,
     "mcr2.regularizer": AMOUNT,
     "mcr2.views": AT_LEAST_ONE,
+    "simdino.eps": POSITIVE,
+    "simdino.coeff": AMOUNT,
+    "simdino.gamma": AMOUNT,
+    "simdino.group_size": AT_LEAST_ZERO,
+    "simdino.head_hidden": AT_LEAST_ONE,
+    "simdino.head_features": AT_LEAST_ONE,
+    "simdino.momentum": CLOSED_SHARE,
+    "simdino.end_momentum": CLOSED_SHARE,
+    "simdino.local_crops": AT_LEAST_ZERO,
+    "simdino.local_size": AT_LEAST_ONE,
+    "simdino.patch_weight": AMOUNT,
+    "simdino.min_masked": CLOSED_SHARE,
+    "simdino.max_masked": CLOSED_SHARE,
+    "simdino.bank_size": AT_LEAST_ONE,
+    "simdino.neighbours": AT_LEAST_ONE,
 }
 # field: (every legal value, an illegal one, the legal one nearest to it)
 CHOICES = {
@@ -115,6 +133,7 @@ CHOICES = {
     "model.attention_sign": ([None, "plus", "minus"], "pluss", "plus"),
     "model.threshold": ([None, "relu", "soft"], "sofft", "soft"),
     "model.step_sizes": ([None, "fixed", "shared", "per_layer"], "perlayer", "per_layer"),
+    "simdino.expanded": (["student", "both"], "bth", "both"),
     "penalty.srr_layer": (["random", "all"], "al", "all"),
     "optim.optimizer": (["adamw", "lion"], "adam", "adamw"),
     "optim.schedule": (["cosine", "official_readme"], "cosin", "cosine"),
@@ -149,6 +168,10 @@ UNRULED = {
     "optim.no_decay",
     "optim.decay_only",
     "masking.normalize",
+    "simdino.second_transforms",
+    "simdino.local_transforms",
+    "text.tokenizer",
+    "text.end_token",
     "parallel.mesh",
     "parallel.coordinator",
 }
@@ -156,10 +179,12 @@ SIZES = {"model.image_size", "model.patch_size", "model.representatives"}
 SECTIONS = {
     "model": type(ModelConfig()),
     "data": DataConfig,
+    "text": TextConfig,
     "optim": OptimConfig,
     "penalty": PenaltyConfig,
     "masking": MaskingConfig,
     "mcr2": Mcr2Config,
+    "simdino": SimDinoConfig,
     "parallel": ParallelConfig,
 }
 # What a started run may not change, besides all of the model.
@@ -199,6 +224,12 @@ IDENTITY = {
     "mcr2.gamma2",
     "mcr2.regularizer",
     "mcr2.views",
+    *(f"simdino.{field}" for field in ("eps", "coeff", "gamma", "expanded", "group_size")),
+    *(f"simdino.{field}" for field in ("head_hidden", "head_features", "local_crops")),
+    *(f"simdino.{field}" for field in ("momentum", "end_momentum", "local_size", "patch_weight")),
+    *(f"simdino.{field}" for field in ("min_masked", "max_masked", "bank_size")),
+    *(f"simdino.{field}" for field in ("second_transforms", "local_transforms")),
+    "text.end_token",
 }
 
 
@@ -519,6 +550,27 @@ def unusual():
         regularizer=0.1,
         views=5,
     )
+    config.simdino = SimDinoConfig(
+        eps=0.1,
+        coeff=2.0,
+        gamma=0.3,
+        expanded="student",
+        group_size=32,
+        head_hidden=16,
+        head_features=8,
+        momentum=0.9,
+        end_momentum=0.99,
+        local_crops=2,
+        local_size=16,
+        second_transforms="resize(9)",
+        local_transforms="resize(8)",
+        patch_weight=0.7,
+        min_masked=0.2,
+        max_masked=0.4,
+        bank_size=10,
+        neighbours=3,
+    )
+    config.text = TextConfig(tokenizer="a/tokenizer.json", end_token="</s>")
     config.parallel = ParallelConfig(
         mesh="fsdp:-1",
         coordinator="host:1234",
@@ -594,7 +646,7 @@ def test_a_config_of_an_older_run_is_the_same_run():
     """Before the families of models: no task, no operators, every field of the model a null."""
     values = to_dict(unusual()) | {"name": "digits", "seed": 0, "batch_size": 128}
     del values["task"]
-    for section in ("data", "optim", "masking", "mcr2", "parallel"):
+    for section in ("data", "text", "optim", "masking", "mcr2", "simdino", "parallel"):
         values[section] = {}
     names = "num_classes image_size patch_size width depth num_heads head_dim pool in_channels eta"
     names += " lmbda dropout backward remat scan_unroll"
@@ -647,7 +699,12 @@ def test_a_config_can_be_pickled_and_copied(name):
 
 @pytest.mark.parametrize(
     ("field", "legal", "illegal"),
-    [("decoder_depth", [0, 24], [-1]), ("eta", *POSITIVE), ("lmbda", *AMOUNT)],
+    [
+        ("decoder_depth", [0, 24], [-1]),
+        ("position_size", [(0, 0), (24,)], []),
+        ("eta", *POSITIVE),
+        ("lmbda", *AMOUNT),
+    ],
 )
 def test_bounds_of_an_autoencoder(field, legal, illegal):
     for value in [None, *legal]:

@@ -25,7 +25,7 @@ from crate_jax.files import cache_folder, expanded
 from crate_jax.training.loop import train
 from crate_jax.training.run import set_up
 
-PATH_FIELDS = ("init_weights", "data.data_dir", "data.index_dir")
+PATH_FIELDS = ("init_weights", "data.data_dir", "data.index_dir", "text.tokenizer")
 
 
 @pytest.fixture
@@ -58,7 +58,7 @@ def test_every_field_that_is_a_path(home):
     flags = [f"--config.{path}=~/{i}" for i, path in enumerate(PATH_FIELDS)]
     config = parse_config(str(ROOT / "configs/digits.py"), flags)
     validate(config)
-    assert [get_field(config, p) for p in PATH_FIELDS] == [f"{home}/{i}" for i in range(3)]
+    assert [get_field(config, p) for p in PATH_FIELDS] == [f"{home}/{i}" for i in range(4)]
     config.data.data_dir = "gs://bucket/~"
     assert validate(config).data.data_dir == "gs://bucket/~"
     config.data.data_dir = "~nobodyy"
@@ -75,6 +75,9 @@ OTHERS = {
     *["tap", "layer", "head", "size", "positions", "objects", "tau", "similarity", "connected"],
     *["share", "share_of", "definition", "limit", "pictures", "initial", "geometry"],
     *["examples", "watch", "decoder"],
+    *["topology", "context_length", "vocab_size", "train_split", "task", "baselines", "seeds"],
+    *["k", "temperature", "form", "classifiers", "solver", "epochs", "shots", "l2", "detail"],
+    *["which", "prompt", "tokens", "top_k", "seed", "end_token"],
 }
 # Likewise: a name where other commands have a path.
 NAMESAKES = {("summary", "model"), ("layerwise", "images")}

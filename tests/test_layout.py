@@ -94,10 +94,11 @@ ROOMS = {
         "cost",
         "zoo",
     ],
-    "data": ["rows", "stores", "images", "workers", "loader"],
+    "data": ["rows", "stores", "text", "images", "workers", "loader"],
     "tasks": [
-        *["losses", "pixels", "mixing", "masking", "frozen", "task", "penalties"],
-        *["projection", "rates", "classify", "masked_autoencoding", "mcr2"],
+        *["losses", "pixels", "mixing", "masking", "neighbours", "frozen", "task", "penalties"],
+        *["projection", "rates", "coding_losses", "distillation"],
+        *["classify", "masked_autoencoding", "mcr2", "simdino", "next_token"],
     ],
     "checkpoint": [
         *["faults", "digest", "best", "record", "shapes", "folder", "lease", "owner"],

@@ -26,7 +26,7 @@ def draw_rows(pictures: np.ndarray, path: str | Path) -> None:
     """Write pictures below each other, small ones enlarged.
 
     Args:
-        pictures: (n, H, W, c), floats in [0, 1], of 1 or 3 channels.
+        pictures: (n, H, W, c), floats in [0, 1] or uint8, of 1 or 3 channels.
         path: picture file; its suffix names the format.
 
     Raises:
@@ -35,7 +35,8 @@ def draw_rows(pictures: np.ndarray, path: str | Path) -> None:
     import cv2  # here: models and measures do without it
 
     n, height, width, channels = pictures.shape
-    rows = np.round(255 * pictures).astype(np.uint8).reshape(n * height, width, channels)
+    pixels = pictures if pictures.dtype == np.uint8 else np.round(255 * pictures).astype(np.uint8)
+    rows = pixels.reshape(n * height, width, channels)
     times = max(1, 128 // height)
     enlarged = rows.repeat(times, axis=0).repeat(times, axis=1)
     suffix = Path(path).suffix

@@ -1,58 +1,190 @@
-"""A trained model alone, without the data that it was trained on."""
+"""What `knn` and `probe` share: features of both splits, of the model and of what it must beat."""
 
 import argparse
-from typing import NamedTuple
+import contextlib
+import copy
+import dataclasses
+import statistics
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from crate_jax.cli.arguments import default_data, named_model, saved_run
-from crate_jax.config import DataConfig
-from crate_jax.files import located
-from crate_jax.models.classifier import ImageClassifier
-from crate_jax.models.parameters import Variables
+from crate_jax.cli.arguments import Subparsers, add_data, add_model, path
+from crate_jax.cli.runs import Opened, add_source, open_trained
+from crate_jax.files import Json
+
+if TYPE_CHECKING:  # imported where they are used
+    from crate_jax.evaluation.features import Features
+    from crate_jax.training.run import Run
+
+TRAIN, TEST = "train", "test"
+BASELINES = ("pixels", "random")
+ACCURACIES = ("top1", "top5")  # ends of the names of what is averaged over seeds
+_ANY_LABEL = 2**31 - 1  # of data sets whose labels are numbers
+# Fields of data that say which examples there are, and what happens to them.
+_DATA = (
+    *("dataset", "data_dir", "train_split", "eval_split", "image_key", "label_key"),
+    *("eval_transforms", "mean", "std"),
+)
+# From features of both splits and a seed to numbers by name.
+Measure = Callable[["Features", "Features", int], dict[str, float]]
 
 
-class Frozen(NamedTuple):
-    """What `open_frozen` returns.
+def add_frozen(subparsers: Subparsers, name: str, help: str) -> argparse.ArgumentParser:
+    """A command on frozen features, with the flags that all of them have."""
+    parser = subparsers.add_parser(name, help=help)
+    add_source(parser)
+    add_model(parser)
+    add_data(parser)
+    parser.add_argument("--train_split", help="default: the run's, or train")
+    parser.add_argument(
+        "--task", help="what gives the features of a weights file; default: classify, its head's"
+    )
+    parser.add_argument(
+        "--features",
+        type=path,
+        help="a file that keeps the features: written, or read if it is there",
+    )
+    parser.add_argument(
+        "--baselines",
+        nargs="+",
+        default=[],
+        choices=BASELINES,
+        help="the same numbers of raw pixels, and of random weights, too",
+    )
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0], help="default: 0")
+    return parser
 
-    Attributes:
-        model: of images.
-        variables: what ``model.apply`` takes.
-        data: how its images are normalised.
-        step: of a run's checkpoint; None: the weights are of a file.
-    """
 
-    model: ImageClassifier
-    variables: Variables
-    data: DataConfig
-    step: int | None
-
-
-def open_frozen(args: argparse.Namespace, command: str) -> Frozen:
-    """The model of --workdir and --step, or of --weights and --model.
+def measured(args: argparse.Namespace, measure: Measure) -> Json:
+    """A command's answer: means over the seeds, of the model and of each baseline.
 
     Args:
-        args: of a command with the flags of `crate_jax.cli.runs.add_source`, --model and
-            --model-kwargs.
-        command: for errors.
+        args: with the flags of `add_frozen`.
+        measure: what is asked of features.
 
     Raises:
         ValueError, KeyError, FileNotFoundError: what the user can mend.
     """
-    from crate_jax.checkpoint.folder import FOLDER
-    from crate_jax.interop import load_fitted
-    from crate_jax.models.classifier import of_images
+    if args.task and args.workdir:
+        raise ValueError("--task must go with --weights; a run knows its own. Leave it out.")
+    opened = open_trained(args, args.command, task=args.task)
+    runs = _with_labels(opened.run, args.train_split)
+    data = opened.run.config.data
+    found: Json = {
+        "dataset": data.dataset,
+        "train_split": runs[TRAIN].config.data.eval_split,
+        "split": data.eval_split,
+        "step": opened.step,
+        "fitted": opened.fitted,
+        "seeds": args.seeds,
+    }
+    for prefix, splits_of in _sources(args, opened, runs):
+        by_seed = [measure(*splits_of(seed), seed) for seed in args.seeds]
+        for name in by_seed[0]:
+            values = [values[name] for values in by_seed]
+            accuracy = name.endswith(ACCURACIES)
+            if accuracy:
+                found[prefix + name] = statistics.fmean(values)
+            if len(set(values)) > 1 or not accuracy:
+                found[f"{prefix}{name}_by_seed"] = values
+    return found
 
-    if bool(args.workdir) == bool(args.weights):
-        raise ValueError(f"{command} must get one of --workdir and --weights. See --help.")
-    if args.workdir and args.model:
-        raise ValueError("--model must go with --weights; a run knows its own. Leave it out.")
-    if args.weights and args.step:
-        raise ValueError("--step must go with --workdir. Leave it out.")
-    path, step, data = args.weights, None, None
-    if args.workdir:
-        config, _, step = saved_run(args.workdir, args.step or "latest")
-        data = config.data
-        path = str(located(args.workdir, "--workdir") / FOLDER / str(step))
-    loaded = load_fitted(path, named_model(args))
-    model = of_images(loaded.model)
-    variables = {"params": loaded.params, **loaded.extra}
-    return Frozen(model, variables, data or default_data(model), step)
+
+def _with_labels(run: "Run", train_split: str | None) -> "dict[str, Run]":
+    """The same run with the labelled images of either split, both prepared as for evaluation.
+
+    Whatever a task reads, and however the classes of a model are numbered: a label is the data's.
+    """
+    # Here, as all libraries that read data.
+    from crate_jax.data.images.labelled import open_labelled_images
+    from crate_jax.data.stores.sources import check_same_classes
+
+    shape = getattr(run.task.model, "input_shape", None)
+    if shape is None:
+        raise ValueError(
+            "features must be those of images; got a model that takes none, "
+            f"{type(run.task.model).__name__}. Choose another run."
+        )
+    runs, sources = {}, []
+    for name in (TRAIN, TEST):
+        config = copy.deepcopy(run.config)
+        if name == TRAIN:
+            config.data.eval_split = train_split or config.data.train_split
+        rows = open_labelled_images(
+            config.data,
+            config.data.eval_split,
+            train=False,
+            image_shape=shape,
+            num_classes=_ANY_LABEL,
+        )
+        sources.append(rows.source)
+        runs[name] = dataclasses.replace(run, config=config, rows={"eval": rows})
+    check_same_classes(*sources)
+    return runs
+
+
+def _sources(
+    args: argparse.Namespace, opened: Opened, runs: "dict[str, Run]"
+) -> "Iterator[tuple[str, Callable[[int], tuple[Features, Features]]]]":
+    """The prefix of names of each source of features, and its training and test features."""
+    import jax
+
+    from crate_jax.evaluation.features import of_pixels, of_task, renumbered
+
+    task = opened.run.task
+
+    def splits(function: Any, params: Any, extra: Any) -> "tuple[Features, Features]":
+        both = (_features(function, params, extra, runs[name]) for name in (TRAIN, TEST))
+        return renumbered(*both)
+
+    model = _kept(args, opened, runs, lambda: splits(of_task(task), opened.params, opened.extra))
+    yield "", lambda seed: model
+    if "pixels" in args.baselines:
+        pixels = splits(of_pixels, (), ())
+        yield "pixels/", lambda seed: pixels
+    if "random" in args.baselines:
+        init = jax.jit(task.init)
+        yield "random/", lambda seed: splits(of_task(task), *init(jax.random.key(seed)))
+
+
+def _features(function: Any, params: Any, extra: Any, run: "Run") -> "Features":
+    """Features of a run's evaluation split."""
+    from crate_jax.evaluation.features import features_of
+    from crate_jax.training.run import evaluation_batches
+
+    with contextlib.closing(evaluation_batches(run)) as batches:
+        return features_of(function, params, extra, batches, run.mesh)
+
+
+def _kept(
+    args: argparse.Namespace,
+    opened: Opened,
+    runs: "dict[str, Run]",
+    compute: "Callable[[], tuple[Features, Features]]",
+) -> "tuple[Features, Features]":
+    """What --features holds, or what is computed and, with the flag, written there."""
+    from crate_jax.evaluation.features import (
+        fingerprint,
+        load_features,
+        save_features,
+        weights_fingerprint,
+    )
+
+    if not args.features:
+        return compute()
+    run = opened.run
+    facts: Json = {name: getattr(run.config.data, name) for name in _DATA}
+    for name, split in runs.items():
+        rows = split.rows["eval"]
+        listing = getattr(rows, "listing", "")
+        facts[name] = [split.config.data.eval_split, len(rows), listing]
+    stated = dict(
+        weights=weights_fingerprint(run.task, opened.params, opened.extra), data=fingerprint(facts)
+    )
+    if Path(args.features).exists():
+        kept = load_features(args.features, **stated)
+        return kept[TRAIN], kept[TEST]
+    train, test = compute()
+    save_features(args.features, {TRAIN: train, TEST: test}, **stated)
+    return train, test

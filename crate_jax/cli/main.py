@@ -6,10 +6,12 @@ from typing import NoReturn
 
 from crate_jax.cli.compare import add_compare
 from crate_jax.cli.figures import add_figure
+from crate_jax.cli.generate import add_generate
 from crate_jax.cli.layerwise import add_layerwise
 from crate_jax.cli.mistakes import complain
 from crate_jax.cli.models import add_convert, add_plan, add_summary
 from crate_jax.cli.prepare import add_prepare
+from crate_jax.cli.probe import add_knn, add_probe
 from crate_jax.cli.reconstruct import add_reconstruct
 from crate_jax.cli.report import add_report
 from crate_jax.cli.running import run_command
@@ -29,8 +31,11 @@ COMMANDS = (
     add_report,
     add_figure,
     add_layerwise,
-    add_reconstruct,
     add_segment,
+    add_knn,
+    add_probe,
+    add_reconstruct,
+    add_generate,
     add_checkpoints,
     add_plan,
 )

@@ -43,6 +43,12 @@ def add_convert(subparsers: Subparsers) -> None:
         "dinov2, simdino or simdinov2 for ViT; transformers for CRATE-BERT; "
         "default: our own paths, and in PyTorch files the first that fits",
     )
+    parser.add_argument(
+        "--which",
+        default="",
+        help="the weights to take where there are several, such as student; default: averaged "
+        "ones first, such as a teacher",
+    )
     add_model(parser)
     parser.set_defaults(function=convert)
 
@@ -54,7 +60,9 @@ def convert(args: argparse.Namespace) -> Json:
     from crate_jax.models.cost import count_parameters
 
     method = resize_method(args)
-    loaded = load_fitted(args.source, named_model(args), fit=args.fit, method=method)
+    loaded = load_fitted(
+        args.source, named_model(args), fit=args.fit, method=method, which=args.which
+    )
     fitted, names = loaded.report, loaded.class_names
     variables = {"params": loaded.params, **loaded.extra}
     if names and not holds_class_names(args.target):

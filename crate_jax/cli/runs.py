@@ -2,6 +2,7 @@
 
 import argparse
 import sys
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from crate_jax.cli.arguments import (
@@ -15,6 +16,7 @@ from crate_jax.cli.arguments import (
     resize_method,
     saved_run,
 )
+from crate_jax.cli.detail import CLASSIFY, add_detail, asks_detail, detail
 from crate_jax.config import ModelConfig, TrainConfig
 from crate_jax.files import Json, located
 
@@ -29,6 +31,7 @@ def add_evaluate(subparsers: Subparsers) -> None:
     add_source(parser)
     add_model(parser)
     add_data(parser)
+    add_detail(parser)
     parser.set_defaults(function=evaluate)
 
 
@@ -49,11 +52,12 @@ def evaluate(args: argparse.Namespace) -> Json:
     """Exact metrics of a run or of a weights file."""
     from crate_jax.training.run import evaluate_split
 
-    opened = open_trained(args, "evaluate")
+    opened = open_trained(args, "evaluate", task=CLASSIFY if asks_detail(args) else None)
     data = opened.run.config.data
     inputs = {"dataset": data.dataset, "split": data.eval_split}
     inputs |= {"step": opened.step, "fitted": opened.fitted}
-    return inputs | evaluate_split(opened.run, opened.params, opened.extra)
+    more = detail(args, *opened[:3])  # first, as it may refuse a file
+    return inputs | evaluate_split(opened.run, opened.params, opened.extra) | more
 
 
 class Opened(NamedTuple):
@@ -74,7 +78,13 @@ class Opened(NamedTuple):
     fitted: list[str]
 
 
-def open_trained(args: argparse.Namespace, command: str, *, task: str | None = None) -> Opened:
+def open_trained(
+    args: argparse.Namespace,
+    command: str,
+    *,
+    task: str | None = None,
+    change: Callable[[TrainConfig], None] | None = None,
+) -> Opened:
     """What the flags of `add_source`, `add_model` and `add_data` name, on its evaluation split.
 
     Args:
@@ -82,6 +92,7 @@ def open_trained(args: argparse.Namespace, command: str, *, task: str | None = N
         command: for errors.
         task: what it must have been trained for; None: for whatever a run was, and a weights file
             for the default.
+        change: writes what the command's own flags say into the config.
 
     Raises:
         ValueError, KeyError, FileNotFoundError: what the user can mend.
@@ -102,6 +113,8 @@ def open_trained(args: argparse.Namespace, command: str, *, task: str | None = N
         )
     override_data(config.data, args)
     config.eval_batch_size = args.batch_size or config.eval_batch_size
+    if change is not None:
+        change(config)
     run = set_up(config, "eval", facts=facts)
     if step is None:
         params, extra, fitted = _load_weights(args, run)
@@ -163,7 +176,7 @@ def _by_number(facts: Json, run: "Run") -> list[str]:
     """That labels are taken as they are, where the weights or the data do not name the classes."""
     from crate_jax.tasks.task import CLASSES
 
-    if not getattr(run.task.model, "num_classes", 1):
+    if not getattr(run.task.model, "num_classes", 0):
         return []
     named = {
         "the weights": facts.get(CLASSES),

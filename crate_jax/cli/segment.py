@@ -4,8 +4,8 @@ import argparse
 import json
 from typing import TYPE_CHECKING
 
+from crate_jax.cli.alone import open_frozen
 from crate_jax.cli.arguments import Subparsers, add_model_kwargs, path
-from crate_jax.cli.frozen import open_frozen
 from crate_jax.cli.runs import add_source
 from crate_jax.files import Json, located, written_aside
 

@@ -14,7 +14,7 @@ from jax import Array
 from crate_jax.analysis import coarse_masks, overlays, rle, taps
 from crate_jax.analysis.maskcut import enlarge, maskcut
 from crate_jax.analysis.pca import foreground
-from crate_jax.cli.frozen import Frozen
+from crate_jax.cli.alone import Frozen
 from crate_jax.data.annotated import Picture, read_labels
 from crate_jax.data.images.resize import resize_pixels
 from crate_jax.data.rows import BadExampleError

@@ -17,8 +17,7 @@ from crate_jax.models.embedding import patchify
 from crate_jax.models.language import LanguageModel
 from crate_jax.models.parameters import Params, Variables, variables_of
 from crate_jax.parity.crate_mae import hidden_places
-from crate_jax.tasks import Classify
-from crate_jax.tasks.losses import token_cross_entropy
+from crate_jax.tasks import Classify, NextToken
 from crate_jax.tasks.masking import hidden_errors
 from crate_jax.tasks.task import Batch, Extra, Scalars, Task
 from crate_jax.training.optimizer import make_optimizer
@@ -48,8 +47,8 @@ def text_steps(
     steps: int,
 ) -> tuple[list[float], Variables]:
     """`full_batch_steps` of a model of text, tokens and targets (B, N); no label is smoothed."""
-    task = _Outputs(model, token_cross_entropy)  # type: ignore[abstract]
-    return full_batch_steps(task, params, {"input": tokens, "target": targets}, optim, steps)
+    batch = {"tokens": tokens, "targets": targets}
+    return full_batch_steps(NextToken(model), params, batch, optim, steps)
 
 
 def autoencoder_steps(

@@ -67,9 +67,7 @@ def _read(path: Path, tree: Tree, which: str) -> Contents:
     """All but the names of classes."""
     if path.is_dir():
         if is_run(path):
-            if which:
-                raise ValueError(no_choice(path, which))
-            return Contents(*_read_run(path), [])
+            return _read_run(path, which)
         if trees := orbax.find_trees(_checkpoints(path)):
             known = _known(tree, which)
             arrays, said = orbax.read(trees, path, known)
@@ -210,13 +208,25 @@ def _checkpoints(path: Path) -> Path:
     return path / FOLDER if (path / FOLDER).is_dir() else path
 
 
-def _read_run(path: Path) -> tuple[dict[str, np.ndarray], Json]:
-    """The variables in a run's newest checkpoint, or in the one named, and the model's fields."""
+def _read_run(path: Path, which: str) -> Contents:
+    """The variables in a run's newest checkpoint, or in the one named, and the model's fields.
+
+    Of a run whose state holds a teacher beside its parameters, the student, the teacher is taken
+    unless another is wanted.
+    """
     # Here, not above: Orbax is needed by those alone who read a run.
     from crate_jax.checkpoint.reading import read_trained
 
     workdir, step = find_run(path)
     params, extra, record = read_trained(workdir, step)
+    said = []
+    if "teacher" in extra and which in ("", "teacher"):
+        said = ["took teacher, averaged weights, and left aside student"]
+        params, extra = extra["teacher"]["params"], extra["teacher"]
+    elif "teacher" in extra and which == "student":
+        said, extra = ["took student, and left aside teacher"], extra.get("statistics", {})
+    elif which:
+        raise ValueError(no_choice(path, which))
     arrays, fields = flatten(params), {}
     if "config" in record:
         model = build_model(from_dict(record["config"]).model)
@@ -227,4 +237,6 @@ def _read_run(path: Path) -> tuple[dict[str, np.ndarray], Json]:
         head = params.get("head", {})
         if "num_classes" in fields and "bias" in head:  # a config may leave it to the data set
             fields["num_classes"] = head["bias"].shape[0]
-    return {name: np.asarray(leaf) for name, leaf in arrays.items()}, fields
+        elif "num_classes" in fields and head:  # of an objective, behind the model
+            fields["num_classes"] = 0
+    return Contents({name: np.asarray(leaf) for name, leaf in arrays.items()}, fields, said)

@@ -74,6 +74,8 @@ def source_model(
         rows, columns = _guess_grid(cells, model.grid)
         size = (rows * patch[0], columns * patch[1])
     constants = {name: stated[name] for name in CONSTANTS if name in stated}
+    if "image_size" in fit and "position_size" in declared:
+        constants["position_size"] = tuple(declared["position_size"])
     return model.clone(image_size=size, patch_size=tuple(patch), in_channels=channels, **constants)
 
 
@@ -227,6 +229,13 @@ def _fit_grid(
 ) -> list[str]:
     """The positions for another grid, put into ``flat``; what was done."""
     old, new = source.grid, model.grid
+    if _POSITIONS not in flat and method == "official_maps":
+        by_field = hasattr(model, "position_size")
+        raise ValueError(
+            f"method must be right or crate_alpha for {family_of(model)}, which learns no "
+            "positions; got official_maps. "
+            + ("Set model.position_size." if by_field else "Leave it out.")
+        )
     if _POSITIONS not in flat or (old == new and method != "official_maps"):
         return []
     flat[_POSITIONS] = resized_positions(flat[_POSITIONS], old, new, method)

@@ -168,7 +168,14 @@ def load_fitted(
         if not contents.fields:
             raise ValueError(f"{path} must state its model; it does not. Name the model.")
         model = from_architecture(contents.fields)
+        lacks = lacking(model)
     layout = recognise(contents.arrays, model)
+    other_grid = layout.of_other_grids(contents.arrays, tree_of(model))
+    if other_grid and "image_size" not in fit:
+        raise ValueError(
+            f"{path} must be weights for the model's image size; {', '.join(other_grid)} tells of "
+            "another. Set model.position_size to that, or ask to fit image_size: new positions."
+        )
     try:
         arrays = layout.parameters(contents.arrays, tree_of(model))
     except ValueError as error:
@@ -177,6 +184,7 @@ def load_fitted(
     skip = {"head"} if "head" in fit else set()
     skip |= {group for groups in lacks.values() for group in groups}
     contents, report = _of_the_model(contents, layout, lacks, skip)
+    report += [f"{name}: left aside, the model computes its own" for name in other_grid]
     arrays = contents.arrays
     shapes = {name: tuple(array.shape) for name, array in arrays.items()}
     tree_shapes = layout.tree_shapes(shapes)

@@ -68,7 +68,8 @@ def _tree_of(model: Any) -> Tree:
     patched = PROJECTION in shapes and hasattr(model, "patch_size")
     patch = (*pair(model.patch_size), model.in_channels) if patched else None
     others = tuple(name for name in variables if name != "params")
-    return Tree(shapes, patch, others, getattr(model, "grid", None))
+    grid = getattr(model, "position_grid", getattr(model, "grid", None))
+    return Tree(shapes, patch, others, grid)
 
 
 def _by_path(variables: Variables) -> dict[str, Any]:

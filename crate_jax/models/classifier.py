@@ -28,8 +28,8 @@ def of_images(model: object) -> "ImageClassifier":
     if isinstance(model, ImageClassifier):
         return model
     raise ValueError(
-        f"model must classify images here; got a {type(model).__name__}, of text. There is no "
-        "next-token task yet: choose a model of images."
+        f"model must classify images here; got a {type(model).__name__}, of text. Choose a "
+        "model of images, or the task next_token."
     )
 
 
@@ -171,7 +171,9 @@ class ImageClassifier(ImageFields, BlockModel):
 
         return self.with_layers(compute)
 
-    def forward_features(self, images_BxHxWxc: Array, *, train: bool) -> Array:
+    def forward_features(
+        self, images_BxHxWxc: Array, *, train: bool, hidden: tuple[Array, Array] | None = None
+    ) -> Array:
         """Tokens as they come out of the last block; no norm follows in the blocks.
 
         The last LayerNorm belongs to the head and acts on the one token that `forward_head` reads.
@@ -181,6 +183,8 @@ class ImageClassifier(ImageFields, BlockModel):
         Args:
             images_BxHxWxc: as for a call.
             train: likewise.
+            hidden: which patches are hidden (B, P), and the token (d,) that stands in their place,
+                at their positions; None: no patch is.
 
         Returns:
             Tokens (B, N, d) in the model's dtype, the class token first. A ToST has patches alone:
@@ -189,7 +193,7 @@ class ImageClassifier(ImageFields, BlockModel):
         Raises:
             ValueError: a field or the images break a rule.
         """
-        return self.with_layers(lambda: self._tokens(images_BxHxWxc, train, ())[0])
+        return self.with_layers(lambda: self._tokens(images_BxHxWxc, train, (), hidden)[0])
 
     def forward_head(self, Z_BxNxd: Array, *, pre_logits: bool = False) -> Array:
         """What a call makes of the tokens of `forward_features`.
@@ -212,13 +216,22 @@ class ImageClassifier(ImageFields, BlockModel):
             )
         return self.with_layers(lambda: self._read(Z_BxNxd, pre_logits))
 
+    def forward_norm(self, Z_BxNxd: Array) -> Array:
+        """Tokens of `forward_features`, each normalised by the LayerNorm before the head."""
+        return self.with_layers(lambda: self.make_head_norm()(Z_BxNxd))
+
     @nn.nowrap
     def _tokens(
-        self, images_BxHxWxc: Array, train: bool, taps: str | Iterable[str]
+        self,
+        images_BxHxWxc: Array,
+        train: bool,
+        taps: str | Iterable[str],
+        hidden: tuple[Array, Array] | None = None,
     ) -> tuple[Array, dict[str, Array]]:
         """Tokens after the last block, and the taps."""
         check_images(images_BxHxWxc, self.input_shape)
-        return self.run_blocks(self.embed(train)(images_BxHxWxc), train=train, taps=taps)
+        given = (images_BxHxWxc,) if hidden is None else (images_BxHxWxc, hidden)
+        return self.run_blocks(self.embed(train)(*given), train=train, taps=taps)
 
     @nn.nowrap
     def _read(self, Z_BxNxd: Array, pre_logits: bool) -> Array:

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from crate_jax.models.block import Part
+from crate_jax.models.language import LanguageModel
 from crate_jax.models.operator_cost import COSTS, Cost, sizes
 from crate_jax.models.parameters import Params, Variables
 from crate_jax.models.stacked import BlockModel
@@ -48,14 +49,17 @@ def _parts(model: BlockModel) -> list[Part]:
 
 
 def gradient_parts(model: BlockModel) -> int:
-    """Values of the layers' gradients that come in parts, once for each part but the first.
+    """Values of the gradients that come in parts, once for each part but the first.
 
-    Where all layers share one set of parameters, each gives a part of the whole gradient.
+    Where all layers share one set of parameters, each gives a part of the whole gradient. A table
+    of tokens that is the head too has one part of each.
     """
     parts = model.depth * _layer(model).parts
     if model.SHARED:
         shared = jax.tree.leaves(abstract_parameters(model)["block"])
         parts += (model.depth - 1) * sum(math.prod(leaf.shape) for leaf in shared)
+    if isinstance(model, LanguageModel) and model.tied:
+        parts += model.vocab_size * model.width
     return parts
 
 

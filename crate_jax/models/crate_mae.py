@@ -11,11 +11,11 @@ from jax.nn import initializers as init
 
 from crate_jax.models.block import Part, chosen_taps
 from crate_jax.models.classifier import ImageClassifier, pair
-from crate_jax.models.embedding import PatchEmbedding, grid_positions
+from crate_jax.models.embedding import PatchEmbedding, check_sides, fixed_positions
 from crate_jax.models.fields import MaeFields
 from crate_jax.models.images import check_images, check_masked
 from crate_jax.models.layers import ISTA, MSSA, LayerNorm
-from crate_jax.models.mae_decoder import DICTIONARY, Decoder, decoder_cost, xavier
+from crate_jax.models.mae_decoder import decoder_cost, decoder_of, pixels_of, tap_names_of, xavier
 from crate_jax.models.parameters import parameter
 
 
@@ -27,13 +27,16 @@ class CrateMae(MaeFields, ImageClassifier):
     and gives the pixels of all patches. A call and the methods of every image classifier take whole
     images, and know the encoder alone.
     Source: arXiv 2404.02446 and its code. Parameters start as there, in distribution.
-    Differs from official: positions of another image size are computed, and not resized; what the
-        official model holds and never reads (``pos_embed``, ``decoder_embed``) is no parameter.
+    Differs from official: positions of another image size are computed, unless ``position_size``
+        says whose are resized; what the official model holds and never reads (``pos_embed``,
+        ``decoder_embed``) is no parameter.
 
     Attributes: as `crate_jax.Crate`, and
         num_classes: 0 of an autoencoder, whose call gives features.
         decoder_depth: layers of the decoder; 0: there is none, nor a mask token.
         lmbda: λ of ISTA. Released weights differ in it, and their files' names tell it.
+        position_size: of the images for which positions are computed; where `image_size` is
+            another, they are resized as the official code does; 0: of `image_size`.
     """
 
     OPTIONAL: ClassVar[Mapping[str, tuple[str, ...]]] = {
@@ -53,6 +56,7 @@ class CrateMae(MaeFields, ImageClassifier):
                 f"model.decoder_depth must be 0 for a model that classifies; got "
                 f"{self.decoder_depth}. Set model.decoder_depth=0: the encoder alone."
             )
+        check_sides(pair(self.position_size), pair(self.patch_size), "model.position_size")
 
     @property
     def attention_part(self) -> Part:
@@ -74,10 +78,16 @@ class CrateMae(MaeFields, ImageClassifier):
         """ISTA."""
         return Part("ista", functools.partial(ISTA, self.eta, self.lmbda, self.dtype))
 
+    @property
+    def position_grid(self) -> tuple[int, int]:
+        """Patches (down, across) for which positions are computed."""
+        (H, W), (h, w) = pair(self.position_size), pair(self.patch_size)
+        return (H // h, W // w) if H and W else self.grid
+
     @nn.nowrap
     def positions(self, _: int, d: int) -> Array:
         """What is added to the class token and the patches, (N, d)."""
-        return grid_positions(self.grid, d)
+        return fixed_positions(self.position_grid, self.grid, d)
 
     def embed(self, train: bool) -> nn.Module:
         """A convolution of stride h, w, at fixed positions."""
@@ -102,7 +112,7 @@ class CrateMae(MaeFields, ImageClassifier):
         norm = self.make_head_norm()
         if self.decoder_depth and self.is_initializing():  # the parameters of `reconstruct`, too
             self._mask_token()
-            self._decoder(train=False)(norm(Z_BxNxd))
+            decoder_of(self, train=False)(norm(Z_BxNxd))
         return norm(Z_BxNxd[:, 0] if self.pool == "cls" else Z_BxNxd.mean(axis=1))
 
     def reconstruct(self, images_BxHxWxc: Array, masked_BxP: Array, *, train: bool) -> Array:
@@ -148,7 +158,7 @@ class CrateMae(MaeFields, ImageClassifier):
             Z_BxNxd = self.embed(train)(images_BxHxWxc, hidden)
             Z_BxNxd, seen = self.run_blocks(Z_BxNxd, train=train, taps=taps)
             names = chosen_taps(decoder_taps, self.decoder_tap_names)
-            patches, decoded = self._decoder(train, names)(self.make_head_norm()(Z_BxNxd))
+            patches, decoded = decoder_of(self, train, names)(self.make_head_norm()(Z_BxNxd))
             return patches, decoded if names else seen
 
         return self.with_layers(compute)
@@ -156,37 +166,16 @@ class CrateMae(MaeFields, ImageClassifier):
     @property
     def decoder_tap_names(self) -> tuple[str, ...]:
         """What the layers of the decoder can show, in the order of computation."""
-        attention = self.attention_part
-        return (DICTIONARY.name, "z_half", *attention.taps, attention.name, "out")
+        return tap_names_of(self.attention_part)
 
     @nn.nowrap
     def _mask_token(self) -> Array:
         return parameter(self, "mask_token", init.normal(0.02), (self.width,))
 
     @property
-    def _pixels(self) -> int:
-        h, w = pair(self.patch_size)
-        return h * w * self.in_channels
-
-    @nn.nowrap
-    def _decoder(self, train: bool, taps: tuple[str, ...] = ()) -> Decoder:
-        return Decoder(
-            self.decoder_depth,
-            self._pixels,
-            self.attention_part,
-            self.dtype,
-            self.remat,
-            self.layers_at_once,
-            dict(backward=self.backward, epsilon=self.EPSILON, dropout=self.dropout),
-            train,
-            taps,
-            name="decoder",
-        )
-
-    @property
     def head_products(self) -> int:
         """Multiply-adds of the decoder and of the linear maps to pixels or logits."""
-        pixels = self.num_patches * self.width * self._pixels * bool(self.decoder_depth)
+        pixels = self.num_patches * self.width * pixels_of(self) * bool(self.decoder_depth)
         return super().head_products + self.decoder_depth * decoder_cost(self).products + pixels
 
     @property

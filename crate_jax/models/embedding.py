@@ -50,8 +50,15 @@ def unpatchify(X_BxPxk: Array, patch_size: tuple[int, int], grid: tuple[int, int
     return placement.reshape(grid_BxRxhxCxwxc, (len(X_BxPxk), R * h, C * w, -1))
 
 
-def check_sides(image_size: tuple[int, int], patch_size: tuple[int, int]) -> None:
+def check_sides(
+    image_size: tuple[int, int], patch_size: tuple[int, int], field: str = "model.image_size"
+) -> None:
     """Refuse images that cannot be cut into patches.
+
+    Args:
+        image_size: pixels (down, across).
+        patch_size: likewise.
+        field: whose value the former is, for the error.
 
     Raises:
         ValueError: a side of the image is not a multiple of the patch's.
@@ -59,7 +66,7 @@ def check_sides(image_size: tuple[int, int], patch_size: tuple[int, int]) -> Non
     (H, W), (h, w) = image_size, patch_size
     if H % h or W % w:
         raise ValueError(
-            f"model.image_size must be a multiple of model.patch_size; got {H}x{W} and {h}x{w}. "
+            f"{field} must be a multiple of model.patch_size; got {H}x{W} and {h}x{w}. "
             f"Nearest that fits: {max(1, round(H / h)) * h}x{max(1, round(W / w)) * w}."
         )
 
@@ -92,6 +99,19 @@ def with_class_token(
     else:
         pos_Nxd = parameter(module, "pos_embedding", pos_init, (P + 1, d))
     return prepend(cls_d, Z_BxPxd) + pos_Nxd.astype(Z_BxPxd.dtype)[None]
+
+
+def hide(Z_BxPxd: Array, hidden: tuple[Array, Array] | None) -> Array:
+    """Patches, before positions are added, of which some are replaced.
+
+    Args:
+        Z_BxPxd: patches.
+        hidden: which (B, P), and the token (d,) that stands there instead; None: none.
+    """
+    if hidden is None:
+        return Z_BxPxd
+    masked_BxP, token_d = hidden
+    return jnp.where(masked_BxP[..., None], token_d.astype(Z_BxPxd.dtype)[None, None], Z_BxPxd)
 
 
 def prepend(cls_d: Array, Z_BxPxd: Array) -> Array:
@@ -194,6 +214,12 @@ def resize_positions_as_official_maps(
     return jnp.concatenate([pos_Nxd[:1], patches_Pxd])
 
 
+def fixed_positions(old: tuple[int, int], new: tuple[int, int], width: int) -> Array:
+    """`grid_positions` of the old grid (N, d), resized as officially where the new is another."""
+    pos_Nxd = grid_positions(old, width)
+    return pos_Nxd if old == new else resize_positions_as_official_maps(pos_Nxd, old, new)
+
+
 def _cubic_weights(n: int, m: int) -> np.ndarray:
     """From n values in a row to m of them (m, n), float32; beyond the ends the last one counts."""
     at_m = (np.arange(m) + 0.5) * n / (m + 0.1) - 0.5
@@ -259,8 +285,7 @@ class PatchEmbedding(nn.Module):
 
         Args:
             images_BxHxWxc: as the model takes them.
-            hidden: which patches are hidden (B, P), and the token (d,) that stands there instead,
-                at their positions; None: no patch is.
+            hidden: of `hide`.
         """
         X_BxPxk = patchify(images_BxHxWxc.astype(self.dtype), self.patch_size)
         if self.norms:
@@ -271,8 +296,5 @@ class PatchEmbedding(nn.Module):
         Z_BxPxd = projection(X_BxPxk)
         if self.norms:
             Z_BxPxd = LayerNorm(self.dtype, self.backward, name="token_norm")(Z_BxPxd)
-        if hidden is not None:
-            masked_BxP, token_d = hidden
-            token_1x1xd = token_d.astype(Z_BxPxd.dtype)[None, None]
-            Z_BxPxd = jnp.where(masked_BxP[..., None], token_1x1xd, Z_BxPxd)
+        Z_BxPxd = hide(Z_BxPxd, hidden)
         return with_class_token(self, Z_BxPxd, self.cls_init, self.pos_init, self.positions)

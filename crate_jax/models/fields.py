@@ -250,6 +250,12 @@ class MaeFields(SubspaceFields, ImageFields):
     decoder_depth: int = option(
         0, "layers of the decoder; 0: none, the encoder alone, which may classify", low=0
     )
+    position_size: Size = option(
+        0,
+        "pixels of images whose positions are resized, as officially; 0: computed for image_size",
+        low=0,
+        lengths=(1, 2),
+    )
 
 
 FAMILIES: dict[str, type[ModelFields]] = {

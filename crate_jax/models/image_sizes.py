@@ -20,7 +20,7 @@ def at_image_size(
     """The same layers for images of another size: learned positions are resized, nothing else is.
 
     It computes with JAX alone, so it runs under `jax.jit` and is differentiable. A model with fixed
-    positions computes those of the new grid.
+    positions computes those of the new grid, or resizes them too where the way is another.
 
     Args:
         model: an image classifier.
@@ -43,7 +43,10 @@ def at_image_size(
             f"images must have sides that are multiples of the patch, {patch[0]} x {patch[1]}; got "
             f"{image_size[0]} x {image_size[1]}. Resize or crop them."
         )
-    resized = model.clone(image_size=tuple(image_size))
+    fields: dict[str, Any] = dict(image_size=tuple(image_size))
+    if positions == "official_maps" and hasattr(model, "position_size"):
+        fields["position_size"] = model.image_size  # fixed ones, which are then resized
+    resized = model.clone(**fields)
     variables: dict[str, Any] = {**variables_of(params)}
     tree = variables["params"]
     table = tree["embedding"].get("pos_embedding")

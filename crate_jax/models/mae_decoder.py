@@ -1,6 +1,7 @@
 """The decoder of CRATE-MAE, which undoes what an encoder of CRATE does, layer by layer."""
 
 import functools
+import math
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -10,6 +11,7 @@ from jax.nn import initializers as init
 from jax.typing import DTypeLike
 
 from crate_jax.models.block import Block, Context, Part, stack
+from crate_jax.models.classifier import pair
 from crate_jax.models.layers import LayerNorm, Linear, times
 from crate_jax.models.operator_cost import COSTS
 from crate_jax.models.parameters import dictionary_init, read
@@ -74,6 +76,38 @@ class Decoder(nn.Module):
         Y_BxPxd = LayerNorm(self.dtype, backward, 1e-6, name="norm")(Z_BxNxd)[:, 1:]
         prediction = Linear(self.pixels, self.dtype, xavier(), init.zeros, name="prediction")
         return prediction(Y_BxPxd).astype(jnp.float32), seen
+
+
+def pixels_of(model: Any) -> int:
+    """How many values a patch of a model has."""
+    return math.prod(pair(model.patch_size)) * model.in_channels
+
+
+def decoder_of(model: Any, train: bool, taps: tuple[str, ...] = ()) -> Decoder:
+    """The decoder of an autoencoder, to be called within its compact method.
+
+    Args:
+        model: with the fields of an encoder, and ``decoder_depth``.
+        train: whether dropout acts.
+        taps: names out of `tap_names_of`.
+    """
+    return Decoder(
+        model.decoder_depth,
+        pixels_of(model),
+        model.attention_part,
+        model.dtype,
+        model.remat,
+        model.layers_at_once,
+        dict(backward=model.backward, epsilon=model.EPSILON, dropout=model.dropout),
+        train,
+        taps,
+        name="decoder",
+    )
+
+
+def tap_names_of(attention: Part) -> tuple[str, ...]:
+    """What the layers of a decoder can show, in the order of computation."""
+    return (DICTIONARY.name, "z_half", *attention.taps, attention.name, "out")
 
 
 class DecoderCost(NamedTuple):

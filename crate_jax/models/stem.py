@@ -16,7 +16,7 @@ from jax.typing import DTypeLike
 
 from crate_jax import placement
 from crate_jax.models.block import REMAT
-from crate_jax.models.embedding import check_sides, with_class_token
+from crate_jax.models.embedding import check_sides, hide, with_class_token
 from crate_jax.models.parameters import STATISTICS, linear_kernel_init, parameter, read
 
 _SIDE = 3  # of a convolution, pixels
@@ -189,7 +189,8 @@ class ConvolutionalEmbedding(StemFields, nn.Module):
     """
 
     @nn.compact
-    def __call__(self, images_BxHxWxc: Array) -> Array:
-        """Images (B, H, W, c) to tokens (B, N, d)."""
+    def __call__(self, images_BxHxWxc: Array, hidden: tuple[Array, Array] | None = None) -> Array:
+        """Images (B, H, W, c) to tokens (B, N, d), some of them hidden by `hide`."""
         stem = Stem(self.patch_size, self.width, self.train, self.dtype, name="stem")
-        return with_class_token(self, stem(images_BxHxWxc), init.normal(1.0), init.normal(1.0))
+        Z_BxPxd = hide(stem(images_BxHxWxc), hidden)
+        return with_class_token(self, Z_BxPxd, init.normal(1.0), init.normal(1.0))

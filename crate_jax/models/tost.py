@@ -13,7 +13,7 @@ from crate_jax.models.attentions import subspace_attention
 from crate_jax.models.block import Context, Part, stack
 from crate_jax.models.class_attention import ClassBlock, ClassCost, class_cost
 from crate_jax.models.classifier import ImageClassifier, pair
-from crate_jax.models.embedding import prepend
+from crate_jax.models.embedding import hide, prepend
 from crate_jax.models.fields import TostFields
 from crate_jax.models.layers import Linear
 from crate_jax.models.parameters import parameter
@@ -47,11 +47,11 @@ class FourierEmbedding(StemFields, nn.Module):
     """`Stem` → positions added, a learned linear map of `fourier_positions`. No class token yet."""
 
     @nn.compact
-    def __call__(self, images_BxHxWxc: Array) -> Array:
-        """Images (B, H, W, c) to tokens (B, P, d)."""
+    def __call__(self, images_BxHxWxc: Array, hidden: tuple[Array, Array] | None = None) -> Array:
+        """Images (B, H, W, c) to tokens (B, P, d), some of them hidden by `hide`."""
         (_, H, W, _), (h, w) = images_BxHxWxc.shape, self.patch_size
         stem = Stem(self.patch_size, self.width, self.train, self.dtype, name="stem")
-        Z_BxPxd = stem(images_BxHxWxc)
+        Z_BxPxd = hide(stem(images_BxHxWxc), hidden)
         waves_Pxk = jnp.asarray(fourier_positions((H // h, W // w)))
         pos_Pxd = Linear(self.width, name="positions")(waves_Pxk)  # once for all images
         return Z_BxPxd + pos_Pxd.astype(self.dtype)[None]

@@ -13,8 +13,8 @@ import jax.numpy as jnp
 
 from crate_jax.config import OptimConfig
 from crate_jax.models.attention import has_kernel
-from crate_jax.models.classifier import ImageClassifier
 from crate_jax.models.cost import activation_bytes, layer_bytes
+from crate_jax.models.stacked import BlockModel
 from crate_jax.parallel import PyTree, on_mesh
 from crate_jax.planning.chips import Chip
 from crate_jax.tasks.task import Batch
@@ -27,13 +27,14 @@ _TOKENS_AND_PIXELS = {"cpu": (2, 6), "gpu": (1, 0)}
 # Fitted, for TPUs: arrays of tokens in the dtype of the computation; the share of the memory inside
 # the chip that holds whole arrays of a step; and the tables of addresses that a program has.
 _TOKENS, _SHARE_INSIDE, _TABLES = 6, 9 / 16, 3 * 2**20
+_LOGITS = 2  # arrays of a text's logits in float32: themselves and their gradient
 _SCORES = 3  # arrays of a layer in float32 without a kernel: A, dA and dS
 _LANES = 128  # values in a row of a TPU's memory
 
 
 def memory_bytes(
     run: Run,
-    model: ImageClassifier,
+    model: BlockModel,
     state: TrainState,
     batch: Batch,
     *,
@@ -90,9 +91,10 @@ def memory_bytes(
     return found
 
 
-def _working(run: Run, model: ImageClassifier, rows: int, platform: str) -> int:
-    """Bytes that the layer under way, and the patches, take for a moment."""
-    tokens, pixels = model.num_tokens * model.width, math.prod(model.input_shape)
+def _working(run: Run, model: BlockModel, rows: int, platform: str) -> int:
+    """Bytes that the layer under way and the patches take for a moment, or the logits of a text."""
+    tokens = model.num_tokens * model.width
+    pixels = math.prod(jax.eval_shape(model.sample_input).shape)
     again = 0 if model.remat == "none" else model.layers_at_once
     if platform == "tpu":
         # Its compiler overwrites in place, and so has no second layer beside the kept ones. Pixels
@@ -107,10 +109,11 @@ def _working(run: Run, model: ImageClassifier, rows: int, platform: str) -> int:
         of_tokens, of_pixels = _TOKENS_AND_PIXELS[platform]
         values = 4 * (of_tokens * tokens + of_pixels * pixels)
     layers = again * layer_bytes(model.clone(remat="none"))
-    return rows * (layers + values)
+    logits = model.num_tokens * getattr(model, "vocab_size", 0)
+    return rows * max(layers + values, 4 * _LOGITS * logits)
 
 
-def _copies(optim: OptimConfig, model: ImageClassifier, state: TrainState, platform: str) -> int:
+def _copies(optim: OptimConfig, model: BlockModel, state: TrainState, platform: str) -> int:
     """Bytes of copies of all weights.
 
     The compiler for TPUs casts those of all layers before their loop. That for CPUs copies what it
@@ -128,7 +131,7 @@ def _copies(optim: OptimConfig, model: ImageClassifier, state: TrainState, platf
     return (_bytes(state.params) if once else 0) + shards
 
 
-def _has_kernel(run: Run, model: ImageClassifier) -> bool:
+def _has_kernel(run: Run, model: BlockModel) -> bool:
     """Whether a kernel for TPUs computes the attention, so that no score lies in memory."""
     if model.attention_part.name != "mssa" or model.backward != "derived":
         return False
@@ -168,6 +171,6 @@ def _filled_up(shape: Iterable[int]) -> float:
     return min(-(-n // _LANES) * _LANES / n for n in shape)
 
 
-def layers_of(model: ImageClassifier, params: PyTree) -> tuple[PyTree, int]:
+def layers_of(model: BlockModel, params: PyTree) -> tuple[PyTree, int]:
     """The parameters of the layers, and of how many layers; of one where all share them."""
     return (params["block"], 1) if model.SHARED else (params["blocks"], model.depth)

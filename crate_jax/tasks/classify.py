@@ -216,8 +216,7 @@ class Classify(Task):
 
         What rows of mask 0 hold makes no difference, and no logits leave their device.
         """
-        variables = {"params": params, **dict(extra)}
-        logits_BxY = self.model.apply(variables, self.normalized(batch["image"]), train=False)
+        logits_BxY = self.logits(params, extra, batch)
         labels_B, mask_B = batch["label"], batch["mask"]
         rank_B = rank_of_label(logits_BxY, labels_B)
         loss_B = optax.softmax_cross_entropy_with_integer_labels(logits_BxY, labels_B)
@@ -227,6 +226,11 @@ class Classify(Task):
             "top5": jnp.sum(mask_B, where=rank_B < 5),
             "examples": jnp.sum(mask_B),
         }
+
+    def logits(self, params: Params, extra: Extra, batch: Batch) -> Array:
+        """Of all classes (B, Y), float32, in evaluation mode."""
+        variables = {"params": params, **dict(extra)}
+        return self.model.apply(variables, self.normalized(batch["image"]), train=False)
 
     def metrics(self, totals: dict[str, float]) -> dict[str, float]:
         """Means: ``loss`` in nats, ``top1`` and ``top5`` in [0, 1]."""

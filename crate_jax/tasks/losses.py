@@ -28,16 +28,32 @@ def cross_entropy(logits_BxY: Array, labels_B: Array, *, label_smoothing: float 
     return (loss_B - label_smoothing * z_BxY.mean(axis=1)).astype(jnp.float32)
 
 
+def token_losses(logits_BxNxV: Array, tokens_BxN: Array, *, label_smoothing: float = 0.0) -> Array:
+    """Cross-entropy of each token; 0 where there is none to tell.
+
+    Args:
+        logits_BxNxV: any float dtype; the loss is computed in float32.
+        tokens_BxN: integer ids in [0, V); below 0: none.
+        label_smoothing: as of `cross_entropy`.
+
+    Returns:
+        Loss in nats (B, N), float32.
+    """
+    B, N, V = logits_BxNxV.shape
+    ids = jnp.maximum(tokens_BxN, 0).reshape(B * N)
+    logits = logits_BxNxV.reshape(B * N, V)
+    loss = cross_entropy(logits, ids, label_smoothing=label_smoothing)
+    return jnp.where(tokens_BxN >= 0, loss.reshape(B, N), 0)
+
+
 def token_cross_entropy(logits_BxNxV: Array, tokens_BxN: Array) -> Array:
     """Mean cross-entropy over the tokens of each text.
 
     Args:
-        logits_BxNxV: any float dtype; the loss is computed in float32.
+        logits_BxNxV: as for `token_losses`.
         tokens_BxN: integer ids in [0, V).
 
     Returns:
         Loss in nats a token (B,), float32.
     """
-    B, N, V = logits_BxNxV.shape
-    loss = cross_entropy(logits_BxNxV.reshape(B * N, V), tokens_BxN.reshape(B * N))
-    return loss.reshape(B, N).mean(axis=1)
+    return token_losses(logits_BxNxV, tokens_BxN).mean(axis=1)

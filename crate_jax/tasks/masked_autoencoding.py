@@ -20,7 +20,7 @@ from crate_jax.tasks.masking import hidden_errors, hidden_patches, own_noise, re
 from crate_jax.tasks.pixels import normalized, pixels_of
 from crate_jax.tasks.task import Batch, Extra, Images, Inside, Params, Scalars, Task
 
-_SHOWN = 8  # pictures of `inspect`
+SHOWN = 8  # pictures of `inspect`
 
 
 @dataclasses.dataclass(frozen=True)
@@ -159,7 +159,7 @@ class MaskedAutoencoding(Task):
         """The objective by layer, of whole images; pictures: original | masked | reconstruction."""
         images, masked_BxP = self._evaluated(batch["image"])
         scalars = layer_scalars(layerwise(self.model, params, images))
-        shown, masked_BxP = images[:_SHOWN], masked_BxP[:_SHOWN]
+        shown, masked_BxP = images[:SHOWN], masked_BxP[:SHOWN]
         told_BxPxk, patches = self._told(params, shown, masked_BxP), patchify(shown, self._patch)
         three = reconstructions(told_BxPxk, patches, masked_BxP, normalize=self.normalize)
         pictures = (unpatchify(patches, self._patch, self.model.grid) for patches in three)

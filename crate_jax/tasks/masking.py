@@ -6,7 +6,7 @@ import numpy as np
 from jax import Array
 
 
-def hidden_patches(noise_BxP: Array, kept: int) -> Array:
+def hidden_patches(noise_BxP: Array, kept: int | Array) -> Array:
     """Where patches are hidden: of each image all but those of the least noise.
 
     Ranks are counted, not sorted: a sort would gather the noise of the whole batch on every device.
@@ -16,7 +16,7 @@ def hidden_patches(noise_BxP: Array, kept: int) -> Array:
 
     Args:
         noise_BxP: a number for each patch; of equal ones the first counts as less.
-        kept: how many patches of an image stay.
+        kept: how many patches of an image stay, or of each (B, 1).
 
     Returns:
         True where a patch is hidden (B, P).
@@ -26,6 +26,41 @@ def hidden_patches(noise_BxP: Array, kept: int) -> Array:
     before = (places[None, :] < places[:, None])[None]
     rank_BxP = jnp.sum((other < own) | ((other == own) & before), axis=2, dtype=jnp.int32)
     return rank_BxP >= kept
+
+
+def check_shares(least: float, most: float) -> None:
+    """Refuse shares of hidden patches that go down.
+
+    Raises:
+        ValueError: the smallest is larger than the largest.
+    """
+    if least > most:
+        raise ValueError(
+            "simdino.min_masked must be at most simdino.max_masked; got "
+            f"{least} and {most}. Set one of them."
+        )
+
+
+def masks_of_one_view(key: Array, shape: tuple[int, int], *, least: float, most: float) -> Array:
+    """Which patches of two views of an image are hidden: a share of one, and none of the other.
+
+    Args:
+        key: draws the view, its share, and the patches, for each image anew.
+        shape: (B, P).
+        least: smallest share; a patch is hidden in any case.
+        most: largest.
+
+    Returns:
+        True where a patch is hidden (B, 2, P).
+    """
+    (B, P), (of_view, of_share, of_patch) = shape, jax.random.split(key, 3)
+    share_Bx1 = jax.random.uniform(of_share, (B, 1), jnp.float32, least, most)
+    hidden_Bx1 = jnp.maximum(1, jnp.floor(share_Bx1 * P)).astype(jnp.int32)
+    noise_BxP = jax.random.uniform(of_patch, shape, jnp.float32)
+    masked_BxP = hidden_patches(noise_BxP, P - hidden_Bx1)
+    second_B = jax.random.bernoulli(of_view, shape=(B,))
+    view_Bx2 = jnp.stack([~second_B, second_B], axis=1)
+    return view_Bx2[:, :, None] & masked_BxP[:, None]
 
 
 def patch_statistics(X_BxPxk: Array) -> tuple[Array, Array]:

@@ -11,6 +11,7 @@ from jax import Array
 from crate_jax.analysis.layerwise import layer_scalars, layerwise
 from crate_jax.config import Mcr2Config, TrainConfig
 from crate_jax.data.rows import Rows
+from crate_jax.files import Json
 from crate_jax.models.cost import has_formula, multiply_adds
 from crate_jax.tasks.classify import Classify
 from crate_jax.tasks.projection import Embedder, Projection
@@ -22,8 +23,9 @@ from crate_jax.tasks.rates import (
     picture_of_cosines,
     unit,
 )
-from crate_jax.tasks.task import Batch, Extra, Images, Inside, Params, Scalars, Task
+from crate_jax.tasks.task import CLASSES, Batch, Extra, Images, Inside, Params, Scalars, Task
 
+_LABELS = "labels"  # of the facts: features are no outputs for classes
 _FACTORS = ("eps", "gamma1", "gamma2", "regularizer")  # of the loss
 
 
@@ -57,20 +59,6 @@ class Mcr2(Task):
     higher_is_better: ClassVar[bool] = True
     by_row: ClassVar[bool] = False
 
-    def __post_init__(self) -> None:
-        """Refuse views that are none, and factors that the theory of λ does not know."""
-        options = self.options
-        if options.mode == "self_supervised" and options.views < 2:
-            raise ValueError(
-                "mcr2.views must be at least 2 where mcr2.mode is self_supervised; got "
-                f"{options.views}. Set --config.mcr2.views."
-            )
-        if options.regularizer and (options.gamma1, options.gamma2) != (1, 1):
-            raise ValueError(
-                "mcr2.gamma1 and mcr2.gamma2 must be 1 where mcr2.regularizer is set; got "
-                f"{options.gamma1} and {options.gamma2}. Set mcr2.regularizer or these."
-            )
-
     @classmethod
     def from_config(cls, config: TrainConfig, num_classes: int | None = None) -> Self:
         """The task of a config; `num_classes` of its data, where they are known."""
@@ -100,14 +88,26 @@ class Mcr2(Task):
             ValueError: as `from_config` and `Classify.open`.
             KeyError, FileNotFoundError: the config names what does not exist.
         """
-        labels, rows = Classify.open(config, *splits)
-        task = cls.from_config(config, labels.model.num_classes)
-        if (count := task.options.views) > 1:
-            from crate_jax.data.images.views import Views  # with the libraries that decode images
+        return cls.reopen(config, *splits, facts={})
 
-            pairs = zip(rows, splits, strict=True)
-            rows = tuple(Views(images, count) if train else images for images, (_, train) in pairs)
-        return task, rows
+    @classmethod
+    def reopen(
+        cls, config: TrainConfig, *splits: tuple[str, bool], facts: Json
+    ) -> tuple[Self, tuple[Rows, ...]]:
+        """Where the facts name labels, those of the rows are numbered by name."""
+        # Here, because a machine that only trains on arrays has none of the libraries.
+        from crate_jax.data.images.views import repeated
+
+        named = {CLASSES: facts[_LABELS]} if _LABELS in facts else {}
+        labels, opened = Classify.reopen(config, *splits, facts=named)
+        rows: Any = opened  # LabelledImages
+        counts = (config.mcr2.views if train else 1 for _, train in splits)
+        return cls.from_config(config, labels.model.num_classes), tuple(map(repeated, rows, counts))
+
+    def facts(self, rows: Rows) -> Json:
+        """``labels``, their names in order, where they are known; ``examples``, ``listing``."""
+        names = getattr(rows, "class_names", ())
+        return super().facts(rows) | ({_LABELS: list(names)} if names else {})
 
     def step_flops(self) -> float:
         """Three times the forward pass of all views, of the models that have a formula."""

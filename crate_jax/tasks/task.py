@@ -4,6 +4,7 @@ Loop, evaluation, checkpoints, progress line and plan speak to this protocol. A 
 class that follows it, and one row in `crate_jax.tasks.TASKS`.
 """
 
+import math
 from typing import Any, ClassVar, NamedTuple, Protocol, Self
 
 from flax import linen as nn
@@ -35,6 +36,17 @@ class Inside(NamedTuple):
     model: Any
     variables: PyTree
     inputs: Array
+
+
+def length_of(config: TrainConfig, rows: Rows) -> tuple[int, int]:
+    """Optimizer steps of an epoch, and of the run.
+
+    Args:
+        config: reads batch_size, and total_steps or total_epochs.
+        rows: of training.
+    """
+    steps_per_epoch = max(1, len(rows) // config.batch_size)
+    return steps_per_epoch, config.total_steps or math.ceil(config.total_epochs * steps_per_epoch)
 
 
 class Task(Protocol):
@@ -126,6 +138,17 @@ class Task(Protocol):
     def init(self, key: Array) -> tuple[Params, Extra]:
         """Parameters and extra at step 0, a function of the key alone."""
         ...
+
+    def begun(self, params: Params, extra: Extra, others: Params) -> Extra:
+        """The extra at step 0 of a run that begins with parameters out of a file.
+
+        Args:
+            params: all of them.
+            extra: of `init`.
+            others: the model's other collections in that file, such as running statistics.
+        """
+        del params
+        return {**extra, **others} if others else extra
 
     def on_device(self, batch: Batch, key: Array) -> Batch:
         """What happens to a whole batch before it is cut into micro-batches: mixing, masks.

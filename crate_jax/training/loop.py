@@ -190,7 +190,7 @@ def restore_or_init(run: Run, checkpointer: Checkpointer) -> tuple[TrainState, S
         loaded = load_fitted(
             config.init_weights, model, fit=fit, method=method, key=run.key, facts=facts
         )
-        state = replace_params(state, loaded.params, loaded.extra)
+        state = replace_params(state, loaded.params, run.task.begun, loaded.extra)
         notes = [f"{config.init_weights} fitted: {change}" for change in loaded.report]
     return state, shardings, {"step": 0, "summary": {}, "notes": notes, FACTS: facts}
 

@@ -6,7 +6,6 @@ Training, evaluation, report and plan all begin with `set_up`, and take of it wh
 import contextlib
 import dataclasses
 import functools
-import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -36,7 +35,7 @@ from crate_jax.parallel import (
     start_processes,
 )
 from crate_jax.tasks import TASKS
-from crate_jax.tasks.task import Batch, Extra, Images, Params, Scalars, Task
+from crate_jax.tasks.task import Batch, Extra, Images, Params, Scalars, Task, length_of
 from crate_jax.training.optimizer import make_optimizer, make_schedule
 from crate_jax.training.state import TrainState
 from crate_jax.training.step import make_train_step
@@ -126,8 +125,7 @@ def set_up(
     task, rows = _open(config, splits, facts)
     schedule, total_steps = optax.constant_schedule(config.optim.lr), 0
     if "train" in rows:
-        steps_per_epoch = max(1, len(rows["train"]) // config.batch_size)
-        total_steps = config.total_steps or math.ceil(config.total_epochs * steps_per_epoch)
+        steps_per_epoch, total_steps = length_of(config, rows["train"])
         schedule = make_schedule(
             config.optim, total_steps=total_steps, steps_per_epoch=steps_per_epoch
         )

@@ -2,8 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable
 
 import flax.struct
 import jax
@@ -14,7 +13,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.typing import ArrayLike
 
 from crate_jax.files import Json
-from crate_jax.parallel import PyTree, Shardings, check_shares, place, state_shardings
+from crate_jax.parallel import Shardings, check_shares, place, state_shardings
 from crate_jax.tasks.task import Extra, Params, Task
 
 
@@ -89,7 +88,10 @@ def init_sharded(
 
 
 def replace_params(
-    state: TrainState, params: Params, extra: Mapping[str, PyTree] | None = None
+    state: TrainState,
+    params: Params,
+    begun: Callable[[Params, Extra, Params], Extra] | None = None,
+    others: Params | None = None,
 ) -> TrainState:
     """The state with other parameters (and average) of the same shapes, on the same devices.
 
@@ -97,16 +99,17 @@ def replace_params(
         state: a fresh state; its optimizer state is kept.
         params: tree of arrays, on the host or not. A branch of the state's parameters that it has
             not is kept: the head of an objective, behind a model that has none.
-        extra: branches of the state's extra that are replaced too, by name; None: none.
+        begun: the task's method, which makes the extra beside them; None: it stays.
+        others: for that: the other collections that came with the parameters; None: none did.
     """
-    ema_params, params = None, {**state.params, **params}
+    ema_params, extra = None, state.extra
+    params = {**state.params, **params}
     if state.ema_params is not None:
         ema_params = jax.tree.map(_in_place_of, params, state.ema_params)
     params = jax.tree.map(_in_place_of, params, state.params)
-    kept: Any = state.extra
-    for name, branch in (extra or {}).items():
-        kept = {**kept, name: jax.tree.map(_in_place_of, branch, kept[name])}
-    return dataclasses.replace(state, params=params, ema_params=ema_params, extra=kept)
+    if begun is not None:
+        extra = jax.tree.map(_in_place_of, begun(params, extra, others or {}), extra)
+    return dataclasses.replace(state, params=params, ema_params=ema_params, extra=extra)
 
 
 def _in_place_of(new: ArrayLike, old: Array) -> Array:

@@ -5,6 +5,7 @@ import json
 import cv2
 import numpy as np
 import pytest
+from command import TINY, run
 
 from crate_jax import load_weights, save_weights
 from crate_jax.checkpoint.reading import read_trained
@@ -92,6 +93,55 @@ def test_weights(workdir, call, tmp_path):
     assert "decoder" in read_trained(workdir, "latest")[0]
 
 
+def test_how_much_is_hidden_and_how_it_is_told(workdir, call, tmp_path):
+    output = tmp_path / "half.png"
+    assert call("reconstruct", "--workdir", workdir, "--ratio", 0.5, "--output", output)[0] == 0
+    shown = cv2.imread(str(output), cv2.IMREAD_GRAYSCALE)
+    original, masked, _ = np.split(shown[::8, ::8].astype(int), 3, axis=1)
+    assert (masked != original).reshape(16, 8, 2, 8).any(axis=(1, 3)).mean() == 0.5
+    model = build_model(config("masked_autoencoding", decoder_depth=1).model)
+    save_weights(tmp_path / "mae.safetensors", load_weights(workdir, model), model)
+    given = ["--weights", tmp_path / "mae.safetensors", "--model", NAME, "--dataset", "digits"]
+    fields = [f"{name}={value}".replace(" ", "") for name, value in FIELDS.items()]
+    given += ["--transforms", "resize(16)", "--model-kwargs", *fields, "decoder_depth=1"]
+    pictures = []
+    for flags in ([], ["--not-normalized"]):
+        assert call("reconstruct", *given, *flags, "--output", output)[0] == 0
+        pictures.append(cv2.imread(str(output), cv2.IMREAD_GRAYSCALE)[::8, ::8])
+    differ = np.any(pictures[0] != pictures[1], axis=0)
+    assert differ[32:].any() and not differ[:32].any()  # of the third picture alone
+    for arguments, message in (
+        (
+            ["--ratio", "0.99"],
+            "error: masking.ratio must leave a patch and hide one of the 4 of an",
+        ),
+        (["--ratio", "1.5"], "error: masking.ratio must be > 0 and < 1; got 1.5."),
+        (["--not-normalized"], "error: --not-normalized must go with --weights; a run knows."),
+    ):
+        status, found, err = call("reconstruct", "--workdir", workdir, *arguments)
+        assert (status, found) == (2, None) and err.startswith(message) and err.count("\n") == 1
+
+
+def test_the_encoder_of_a_run_is_fine_tuned_by_the_command_line(workdir, tmp_path):
+    flags = [*TINY, "--config.model.name=" + NAME, "--config.model.decoder_depth=0"]
+    flags += ["--config.model.width=16", "--config.model.depth=1", "--config.model.num_heads=2"]
+    flags += [
+        f"--config.init_weights={workdir}",
+        "--config.init_fit=head",
+        "--config.total_steps=4",
+    ]
+    pool = "--config.model.pool=cls"
+    status, out, err = run("train.py", f"--workdir={tmp_path / 'tuned'}", *flags, pool)
+    assert status == 0, err
+    assert 0 <= json.loads(out.splitlines()[-1])["test/top1"] <= 1
+    for line in ("decoder, mask_token: left aside, for the model has none", "head: new, for 10 cl"):
+        assert f"fitted: {line}" in err
+    tuned, trained = (read_trained(folder, "latest")[0] for folder in (tmp_path / "tuned", workdir))
+    moved = np.abs(tuned["blocks"]["ista"]["D"] - trained["blocks"]["ista"]["D"]).max()
+    assert 0 < moved < 0.05, "it starts from the pre-trained encoder"
+    assert tuned["head"]["kernel"].shape == (16, 10) and "decoder" not in tuned
+
+
 def test_pictures_without_labels(workdir, call, tmp_path):
     """They train it, and are reconstructed, in whatever folders they lie."""
     rng = np.random.default_rng(0)
@@ -104,8 +154,8 @@ def test_pictures_without_labels(workdir, call, tmp_path):
     made.data.train_split, made.data.eval_split = "photos", "photos/0"
     assert train(made, tmp_path / "run")["test/examples"] == 7
     given = ["--dataset", "folder", "--data_dir", tmp_path / "photos", "--split", "."]
-    for run in (workdir, tmp_path / "run"):
-        status, found, err = call("reconstruct", "--workdir", run, *given)
+    for trained in (workdir, tmp_path / "run"):
+        status, found, err = call("reconstruct", "--workdir", trained, *given)
         assert status == 0 and found["images"] == 8, err
     assert cv2.imread(found["output"]).shape == (8 * 128, 3 * 128, 3)
     status, _, err = call("reconstruct", "--workdir", workdir, *given[:-1], "phots")

@@ -19,7 +19,7 @@ from crate_jax.training.loop import train
 TINY = dict(context_length=5, vocab_size=7, width=6, depth=2, num_heads=2)
 MODEL = CrateLM(**TINY)
 KWARGS = ["--model-kwargs", *(f"{name}={value}" for name, value in TINY.items())]
-NO_TASK = "of text. There is no next-token task yet: choose a model of images."
+NO_TASK = "of text. Choose a model of images, or the task next_token."
 
 
 @pytest.fixture

@@ -237,6 +237,10 @@ def test_a_file_that_states_lambda_counts_for_more_than_its_name(params, tmp_pat
     ("fields", "message"),
     [
         (dict(width=6), "model.width must be a multiple of 4, for sines and cosines"),
+        (
+            dict(position_size=(20, 24)),
+            "model.position_size must be a multiple of model.patch_size; got 20x24 and 8x8",
+        ),
         (dict(num_classes=3), "model.decoder_depth must be 0 for a model that classifies; got 1"),
     ],
 )

@@ -12,8 +12,7 @@ import numpy as np
 import pytest
 
 from crate_jax import CrateMae, analysis, load_weights, save_weights
-from crate_jax.interop import to_state_dict
-from crate_jax.models.embedding import grid_positions, resize_positions_as_official_maps
+from crate_jax.interop import load_fitted, to_state_dict
 from crate_jax.tasks.masked_autoencoding import MaskedAutoencoding
 from crate_jax.tasks.masking import hidden_patches
 
@@ -128,25 +127,38 @@ def test_loss_and_every_gradient(case):
 
 
 def test_another_image_size_with_the_official_positions(case):
-    """There the table is resized; here it is computed, unless a subclass says otherwise."""
-    rows, columns = case.config["large_image_size"]
-    grid = (rows // case.config["patch_size"], columns // case.config["patch_size"])
-
-    class Resized(CrateMae):
-        def positions(self, N, d):
-            return resize_positions_as_official_maps(grid_positions((4, 4), d), (4, 4), grid)
-
-    sizes = {name: getattr(case.model, name) for name in ("width", "depth", "num_heads", "lmbda")}
-    model = Resized((rows, columns), case.config["patch_size"], 0, **sizes)
+    """There the table is resized; here it is computed, unless a field says otherwise."""
+    large = dict(image_size=tuple(case.config["large_image_size"]), decoder_depth=0)
+    model = case.model.clone(**large, position_size=case.config["img_size"])
+    encoder = jax.tree.map(jnp.asarray, load_weights(case.path, model))
     assert relative(model.positions(0, model.width), case.expected["large/pos_embed"][0]) <= 1e-5
     images = nhwc(case.expected["large/images_nchw"])
-    encoder = {k: v for k, v in case.params.items() if k not in ("decoder", "mask_token")}
     _, seen = jax.jit(lambda p, x: analysis.taps(model, p, x))(encoder, images)
     expected = case.expected["large/attention_enc_last"]
     assert relative(seen["attention"][-1], expected) <= 1e-5
     keys = seen["subspace_tokens"][-1]
     expected = case.expected["large/key_enc_last"]
     assert relative(keys.reshape(*keys.shape[:2], -1), expected) <= 1e-5
+
+
+def test_another_image_size_must_be_said(case, tmp_path):
+    """By the size that positions are resized from, or by asking for positions of the new one."""
+    large = dict(image_size=tuple(case.config["large_image_size"]), decoder_depth=0)
+    model = case.model.clone(**large)
+    with pytest.raises(ValueError, match=r"image size; decoder_pos_embed tells of another\. Set"):
+        load_weights(case.path, model)
+    loaded = load_fitted(case.path, model, fit=("image_size",))
+    assert "decoder_pos_embed: left aside, the model computes its own" in loaded.report
+    with pytest.raises(ValueError, match=r"^method must be right .*\. Set model\.position_size\.$"):
+        load_weights(case.path, model, fit=("image_size",), method="official_maps")
+    save_weights(tmp_path / "own.safetensors", case.params, case.model)
+    resized = model.clone(position_size=case.config["img_size"])
+    own = load_fitted(tmp_path / "own.safetensors", resized, fit=("image_size",))
+    jax.tree.map(np.testing.assert_array_equal, own.params, loaded.params)
+    save_weights(tmp_path / "large.pth", own.params, resized)  # with the table that is resized
+    saved = torch.load(tmp_path / "large.pth", weights_only=True)["decoder_pos_embed"]
+    official = torch.load(case.path, weights_only=True)["model"]["decoder_pos_embed"]
+    np.testing.assert_allclose(saved, official, rtol=0, atol=1e-6)
 
 
 def test_saved_back_the_official_model_takes_it(case, tmp_path):

@@ -5,6 +5,7 @@ import json
 import math
 from pathlib import Path
 
+import cv2
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -12,9 +13,10 @@ import pytest
 
 from crate_jax import Crate, create_model
 from crate_jax.checkpoint.reading import restore_trained
+from crate_jax.cli import main as cli
 from crate_jax.config import DataConfig, Mcr2Config, ModelConfig, OptimConfig, TrainConfig
 from crate_jax.data.images.labelled import open_labelled_images
-from crate_jax.data.images.views import Views
+from crate_jax.data.images.views import repeated
 from crate_jax.evaluation.sums import add_up
 from crate_jax.objective import class_coding_rate, coding_rate
 from crate_jax.tasks import TASKS
@@ -292,22 +294,29 @@ def test_running_statistics_of_a_backbone_are_kept(images):
     assert any(jax.tree.leaves(changed))
 
 
-def test_a_row_holds_several_views():
+@pytest.mark.parametrize("encoded", [False, True])
+def test_a_row_holds_several_views(encoded, tmp_path):
     data = config().data
-    images = open_labelled_images(
-        data, "train", train=True, image_shape=(16, 16, 1), num_classes=10
-    )
-    rows = Views(images, 3)
-    assert len(rows) == len(images) and rows.name == images.name == "digits/train"
-    assert rows.listing == images.listing
-    row = rows.row(5, np.random.default_rng(0))
+    if encoded:
+        pixels = np.random.default_rng(0).integers(0, 256, (20, 24)).astype(np.uint8)
+        for name in "ab":
+            (tmp_path / "train" / name).mkdir(parents=True)
+            cv2.imwrite(str(tmp_path / "train" / name / "0.png"), pixels)
+        data = dataclasses.replace(data, dataset="folder", data_dir=str(tmp_path))
+    size = dict(image_shape=(16, 16, 1), num_classes=10)
+    images = open_labelled_images(data, "train", train=True, **size)
+    rows = repeated(images, 3)
+    assert repeated(images, 1) is images
+    assert len(rows) == len(images) and rows.listing == images.listing
+    assert rows.class_names == images.class_names
+    row, rng = rows.row(1, np.random.default_rng(0)), np.random.default_rng(0)
     assert {name: (x.shape, x.dtype) for name, x in row.items()} == {
         name: (shape.shape, shape.dtype) for name, shape in rows.shapes.items()
     }
-    assert row["label"] == images.row(5, np.random.default_rng(0))["label"]
+    expected = [images.row(1, rng) for _ in range(3)]  # the random numbers go on
+    np.testing.assert_array_equal(row["image"], [one["image"] for one in expected])
+    assert row["label"] == expected[0]["label"]
     assert len({view.tobytes() for view in row["image"]}) == 3
-    np.testing.assert_array_equal(row["image"][0], images.row(5, np.random.default_rng(0))["image"])
-    np.testing.assert_array_equal(row["image"], rows.row(5, np.random.default_rng(0))["image"])
 
 
 # --- runs -----------------------------------------------------------------------------------------
@@ -323,6 +332,27 @@ def test_a_run_without_labels(tmp_path):
         summary["test/rate"] - summary["test/class_rate"]
     )
     assert 0 < summary["test/cosine"] <= 1
+    args = cli.parse(["report", f"--workdir={tmp_path}"])
+    assert args.function(args)["shown"] == ["cosines"]
+    picture = cv2.imread(str(tmp_path / "cosines.png"), cv2.IMREAD_UNCHANGED)
+    assert picture.shape == (104, 104) and not picture.diagonal().any()  # black: 1
+
+
+def test_labels_keep_their_numbers(tmp_path):
+    """A split whose classes are some of those that were trained on, in another order."""
+    for split, names in (("train", "abc"), ("some", "cb")):
+        for name in names:
+            (tmp_path / split / name).mkdir(parents=True)
+            pixels = np.full((16, 16), ord(name), np.uint8)
+            cv2.imwrite(str(tmp_path / split / name / "0.png"), pixels)
+    data = DataConfig(dataset="folder", data_dir=str(tmp_path), eval_split="some")
+    made = config(batch_size=8, eval_batch_size=8, data=data)
+    task, (rows,) = Mcr2.open(made, ("train", True))
+    facts = task.facts(rows)
+    assert facts["labels"] == ["a", "b", "c"] and facts["examples"] == 3
+    again, (some,) = Mcr2.reopen(made, ("some", False), facts=facts)
+    assert again.num_classes == 3
+    assert {int(some.row(i, np.random.default_rng(0))["label"]) for i in range(2)} == {1, 2}
 
 
 def test_a_backbone_goes_from_classes_to_features_and_back(tmp_path):
@@ -354,7 +384,7 @@ def test_a_backbone_goes_from_classes_to_features_and_back(tmp_path):
         (
             dict(regularizer=0.01, gamma1=2.0),
             "mcr2.gamma1 and mcr2.gamma2 must be 1 where mcr2.regularizer is set; got 2.0 and 1.0. "
-            "Set mcr2.regularizer or these.",
+            "Set --config.mcr2.regularizer=0, or these to 1.",
         ),
         (
             dict(regularizer=0.7, dimension=16),

@@ -1,5 +1,7 @@
 """Clipping by tensor, rates by layer, a decay that moves: against PyTorch, tensor by tensor."""
 
+import contextlib
+import dataclasses
 import math
 
 import jax
@@ -12,8 +14,11 @@ import crate_jax
 from crate_jax.config import OptimConfig
 from crate_jax.interop.layouts.vit import TIMM
 from crate_jax.interop.tree import flatten, nest, tree_of
+from crate_jax.parallel import make_mesh, replicated
 from crate_jax.training.layerwise import clip_each, layer_rates
 from crate_jax.training.optimizer import make_decay, make_optimizer, make_schedule
+from crate_jax.training.run import batches_after, jit_train_step, set_up
+from crate_jax.training.state import init_sharded
 
 DEPTH, STEPS = 3, 6
 VIT = crate_jax.create_model(
@@ -124,7 +129,8 @@ def test_rates_of_a_backbone_that_lies_deeper_and_of_what_is_no_layer():
                 "projection": {"kernel": jnp.zeros((2, 4))},
                 "stem": {"stage_0": {"norm": {"bias": jnp.zeros(4)}}},
             },
-            "mask_token": jnp.zeros(4),
+            "register_tokens": jnp.zeros((2, 4)),
+            "head": {"mask_token": jnp.zeros(4), "linear0": {"bias": jnp.zeros(4)}},
             "blocks": {"mssa": {"U": jnp.zeros((2, 4, 1, 3))}, "tau": jnp.zeros(2)},
             "head_norm": {"bias": jnp.zeros(4)},
         },
@@ -139,7 +145,8 @@ def test_rates_of_a_backbone_that_lies_deeper_and_of_what_is_no_layer():
                 "projection": {"kernel": [[0.125 * 0.2]]},
                 "stem": {"stage_0": {"norm": {"bias": [0.125 * 0.2]}}},
             },
-            "mask_token": [0.125],
+            "register_tokens": [[0.125]],
+            "head": {"mask_token": [0.125], "linear0": {"bias": [1.0]}},
             "blocks": {"mssa": {"U": [[[[0.25]]], [[[0.5]]]]}, "tau": [0.25, 0.5]},
             "head_norm": {"bias": [1.0]},
         },
@@ -182,3 +189,20 @@ def test_what_is_unset_leaves_no_trace_in_the_state():
     ):
         tx = make_optimizer(OptimConfig(**fields), lambda step: 0.1)
         assert jax.tree.structure(tx.init(params)) != plain, fields
+
+
+def test_a_mesh_that_splits_the_parameters_takes_the_same_steps(tiny_config):
+    fields = dict(clip_each=0.05, layer_decay=0.5, patch_lr_scale=0.2, end_weight_decay=0.4)
+    config = tiny_config(**{f"optim__{name}": value for name, value in fields.items()})
+    alone = set_up(config, "train", devices=jax.devices()[:1])
+    found = []
+    for run in (alone, dataclasses.replace(alone, mesh=make_mesh("data:2,fsdp:4"))):
+        state, shardings = init_sharded(run.task, run.tx, run.key, run.mesh)
+        step, key = jit_train_step(run, shardings), jax.device_put(run.key, replicated(run.mesh))
+        with contextlib.closing(batches_after(run, 0)) as batches:
+            for _ in range(3):
+                state, _ = step(state, next(batches), key)
+        found.append(jax.device_get(state.params))
+    start = jax.device_get(alone.task.init(alone.key)[0])
+    assert np.abs(found[0]["head"]["kernel"] - start["head"]["kernel"]).max() > 1e-4
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5), *found)

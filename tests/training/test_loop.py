@@ -28,14 +28,18 @@ from crate_jax.config import (
     OptimConfig,
     ParallelConfig,
     PenaltyConfig,
+    SimDinoConfig,
+    TextConfig,
     TrainConfig,
 )
 from crate_jax.data.stores.sources import open_source
+from crate_jax.data.text.rows import open_text
 from crate_jax.interop.resize import METHODS
 from crate_jax.options import option_of
 from crate_jax.parallel import start_processes
 from crate_jax.tasks.masked_autoencoding import MaskedAutoencoding
 from crate_jax.tasks.mcr2 import Mcr2
+from crate_jax.tasks.simdino import SimDino
 from crate_jax.training.loop import open_checkpoints, restore_or_init, train
 from crate_jax.training.run import evaluate_split, set_up
 from crate_jax.training.workdir import write_config
@@ -306,6 +310,7 @@ def test_every_field_of_the_config_is_read(four_steps, tiny_config, tmp_path, ph
     convert(prepared, tmp_path / "tfrecord", "tfrecord")
     read = set()
     classes = (TrainConfig, DataConfig, OptimConfig, PenaltyConfig, MaskingConfig, ParallelConfig)
+    classes += (SimDinoConfig, TextConfig)
 
     def spy(cls):
         names = {field.name for field in dataclasses.fields(cls)}
@@ -338,6 +343,9 @@ def test_every_field_of_the_config_is_read(four_steps, tiny_config, tmp_path, ph
         mcr2 = Mcr2.from_config(load_recipe("digits:mcr2"))
         key = jax.random.key(0)
         jax.eval_shape(mcr2.loss, *jax.eval_shape(mcr2.init, key), mcr2.blank(), key)
+        SimDino.open(load_recipe("digits:simdino"), ("train", True))
+        sizes = dict(train=True, context=8, vocab_size=257)
+        assert open_text(DataConfig(dataset="pydoc"), TextConfig(), "train", **sizes)
         records = DataConfig(dataset="photos", data_dir=str(tmp_path / "tfrecord"))
         assert len(open_source(records, "train", image_shape=(8, 8, 3), num_classes=1)) == 1
     # The section of the model is unpacked whole, and tests/models/test_zoo.py sees who reads it.

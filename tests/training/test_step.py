@@ -1,5 +1,6 @@
 """The pure step: its loss by value, its options, and one result on every layout of devices."""
 
+import dataclasses
 import functools
 import json
 from pathlib import Path
@@ -308,6 +309,24 @@ def test_replaced_parameters_reach_the_average():
     for tree in (replaced.params, replaced.ema_params):
         assert all(bool((x == 1).all()) for x in jax.tree.leaves(tree))
     assert replaced.params["head"]["bias"].sharding == state.params["head"]["bias"].sharding
+
+
+def test_replaced_parameters_reach_what_follows_them():
+    """A branch that the file has not is kept, and the extra is made of all parameters."""
+    mesh = make_mesh("data:2,fsdp:4")
+    state, _ = init_sharded(Classify(MODEL), optax.adamw(1e-3), jax.random.key(1), mesh)
+    teacher = jax.tree.map(jnp.zeros_like, state.params)
+    state = dataclasses.replace(state, extra={"teacher": teacher, "count": jnp.zeros(())})
+    given = jax.device_get({k: v for k, v in state.params.items() if k != "head"})
+    given = jax.tree.map(np.ones_like, given)
+    replaced = replace_params(state, given, lambda params, extra, _: extra | {"teacher": params})
+    jax.tree.map(np.testing.assert_array_equal, replaced.extra["teacher"], replaced.params)
+    head = replaced.extra["teacher"].pop("head")
+    jax.tree.map(np.testing.assert_array_equal, head, state.params["head"])
+    assert all(bool((x == 1).all()) for x in jax.tree.leaves(replaced.extra["teacher"]))
+    assert replaced.extra["count"].sharding == state.extra["count"].sharding
+    shardings = (x.params["blocks"]["mssa"]["U"].sharding for x in (state, replaced))
+    assert len(set(shardings)) == 1
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "lion"])

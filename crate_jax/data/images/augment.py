@@ -153,11 +153,15 @@ def color_jitter(
     contrast: float = 0.0,
     saturation: float = 0.0,
     hue: float = 0.0,
+    probability: float = 1.0,
 ) -> np.ndarray:
     """Change four properties in random order: factors within 1 ± amount (not below 0), hue ± hue.
 
-    Hue is a share of the circle, at most 0.5.
+    Hue is a share of the circle, at most 0.5. With a probability below 1 some images stay as they
+    are.
     """
+    if probability < 1 and rng.random() >= probability:
+        return image
     for i in rng.permutation(4):
         if i == 3 and hue:
             image = color.adjust_hue(image, rng.uniform(-hue, hue))

@@ -8,6 +8,7 @@ import jax
 import numpy as np
 
 from crate_jax.config import DataConfig
+from crate_jax.data.images.decode import EncodedImage
 from crate_jax.data.images.pipeline import Pipeline, make_pipeline
 from crate_jax.data.rows import BadExampleError, Row, good_row, patiently
 from crate_jax.data.stores.sources import Source, check_known_classes, open_source
@@ -110,8 +111,25 @@ class LabelledImages:
         if not 0 <= label < self.source.num_classes:
             last = self.source.num_classes - 1
             raise BadExampleError(f"{name} must have a label of 0 … {last}; got {label}. Mend it.")
-        pixels = self.pipeline(example["image"], rng, name=name)
-        return {"image": pixels, "label": np.array(self._labels[label], np.int32)}
+        label = np.array(self._labels[label], np.int32)
+        return {**self.views(example["image"], rng, name), "label": label}
+
+    def views(self, image: bytes | np.ndarray, rng: np.random.Generator, name: str) -> Row:
+        """What a row shows of an image.
+
+        Args:
+            image: as it is stored.
+            rng: of the transforms.
+            name: what errors call the image.
+        """
+        return {"image": self.pipeline(image, rng, name=name)}
+
+    def decoded(self, image: bytes | np.ndarray, name: str) -> np.ndarray:
+        """An image as it is stored, or its pixels, for several views of it."""
+        if isinstance(image, np.ndarray):
+            return image
+        channels = self.pipeline.image_shape[-1]
+        return EncodedImage(image, channels=channels, name=name, fast=self.pipeline.fast).pixels()
 
 
 def open_labelled_images(

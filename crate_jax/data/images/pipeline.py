@@ -81,6 +81,21 @@ def make_pipeline(data: DataConfig, image_shape: Sequence[int], *, train: bool) 
     """
     field = "data.train_transforms" if train else "data.eval_transforms"
     spec = data.train_transforms if train else data.eval_transforms
+    return pipeline_of(spec, field, image_shape, fast=train)
+
+
+def pipeline_of(spec: str, field: str, image_shape: Sequence[int], *, fast: bool) -> Pipeline:
+    """The pipeline of some transforms, to images of a shape (H, W, c).
+
+    Args:
+        spec: as of `parse_transforms`, and so is `field`.
+        field: likewise.
+        image_shape: (H, W, c) that must come out.
+        fast: of `Pipeline`.
+
+    Raises:
+        KeyError, ValueError: the transforms are misspelt.
+    """
     height, width, channels = image_shape
     transforms = tuple(parse_transforms(spec, field, channels=channels))
-    return Pipeline(transforms, (height, width, channels), field, fast=train)
+    return Pipeline(transforms, (height, width, channels), field, fast=fast)

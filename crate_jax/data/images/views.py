@@ -6,48 +6,39 @@ from collections.abc import Mapping
 import jax
 import numpy as np
 
-from crate_jax.data.rows import Row, Rows
+from crate_jax.data.images.labelled import LabelledImages
+from crate_jax.data.rows import Row
 
 
-@dataclasses.dataclass(frozen=True)
-class Views:
-    """Each image as often as one wants, every time augmented anew; a `crate_jax.data.rows.Rows`.
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RepeatedImages(LabelledImages):
+    """Each image as often as one wants, augmented anew each time; a `crate_jax.data.rows.Rows`.
 
     A row holds all views of an image, so that they meet in a batch on any number of processes.
 
-    Attributes:
-        images: of one view each.
+    Attributes: as of `LabelledImages`, and
         count: V, how many views a row has.
     """
 
-    images: Rows
     count: int
-
-    @property
-    def name(self) -> str:
-        """What errors and logs call the rows."""
-        return self.images.name
-
-    @property
-    def listing(self) -> str:
-        """That of the images, if they have one."""
-        return getattr(self.images, "listing", "")
 
     @property
     def shapes(self) -> Mapping[str, jax.ShapeDtypeStruct]:
         """Of one row: "image" (V, H, W, c) uint8 and "label" () int32."""
-        shapes = dict(self.images.shapes)
-        one = shapes["image"]
-        return shapes | {"image": jax.ShapeDtypeStruct((self.count, *one.shape), one.dtype)}
+        shape = (self.count, *self.pipeline.image_shape)
+        return {**super().shapes, "image": jax.ShapeDtypeStruct(shape, np.uint8)}
 
-    def __len__(self) -> int:
-        return len(self.images)
+    def views(self, image: bytes | np.ndarray, rng: np.random.Generator, name: str) -> Row:
+        """The views, of which each draws its own random numbers; the image is decoded once."""
+        image = self.decoded(image, name)
+        seen = [self.pipeline(image, rng, name=name) for _ in range(self.count)]
+        return {"image": np.stack(seen)}
 
-    def row(self, index: int, rng: np.random.Generator) -> Row:
-        """Read and transform one image as often.
 
-        Raises:
-            BadExampleError, FailingSystemError: as of one view.
-        """
-        views = [self.images.row(index, rng) for _ in range(self.count)]
-        return views[0] | {"image": np.stack([view["image"] for view in views])}
+def repeated(images: LabelledImages, count: int) -> LabelledImages:
+    """Rows of so many views; those given for one."""
+    if count == 1:
+        return images
+    return RepeatedImages(
+        source=images.source, pipeline=images.pipeline, classes=images.classes, count=count
+    )

@@ -26,7 +26,7 @@ class Tree(NamedTuple):
         patch: rows, columns and channels of a patch, which our projection holds on one axis; None:
             the model has no patches.
         collections: that the model has beside its parameters.
-        grid: patches down and across; None: the model has none.
+        grid: patches down and across, of those with fixed positions; None: the model has none.
     """
 
     shapes: Shapes
@@ -165,6 +165,11 @@ class Layout:
             if np.shape(given) == value.shape and not np.allclose(given, value, rtol=0, atol=1e-6):
                 raise ValueError(f"{name} must be as the model computes it; it is not.")
         return found
+
+    def of_other_grids(self, arrays: Mapping[str, np.ndarray], tree: Tree) -> list[str]:
+        """Which constants are those of another grid of patches."""
+        constants = self._constants(tree) if tree.grid is not None else {}
+        return [k for k, v in constants.items() if k in arrays and arrays[k].shape != v.shape]
 
     def _copies(self, tree: Tree) -> Mapping[str, str]:
         """Those that are no parameters of the model."""

@@ -1,0 +1,58 @@
+"""A trained model alone, without the data that it was trained on."""
+
+import argparse
+from typing import NamedTuple
+
+from crate_jax.cli.arguments import default_data, named_model, saved_run
+from crate_jax.config import DataConfig
+from crate_jax.files import located
+from crate_jax.models.classifier import ImageClassifier
+from crate_jax.models.parameters import Variables
+
+
+class Frozen(NamedTuple):
+    """What `open_frozen` returns.
+
+    Attributes:
+        model: of images.
+        variables: what ``model.apply`` takes.
+        data: how its images are normalised.
+        step: of a run's checkpoint; None: the weights are of a file.
+    """
+
+    model: ImageClassifier
+    variables: Variables
+    data: DataConfig
+    step: int | None
+
+
+def open_frozen(args: argparse.Namespace, command: str) -> Frozen:
+    """The model of --workdir and --step, or of --weights and --model.
+
+    Args:
+        args: of a command with the flags of `crate_jax.cli.runs.add_source`, --model and
+            --model-kwargs.
+        command: for errors.
+
+    Raises:
+        ValueError, KeyError, FileNotFoundError: what the user can mend.
+    """
+    from crate_jax.checkpoint.folder import FOLDER
+    from crate_jax.interop import load_fitted
+    from crate_jax.models.classifier import of_images
+
+    if bool(args.workdir) == bool(args.weights):
+        raise ValueError(f"{command} must get one of --workdir and --weights. See --help.")
+    if args.workdir and args.model:
+        raise ValueError("--model must go with --weights; a run knows its own. Leave it out.")
+    if args.weights and args.step:
+        raise ValueError("--step must go with --workdir. Leave it out.")
+    path, step, data = args.weights, None, None
+    if args.workdir:
+        config, _, step = saved_run(args.workdir, args.step or "latest")
+        data = config.data
+        path = str(located(args.workdir, "--workdir") / FOLDER / str(step))
+    loaded = load_fitted(path, named_model(args))
+    model = of_images(loaded.model)
+    variables = {"params": loaded.params, **loaded.extra}
+    return Frozen(model, variables, data or default_data(model), step)

@@ -1,0 +1,44 @@
+"""A run of any objective is weights of its model: what lies behind the model is left aside."""
+
+import jax
+import numpy as np
+import pytest
+from objectives import RECIPES, small
+
+from crate_jax.checkpoint.reading import read_trained
+from crate_jax.cli.main import main
+from crate_jax.interop import load_fitted
+from crate_jax.interop.tree import flatten
+from crate_jax.training.loop import train
+
+
+@pytest.mark.parametrize("task", RECIPES)
+def test_a_run_states_its_model(task, tmp_path):
+    workdir = tmp_path / "run"
+    train(small(task, total_steps=2, batch_size=16, checkpoint_every_steps=2), workdir)
+    trained, extra, _ = read_trained(workdir, "latest")
+    trees = {"": trained}
+    if "teacher" in extra:
+        trees = {"": extra["teacher"]["params"], "student": trained}
+        trees["teacher"] = trees[""]
+    for which, tree in trees.items():
+        loaded = load_fitted(workdir, None, which=which)
+        found, expected = flatten(loaded.params), flatten(tree)
+        kept = {path for path in expected if loaded.model.num_classes or path[:5] != "head/"}
+        assert found.keys() == kept
+        for path in kept:
+            np.testing.assert_array_equal(found[path], expected[path], err_msg=path)
+        aside = "head: left aside, for the model has none (num_classes=0)" in loaded.report
+        assert aside == (kept != expected.keys())
+    images = jax.numpy.zeros((1, *loaded.model.input_shape))
+    out = loaded.model.apply({"params": loaded.params}, images, train=False)
+    assert out.shape == (1, loaded.model.num_classes or loaded.model.width)
+    with pytest.raises(ValueError, match="run must hold weights under pupil; it has none"):
+        load_fitted(workdir, None, which="pupil")
+    if len(trees) > 1:
+        moved = flatten(trees[""]).values(), flatten(trees["student"]).values()
+        assert any(np.any(a != b) for a, b in zip(*moved, strict=True))
+        target = tmp_path / "student.npz"
+        assert main(["convert", f"--from={workdir}", f"--to={target}", "--which=student"]) == 0
+        with np.load(target) as file:
+            np.testing.assert_array_equal(file["blocks/mssa/U"], trained["blocks"]["mssa"]["U"])
