@@ -96,13 +96,14 @@ class Page:
     def _plate(self, picture: Picture, name: str, label: str) -> Json:
         """A picture as the template takes it; its data is written."""
         self.count += 1
+        inches = picture.figure.get_figwidth()
         write_csv(picture, self._data / f"{name}.csv")
         return {
             "svg": inline_svg(picture, name),
             "alt": picture.alt,
             "csv": f"{name}.csv",
             "label": label,
-            "small": picture.figure.get_figwidth() < 4.6,
+            "size": "few" if inches < 4.6 else "broad" if inches > 7.5 else "",
         }
 
     def _training(self) -> None:
@@ -195,7 +196,7 @@ class Page:
     def _verdicts(self, found: Found) -> list[tuple[str, list[str]]]:
         """What the layers do, in words, trained, on the test split."""
         labels = list(found) if len(self.runs) > 1 else ["test"]
-        said = [(label, verdict(found[label])) for label in labels]
+        said = [(label, [x.replace("R^c", "Rᶜ") for x in verdict(found[label])]) for label in labels]
         return [(label, lines) for label, lines in said if lines]
 
     def _pictures(self, of: Of) -> None:
@@ -211,6 +212,7 @@ class Page:
                     continue
                 file = figure if len(self.runs) == 1 else f"{figure}_{place + 1}"
                 pictures.append(self._plate(picture, file, of.title))
+            absent = list(dict.fromkeys(absent))
             columns.append({"run": name, "pictures": pictures, "absent": absent})
             reasons += absent
         if any(column["pictures"] for column in columns):
