@@ -7,9 +7,8 @@ import numpy as np
 
 from crate_jax.analysis.figures import Measure
 from crate_jax.cli.examples import as_floats
-from crate_jax.cli.measuring import COMPRESSION, GEOMETRY, HALVES, as_curves, measured
+from crate_jax.cli.measuring import COMPRESSION, GEOMETRY, HALVES, as_curves, measured, named
 from crate_jax.cli.specimen import SHOWN, NotThere, Specimen
-from crate_jax.files import Json
 
 if TYPE_CHECKING:  # they need matplotlib
     from crate_jax.analysis.figures import Picture
@@ -163,7 +162,10 @@ def curves(runs: list[Specimen], asked: Asked) -> "Picture":
     from crate_jax.analysis.figures import curves as draw
 
     del asked
-    return draw(_logs(runs), "loss")
+    logs = {name: run.metrics for name, run in named(runs).items()}
+    if not any(x.endswith("/loss") for lines in logs.values() for line in lines for x in line):
+        raise NotThere(f"{runs[0].workdir} must have a loss in metrics.jsonl; it has none.")
+    return draw(logs, "loss")
 
 
 def confusion(runs: list[Specimen], asked: Asked) -> "Picture":
@@ -270,10 +272,3 @@ def _operators(run: Specimen) -> str:
     """Such as MSSA + ISTA."""
     parts = (run.model.attention_part, run.model.nonlinearity_part)
     return " + ".join(part.name.upper() for part in parts if part)
-
-
-def _logs(runs: list[Specimen]) -> dict[str, list[Json]]:
-    """The metrics of every run, by a name of its own."""
-    names = [run.name for run in runs]
-    unique = [n if names.count(n) == 1 else r.workdir for n, r in zip(names, runs, strict=True)]
-    return {name: run.metrics for name, run in zip(unique, runs, strict=True)}

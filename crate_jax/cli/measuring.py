@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from crate_jax.analysis import Measured, measure, measured_of
+from crate_jax.analysis.decoder import DecoderLayers
 from crate_jax.analysis.figures import Curve, Measure
 from crate_jax.cli.specimen import Specimen
 
@@ -48,14 +49,31 @@ def measured(runs: Sequence[Specimen], names: Sequence[str] = tuple(m.name for m
         names: of the measures; those that a model does not have are left out.
     """
     if len(runs) > 1:
-        names_of = [run.name for run in runs]
-        unique = len(set(names_of)) == len(runs)
-        labels = names_of if unique else [run.workdir for run in runs]
-        return {x: _of(run, names) for x, run in zip(labels, runs, strict=True)}
+        return {name: _of(run, names) for name, run in named(runs).items()}
     (run,) = runs
     found = {"test": _of(run, names), "train": _of(run, names, train=True)}
     if run.beginning is not None:
         found["before training"] = _of(run, names, first=True)
+    return found
+
+
+def named(runs: Sequence[Specimen]) -> dict[str, Specimen]:
+    """The runs by names that tell them apart."""
+    for names in ([run.name for run in runs], [run.workdir for run in runs]):
+        if len(set(names)) == len(runs):
+            return dict(zip(names, runs, strict=True))
+    return {f"{run.workdir} ({i + 1})": run for i, run in enumerate(runs)}
+
+
+def of_decoders(runs: Sequence[Specimen]) -> Found:
+    """The measures of the decoders' layers on the test split; {} where no run has one."""
+    names = tuple(m.name for m in COMPRESSION + HALVES)
+    found: Found = {}
+    for name, run in named(runs).items():
+        if getattr(run.model, "decoder_depth", 0):
+            found["test" if len(runs) == 1 else name] = _of(run, names, decoder=True)
+            if len(runs) == 1 and run.beginning is not None:
+                found["before training"] = _of(run, names, first=True, decoder=True)
     return found
 
 
@@ -68,14 +86,18 @@ def as_curves(found: Found) -> dict[str, Mapping[str, Curve]]:
 
 
 def _of(
-    run: Specimen, names: Sequence[str], *, train: bool = False, first: bool = False
+    run: Specimen,
+    names: Sequence[str],
+    *,
+    train: bool = False,
+    first: bool = False,
+    decoder: bool = False,
 ) -> Mapping[str, Measured]:
     """The measures of one run's layers on one split, trained or before training."""
     inside = run.inside(run.train_batch if train else run.batch, first=first)
-    there = [name for name in measured_of(inside.model) if name in names]
-    if not there:
-        return {}
-    return measure(inside.model, inside.variables, _parts(inside), there)
+    model = DecoderLayers(inside.model) if decoder else inside.model
+    there = [name for name in measured_of(model) if name in names]
+    return measure(model, inside.variables, _parts(inside), there) if there else {}
 
 
 def _parts(inside: "Inside") -> Iterator[np.ndarray]:

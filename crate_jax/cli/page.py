@@ -22,6 +22,8 @@ from crate_jax.cli.measuring import (
     Found,
     as_curves,
     measured,
+    named,
+    of_decoders,
 )
 from crate_jax.cli.page_sections import PICTURES, Of
 from crate_jax.cli.specimen import NotThere, Specimen
@@ -49,9 +51,7 @@ class Page:
         self.left_out: list[str] = []
         self.measures: dict[str, Measured] = {}
         self._sections: list[Json] = []
-        self._names = [run.name for run in runs]
-        if len(set(self._names)) < len(runs):
-            self._names = [run.workdir for run in runs]
+        self._names = list(named(runs))
 
     def draw(self) -> None:
         """Measure and draw all sections; their data is written on the way."""
@@ -96,13 +96,14 @@ class Page:
     def _plate(self, picture: Picture, name: str, label: str) -> Json:
         """A picture as the template takes it; its data is written."""
         self.count += 1
+        inches = picture.figure.get_figwidth()
         write_csv(picture, self._data / f"{name}.csv")
         return {
             "svg": inline_svg(picture, name),
             "alt": picture.alt,
             "csv": f"{name}.csv",
             "label": label,
-            "small": picture.figure.get_figwidth() < 4.6,
+            "size": "few" if inches < 4.6 else "broad" if inches > 7.5 else "",
         }
 
     def _training(self) -> None:
@@ -149,12 +150,24 @@ class Page:
             self._add("halves", "What each half of a layer does", texts=[text], panels=panels)
         if panels := self._panels(found, GEOMETRY):
             self._add("geometry", "Geometry of the tokens", panels=panels)
+        self._decoder()
 
-    def _panels(self, found: Found, measures: Sequence[Any]) -> list[Json]:
+    def _decoder(self) -> None:
+        """What was measured of the layers of decoders, where there are any."""
+        found = of_decoders(self.runs)
+        if panels := self._panels(found, COMPRESSION + HALVES, "decoder"):
+            text = (
+                "A layer of the decoder undoes what one of the encoder does: its dictionary comes "
+                "first, and its attention is subtracted. Nothing is hidden from the encoder here."
+            )
+            parts: Json = {"texts": [text], "verdicts": self._verdicts(found), "panels": panels}
+            self._add("decoder", "The decoder, layer by layer", **parts)
+
+    def _panels(self, found: Found, measures: Sequence[Any], name: str = "layers") -> list[Json]:
         """A figure for each measure that anything has."""
         drawn = as_curves(found)
         return [
-            self._plate(by_layer(drawn, [m]), f"layers_{m.name}", m.title)
+            self._plate(by_layer(drawn, [m]), f"{name}_{m.name}", m.title)
             for m in measures
             if any(m.name in of for of in drawn.values())
         ]
@@ -183,7 +196,7 @@ class Page:
     def _verdicts(self, found: Found) -> list[tuple[str, list[str]]]:
         """What the layers do, in words, trained, on the test split."""
         labels = list(found) if len(self.runs) > 1 else ["test"]
-        said = [(label, verdict(found[label])) for label in labels]
+        said = [(label, [x.replace("R^c", "Rᶜ") for x in verdict(found[label])]) for label in labels]
         return [(label, lines) for label, lines in said if lines]
 
     def _pictures(self, of: Of) -> None:
@@ -199,6 +212,7 @@ class Page:
                     continue
                 file = figure if len(self.runs) == 1 else f"{figure}_{place + 1}"
                 pictures.append(self._plate(picture, file, of.title))
+            absent = list(dict.fromkeys(absent))
             columns.append({"run": name, "pictures": pictures, "absent": absent})
             reasons += absent
         if any(column["pictures"] for column in columns):

@@ -227,7 +227,15 @@ def inline_svg(picture: Picture, name: str) -> str:
         picture.figure.savefig(out, format="svg", metadata={"Date": None}, transparent=True)
     text = out.getvalue()
     text = text[text.index("<svg") :].replace(INK, "currentColor")
-    text = re.sub(r'\bid="', f'id="{name}-', text)
+    given: dict[str, int] = {}
+
+    def own(found: re.Match[str]) -> str:
+        """An id of the page; what is drawn twice alike has one id twice in matplotlib's file."""
+        given[found[1]] = given.get(found[1], 0) + 1
+        again = f"-{given[found[1]]}" if given[found[1]] > 1 else ""
+        return f'id="{name}-{found[1]}{again}"'
+
+    text = re.sub(r'\bid="([^"]*)"', own, text)
     text = re.sub(r'((?:xlink:)?href=")#', rf"\1#{name}-", text)
     text = text.replace("url(#", f"url(#{name}-")
     text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.S)

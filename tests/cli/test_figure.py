@@ -1,0 +1,174 @@
+"""`figure`: every figure of a run, its files and its JSON, and what it refuses."""
+
+import csv
+import json
+
+import cv2
+import numpy as np
+import pytest
+
+pytest.importorskip("matplotlib")
+
+from crate_jax.analysis import taps
+from crate_jax.checkpoint.reading import read_trained
+from crate_jax.cli.drawings import FIGURES
+from crate_jax.cli.main import main
+from crate_jax.config import DataConfig, ModelConfig, OptimConfig, TrainConfig
+from crate_jax.models.zoo import build_model
+from crate_jax.training.loop import train
+
+FIELDS = dict(image_size=(16, 16), patch_size=(8, 8), in_channels=1, width=16, depth=2, num_heads=2)
+
+
+def config(name="crate_tiny_patch16_224", **fields):
+    return TrainConfig(
+        batch_size=48,
+        eval_batch_size=16,
+        total_steps=1,
+        log_objective_every_steps=0,
+        model=ModelConfig(name=name, **FIELDS, **fields),
+        data=DataConfig(
+            eval_split="test[:20]", train_transforms="resize(16)", eval_transforms="resize(16)"
+        ),
+        optim=OptimConfig(lr=1e-3),
+    )
+
+
+@pytest.fixture(scope="module")
+def workdir(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("crate")
+    train(config(), folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def vit(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("vit")
+    train(config("vit_tiny_patch16_224"), folder)
+    return folder
+
+
+@pytest.fixture
+def call(capsys):
+    """Status, the JSON of a command (None after a mistake), and its lines on stderr."""
+
+    def call(*arguments):
+        capsys.readouterr()
+        try:
+            status = main([str(argument) for argument in arguments])
+        except SystemExit as end:
+            status = end.code
+        out, err = capsys.readouterr()
+        return status, json.loads(out.splitlines()[-1]) if out else None, err
+
+    return call
+
+
+def read(path):
+    with open(path, newline="") as file:
+        return list(csv.DictReader(file))
+
+
+@pytest.mark.parametrize("name", FIGURES)
+def test_every_figure_of_a_run(name, workdir, call, tmp_path):
+    output = tmp_path / f"{name}.svg"
+    status, found, err = call("figure", name, "--workdir", workdir, "--output", output)
+    assert status == 0, err
+    assert found["figure"] == name and found["step"] == 1 and found["output"] == str(output)
+    assert output.read_bytes().startswith(b"<?xml")
+    assert found["data"] == str(tmp_path / f"{name}.csv")
+    assert read(found["data"]) and any(x.isdigit() for x in found["alt"])
+
+
+def test_the_data_is_that_of_the_model(workdir, call, tmp_path):
+    """Bases, atoms and measures beside the parameters of the checkpoint and the old measure."""
+    params, _, _ = read_trained(workdir, "latest")
+    output = tmp_path / "a.png"
+    given = ["--workdir", workdir, "--output", output]
+    assert call("figure", "subspaces", *given, "--layer", 2)[0] == 0
+    U = params["blocks"]["mssa"]["U"][1].reshape(16, 16)
+    U = U / np.linalg.norm(U, axis=0)
+    cosines = [float(row["cosine"]) for row in read(tmp_path / "a.csv")]
+    np.testing.assert_allclose(np.reshape(cosines, (16, 16)), U.T @ U, atol=1e-6)
+    assert call("figure", "atoms", "--workdir", workdir, "--output", output)[0] == 0
+    D, W = params["blocks"]["ista"]["D"][0], params["embedding"]["projection"]["kernel"]
+    for row in read(tmp_path / "a.csv")[::37]:
+        pixel = W[8 * (int(row["row"]) - 1) + int(row["column"]) - 1]
+        expected = float(pixel @ D[:, int(row["atom"]) - 1])
+        assert float(row["value"]) == pytest.approx(expected, rel=1e-4)
+    assert call("figure", "objective", "--workdir", workdir, "--output", output)[0] == 0
+    rows = read(tmp_path / "a.csv")
+    assert {row["of"] for row in rows} == {"test", "train", "before training"}
+    assert {row["measure"] for row in rows} == {"subspace_rate", "zeros", "rate", "rate_reduction"}
+
+
+def test_a_folder_of_images(workdir, call, tmp_path):
+    """Its images in the order of their names; folders are kinds; where the class token looks."""
+    rng = np.random.default_rng(0)
+    stored = {}
+    for name in ("x/1.png", "x/2.png", "y/1.png"):
+        (tmp_path / "in" / name).parent.mkdir(parents=True, exist_ok=True)
+        stored[name] = rng.integers(0, 256, (16, 16), np.uint8)
+        cv2.imwrite(str(tmp_path / "in" / name), stored[name])
+    output = tmp_path / "a.svg"
+    from_folder = ["--workdir", workdir, "--images", tmp_path / "in", "--output", output]
+    assert call("figure", "heads", *from_folder)[0] == 0
+    assert {row["kind"] for row in read(tmp_path / "a.csv")} == {"x", "y"}
+    status, found, err = call("figure", "saliency", *from_folder, "--layer", 1, "--head", 2)
+    assert status == 0 and "in layer 1: 3 images" in found["alt"], err
+    shares = [float(row["share"]) for row in read(tmp_path / "a.csv")]
+    params, _, _ = read_trained(workdir, "latest")
+    made = config(num_classes=10)
+    mean, std = made.data.mean[0], made.data.std[0]
+    x = (np.stack([*stored.values()])[..., None] / 255 - mean) / std
+    _, seen = taps(build_model(made.model), params, x.astype(np.float32), "attention")
+    looks = np.asarray(seen["attention"])[0, :, 1, 0, 1:]
+    expected = looks / looks.sum(axis=1, keepdims=True)
+    np.testing.assert_allclose(np.reshape(shares, (3, 4)), expected, rtol=1e-4)
+
+
+def test_several_runs(workdir, vit, call, tmp_path):
+    output = tmp_path / "a.svg"
+    both = ["--workdir", workdir, "--against", vit, "--output", output]
+    assert call("figure", "operators", *both)[0] == 0
+    assert {row["model"] for row in read(tmp_path / "a.csv")} == {"MSSA + ISTA", "MHSA + MLP"}
+    assert call("figure", "objective", *both)[0] == 0
+    rows = {(row["of"], row["measure"]) for row in read(tmp_path / "a.csv")}
+    assert (vit.name, "rate") in rows and (vit.name, "zeros") not in rows
+    assert (workdir.name, "zeros") in rows
+    assert call("figure", "curves", *both)[0] == 0
+    same = ["--workdir", workdir, "--against", workdir, "--output", output]
+    assert call("figure", "operators", *same)[0] == 0
+    assert len({row["model"] for row in read(tmp_path / "a.csv")}) == 2
+
+
+def test_what_it_refuses(workdir, vit, call, tmp_path):
+    """Each in one line, with status 2, and nothing is written."""
+    bad = tmp_path / "bad"
+    bad.mkdir()
+    (tmp_path / "none").mkdir()
+    (bad / "a.png").write_bytes(b"no image")
+    output = tmp_path / "a.svg"
+    for arguments, message in (
+        (["saliency", "--layer", 3], "--layer must be one of 1 … 2; got 3"),
+        (["subspaces", "--layer", 0], "--layer must be one of 1 … 2; got 0"),
+        (["saliency", "--head", 3], "--head must be one of 1 … 2; got 3"),
+        (["atoms", "--layer", 2], "--layer must be 1 for atoms"),
+        (["tokens", "--examples", 0], "--examples must be >= 1; got 0"),
+        (["tokens", "--step", 7], "step must be latest, best or one of 1; got 7"),
+        (["nothing"], "invalid choice: 'nothing'"),
+        (["saliency", "--images", tmp_path / "none"], "--images must be a folder with images"),
+        (["saliency", "--images", bad], "a.png"),
+        (["tokens", "--output", tmp_path / "a.txt"], "--output must end in one of .svg"),
+        (["tokens", "--output", tmp_path / "no" / "a.svg"], "must lie in an existing folder"),
+        (["pca", "--workdir", vit], "tap must be one of attention, mhsa, z_half, mlp, out for"),
+        (["subspaces", "--workdir", vit], "must have U for this figure; they have neither bases"),
+        (["dictionary", "--workdir", vit], "must have D for this figure"),
+        (["tokens", "--workdir", tmp_path / "bad"], "checkpoint"),
+    ):
+        given = ["--workdir", workdir] if "--workdir" not in arguments else []
+        given += ["--output", output] if "--output" not in arguments else []
+        status, found, err = call("figure", *arguments, *given)
+        assert status == 2 and found is None and message in err, (arguments, err)
+        assert err.startswith("error: ") and err.count("\n") == 1
+    assert not list(tmp_path.glob("a.*"))

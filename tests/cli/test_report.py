@@ -1,0 +1,248 @@
+"""`report`: what the page has of runs of several tasks, its data, --watch, and what it refuses."""
+
+import csv
+import json
+import re
+import shutil
+import sys
+from html.parser import HTMLParser
+
+import numpy as np
+import pytest
+
+pytest.importorskip("matplotlib")
+pytest.importorskip("jinja2")
+
+from crate_jax.analysis import measure
+from crate_jax.checkpoint.reading import read_trained
+from crate_jax.cli import report as command
+from crate_jax.cli.examples import first_examples
+from crate_jax.cli.looking import open_specimen
+from crate_jax.cli.main import main
+from crate_jax.config import DataConfig, ModelConfig, OptimConfig, TrainConfig
+from crate_jax.pages import render
+from crate_jax.training.loop import train
+
+FIELDS = dict(image_size=(16, 16), patch_size=(8, 8), in_channels=1, width=16, depth=2, num_heads=2)
+
+
+def config(name="crate_tiny_patch16_224", task="classify", **fields):
+    return TrainConfig(
+        name="tiny",
+        task=task,
+        batch_size=48,
+        eval_batch_size=16,
+        total_steps=2,
+        log_every_steps=1,
+        checkpoint_every_steps=1,
+        log_objective_every_steps=0,
+        model=ModelConfig(name=name, **FIELDS, **fields),
+        data=DataConfig(
+            eval_split="test[:20]", train_transforms="resize(16)", eval_transforms="resize(16)"
+        ),
+        optim=OptimConfig(lr=1e-3),
+    )
+
+
+@pytest.fixture(scope="module")
+def workdir(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("crate")
+    train(config(), folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def mae(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("mae")
+    made = config("crate_mae_tiny_patch16_224", "masked_autoencoding", decoder_depth=1)
+    train(made, folder)
+    return folder
+
+
+@pytest.fixture
+def call(capsys):
+    """Status, the JSON of a command (None after a mistake), and its lines on stderr."""
+
+    def call(*arguments):
+        capsys.readouterr()
+        try:
+            status = main([str(argument) for argument in arguments])
+        except SystemExit as end:
+            status = end.code
+        out, err = capsys.readouterr()
+        return status, json.loads(out.splitlines()[-1]) if out else None, err
+
+    return call
+
+
+class Outline(HTMLParser):
+    """What a page consists of."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.tags, self.ids, self.links, self.headings, self.open = [], [], [], [], []
+        self.labels = []
+        self.feed(text)
+
+    def handle_starttag(self, tag, attributes):
+        given = dict(attributes)
+        self.tags.append(tag)
+        self.ids += [given["id"]] if "id" in given else []
+        self.links += [v for k, v in attributes if k in ("href", "src", "xlink:href")]
+        if tag == "svg":
+            self.labels.append((given.get("role"), given.get("aria-label")))
+        if re.fullmatch("h[1-6]", tag):
+            self.headings.append(int(tag[1]))
+
+
+def read(path):
+    with open(path, newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def test_the_page_of_a_run(workdir, call):
+    status, found, err = call("report", "--workdir", workdir)
+    assert status == 0, err
+    folder = workdir / "report"
+    assert found["output"] == str(folder / "index.html") and found["step"] == 2
+    assert found["left_out"] == [] and found["pages"] == 1
+    text = (folder / "index.html").read_text(encoding="utf-8")
+    page = Outline(text)
+    for tag in ("header", "main", "nav", "footer", "math", "figcaption"):
+        assert tag in page.tags, tag
+    assert not {"script", "link", "iframe", "object"} & set(page.tags)
+    assert page.headings[0] == 1 and page.headings.count(1) == 1
+    assert all(b - a <= 1 for a, b in zip(page.headings, page.headings[1:], strict=False))
+    assert len(set(page.ids)) == len(page.ids)
+    assert page.tags.count("svg") == found["figures"] == len(page.labels)
+    assert all(role == "img" and any(c.isdigit() for c in alt) for role, alt in page.labels)
+    for link in page.links:
+        if link.startswith("#"):
+            assert link[1:] in page.ids, link
+        elif not link.startswith("data:"):
+            assert (folder / link).is_file() and read(folder / link), link
+    assert "http" not in re.sub(r'xmlns(:xlink)?="[^"]*"', "", text)
+    assert 'lang="en"' in text and "prefers-color-scheme: dark" in text and "refresh" not in text
+
+
+def test_its_numbers_are_those_of_the_run(workdir, call, tmp_path):
+    given = ["--workdir", workdir, "--step", 1, "--examples", 5, "--output", tmp_path / "page"]
+    status, found, err = call("report", *given)
+    assert status == 0 and found["step"] == 1, err
+    run = open_specimen(str(workdir), "1", examples=5)
+    inside = run.inside(first_examples(run.run, 5))
+    expected = measure(inside.model, inside.variables, np.asarray(inside.inputs))
+    assert len(inside.inputs) == 5
+    for name in ("subspace_rate", "zeros", "descent"):
+        np.testing.assert_allclose(found[name], expected[name].mean, atol=6e-5)
+        rows = [r for r in read(tmp_path / f"page/data/layers_{name}.csv") if r["of"] == "test"]
+        np.testing.assert_allclose([float(r["mean"]) for r in rows], expected[name].mean, rtol=1e-6)
+    first, _, _ = read_trained(workdir, 1)
+    U = first["blocks"]["mssa"]["U"][0].reshape(16, 16)
+    cosine = (U[:, 0] @ U[:, 1]) / np.linalg.norm(U[:, 0]) / np.linalg.norm(U[:, 1])
+    assert float(read(tmp_path / "page/data/subspaces.csv")[1]["cosine"]) == pytest.approx(
+        float(cosine), abs=1e-6
+    )
+    lines = [json.loads(x) for x in (workdir / "metrics.jsonl").read_text().splitlines()]
+    losses = [x["train/loss"] for x in lines if "train/loss" in x]
+    rows = [r for r in read(tmp_path / "page/data/curve_loss.csv") if r["split"] == "train"]
+    np.testing.assert_allclose([float(r["value"]) for r in rows], losses, rtol=1e-6)
+    text = (tmp_path / "page/index.html").read_text(encoding="utf-8")
+    assert "Measured on 5 examples of digits, test[:20] and train." in text
+    assert "Layer 1: the attention" in text  # the verdict
+
+
+def test_two_runs_of_two_tasks(workdir, mae, call, tmp_path):
+    status, found, err = call(
+        "report", "--workdir", mae, "--against", workdir, "--output", tmp_path
+    )
+    assert status == 0 and found["left_out"] == [], err
+    text = (tmp_path / "index.html").read_text(encoding="utf-8")
+    assert "A layer of the decoder" in text and 'id="decoder"' in text
+    assert 'id="task"' in text and (tmp_path / "data/reconstruction_1.csv").is_file()
+    assert f"confusion must get a run that classifies; {mae} does not." in text
+    assert (tmp_path / "data/confusion_2.csv").is_file()
+    assert not (tmp_path / "data/confusion_1.csv").exists()
+    assert {r["of"] for r in read(tmp_path / "data/layers_rate.csv")} == {mae.name, workdir.name}
+    assert {r["run"] for r in read(tmp_path / "data/curve_loss.csv")} == {mae.name, workdir.name}
+
+
+def test_what_a_run_lacks_is_said(mae, call, tmp_path):
+    status, found, err = call("report", "--workdir", mae, "--output", tmp_path)
+    assert status == 0, err
+    assert found["left_out"] == [
+        f"Confusion: confusion must get a run that classifies; {mae} does not."
+    ]
+    text = (tmp_path / "index.html").read_text(encoding="utf-8")
+    assert "What is left out" in text and 'id="confusion"' not in text
+    assert {r["of"] for r in read(tmp_path / "data/decoder_rate.csv")} == {
+        "test",
+        "before training",
+    }
+
+
+def test_watch_writes_at_each_checkpoint_and_ends_in_one_line(
+    workdir, tmp_path, monkeypatch, capsys
+):
+    """A run that has nothing yet, then a checkpoint, then a newer one, then Ctrl-C."""
+    run = tmp_path / "run"
+    steps, pages = [], []
+    page = run / "report" / "index.html"
+
+    def wait(seconds):
+        assert seconds == command._EVERY
+        steps.append(page.read_text(encoding="utf-8") if page.exists() else None)
+        if len(steps) == 1:  # nothing was there to be shown
+            shutil.copytree(workdir, run, ignore=shutil.ignore_patterns("2", "report"))
+        elif len(steps) == 3:  # looked twice, wrote once
+            shutil.copytree(workdir / "checkpoints/2", run / "checkpoints/2")
+        elif len(steps) == 4:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(command.time, "sleep", wait)
+    pages.append(main(["report", "--workdir", str(run), "--watch", "--examples", "4"]))
+    out, err = capsys.readouterr()
+    *lines, last = out.splitlines()
+    assert pages == [0] and err == ""
+    assert [line.split(":")[0] for line in lines] == ["step 1", "step 2"]
+    assert json.loads(last)["pages"] == 2 and json.loads(last)["step"] == 2
+    assert steps[0] is None and steps[1] == steps[2] != steps[3]
+    assert 'http-equiv="refresh"' in steps[1] and "checkpoint of step 1" in steps[1]
+    text = page.read_text(encoding="utf-8")
+    assert "checkpoint of step 2" in text and 'http-equiv="refresh"' not in text
+    assert not list(page.parent.glob(".index*"))
+
+
+def test_watch_that_saw_nothing(tmp_path, monkeypatch, capsys):
+    def interrupt(_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(command.time, "sleep", interrupt)
+    assert main(["report", "--workdir", str(tmp_path), "--watch"]) == 130
+    out, err = capsys.readouterr()
+    assert out == "" and err.startswith("error: interrupted") and err.count("\n") == 1
+
+
+def test_what_it_refuses(workdir, call, tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    for arguments, message in (
+        (["--workdir", tmp_path], "workdir must hold a checkpoint"),
+        (["--workdir", workdir, "--against", tmp_path], "workdir must hold a checkpoint"),
+        (["--workdir", workdir, "--images", tmp_path], "--images must be a folder with images"),
+        (["--workdir", workdir, "--examples", 0], "--examples must be >= 1; got 0"),
+        (["--workdir", workdir, "--output", tmp_path / "file"], "file"),
+    ):
+        status, found, err = call("report", *arguments)
+        assert status == 2 and found is None and message in err, (arguments, err)
+        assert err.startswith("error: ") and err.count("\n") == 1
+    monkeypatch.setitem(sys.modules, "jinja2", None)
+    status, _, err = call("report", "--workdir", workdir, "--output", tmp_path / "page")
+    assert status == 2 and "pip install 'crate-jax[report]'" in err and err.count("\n") == 1
+
+
+def test_values_are_escaped():
+    given: dict = dict(title="<b>", within=True, verdict=["a & b"], conditions={"x": "<i>"})
+    given |= dict(plot="<svg></svg>", tables={})
+    text = render("comparison.html", **given)
+    assert "<title>&lt;b&gt;</title>" in text and "a &amp; b" in text and "&lt;i&gt;" in text
+    assert "<svg></svg>" in text
