@@ -2,8 +2,8 @@
 
     python benchmarks/frozen_digits.py --recipe digits:mae --seeds 3
 
-A model is trained for each seed; then `probe` and `knn` read its features, and those of weights that
-the same seed draws. The last line is JSON: means over the seeds, and what each found.
+A model is trained for each seed; then `probe` and `knn` read its features, and those of weights
+that the same seed draws. The last line is JSON: means over the seeds, and what each found.
 """
 
 import contextlib

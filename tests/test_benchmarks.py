@@ -206,3 +206,19 @@ def test_faults_are_injected_into_known_recipes_alone(monkeypatch):
     monkeypatch.delitem(fault_injection.SMALL, "classify")
     with pytest.raises(ValueError, match=r"^the task of digits must be among masked_autoencoding"):
         fault_injection.flags_of("digits")
+
+
+def test_the_error_of_frozen_features_is_a_share_of_that_of_random_weights():
+    import frozen_digits
+
+    runs = [
+        {f"{source}{kind}": value for kind in frozen_digits.KINDS for source, value in row.items()}
+        for row in (
+            {"": 0.9, "pixels/": 0.85, "random/": 0.7},
+            {"": 0.96, "pixels/": 0.87, "random/": 0.8},
+        )
+    ]
+    found = frozen_digits.summary(runs)
+    assert found["linear/top1"] == pytest.approx(0.93)
+    assert found["pixels/k20/top1"] == pytest.approx(0.86)
+    assert found["linear/top1/error_of_random"] == pytest.approx(0.07 / 0.25)
