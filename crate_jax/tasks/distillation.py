@@ -225,3 +225,8 @@ def momentum_at(step: Array, ends: tuple[float, float], *, total_steps: int) -> 
 def followed(teacher: PyTree, student: PyTree, momentum: Array) -> PyTree:
     """The moving average: m · teacher + (1 − m) · student, leaf by leaf."""
     return jax.tree.map(lambda t, s: momentum * t + (1 - momentum) * s, teacher, student)
+
+
+def kept(statistics: Params) -> dict[str, Params]:
+    """The running statistics of a student as the extra holds them, if there are any."""
+    return {"statistics": statistics} if statistics else {}

@@ -13,7 +13,7 @@ from crate_jax.data.rows import Rows
 from crate_jax.models.classifier import of_images
 from crate_jax.models.zoo import build_model
 from crate_jax.tasks.coding_losses import Coding, collapse
-from crate_jax.tasks.distillation import Network, ProjectionHead, Seen, followed, momentum_at
+from crate_jax.tasks.distillation import Network, ProjectionHead, Seen, followed, kept, momentum_at
 from crate_jax.tasks.masking import check_shares, masks_of_one_view
 from crate_jax.tasks.neighbours import empty_bank, nearest_class, pushed
 from crate_jax.tasks.rates import unit
@@ -116,10 +116,14 @@ class SimDino(Task):
     def init(self, key: Array) -> tuple[Params, Extra]:
         """Student and teacher, which are equal, and an empty bank."""
         variables = self.network.init(key, mask_token=self.coding.patch_weight > 0)
-        teacher = jax.tree.map(jnp.copy, variables)  # a donated buffer can't be shared
-        bank = empty_bank(self.bank_size, self.model.width)
-        params = variables.pop("params")
-        return params, {"teacher": teacher, "bank": bank} | _kept(variables)
+        params, bank = variables.pop("params"), empty_bank(self.bank_size, self.model.width)
+        return params, self.begun(params, {"bank": bank}, variables)
+
+    def begun(self, params: Params, extra: Extra, others: Params) -> Extra:
+        """The teacher begins as the student does."""
+        teacher = {"params": params, **others}
+        teacher = jax.tree.map(jnp.copy, teacher)  # a donated buffer can't be shared
+        return extra | {"teacher": teacher} | kept(others)
 
     def on_device(self, batch: Batch, key: Array) -> Batch:
         """With ``masked`` (B, 2, P), which patches of the global views the student does not see."""
@@ -149,7 +153,7 @@ class SimDino(Task):
         loss, scalars = self.coding(jnp.concatenate(features, axis=1), teacher.features, patches)
         bank = pushed(extra["bank"], unit(teacher.pooled[:, 0]), batch["label"])
         del variables["params"]
-        return loss, (extra | {"bank": bank} | _kept(variables), scalars)
+        return loss, (extra | {"bank": bank} | kept(variables), scalars)
 
     def after(self, params: Params, extra: Extra, step: Array) -> Extra:
         """The teacher follows."""
@@ -192,8 +196,3 @@ class SimDino(Task):
     def _seen(self, extra: Extra, batch: Batch) -> Seen:
         """What the teacher makes of the first view."""
         return self.network.see(extra["teacher"], self._views(batch)[:, :1])
-
-
-def _kept(statistics: Params) -> Extra:
-    """The running statistics of the student as the extra holds them, if there are any."""
-    return {"statistics": statistics} if statistics else {}
