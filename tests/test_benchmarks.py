@@ -1,9 +1,11 @@
 """What `benchmarks/` makes of results, on small made-up ones; nothing is measured."""
 
 import json
+import math
 import re
 import sys
 
+import numpy as np
 import pytest
 from command import ROOT, run
 
@@ -222,3 +224,23 @@ def test_the_error_of_frozen_features_is_a_share_of_that_of_random_weights():
     assert found["linear/top1"] == pytest.approx(0.93)
     assert found["pixels/k20/top1"] == pytest.approx(0.86)
     assert found["linear/top1/error_of_random"] == pytest.approx(0.07 / 0.25)
+
+
+def test_counts_of_letters_tell_text_as_they_should():
+    import text_baselines
+
+    train, test = (np.random.default_rng(seed).integers(0, 3, 200) for seed in (0, 1))
+    for order in (1, 2):
+        found = text_baselines.counts([train], order, 4)
+        bits = 0.0
+        for i in range(1, len(test)):
+            pairs = [(train[j - 1], train[j]) for j in range(1, len(train))]
+            seen = [b for a, b in pairs if order == 1 or a == test[i - 1]]
+            bits -= math.log2((seen.count(test[i]) + 0.5) / (len(seen) + 4 * 0.5))
+        assert text_baselines.bits(found, 0.5, [test]) == pytest.approx(bits)
+    # Text that is all noise is told best by counting little, one that repeats itself by the counts.
+    coins = np.random.default_rng(2).integers(0, 2, 2000)
+    noise = text_baselines.baseline(coins[:-200], coins[-200:], 2, 4, 20)
+    told = text_baselines.baseline(np.arange(200) % 4, np.arange(50) % 4, 2, 4, 20)
+    assert noise["bits"] == pytest.approx(199, abs=4) and told["bits"] < 0.1
+    assert told["k"] == min(text_baselines.SMOOTHING)
