@@ -14,6 +14,7 @@ sys.path.append(str(ROOT / "benchmarks"))
 
 import fault_injection
 import frame
+import frozen_digits
 import growth
 import slices
 
@@ -211,8 +212,6 @@ def test_faults_are_injected_into_known_recipes_alone(monkeypatch):
 
 
 def test_the_error_of_frozen_features_is_a_share_of_that_of_random_weights():
-    import frozen_digits
-
     runs = [
         {f"{source}{kind}": value for kind in frozen_digits.KINDS for source, value in row.items()}
         for row in (
