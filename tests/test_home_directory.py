@@ -73,7 +73,18 @@ OTHERS = {
     *["image_size", "num_classes", "mesh", "config", "help", "image_key", "label_key"],
     *["topology", "context_length", "vocab_size", "train_split", "task", "baselines", "seeds"],
     *["k", "temperature", "form", "classifiers", "solver", "epochs", "shots", "l2", "detail"],
-    *["which", "components", "C", "prompt", "tokens", "top_k", "seed", "end_token"],
+    *[
+        "which",
+        "components",
+        "C",
+        "ratio",
+        "not_normalized",
+        "prompt",
+        "tokens",
+        "top_k",
+        "seed",
+        "end_token",
+    ],
 }
 
 
