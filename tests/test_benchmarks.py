@@ -1,9 +1,11 @@
 """What `benchmarks/` makes of results, on small made-up ones; nothing is measured."""
 
 import json
+import math
 import re
 import sys
 
+import numpy as np
 import pytest
 from command import ROOT, run
 
@@ -12,6 +14,7 @@ sys.path.append(str(ROOT / "benchmarks"))
 
 import fault_injection
 import frame
+import frozen_digits
 import growth
 import slices
 
@@ -206,3 +209,37 @@ def test_faults_are_injected_into_known_recipes_alone(monkeypatch):
     monkeypatch.delitem(fault_injection.SMALL, "classify")
     with pytest.raises(ValueError, match=r"^the task of digits must be among masked_autoencoding"):
         fault_injection.flags_of("digits")
+
+
+def test_the_error_of_frozen_features_is_a_share_of_that_of_random_weights():
+    runs = [
+        {f"{source}{kind}": value for kind in frozen_digits.KINDS for source, value in row.items()}
+        for row in (
+            {"": 0.9, "pixels/": 0.85, "random/": 0.7},
+            {"": 0.96, "pixels/": 0.87, "random/": 0.8},
+        )
+    ]
+    found = frozen_digits.summary(runs)
+    assert found["linear/top1"] == pytest.approx(0.93)
+    assert found["pixels/k20/top1"] == pytest.approx(0.86)
+    assert found["linear/top1/error_of_random"] == pytest.approx(0.07 / 0.25)
+
+
+def test_counts_of_letters_tell_text_as_they_should():
+    import text_baselines
+
+    train, test = (np.random.default_rng(seed).integers(0, 3, 200) for seed in (0, 1))
+    for order in (1, 2):
+        found = text_baselines.counts([train], order, 4)
+        bits = 0.0
+        for i in range(1, len(test)):
+            pairs = [(train[j - 1], train[j]) for j in range(1, len(train))]
+            seen = [b for a, b in pairs if order == 1 or a == test[i - 1]]
+            bits -= math.log2((seen.count(test[i]) + 0.5) / (len(seen) + 4 * 0.5))
+        assert text_baselines.bits(found, 0.5, [test]) == pytest.approx(bits)
+    # Text that is all noise is told best by counting little, one that repeats itself by the counts.
+    coins = np.random.default_rng(2).integers(0, 2, 2000)
+    noise = text_baselines.baseline(coins[:-200], coins[-200:], 2, 4, 20)
+    told = text_baselines.baseline(np.arange(200) % 4, np.arange(50) % 4, 2, 4, 20)
+    assert noise["bits"] == pytest.approx(199, abs=4) and told["bits"] < 0.1
+    assert told["k"] == min(text_baselines.SMOOTHING)

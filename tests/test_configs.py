@@ -46,6 +46,22 @@ FAMILIES = {
     "cbsa_imagenet1k": (("tiny", "large"), {"model.name": 4}),
     "mae_imagenet1k": (("tiny", "large-unscaled"), {"model.name": 4, "optim.lr": 2}),
     "openwebtext": (("base", "xl"), {"model.name": 4}),
+    "simdino_imagenet1k": (
+        ("base", "v2-large"),
+        {
+            "model.name": 4,
+            "model.drop_path": 2,
+            "model.drop_path_uniform": 2,
+            "optim.lr": 2,
+            "optim.no_decay": 2,
+            "optim.clip_each": 2,
+            "optim.clip_norm": 2,
+            "optim.layer_decay": 2,
+            "optim.patch_lr_scale": 2,
+            "simdino.momentum": 2,
+            "simdino.patch_weight": 2,
+        },
+    ),
     "tost_imagenet1k": (
         ("tiny", "medium-options"),
         {"model.name": 3, "model.drop_path": 3, "optim.cooldown_epochs": 2},
@@ -65,6 +81,7 @@ def fields_of_program(name, arg):
         **{f"optim.{key}": value for key, value in values["optim"].items()},
         **{f"masking.{key}": value for key, value in values["masking"].items()},
         **{f"mcr2.{key}": value for key, value in values["mcr2"].items()},
+        **{f"simdino.{key}": value for key, value in values["simdino"].items()},
         **{f"data.{key}": values["data"][key] for key in data},
     }
 
@@ -152,8 +169,9 @@ def test_recipe_builds_and_lowers_for_tpu_and_cuda(name, arg):
     results, config = [], MODULES[name].get_config(arg)
     half = config.model.dtype == "bfloat16"
     model = build_model(config.model)
-    # Tokens to tokens without a kernel: none knows a mask.
+    # Tokens to tokens without a kernel: none knows a mask, nor three maps of a head.
     linear = getattr(model, "attention", "") in ("tssa", "cbsa") or hasattr(model, "vocab_size")
+    linear = linear or model.attention_part.name == "mhsa"
     kernels = jax.export.DisabledSafetyCheck.custom_call("__gpu$xla.gpu.triton")
     both = {
         platform: programs(MODULES[name].get_config(arg), device)
@@ -205,7 +223,7 @@ def test_imagenet_presets_say_what_their_sources_say():
 def test_recipes_have_different_names():
     names = [MODULES[name].get_config(arg).name for name, arg in RECIPES]
     # Short forms are the same recipe as one of the long ones.
-    assert len(set(names)) == 10 + 8 + 16 + 2 * 40 + 4 + 6 + 8 + 1 + 4
+    assert len(set(names)) == 10 + 8 + 16 + 2 * 40 + 4 + 6 + 8 + 1 + 4 + 4
 
 
 def test_configs_survive_json():

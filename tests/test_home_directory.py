@@ -77,7 +77,18 @@ OTHERS = {
     *["examples", "watch", "decoder"],
     *["topology", "context_length", "vocab_size", "train_split", "task", "baselines", "seeds"],
     *["k", "temperature", "form", "classifiers", "solver", "epochs", "shots", "l2", "detail"],
-    *["which", "prompt", "tokens", "top_k", "seed", "end_token"],
+    *[
+        "which",
+        "components",
+        "C",
+        "ratio",
+        "not_normalized",
+        "prompt",
+        "tokens",
+        "top_k",
+        "seed",
+        "end_token",
+    ],
 }
 # Likewise: a name where other commands have a path.
 NAMESAKES = {("summary", "model"), ("layerwise", "images")}

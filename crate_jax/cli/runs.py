@@ -17,12 +17,14 @@ from crate_jax.cli.arguments import (
     saved_run,
 )
 from crate_jax.cli.detail import CLASSIFY, add_detail, asks_detail, detail
-from crate_jax.config import ModelConfig, TrainConfig
+from crate_jax.config import ModelConfig, TextConfig, TrainConfig
 from crate_jax.files import Json, located
 
 if TYPE_CHECKING:  # imported where they are used
     from crate_jax.tasks.task import Extra, Params
     from crate_jax.training.run import Run
+
+_TEXTS = 16  # of an evaluation step, unless --batch_size says: logits of many texts are large
 
 
 def add_evaluate(subparsers: Subparsers) -> None:
@@ -31,6 +33,11 @@ def add_evaluate(subparsers: Subparsers) -> None:
     add_source(parser)
     add_model(parser)
     add_data(parser)
+    parser.add_argument(
+        "--tokenizer",
+        type=path,
+        help="of a model of text: bytes, a tokenizer.json, or a name on huggingface.co",
+    )
     add_detail(parser)
     parser.set_defaults(function=evaluate)
 
@@ -112,6 +119,7 @@ def open_trained(
             "Choose another --workdir."
         )
     override_data(config.data, args)
+    config.text.tokenizer = getattr(args, "tokenizer", None) or config.text.tokenizer
     config.eval_batch_size = args.batch_size or config.eval_batch_size
     if change is not None:
         change(config)
@@ -139,10 +147,15 @@ def _check_source(args: argparse.Namespace, command: str) -> None:
 def _config_of_model(args: argparse.Namespace) -> TrainConfig:
     """The config that --model stands for."""
     from crate_jax.models.classifier import of_images
+    from crate_jax.models.language import LanguageModel
     from crate_jax.models.zoo import create_model
 
     kwargs = model_kwargs(args)
-    model = of_images(create_model(args.model, **kwargs))
+    model = create_model(args.model, **kwargs)
+    if isinstance(model, LanguageModel):
+        named, text = ModelConfig(name=args.model, **kwargs), TextConfig(tokenizer=None)
+        return TrainConfig(task="next_token", eval_batch_size=_TEXTS, model=named, text=text)
+    model = of_images(model)
     for name in {"image_size", "patch_size"} & set(kwargs):
         sides = kwargs[name]
         kwargs[name] = (sides, sides) if isinstance(sides, int) else tuple(sides)

@@ -57,6 +57,7 @@ class Classify(Task):
     headline: ClassVar[str] = "top1"
     higher_is_better: ClassVar[bool] = True
     by_row: ClassVar[bool] = True
+    unread: ClassVar[tuple[str, ...]] = ()
 
     def __post_init__(self) -> None:
         """Refuse a model of ours that takes no images, and one without classes."""

@@ -21,7 +21,7 @@ from crate_jax.models.transformer import kernel_init
 from crate_jax.parallel import PyTree
 from crate_jax.tasks.pixels import normalized
 from crate_jax.tasks.rates import unit
-from crate_jax.tasks.task import Extra, Inside
+from crate_jax.tasks.task import Inside
 
 
 class ProjectionHead(nn.Module):
@@ -235,6 +235,6 @@ def followed(teacher: PyTree, student: PyTree, momentum: Array) -> PyTree:
     return jax.tree.map(lambda t, s: momentum * t + (1 - momentum) * s, teacher, student)
 
 
-def kept(statistics: Params) -> Extra:
-    """The running statistics of the student as the extra holds them, if there are any."""
+def kept(statistics: Params) -> dict[str, Params]:
+    """The running statistics of a student as the extra holds them, if there are any."""
     return {"statistics": statistics} if statistics else {}

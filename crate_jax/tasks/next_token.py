@@ -46,6 +46,7 @@ class NextToken(Task):
     headline: ClassVar[str] = "loss"  # times a number it is each of the others
     higher_is_better: ClassVar[bool] = False
     by_row: ClassVar[bool] = True
+    unread: ClassVar[tuple[str, ...]] = ("data.mixup_alpha", "data.cutmix_alpha")
     inspected_rows: ClassVar[int] = 16
 
     @classmethod

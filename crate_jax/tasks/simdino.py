@@ -35,14 +35,12 @@ class SimDino(Task):
     image; there in half of the global views of all images. Running statistics are averaged as
     parameters are, and the teacher computes with them.
 
-    Attributes:
+    Attributes: those of `crate_jax.sections.SimDinoConfig`, and
         model: the backbone, a `crate_jax.models.classifier.ImageClassifier` without classes.
         mean: subtracted from pixels in [0, 1]: one value, or one a channel.
         std: then divided by; likewise.
         coding: the loss.
         total_steps: over which the teacher's momentum rises.
-
-    The others are those of `crate_jax.sections.SimDinoConfig`.
     """
 
     model: Any
@@ -96,8 +94,7 @@ class SimDino(Task):
         from crate_jax.data.images.crops import open_views
 
         task = cls.from_config(config)
-        # Sizes that do not fit together fail here, before any data is read.
-        jax.eval_shape(task.init, jax.random.key(0))
+        jax.eval_shape(task.init, jax.random.key(0))  # sizes that do not fit together fail here
         opened = open_views(config, splits, image_shape=task.model.input_shape)
         for rows, (_, train) in zip(opened, splits, strict=True):
             if train:
@@ -116,10 +113,14 @@ class SimDino(Task):
     def init(self, key: Array) -> tuple[Params, Extra]:
         """Student and teacher, which are equal, and an empty bank."""
         variables = self.network.init(key, mask_token=self.coding.patch_weight > 0)
-        teacher = jax.tree.map(jnp.copy, variables)  # a donated buffer can't be shared
-        bank = empty_bank(self.bank_size, self.model.width)
-        params = variables.pop("params")
-        return params, {"teacher": teacher, "bank": bank} | kept(variables)
+        params, bank = variables.pop("params"), empty_bank(self.bank_size, self.model.width)
+        return params, self.begun(params, {"bank": bank}, variables)
+
+    def begun(self, params: Params, extra: Extra, others: Params) -> Extra:
+        """The teacher begins as the student does."""
+        teacher = {"params": params, **others}
+        teacher = jax.tree.map(jnp.copy, teacher)  # a donated buffer can't be shared
+        return extra | {"teacher": teacher} | kept(others)
 
     def on_device(self, batch: Batch, key: Array) -> Batch:
         """With ``masked`` (B, 2, P), which patches of the global views the student does not see."""

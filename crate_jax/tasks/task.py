@@ -10,7 +10,7 @@ from typing import Any, ClassVar, NamedTuple, Protocol, Self
 from flax import linen as nn
 from jax import Array
 
-from crate_jax.config import TrainConfig
+from crate_jax.config import TrainConfig, get_field
 from crate_jax.data.rows import Rows
 from crate_jax.files import Json
 from crate_jax.parallel import PyTree
@@ -53,13 +53,14 @@ class Task(Protocol):
     """A frozen dataclass of static fields; all methods but `open` are pure and run inside jit.
 
     A class that derives from this one inherits what a simple objective has no use for: `reopen`,
-    `facts`, `on_device`, `after`, `features`, `inspect` and `step_flops`.
+    `facts`, `check_unread`, `on_device`, `after`, `features`, `inspect` and `step_flops`.
 
     Attributes:
         headline: the metric of evaluation by which checkpoints are compared, such as ``top1``.
         higher_is_better: whether a higher one is.
         by_row: whether the loss is a mean over rows, so that gradients of micro-batches may be
             averaged.
+        unread: paths of fields for some tasks alone which this one does not read, 0 where off.
         inspected_rows: how many rows of a batch `inspect` gets; it runs on one device.
         model: what is trained. Nobody but the task calls it.
     """
@@ -68,7 +69,26 @@ class Task(Protocol):
     headline: ClassVar[str]
     higher_is_better: ClassVar[bool]
     by_row: ClassVar[bool]
+    unread: ClassVar[tuple[str, ...]] = (
+        "optim.label_smoothing",
+        "data.mixup_alpha",
+        "data.cutmix_alpha",
+    )
     inspected_rows: ClassVar[int] = 64
+
+    @classmethod
+    def check_unread(cls, config: TrainConfig) -> None:
+        """Refuse a field of `unread` that is on: it would have no effect.
+
+        Raises:
+            ValueError: one is.
+        """
+        for field in cls.unread:
+            if value := get_field(config, field):
+                raise ValueError(
+                    f"{field} must be 0 for the task {config.task}, which does not read it; got "
+                    f"{value}. Set --config.{field}=0."
+                )
 
     @classmethod
     def from_config(cls, config: TrainConfig) -> Self:

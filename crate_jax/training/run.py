@@ -108,6 +108,7 @@ def set_up(
         raise KeyError(
             f"task must be a known task; got {config.task}. " + did_you_mean(config.task, TASKS)
         )
+    TASKS[config.task].check_unread(config)
     if workdir is not None:
         check_workdir(config, workdir)
     distributed = workdir is not None and start_processes(config.parallel)

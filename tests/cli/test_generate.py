@@ -143,6 +143,25 @@ def test_other_commands_take_a_run_of_text(folder, said, refused, tmp_path):
     assert "next_token" in refused("reconstruct", "--workdir", tmp_path / "run")
 
 
+def test_weights_are_evaluated_on_text(folder, said, refused, tmp_path):
+    _, whole = said("evaluate", "--workdir", folder / "text")
+    said("convert", "--from", folder / "text", "--to", tmp_path / "w.safetensors")
+    fields = [f"{name}={value}" for name, value in SIZES.items()]
+    flags = ["evaluate", "--weights", tmp_path / "w.safetensors", "--model=crate_causal_base"]
+    flags += ["--data_dir", folder, "--model-kwargs", *fields]
+    text = ["--dataset=text", "--split=all.txt"]
+    _, found = said(*flags, *text, "--tokenizer=bytes", "--batch_size=32")
+    for name in ("loss", "bits_per_byte", "examples"):
+        assert found[name] == pytest.approx(whole[name], rel=1e-6), name
+    _, tokens = said(*flags, "--dataset=tokens", "--split=all")  # without the end of the text
+    assert tokens["loss"] == pytest.approx(whole["loss"], rel=0.1)
+    assert tokens["examples"] == 150 and "bits_per_byte" not in tokens
+    line = refused(*flags, *text)
+    assert line.endswith("Set --config.text.tokenizer=bytes, say, or --tokenizer where weights are "
+                         "evaluated.")  # fmt: skip
+    assert "one of tokens, text, pydoc" in refused(*flags, "--dataset=digits")
+
+
 # --- mistakes -------------------------------------------------------------------------------------
 
 

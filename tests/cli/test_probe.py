@@ -3,8 +3,10 @@
 import json
 
 import cv2
+import jax
 import numpy as np
 import pytest
+from objectives import small
 from toy import Regress
 
 from crate_jax import load_weights, save_weights
@@ -160,6 +162,31 @@ def test_labels_are_read_though_the_task_reads_none(workdir, call, tmp_path):
     flags += ["--split", "test", "--baselines", "pixels", "--k", 4]
     found = call("knn", "--workdir", workdir, *flags)
     assert found["pixels/k4/top1"] == pytest.approx(1 / 3)  # of b the images are like those of a
+
+
+@pytest.mark.parametrize("task", ["classify", "simdino", "mcr2"])
+def test_every_objective_of_images(task, call, tmp_path):
+    made = small(task, total_steps=1)
+    train(made, tmp_path)
+    flags = ["--train_split", TRAIN, "--split", TEST, "--batch_size", 40, "--k", 5]
+    flags += ["--features", tmp_path / "kept.npz", "--baselines", "random"]
+    found = call("knn", "--workdir", tmp_path, *flags)
+    assert 0.1 < found["k5/top1"] <= found["k5/top5"] <= 1
+    with np.load(tmp_path / "kept.npz") as kept:
+        assert (len(kept["train/values"]), len(kept["test/values"])) == (300, 90)
+        assert (kept["test/values"].std(axis=0) > 0).any()
+
+
+def test_a_classifier_of_other_classes_is_read_without_its_head(call, tmp_path):
+    model = build_model(ModelConfig(name="crate_tiny_patch16_224", **FIELDS, num_classes=3))
+    params = model.init(jax.random.key(0), model.sample_input(), train=False)["params"]
+    path = tmp_path / "three.safetensors"
+    save_weights(path, params, model)
+    fields = [f"{name}={value}".replace(" ", "") for name, value in FIELDS.items()]
+    flags = ["--model", "crate_tiny_patch16_224", "--model-kwargs", *fields]
+    flags += ["--transforms", "resize(16)", *DATA, "--k", 5]
+    assert "num_classes" in call("knn", "--weights", path, *flags)
+    assert call("knn", "--weights", path, *flags, "--fit", "head")["k5/top1"] > 0.3
 
 
 def test_a_model_of_no_images_has_no_features(call, tmp_path, monkeypatch):

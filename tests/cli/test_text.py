@@ -64,7 +64,10 @@ def test_training_and_evaluating_are_refused(weights, capsys, tmp_path):
     assert refused(capsys, status).endswith(f"got a CrateLM, {NO_TASK}")
     model = ["--model=crate_lm_2l", *KWARGS]
     evaluate = ["evaluate", f"--weights={weights}", "--dataset=digits", *model]
-    assert refused(capsys, main(evaluate)).endswith(NO_TASK)
+    line = refused(capsys, main(evaluate))
+    assert (
+        "data.dataset must be one of tokens, text, pydoc for a model of text; got digits." in line
+    )
     with pytest.raises(ValueError, match=r"^model must classify images here; got a CrateLM, of te"):
         Classify(MODEL)
 

@@ -15,7 +15,8 @@ from crate_jax.cli.train import train, usage
 from crate_jax.config import options
 
 NAMES = ["alpha_imagenet1k", "alpha_imagenet21k", "cbsa_imagenet1k", "digits", "finetune"]
-NAMES += ["imagenet1k", "mae_imagenet1k", "openwebtext", "text", "tost_imagenet1k"]
+NAMES += ["imagenet1k", "mae_imagenet1k", "openwebtext", "simdino_imagenet1k", "text"]
+NAMES += ["tost_imagenet1k"]
 MINE = "from crate_jax.config import TrainConfig\n"
 MINE += "def get_config(arg='none'):\n    return TrainConfig(name=f'mine_{arg}')\n"
 

@@ -9,7 +9,8 @@ from crate_jax.checkpoint.reading import read_trained
 from crate_jax.cli.main import main
 from crate_jax.interop import load_fitted
 from crate_jax.interop.tree import flatten
-from crate_jax.training.loop import train
+from crate_jax.training.loop import open_checkpoints, restore_or_init, train
+from crate_jax.training.run import set_up
 
 
 @pytest.mark.parametrize("task", RECIPES)
@@ -42,3 +43,19 @@ def test_a_run_states_its_model(task, tmp_path):
         assert main(["convert", f"--from={workdir}", f"--to={target}", "--which=student"]) == 0
         with np.load(target) as file:
             np.testing.assert_array_equal(file["blocks/mssa/U"], trained["blocks"]["mssa"]["U"])
+
+
+def test_a_teacher_begins_as_the_weights_that_its_student_begins_with(tmp_path):
+    first, second = tmp_path / "first", tmp_path / "second"
+    fields = dict(total_steps=1, batch_size=16, checkpoint_every_steps=1)
+    train(small("simdino", **fields), first)
+    config = small("simdino", **fields, init_weights=first, seed=1)
+    run = set_up(config, "train", "eval", workdir=second)
+    state, _, record = restore_or_init(run, open_checkpoints(run, second))
+    taught = flatten(read_trained(first, "latest")[1]["teacher"]["params"])
+    teacher, student = flatten(state.extra["teacher"]["params"]), flatten(state.params)
+    assert "took teacher, averaged weights" in "".join(record["notes"])
+    for path, array in teacher.items():
+        np.testing.assert_array_equal(array, student[path], err_msg=path)
+        assert (path[:5] == "head/") or np.array_equal(array, taught[path])
+    assert not np.array_equal(teacher["head/linear0/kernel"], taught["head/linear0/kernel"])

@@ -39,6 +39,7 @@ from crate_jax.options import option_of
 from crate_jax.parallel import start_processes
 from crate_jax.tasks.masked_autoencoding import MaskedAutoencoding
 from crate_jax.tasks.mcr2 import Mcr2
+from crate_jax.tasks.next_token import NextToken
 from crate_jax.tasks.simdino import SimDino
 from crate_jax.training.loop import open_checkpoints, restore_or_init, train
 from crate_jax.training.run import evaluate_split, set_up
@@ -344,15 +345,15 @@ def test_every_field_of_the_config_is_read(four_steps, tiny_config, tmp_path, ph
         key = jax.random.key(0)
         jax.eval_shape(mcr2.loss, *jax.eval_shape(mcr2.init, key), mcr2.blank(), key)
         SimDino.open(load_recipe("digits:simdino"), ("train", True))
+        NextToken.from_config(load_recipe("text"))
         sizes = dict(train=True, context=8, vocab_size=257)
         assert open_text(DataConfig(dataset="pydoc"), TextConfig(), "train", **sizes)
         records = DataConfig(dataset="photos", data_dir=str(tmp_path / "tfrecord"))
         assert len(open_source(records, "train", image_shape=(8, 8, 3), num_classes=1)) == 1
     # The section of the model is unpacked whole, and tests/models/test_zoo.py sees who reads it.
     unread = {(cls.__name__, field.name) for cls in classes for field in dataclasses.fields(cls)}
-    # total_steps stands in for total_epochs here; name is read by train.py, see test_cli; the
-    # section of the model by build_model.
-    assert unread - read == {("TrainConfig", name) for name in ("total_epochs", "name")}
+    # The name is read by train.py, see test_cli; the section of the model by build_model.
+    assert unread - read == {("TrainConfig", "name")}
 
 
 def test_a_workdir_with_an_owner_is_left_alone(tiny_config, tmp_path, monkeypatch):

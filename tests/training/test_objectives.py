@@ -77,6 +77,23 @@ def test_every_task_has_a_small_run():
     assert {config_of(task).task for task in TASKS} == TASKS.keys()
 
 
+@pytest.mark.parametrize("task", TASKS)
+def test_what_a_task_does_not_read_is_refused(task):
+    """Of what some tasks read alone, each field has an effect or is refused."""
+    fields = ("optim.label_smoothing", "data.mixup_alpha", "data.cutmix_alpha")
+    for field in fields:
+        config = config_of(task, **{field.replace(".", "__"): 0.25})
+        if field in TASKS[task].unread:
+            message = (
+                rf"^{field} must be 0 for the task {task}, which does not read it; got 0\.25\."
+            )
+            with pytest.raises(ValueError, match=message):
+                set_up(config)
+        else:
+            run, name = set_up(config), field.split(".")[1]
+            assert getattr(run.task, name) == 0.25
+
+
 def test_killed_at_a_random_step_it_goes_on_with_the_same_bits(whole, tmp_path):
     task, workdir, summary = whole
     at = random.randint(SAVE_EVERY + 1, STEPS - 1)

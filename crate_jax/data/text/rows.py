@@ -214,7 +214,7 @@ def _tokenized(
     if tokenizer is None:
         raise ValueError(
             f"text.tokenizer must be set for {data.dataset}; it is unset. Set "
-            "--config.text.tokenizer=bytes, say."
+            "--config.text.tokenizer=bytes, say, or --tokenizer where weights are evaluated."
         )
     found: list[np.ndarray] = []
     size, end = 0, np.array([tokenizer.end], np.int32)
