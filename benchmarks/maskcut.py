@@ -150,8 +150,9 @@ def report(result: Result) -> list[str]:
     return [
         *table("solver | seconds, median | times as fast as LAPACK", speeds),
         "",
-        f"Of {result['patches']} patches ({result['timed']}), {result['rounds']} rounds. The slowest "
-        f"round of Lanczos was {result['lowest']:.0f} times as fast as the fastest of LAPACK.",
+        f"Of {result['patches']} patches ({result['timed']}), {result['rounds']} rounds. The "
+        f"slowest round of Lanczos was {result['lowest']:.0f} times as fast as the fastest of "
+        "LAPACK.",
         "",
         *table(heads, rows),
     ]
