@@ -42,7 +42,7 @@ SIZES = (SIDE, 3 * SIDE)  # that the tokens are read at: the trained size, and t
 MODEL = "crate_tiny_patch16_224"
 FIELDS = dict(image_size=SIDE, patch_size=8, in_channels=3, width=64, depth=4, num_heads=4)
 APS = ("box_ap50", "box_ap75", "box_ap", "mask_ap50", "mask_ap75", "mask_ap")
-TRAINING = {"train": 1200, "test": 240}
+TRAINING = {"train": 6000, "test": 480}
 LARGE, SMALL = 128, 2  # side and patch of the colours
 
 
@@ -53,8 +53,8 @@ def config(folder: Path, steps: int) -> TrainConfig:
         batch_size=32,
         eval_batch_size=80,
         total_steps=steps,
-        log_every_steps=50,
-        eval_every_steps=steps,
+        log_every_steps=100,
+        eval_every_steps=500,
         log_objective_every_steps=0,
         model=ModelConfig(**FIELDS | dict(name=MODEL, image_size=(SIDE, SIDE), patch_size=(8, 8))),
         data=DataConfig(
@@ -65,7 +65,7 @@ def config(folder: Path, steps: int) -> TrainConfig:
             mean=IMAGENET_MEAN,
             std=IMAGENET_STD,
         ),
-        optim=OptimConfig(lr=1e-3, weight_decay=0.05, warmup_epochs=1),
+        optim=OptimConfig(lr=2e-3, weight_decay=0.05, warmup_epochs=1),
     )
 
 
@@ -192,7 +192,7 @@ def report(result: Result) -> list[str]:
 def main() -> None:
     """Parse, measure, print, write."""
     parser = command_line(__doc__)
-    parser.add_argument("--steps", type=int, default=500)
+    parser.add_argument("--steps", type=int, default=2500)
     args = parser.parse_args()
     publish(args, measure(args.steps), "scipy", "pycocotools", report=report)
 

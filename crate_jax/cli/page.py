@@ -196,10 +196,8 @@ class Page:
     def _verdicts(self, found: Found) -> list[tuple[str, list[str]]]:
         """What the layers do, in words, trained, on the test split."""
         labels = list(found) if len(self.runs) > 1 else ["test"]
-        said = [
-            (label, [x.replace("R^c", "Rᶜ") for x in verdict(found[label])]) for label in labels
-        ]
-        return [(label, lines) for label, lines in said if lines]
+        said = [(label, verdict(found[label])) for label in labels]
+        return [(label, [x.replace("R^c", "Rᶜ") for x in lines]) for label, lines in said if lines]
 
     def _pictures(self, of: Of) -> None:
         """A section with a column for each run."""

@@ -44,7 +44,7 @@ PICTURES = (
     Of(
         "saliency",
         "Where the class token looks",
-        "Yellow is where a head looks most; each map has its own scale.",
+        "Yellow is where a head looks most. Each map goes from zero to its own largest value.",
         ("saliency",),
     ),
     Of(
