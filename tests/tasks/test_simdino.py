@@ -293,6 +293,22 @@ def test_hidden_patches_are_not_seen():
     assert (network.see(variables, jnp.asarray(changed)).features != seen[0]).any()
 
 
+def test_a_run_out_of_a_file_begins_with_two_equal_networks():
+    for name in ("crate", "tost"):
+        task = SimDino(BACKBONES[name], **FIELDS)
+        _, extra = task.init(jax.random.key(0))
+        params, other = task.init(jax.random.key(1))
+        moved = {
+            k: jax.tree.map(lambda x: x + 2, v) for k, v in other.get("statistics", {}).items()
+        }
+        begun = task.begun(params, extra, moved)
+        assert jax.tree.structure(begun) == jax.tree.structure(extra)
+        expected = {"params": params, **moved}
+        jax.tree.map(np.testing.assert_array_equal, begun["teacher"], expected)
+        jax.tree.map(np.testing.assert_array_equal, begun.get("statistics", {}), moved)
+        jax.tree.map(np.testing.assert_array_equal, begun["bank"], extra["bank"])
+
+
 def test_masks_hide_a_share_of_one_view():
     masked = np.asarray(masks_of_one_view(jax.random.key(0), (400, 20), least=0.1, most=0.5))
     counts = masked.sum(axis=2)

@@ -66,7 +66,7 @@ def test_an_encoded_image_is_decoded_once(tmp_path, photographs, monkeypatch):
     write_folder(tmp_path, "train", files)
     data = dataclasses.replace(DATA, dataset="folder", data_dir=str(tmp_path))
     rows = crops(data=data, shape=(16, 16, 3))
-    from crate_jax.data.images import crops as module
+    from crate_jax.data.images import labelled as module
 
     decoded, original = [], module.EncodedImage
 
