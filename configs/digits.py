@@ -90,9 +90,9 @@ def _views(config: TrainConfig) -> None:
     """Crops in the place of whole scans, and what makes them agree."""
     crop = "random_resized_crop({}, min_area={}, max_area={})|"
     crop += "random_affine(degrees=15, shift=0.1, scale=0.1, shear=10)"
-    config.task, config.total_epochs = "simdino", 30
-    config.optim.label_smoothing = 0.0
-    config.data.train_transforms = crop.format(32, 0.7, 1.0)
+    config.task, config.batch_size, config.total_epochs = "simdino", 50, 50
+    config.optim.lr, config.optim.label_smoothing = 1e-3, 0.0
+    config.data.train_transforms = crop.format(32, 0.5, 1.0)
     config.simdino = SimDinoConfig(
         gamma=0.005,
         head_hidden=192,
@@ -100,6 +100,6 @@ def _views(config: TrainConfig) -> None:
         momentum=0.9,
         local_crops=4,
         local_size=16,
-        local_transforms=crop.format(16, 0.5, 1.0),
+        local_transforms=crop.format(16, 0.3, 0.7),
         bank_size=1500,
     )

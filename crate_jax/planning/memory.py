@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from crate_jax.config import OptimConfig
 from crate_jax.models.attention import has_kernel
 from crate_jax.models.cost import activation_bytes, layer_bytes
+from crate_jax.models.language import LanguageModel
 from crate_jax.models.stacked import BlockModel
 from crate_jax.parallel import PyTree, on_mesh
 from crate_jax.planning.chips import Chip
@@ -109,7 +110,7 @@ def _working(run: Run, model: BlockModel, rows: int, platform: str) -> int:
         of_tokens, of_pixels = _TOKENS_AND_PIXELS[platform]
         values = 4 * (of_tokens * tokens + of_pixels * pixels)
     layers = again * layer_bytes(model.clone(remat="none"))
-    logits = model.num_tokens * getattr(model, "vocab_size", 0)
+    logits = model.num_tokens * model.vocab_size if isinstance(model, LanguageModel) else 0
     return rows * max(layers + values, 4 * _LOGITS * logits)
 
 
@@ -134,6 +135,8 @@ def _copies(optim: OptimConfig, model: BlockModel, state: TrainState, platform: 
 def _has_kernel(run: Run, model: BlockModel) -> bool:
     """Whether a kernel for TPUs computes the attention, so that no score lies in memory."""
     if model.attention_part.name != "mssa" or model.backward != "derived":
+        return False
+    if isinstance(model, LanguageModel):  # no kernel knows a mask
         return False
     found: list[bool] = []
 

@@ -130,12 +130,12 @@ class Network:
         return variables | {"params": {**variables["params"], "head": head}}
 
     def blank(self, local_crops: int) -> dict[str, Any]:
-        """Black views of an image: ``global``, and ``local`` if there are any."""
+        """Black views: ``global``, and ``local`` if there are any; and ``label`` 0."""
         (H, W, c), side = self.model.input_shape, self.local_size
         views: dict[str, Any] = {"global": np.zeros((1, 2, H, W, c), np.uint8)}
         if local_crops:
             views["local"] = np.zeros((1, local_crops, side, side, c), np.uint8)
-        return views
+        return views | {"label": np.zeros(1, np.int32)}
 
     def see(
         self,

@@ -5,7 +5,6 @@ from typing import Any, ClassVar, Self
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import Array
 
 from crate_jax.config import TrainConfig
@@ -18,8 +17,6 @@ from crate_jax.tasks.masking import check_shares, masks_of_one_view
 from crate_jax.tasks.neighbours import empty_bank, nearest_class, pushed
 from crate_jax.tasks.rates import unit
 from crate_jax.tasks.task import Batch, Extra, Images, Inside, Params, Scalars, Task, length_of
-
-_SHOWN = 8  # pictures of `inspect`
 
 
 @dataclasses.dataclass(frozen=True)
@@ -107,8 +104,7 @@ class SimDino(Task):
 
     def blank(self) -> Batch:
         """Black views, and class 0."""
-        views: Any = self.network.blank(self.local_crops)
-        return views | {"label": np.zeros(1, np.int32)}
+        return self.network.blank(self.local_crops)
 
     def init(self, key: Array) -> tuple[Params, Extra]:
         """Student and teacher, which are equal, and an empty bank."""
@@ -176,7 +172,7 @@ class SimDino(Task):
 
     def inspect(self, params: Params, extra: Extra, batch: Batch) -> tuple[Scalars, Images]:
         """How far the teacher's features collapse; the two global views, side by side."""
-        beside = jnp.concatenate([*self._views(batch)[:_SHOWN].swapaxes(0, 1)], axis=2)
+        beside = jnp.concatenate([*self._views(batch)[:8].swapaxes(0, 1)], axis=2)
         return collapse(self._seen(extra, batch).features[:, 0]), {"views": beside}
 
     def inside(self, params: Params, extra: Extra, batch: Batch) -> Inside:

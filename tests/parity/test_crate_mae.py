@@ -4,15 +4,19 @@ import functools
 import json
 from pathlib import Path
 
+import cv2
 import jax
 import numpy as np
 import pytest
+from objectives import small
 
 from crate_jax import CrateMae, create_model
+from crate_jax.cli.main import main
 from crate_jax.cli.steps import autoencoder_steps, classifier_steps, hidden_loss
 from crate_jax.interop import to_state_dict
 from crate_jax.models.cost import abstract_variables
 from crate_jax.tasks.losses import cross_entropy
+from crate_jax.training.loop import train
 
 torch = pytest.importorskip("torch")
 from crate_jax.parity.compare import compare  # noqa: E402 (needs PyTorch)
@@ -122,3 +126,17 @@ def test_it_has_as_many_parameters_as_the_official_code():
     with torch.device("meta"):
         twin = from_flax_model(create_model("crate_mae_tiny_patch16_224"))
     assert sum(p.numel() for p in twin.parameters()) == 11_555_328
+
+
+def test_compare_takes_a_run_of_it(tmp_path, capsys):
+    """On the images of the run, whose labels nobody reads, and on images in a folder."""
+    rng = np.random.default_rng(0)
+    for i in range(3):
+        assert cv2.imwrite(str(tmp_path / f"{i}.png"), rng.integers(0, 256, (9, 9), np.uint8))
+    train(small("masked_autoencoding", total_steps=1), tmp_path / "run")
+    flags = [f"--weights={tmp_path / 'run'}", "--train-steps=0", "--batch_size=3"]
+    for images, inputs in (([], "digits/test"), ([f"--images={tmp_path}"], str(tmp_path))):
+        capsys.readouterr()
+        assert main(["compare", *flags, *images]) == 0
+        found = json.loads(capsys.readouterr().out.splitlines()[-1])
+        assert found["within_tolerance"] and found["images"] == 3 and found["inputs"] == inputs

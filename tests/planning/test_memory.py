@@ -110,3 +110,13 @@ def test_what_is_computed_again_is_held_for_a_layer(on):
     layer = kept["activations"] / 12
     assert again["working"] - kept["working"] == pytest.approx(layer, rel=1e-6)
     assert again["activations"] == 8 * 12 * 197 * 768 * 2
+
+
+def test_text_has_scores_where_images_have_a_kernel_and_logits_where_they_are_more(on):
+    sizes = dict(model__depth=1, model__vocab_size=8, model__context_length=256)
+    scores = 4 * 3 * 12 * 256**2  # A, dA and dS of a text, 12 heads
+    found = on("v4", "openwebtext:base", "data:1", 2, **sizes)["working"]
+    assert 2 * scores < found < 3 * scores
+    logits = 2 * 4 * 256 * 10**6  # of a text, and their gradient
+    large = on("v4", "openwebtext:base", "data:1", 2, **sizes | {"model__vocab_size": 10**6})
+    assert large["working"] == pytest.approx(2 * logits, rel=0.01)

@@ -332,10 +332,9 @@ def test_a_run_without_labels(tmp_path):
         summary["test/rate"] - summary["test/class_rate"]
     )
     assert 0 < summary["test/cosine"] <= 1
-    args = cli.parse(["report", f"--workdir={tmp_path}"])
-    assert args.function(args)["shown"] == ["cosines"]
-    picture = cv2.imread(str(tmp_path / "cosines.png"), cv2.IMREAD_UNCHANGED)
-    assert picture.shape == (104, 104) and not picture.diagonal().any()  # black: 1
+    args = cli.parse(["report", f"--workdir={tmp_path}", "--examples=32"])
+    page = Path(args.function(args)["output"]).read_text()
+    assert "What the task shows" in page and "cosines" in page
 
 
 def test_labels_keep_their_numbers(tmp_path):
