@@ -1,5 +1,6 @@
 """The figures of the papers by name: what each takes of a run, or of several."""
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -123,10 +124,8 @@ def pca(runs: list[Specimen], asked: Asked) -> "Picture":
     run = runs[0]
     images = run.shown[0][:SHOWN]
     W_BxPxf, layer = _subspace_tokens(run, SHOWN, asked.layer)
-    model: Any = run.model
-    return shared_components(
-        foreground(W_BxPxf, model.grid), as_floats(images), model.grid, layer=layer
-    )
+    shown = foreground(W_BxPxf, run.grid)
+    return shared_components(shown, as_floats(images), run.grid, layer=layer)
 
 
 def segmentation(runs: list[Specimen], asked: Asked) -> "Picture":
@@ -138,8 +137,7 @@ def segmentation(runs: list[Specimen], asked: Asked) -> "Picture":
     images = run.shown[0][:SHOWN]
     W_BxPxf, layer = _subspace_tokens(run, SHOWN, asked.layer)
     maps, _ = _maps(run, SHOWN, asked.layer)
-    model: Any = run.model
-    cuts = [maskcut(W_Pxf, model.grid) for W_Pxf in W_BxPxf]
+    cuts = [maskcut(W_Pxf, run.grid) for W_Pxf in W_BxPxf]
     return segments(maps, cuts, as_floats(images), layer=layer)
 
 
@@ -225,7 +223,7 @@ def _maps(run: Specimen, count: int | None, layer: int | None) -> tuple[np.ndarr
             "them. Choose another run."
         )
     seen = run.look([tap], run.rows_shown(count))
-    return class_token_maps(seen, model.grid)[layer - 1], layer
+    return class_token_maps(seen, run.grid)[layer - 1], layer
 
 
 def _subspace_tokens(run: Specimen, count: int | None, layer: int | None) -> tuple[np.ndarray, int]:
@@ -233,7 +231,7 @@ def _subspace_tokens(run: Specimen, count: int | None, layer: int | None) -> tup
     model: Any = run.model
     layer = _number_of(model, layer)
     W_BxNxKxp = run.look(["subspace_tokens"], run.rows_shown(count))["subspace_tokens"][layer - 1]
-    return W_BxNxKxp.reshape(*W_BxNxKxp.shape[:2], -1)[:, -model.num_patches :], layer
+    return W_BxNxKxp.reshape(*W_BxNxKxp.shape[:2], -1)[:, -math.prod(run.grid) :], layer
 
 
 def _number_of(model: Any, layer: int | None) -> int:

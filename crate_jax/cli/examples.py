@@ -1,6 +1,7 @@
 """Examples that commands look at: of a run's split, or of a folder of images."""
 
 import contextlib
+import copy
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,8 +16,16 @@ Batch = dict[str, Any]  # of arrays on the host, rows on axis 0
 MOST_IMAGES = 256  # of a folder
 
 
-def folder_images(folder: str, config: TrainConfig, task: Any) -> tuple[np.ndarray, list[str]]:
-    """The images below a folder, prepared as the run's, and of each the folder it lies in.
+def folder_images(
+    folder: str, config: TrainConfig, image_shape: tuple[int, int, int], *, resized: bool = False
+) -> tuple[np.ndarray, list[str]]:
+    """The images below a folder, and of each the folder it lies in.
+
+    Args:
+        folder: the folder.
+        config: of the run, whose evaluation prepares them.
+        image_shape: (H, W, c) that must come out.
+        resized: whether they are just resized to that, in the place of the run's preparation.
 
     Raises:
         ValueError: there is none.
@@ -29,7 +38,10 @@ def folder_images(folder: str, config: TrainConfig, task: Any) -> tuple[np.ndarr
     found = found_in(folder, lambda _: 0)
     if not len(found):
         raise ValueError(f"--images must be a folder with images; got {folder}. Choose another.")
-    pipeline = make_pipeline(config.data, task.model.input_shape, train=False)
+    data = copy.deepcopy(config.data)
+    if resized:
+        data.eval_transforms = f"resize({tuple(image_shape[:2])})"
+    pipeline = make_pipeline(data, image_shape, train=False)
     pixels, kinds = [], []
     for i in range(min(len(found), MOST_IMAGES)):
         example = found[i]
@@ -38,6 +50,17 @@ def folder_images(folder: str, config: TrainConfig, task: Any) -> tuple[np.ndarr
         )
         kinds.append(Path(unpack_name(found.names[i])).parent.name or ".")
     return np.stack(pixels), kinds
+
+
+def enlarged(images_BxHxWxc: np.ndarray, side: int) -> np.ndarray:
+    """Stored images as squares of another side, by bilinear interpolation."""
+    import cv2  # here: models and measures do without it
+
+    c = images_BxHxWxc.shape[-1]
+    made = [
+        cv2.resize(image, (side, side), interpolation=cv2.INTER_LINEAR) for image in images_BxHxWxc
+    ]
+    return np.stack(made).reshape(len(made), side, side, c)
 
 
 def as_floats(pixels: np.ndarray) -> np.ndarray:

@@ -21,6 +21,9 @@ def add_figure(subparsers: Subparsers) -> None:
     parser.add_argument("name", choices=FIGURES, metavar="NAME", help="which figure")
     add_looking(parser, several=True)
     parser.add_argument("--layer", type=int, help="counted from 1; default: the last, or all")
+    parser.add_argument(
+        "--size", type=int, help="pixels of a side of the pictures' images; default: the model's"
+    )
     parser.add_argument("--head", type=int, help="counted from 1; default: all")
     parser.add_argument(
         "--output", type=path, help=".svg, .png or .pdf; its data goes beside it; default NAME.svg"
@@ -32,7 +35,9 @@ def figure(args: argparse.Namespace) -> Json:
     """Draw one figure, and write its data as CSV beside it."""
     from crate_jax.analysis.figures import save
 
-    how = dict(examples=args.examples, images=args.images)
+    how = dict(examples=args.examples, images=args.images, side=args.size)
+    if args.size is not None and args.size < 1:
+        raise ValueError(f"--size must be >= 1; got {args.size}. Leave it out.")
     runs = [open_specimen(args.workdir, args.step, **how)]
     runs += [open_specimen(workdir, **how) for workdir in args.against]
     picture = FIGURES[args.name](runs, Asked(args.layer, args.head))

@@ -23,7 +23,12 @@ def add_looking(parser: argparse.ArgumentParser, *, several: bool = False) -> No
 
 
 def open_specimen(
-    workdir: str, step: str = "latest", *, examples: int = 256, images: str | None = None
+    workdir: str,
+    step: str = "latest",
+    *,
+    examples: int = 256,
+    images: str | None = None,
+    side: int | None = None,
 ) -> Specimen:
     """A run's checkpoint, to be looked at.
 
@@ -42,4 +47,4 @@ def open_specimen(
     abstract_params, abstract_extra = jax.eval_shape(run.task.init, run.key)
     params, extra, _ = restore_trained(workdir, abstract_params, abstract_extra, number)
     name = Path(workdir).name or config.name
-    return Specimen(name, workdir, number, run, params, extra, examples, images)
+    return Specimen(name, workdir, number, run, params, extra, examples, images, side)

@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from crate_jax.cli.examples import Batch, as_floats, first_examples, folder_images
+from crate_jax.cli.examples import Batch, as_floats, enlarged, first_examples, folder_images
 from crate_jax.config import TrainConfig
 from crate_jax.files import Json, located
+from crate_jax.models.classifier import pair
 
 if TYPE_CHECKING:  # imported where they are used
     from crate_jax.analysis.figures import Picture
@@ -40,6 +41,7 @@ class Specimen:
         extra: likewise.
         examples: how many examples measures take.
         folder: of images for pictures; None: the first of the evaluation split.
+        side: of the images for pictures, in pixels; None: as the model was trained.
     """
 
     name: str
@@ -50,6 +52,7 @@ class Specimen:
     extra: Any
     examples: int
     folder: str | None = None
+    side: int | None = None
 
     @property
     def config(self) -> TrainConfig:
@@ -130,12 +133,22 @@ class Specimen:
                 f"pictures of images must have a run of images; {self.workdir} has none."
             )
         if self.folder:
-            return folder_images(self.folder, self.config, self.run.task)
+            shape = self.model.input_shape
+            if self.side is not None:
+                shape = (self.side, self.side, shape[-1])
+            resized = self.side is not None
+            return folder_images(self.folder, self.config, shape, resized=resized)
         labels = self.batch.get("label", np.zeros(len(self.batch["image"]), int))
         names = self.class_names
-        return np.asarray(self.batch["image"]), [
-            names[int(i)] if names else str(int(i)) for i in labels
-        ]
+        kinds = [names[int(i)] if names else str(int(i)) for i in labels]
+        images = np.asarray(self.batch["image"])
+        return images if self.side is None else enlarged(images, self.side), kinds
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Patches (down, across) of an image for pictures."""
+        (h, w), (H, W) = pair(self.model.patch_size), self.shown[0].shape[1:3]
+        return H // h, W // w
 
     @property
     def class_names(self) -> Sequence[str]:

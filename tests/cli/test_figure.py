@@ -127,6 +127,27 @@ def test_a_folder_of_images(workdir, call, tmp_path):
     np.testing.assert_allclose(np.reshape(shares, (3, 4)), expected, rtol=1e-4)
 
 
+def test_images_of_another_size(workdir, call, tmp_path):
+    """The grid grows, positions are interpolated, and the maps are those of `taps`."""
+    rng = np.random.default_rng(1)
+    (tmp_path / "in").mkdir()
+    stored = rng.integers(0, 256, (24, 24), np.uint8)
+    cv2.imwrite(str(tmp_path / "in/1.png"), stored)
+    given = ["--workdir", workdir, "--size", 24, "--output", tmp_path / "a.svg"]
+    for name in ("pca", "segmentation", "heads", "operators"):
+        assert call("figure", name, *given)[0] == 0, name
+    status, _, err = call("figure", "saliency", *given, "--images", tmp_path / "in", "--head", 1)
+    assert status == 0, err
+    shares = [float(row["share"]) for row in read(tmp_path / "a.csv")]
+    params, _, _ = read_trained(workdir, "latest")
+    made = config(num_classes=10)
+    x = (stored[None, ..., None] / 255 - made.data.mean[0]) / made.data.std[0]
+    _, seen = taps(build_model(made.model), params, x.astype(np.float32), "attention")
+    looks = np.asarray(seen["attention"])[-1, 0, 0, 0, 1:]
+    assert len(shares) == 9
+    np.testing.assert_allclose(shares, looks / looks.sum(), rtol=1e-4)
+
+
 def test_several_runs(workdir, vit, call, tmp_path):
     output = tmp_path / "a.svg"
     both = ["--workdir", workdir, "--against", vit, "--output", output]
@@ -155,6 +176,8 @@ def test_what_it_refuses(workdir, vit, call, tmp_path):
         (["saliency", "--head", 3], "--head must be one of 1 … 2; got 3"),
         (["atoms", "--layer", 2], "--layer must be 1 for atoms"),
         (["tokens", "--examples", 0], "--examples must be >= 1; got 0"),
+        (["saliency", "--size", 0], "--size must be >= 1; got 0"),
+        (["saliency", "--size", 20], "sides that are multiples of the patch, 8 x 8; got 20 x 20"),
         (["tokens", "--step", 7], "step must be latest, best or one of 1; got 7"),
         (["nothing"], "invalid choice: 'nothing'"),
         (["saliency", "--images", tmp_path / "none"], "--images must be a folder with images"),
