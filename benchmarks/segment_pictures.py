@@ -30,9 +30,9 @@ PICTURES = {
     "digits_maskcut": ("digits", ["--size", "96"], 0),
     "digits_coarse": ("digits", ["--size", "96", "--method", "coarse", "--share_of", "mass"], 0),
     "digits_pca": ("digits", ["--size", "96", "--method", "pca"], 0),
-    "photographs_maskcut": ("photographs", [], 480),
-    "photographs_coarse": ("photographs", ["--method", "coarse", "--head", "1"], 480),
-    "photographs_pca": ("photographs", ["--method", "pca"], 560),
+    "photographs_maskcut": ("photographs", [], 460),
+    "photographs_coarse": ("photographs", ["--method", "coarse", "--head", "1"], 360),
+    "photographs_pca": ("photographs", ["--method", "pca"], 480),
 }
 
 
@@ -91,7 +91,7 @@ def main() -> None:
             joined(output, picture, width)
         (folder / "colours").mkdir()
         colours(folder / "colours")
-        joined(folder / "colours", "photographs_colours", 480)
+        joined(folder / "colours", "photographs_colours", 380)
 
 
 if __name__ == "__main__":

@@ -4,27 +4,36 @@
 
 The masks are known: `shapes.py` draws images of 1 … 3 discs, squares and triangles from a seed. A
 small CRATE learns to tell the three, of images with one shape each, by the project's own training.
-Then MaskCut and coarse masks by `python -m crate_jax segment`, with its defaults, of the tokens of
-each layer, trained and with the weights that training started from; and MaskCut of features that
-tell the shapes apart, the colour of each patch of 2 pixels. AP is class-agnostic. The last line is
-JSON; --output writes it, and the table beside it as Markdown.
+Then MaskCut and coarse masks, with the defaults of `python -m crate_jax segment`, by the tokens of
+each layer, trained and with random weights; and MaskCut by features that tell the shapes apart, the
+colour of each patch of 2 pixels. AP is class-agnostic. The last line is JSON; --output writes it,
+and the table beside it as Markdown.
 """
 
 import contextlib
 import io
 import json
+import math
 import tempfile
 from pathlib import Path
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import shapes
 from frame import Result, command_line, publish, table
 
-from crate_jax import save_weights
+from crate_jax.analysis import taps
+from crate_jax.analysis.coarse_masks import (
+    class_attention,
+    class_scores,
+    mean_iou,
+    share_of_entries,
+)
 from crate_jax.analysis.maskcut import enlarge, maskcut
 from crate_jax.analysis.rle import box, encode
-from crate_jax.cli.main import main as crate_jax
+from crate_jax.checkpoint.reading import inspect
 from crate_jax.config import (
     IMAGENET_MEAN,
     IMAGENET_STD,
@@ -33,9 +42,11 @@ from crate_jax.config import (
     OptimConfig,
     TrainConfig,
 )
+from crate_jax.data.images.resize import resize_pixels
 from crate_jax.evaluation.average_precision import average_precision
+from crate_jax.interop import load_fitted
+from crate_jax.tasks.pixels import normalize
 from crate_jax.training.loop import train
-from crate_jax.training.run import set_up
 
 SIDE, IMAGES, MOST = 64, 24, 3
 SIZES = (SIDE, 3 * SIDE)  # that the tokens are read at: the trained size, and three times that
@@ -69,69 +80,66 @@ def config(folder: Path, steps: int) -> TrainConfig:
     )
 
 
-def call(*arguments: object) -> Result:
-    """The JSON of a command of the package."""
-    with contextlib.redirect_stdout(io.StringIO()) as out:
-        status = crate_jax([str(each) for each in arguments])
-    if status:
-        raise RuntimeError(f"{arguments} ended with {status}")
-    return json.loads(out.getvalue().splitlines()[-1])
-
-
-def measure(steps: int) -> Result:
-    """Everything, in a folder of its own."""
-    with tempfile.TemporaryDirectory() as name:
+def learnt(steps: int, workdir: Path) -> float:
+    """Train on images of one shape each; the top-1 on the test images."""
+    with tempfile.TemporaryDirectory() as name, contextlib.redirect_stdout(io.StringIO()):
         folder = Path(name)
         for seed, (split, count) in enumerate(TRAINING.items(), start=1):
-            drawn = shapes.drawn_set(seed, count, SIDE, most=1)
-            shapes.write_classes(folder / "classes" / split, drawn)
-        recipe = config(folder / "classes", steps)
-        with contextlib.redirect_stdout(io.StringIO()):
-            learnt = train(recipe, folder / "run")
-        run = set_up(recipe, "eval")
-        params, _ = run.task.init(run.key)
-        save_weights(folder / "random.npz", params, run.task.model)
-        fields = [f"{name}={value}".replace(" ", "") for name, value in FIELDS.items()]
-        random = ["--weights", folder / "random.npz", "--model", MODEL]
-        random += ["--model-kwargs", *fields, f"num_classes={len(shapes.KINDS)}"]
-        drawn = shapes.drawn_set(0, IMAGES, SIDE, MOST)
-        shapes.write_coco(folder, drawn)
-        shapes.write_voc(folder / "voc", drawn)
-        sources = {"trained": ["--workdir", folder / "run"], "random": random}
-        rows = [
-            {"weights": name, "layer": layer, "size": size} | scores(source, folder, layer, size)
-            for name, source in sources.items()
-            for size in SIZES
-            for layer in range(1, FIELDS["depth"] + 1)
-        ]
-        ceilings = {str(size): by_truth(drawn, size // FIELDS["patch_size"]) for size in SIZES}
+            shapes.write_classes(folder / split, shapes.drawn_set(seed, count, SIDE, most=1))
+        return train(config(folder, steps), workdir)["test/top1"]
+
+
+def measure(steps: int, workdir: str | None) -> Result:
+    """Everything; of a run that is there already, its newest checkpoint."""
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(workdir or name)
+        if not (folder / "checkpoints").is_dir():
+            learnt(steps, folder)
+        loaded = load_fitted(folder, None)
+        checkpoint = inspect(folder)[-1]
+    model, drawn = loaded.model, shapes.drawn_set(0, IMAGES, SIDE, MOST)
+    init = jax.jit(lambda key: model.init(key, model.sample_input(), train=False)["params"])
+    weights = {"trained": loaded.params, "random": init(jax.random.key(0))}
+    rows = [
+        {"weights": name, "size": size, "layer": layer} | scores(W_BxNxKxp, drawn)
+        for size in SIZES
+        for name, params in weights.items()
+        for layer, W_BxNxKxp in enumerate(tokens(model, params, drawn, size), start=1)
+    ]
+    cells = {size: size // FIELDS["patch_size"] for size in SIZES}
     return {
-        "top1": learnt["test/top1"],
+        "trained_steps": checkpoint["step"],
+        "top1": checkpoint["metrics"]["test/top1"],
         "objects": sum(len(each.masks) for each in drawn),
         "rows": rows,
-        "best_of_the_grid": ceilings,
+        "best_of_the_grid": {str(size): by_truth(drawn, cells[size]) for size in SIZES},
         "colours": by_colours(),
     }
 
 
-def scores(source: list[Any], folder: Path, layer: int, size: int) -> Result:
-    """AP of MaskCut and mIoU of coarse masks of one layer."""
-    common = [
-        *source,
-        "--layer",
-        layer,
-        "--size",
-        size,
-        "--pictures",
-        0,
-        "--output",
-        folder / "out",
-    ]
-    of_coco = ["--images", folder / "images", "--annotations", folder / "annotations.json"]
-    of_voc = ["--images", folder / "voc", "--method", "coarse"]
-    found = call("segment", *common, *of_coco)
-    coarse = call("segment", *common, *of_voc)
-    return {key: found[key] for key in (*APS, "masks")} | {"coarse_miou": coarse["miou"]}
+def tokens(model: Any, params: Any, drawn: list[shapes.Drawn], size: int) -> np.ndarray:
+    """Subspace tokens (L, B, N, K, p) of images resized to so many pixels a side."""
+    pixels = np.stack([resize_pixels(each.pixels, (size, size)) for each in drawn])
+
+    def read(params, images):
+        return taps(model, params, images, names="subspace_tokens")[1]["subspace_tokens"]
+
+    images = normalize(jnp.asarray(pixels), mean=IMAGENET_MEAN, std=IMAGENET_STD)
+    return np.asarray(jax.jit(read)(params, images))
+
+
+def scores(W_BxNxKxp: np.ndarray, drawn: list[shapes.Drawn]) -> Result:
+    """AP of MaskCut and mIoU of coarse masks by the tokens of one layer."""
+    side = math.isqrt(W_BxNxKxp.shape[1])
+    found, fits = [], []
+    masks_BxKxP = share_of_entries(class_attention(jnp.asarray(W_BxNxKxp)))
+    for W_NxKxp, masks_KxP, each in zip(W_BxNxKxp, np.asarray(masks_BxKxP), drawn, strict=True):
+        cuts = maskcut(W_NxKxp[1:].reshape(side**2, -1), (side, side))
+        found.append([(cut.mask_P, 1 - cut.cost) for cut in cuts])
+        masks = np.stack([enlarge(mask, (side, side), (SIDE, SIDE)) for mask in masks_KxP])
+        classes = sum((k + 1) * mask for k, mask in zip(each.kinds, each.masks, strict=True))
+        fits.append(class_scores(masks, np.asarray(classes)))
+    return ap_of(drawn, found, side) | {"coarse_miou": mean_iou(fits)}
 
 
 def by_truth(drawn: list[shapes.Drawn], cells: int) -> Result:
@@ -193,8 +201,9 @@ def main() -> None:
     """Parse, measure, print, write."""
     parser = command_line(__doc__)
     parser.add_argument("--steps", type=int, default=2500)
+    parser.add_argument("--workdir", help="of the training; a run that is there is not trained on")
     args = parser.parse_args()
-    publish(args, measure(args.steps), "scipy", "pycocotools", report=report)
+    publish(args, measure(args.steps, args.workdir), "scipy", "pycocotools", report=report)
 
 
 if __name__ == "__main__":

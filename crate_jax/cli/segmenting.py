@@ -92,10 +92,10 @@ class Reader:
 
     def maps(self, pixels: np.ndarray, definition: str) -> Array:
         """How much the class token attends to each patch (K, P)."""
-        seen = self._layer(pixels)
+        seen, patches = self._layer(pixels), self.grid[0] * self.grid[1]
         if self.tap == ATTENTION:
-            return seen[:, 0, 1:]
-        if len(seen) == self.grid[0] * self.grid[1]:
+            return seen[:, 0, -patches:]  # registers may stand before them
+        if len(seen) == patches:
             raise ValueError(
                 f"coarse must get a model with a class token among its tokens; a "
                 f"{type(self._frozen.model).__name__} has none there. Choose another --method."

@@ -167,6 +167,7 @@ def test_the_foreground_that_images_share(workdir, voc, call, tmp_path):
 def test_weights_and_taps_without_heads(call, coco, tmp_path):
     name = "vit_tiny_patch16_224"
     fields = dict(image_size=16, patch_size=8, width=16, depth=2, num_heads=2, num_classes=3)
+    fields |= dict(registers=2)
     model = create_model(name, **fields)
     params = model.init(jax.random.key(0), model.sample_input(), train=False)["params"]
     save_weights(tmp_path / "vit.npz", params, model)
