@@ -4,9 +4,10 @@ Each form trains a small model of another family (width 96, 4 layers) on scans e
 pixels, in about a minute on two cores. Enlarged, because a LayerNorm over a 2 x 2 patch of flat
 paper amplifies noise. All share data, schedule and sizes; docs/zoo.md compares the classifiers.
 
-``simdino`` learns without labels that two crops of a scan, and four small ones, are of one scan
-(CRATE, 30 epochs). ``knn`` is how often the 20 nearest of 1,500 crops that it saw last vote for the
-right class. The effective rank tells a collapse, which `--config.simdino.gamma=0` leads to.
+``simdino`` learns without labels that two crops of a scan, and four small ones, are of one scan:
+50 epochs of 30 batches. Of frozen features k-NN (k = 200) is right on 0.923 of the test images, of
+pixels on 0.912, of random weights on 0.811. With `--config.simdino.gamma=0` the features collapse:
+the effective rank goes to 1, and so does the mean cosine.
 
 ``mae`` hides half of the patches, of a pixel of the scan each, and learns to tell them, without
 labels: 40 epochs, 64 patches. Its error (``loss``) ends at less than half that of whoever knows the
