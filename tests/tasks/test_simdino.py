@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 from pathlib import Path
 
 import jax
@@ -157,8 +158,6 @@ def test_collapse_is_measured():
 
 
 def test_the_head_is_three_maps_and_a_unit_vector():
-    import math
-
     X = np.random.default_rng(0).normal(size=(5, 6)).astype(np.float32)
     head = ProjectionHead(7, 4)
     params = head.init(jax.random.key(0), jnp.asarray(X))["params"]
@@ -178,8 +177,6 @@ def test_the_head_is_three_maps_and_a_unit_vector():
 def test_small_views_have_the_official_positions():
     golden = np.load(GOLDEN / "simdino_step.npz")
     model = ViT(32, 8, 0, width=24, depth=1, num_heads=2)
-    stored = np.load(GOLDEN / "simdino_step.npz")["student_after/backbone.pos_embed"]
-    del stored
     torch = pytest.importorskip("torch")
     state = torch.load(GOLDEN / "simdino_step.pth", weights_only=False)["student"]
     pos = jnp.asarray(state["module.backbone.pos_embed"].numpy()[0])
@@ -269,9 +266,6 @@ def test_every_backbone_learns_and_hides_patches(name):
     moved = jax.tree.leaves(new.get("statistics", {}))
     assert bool(statistics) == (name in ("tost", "cbt"))
     assert all((a != b).any() for a, b in zip(statistics, moved, strict=True))
-    # The student does not see what is hidden: its own patches, in the masked view alone, matter.
-    view = np.asarray(batch["masked"]).any(axis=2).argmax(axis=1)
-    assert {int(v) for v in view} <= {0, 1}
 
 
 def test_hidden_patches_are_not_seen():

@@ -179,6 +179,19 @@ def test_jitter_draws_its_factors(monkeypatch):
     assert [n for n, _ in drawn] == ["adjust_brightness"]
 
 
+def test_jitter_leaves_a_share_of_the_images_alone(photographs):
+    image, rng = small(photographs), np.random.default_rng(0)
+    jittered = [color_jitter(image, rng, 0.9, 0.9, probability=0.8) for _ in range(300)]
+    alone = sum(found is image for found in jittered)
+    assert abs(alone - 60) < 25
+    # Where all are changed, no number is drawn for that: older runs go on with their pixels.
+    first, second = (np.random.default_rng(1) for _ in range(2))
+    np.testing.assert_array_equal(
+        color_jitter(image, first, 0.4), color_jitter(image, second, 0.4, probability=1.0)
+    )
+    assert first.random() == second.random()
+
+
 def test_blur_is_a_gaussian(photographs):
     image = small(photographs)
     rng = np.random.default_rng(0)
