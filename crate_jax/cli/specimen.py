@@ -189,6 +189,8 @@ class Specimen:
         """
         import jax
 
+        from crate_jax.evaluation.confusion import confusion_matrix
+
         model: Any = self.run.task.model
         Y = getattr(model, "num_classes", 0)
         if self.config.task != "classify" or not Y:
@@ -196,8 +198,7 @@ class Specimen:
         run = jax.jit(lambda v, x: model.apply(v, x, train=False).argmax(axis=-1))
         inside = self.inside(self.batch)
         guesses = np.asarray(run(inside.variables, inside.inputs))
-        counts = np.zeros((Y, Y), int)
-        np.add.at(counts, (np.asarray(self.batch["label"]), guesses), 1)
+        counts = confusion_matrix(np.asarray(self.batch["label"]), guesses, Y)
         return counts, list(self.class_names or map(str, range(Y)))
 
     def facts(self) -> list[tuple[str, str]]:

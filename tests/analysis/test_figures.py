@@ -219,7 +219,10 @@ def test_curves_of_one_run_and_of_two():
     (axes,) = picture.figure.axes
     assert [x.get_label() for x in axes.lines] == ["train", "test"]
     np.testing.assert_array_equal(axes.lines[0].get_xdata(), [1, 3])
-    assert picture.alt.startswith("loss on the train split goes from 2.00 at step 1 to 1.00 at")
+    assert picture.alt == (
+        "loss on the train split goes from 2.00 at step 1 to 1.00 at step 3. "
+        "loss on the test split is 1.50 at step 3."
+    )
     assert rows(picture)[-1] == dict(run="mine", split="test", step=3, value=1.5)
     two = figures.curves({"a": lines, "b": lines[:1]}, "loss")
     assert [x.get_label() for x in two.figure.axes[0].lines] == ["a, train", "a, test", "b, train"]

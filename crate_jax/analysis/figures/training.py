@@ -41,14 +41,13 @@ def curves(
             steps, values = np.asarray(points, float).T
             label = split if len(runs) == 1 else f"{run}, {split}"
             colour = COLOURS[(2 * i + (split == "test")) % len(COLOURS)]
-            marker = "o" if len(steps) < 30 and split == "test" else None
+            marker = "o" if len(steps) < (30 if split == "test" else 2) else None
             axes.plot(steps, values, style, color=colour, label=label, marker=marker)
             drawn += 1
             whose = "" if len(runs) == 1 else f" of {run}"
-            sentences.append(
-                f"{name} on the {split} split{whose} goes from {number(values[0])} at step "
-                f"{steps[0]:.0f} to {number(values[-1])} at step {steps[-1]:.0f}."
-            )
+            ends = [f"{number(values[i])} at step {steps[i]:.0f}" for i in (0, -1)]
+            does = f"goes from {ends[0]} to {ends[1]}" if len(steps) > 1 else f"is {ends[0]}"
+            sentences.append(f"{name} on the {split} split{whose} {does}.")
             table["run"] += [run] * len(steps)
             table["split"] += [split] * len(steps)
             table["step"] += [int(x) for x in steps]
