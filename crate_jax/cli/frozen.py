@@ -68,6 +68,8 @@ def measured(args: argparse.Namespace, measure: Measure) -> Json:
     """
     if args.task and args.workdir:
         raise ValueError("--task must go with --weights; a run knows its own. Leave it out.")
+    if min(args.seeds) < 0:
+        raise ValueError(f"--seeds must be >= 0; got {min(args.seeds)}. Choose another.")
     opened = open_trained(args, args.command, task=args.task)
     runs = _with_labels(opened.run, args.train_split)
     data = opened.run.config.data

@@ -53,6 +53,7 @@ def add_probe(subparsers: Subparsers) -> None:
 
 def probe(args: argparse.Namespace) -> Json:
     """Classifiers on the features of the training split, over the evaluation split."""
+    _check(args)
     classifiers = {name: CLASSIFIERS[name](args) for name in args.classifiers}
 
     def measure(train: "Features", test: "Features", seed: int) -> dict[str, float]:
@@ -63,6 +64,21 @@ def probe(args: argparse.Namespace) -> Json:
         }
 
     return measured(args, measure)
+
+
+def _check(args: argparse.Namespace) -> None:
+    """Refuse flags that nothing would read."""
+    for name, flags in FLAGS.items():
+        for flag in flags:
+            if getattr(args, flag) is not None and name not in args.classifiers:
+                raise ValueError(
+                    f"--{flag} must go with --classifiers {name}; got "
+                    f"{' '.join(args.classifiers)}. Leave it out, or add {name}."
+                )
+    if args.epochs is not None and args.solver != "sgd":
+        raise ValueError(
+            f"--epochs must go with --solver sgd; got {args.solver or 'auto'}. Leave it out."
+        )
 
 
 def _linear(args: argparse.Namespace) -> Callable[..., dict[str, float]]:
@@ -103,6 +119,15 @@ CLASSIFIERS: dict[str, Callable[[argparse.Namespace], Callable[..., dict[str, fl
     "fewshot": _fewshot,
     "subspace": _subspace,
     "svm": _svm,
+}
+
+
+# The flags that each of them reads.
+FLAGS: dict[str, tuple[str, ...]] = {
+    "linear": ("solver", "epochs"),
+    "fewshot": ("shots", "l2"),
+    "subspace": ("components",),
+    "svm": ("C",),
 }
 
 

@@ -17,6 +17,7 @@ from crate_jax.cli.arguments import (
     saved_run,
 )
 from crate_jax.cli.detail import CLASSIFY, add_detail, asks_detail, detail
+from crate_jax.cli.generate import TASK as NEXT_TOKEN
 from crate_jax.config import ModelConfig, TextConfig, TrainConfig
 from crate_jax.files import Json, located
 
@@ -119,7 +120,7 @@ def open_trained(
             "Choose another --workdir."
         )
     override_data(config.data, args)
-    config.text.tokenizer = getattr(args, "tokenizer", None) or config.text.tokenizer
+    _use_tokenizer(config, getattr(args, "tokenizer", None))
     config.eval_batch_size = args.batch_size or config.eval_batch_size
     if change is not None:
         change(config)
@@ -144,6 +145,16 @@ def _check_source(args: argparse.Namespace, command: str) -> None:
         raise ValueError("--step must go with --workdir. Leave it out.")
 
 
+def _use_tokenizer(config: TrainConfig, tokenizer: str | None) -> None:
+    """Write --tokenizer into a config, if it is given, and refuse it where nothing reads it."""
+    if tokenizer and config.task != NEXT_TOKEN:
+        raise ValueError(
+            f"--tokenizer must go with a model of text; got one of the task {config.task}. "
+            "Leave it out."
+        )
+    config.text.tokenizer = tokenizer or config.text.tokenizer
+
+
 def _config_of_model(args: argparse.Namespace) -> TrainConfig:
     """The config that --model stands for."""
     from crate_jax.models.classifier import of_images
@@ -154,7 +165,7 @@ def _config_of_model(args: argparse.Namespace) -> TrainConfig:
     model = create_model(args.model, **kwargs)
     if isinstance(model, LanguageModel):
         named, text = ModelConfig(name=args.model, **kwargs), TextConfig(tokenizer=None)
-        return TrainConfig(task="next_token", eval_batch_size=_TEXTS, model=named, text=text)
+        return TrainConfig(task=NEXT_TOKEN, eval_batch_size=_TEXTS, model=named, text=text)
     model = of_images(model)
     for name in {"image_size", "patch_size"} & set(kwargs):
         sides = kwargs[name]

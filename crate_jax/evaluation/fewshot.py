@@ -1,5 +1,6 @@
 """Few-shot ridge regression on frozen features, in closed form, as big_vision does it."""
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -55,8 +56,8 @@ def ridge_scores(
     Raises:
         ValueError: a strength is not above 0.
     """
-    if not l2 or min(l2) <= 0:
-        raise ValueError(f"l2 must be above 0; got {list(l2)}. big_vision's is 1024.")
+    if not l2 or not all(0 < strength < math.inf for strength in l2):
+        raise ValueError(f"l2 must be above 0, and finite; got {list(l2)}. big_vision's is 1024.")
     X_NxF, tests_MxF = (
         np.pad(x, ((0, 0), (0, 1)), constant_values=BIAS)
         for x in standardize(train.values, tests_MxF)

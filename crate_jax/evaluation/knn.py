@@ -1,6 +1,7 @@
 """k nearest neighbours on frozen features: DINO's weighted votes, and DINOv2's probabilities."""
 
 import functools
+import math
 from collections.abc import Sequence
 
 import jax
@@ -14,6 +15,7 @@ from crate_jax.tasks.rates import unit
 
 KS, TEMPERATURE = (10, 20, 100, 200), 0.07
 FORMS = ("dino", "dinov2")
+COLDEST = 1 / 64  # a vote of exp(64) is finite in float32, and so are sums of many
 MOST_VALUES = 2**26  # of an array of similarities or votes, which a chunk of the tests needs
 
 
@@ -76,7 +78,7 @@ def knn(
         train: whose labels vote.
         test: which are told.
         ks: each at least 1.
-        temperature: above 0.
+        temperature: at least `COLDEST`.
         form: one of `FORMS`.
 
     Returns:
@@ -87,8 +89,11 @@ def knn(
     """
     if not ks or min(ks) < 1:
         raise ValueError(f"k must be at least 1; got {list(ks)}. Choose others.")
-    if temperature <= 0:
-        raise ValueError(f"temperature must be above 0; got {temperature}. DINO's is 0.07.")
+    if not COLDEST <= temperature < math.inf:
+        raise ValueError(
+            f"temperature must be at least {COLDEST}, so that votes are finite; got {temperature}. "
+            "DINO's is 0.07."
+        )
     if form not in FORMS:
         raise ValueError(f"form must be one of {', '.join(FORMS)}; got {form}.")
     classes, most = num_classes(train, test), len(train.labels)

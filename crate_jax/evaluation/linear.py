@@ -47,10 +47,12 @@ def linear_probe(
         ``top1`` in [0, 1], and the chosen ``C`` or ``rate``.
 
     Raises:
-        ValueError: the solver is unknown, or there is nothing to tell apart.
+        ValueError: the solver is unknown, there is no epoch, or nothing to tell apart.
     """
     if solver not in SOLVERS:
         raise ValueError(f"solver must be one of {', '.join(SOLVERS)}; got {solver}.")
+    if epochs < 1:
+        raise ValueError(f"epochs must be at least 1; got {epochs}. DINO's are {EPOCHS}.")
     if len(np.unique(train.labels)) < 2 or len(train.labels) < 2 * HELD_OUT:
         raise ValueError(
             f"a linear probe must get {2 * HELD_OUT} training rows of two classes; got "

@@ -1,5 +1,6 @@
 """Classes of features by the subspace, or on the side of the planes, that training rows span."""
 
+import math
 from typing import Any
 
 import numpy as np
@@ -107,12 +108,12 @@ def linear_svm(
         (M,) of the dtype of the labels.
 
     Raises:
-        ValueError: C is not positive, or there is one class.
+        ValueError: C is not positive and finite, or there is one class.
     """
     from sklearn.svm import SVC  # slow to import
 
-    if not C > 0:
-        raise ValueError(f"C must be > 0; got {C}. scikit-learn's is 1.")
+    if not 0 < C < math.inf:
+        raise ValueError(f"C must be > 0 and finite; got {C}. scikit-learn's is 1.")
     if len(np.unique(labels_N)) < 2:
         raise ValueError("labels must be of two classes or more; got one. Choose another split.")
     machine: Any = SVC(C=C, kernel="linear")

@@ -107,11 +107,16 @@ class Network:
         return self.model.clone(image_size=self.local_size)
 
     def check(self, local_crops: int) -> None:
-        """Refuse small views, if there are any, that cannot be cut into the model's patches.
+        """Refuse a decoder, which nothing would train, and small views that make no whole patches.
 
         Raises:
-            ValueError: their side is not a multiple of the patch's.
+            ValueError: there is one, or the side of small views is not a multiple of the patch's.
         """
+        if depth := getattr(self.model, "decoder_depth", 0):
+            raise ValueError(
+                f"model.decoder_depth must be 0 for simdino, which trains no decoder; got {depth}. "
+                "Set model.decoder_depth=0: the encoder alone."
+            )
         side, (h, w) = self.local_size, pair(self.model.patch_size)
         if local_crops and (side % h or side % w):
             raise ValueError(

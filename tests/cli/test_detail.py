@@ -80,6 +80,14 @@ def test_real_labels(workdir, capsys, tmp_path):
     assert "labels of each of the 90 images of the split" in line
 
 
+def test_a_classifier_reads_no_tokenizer(workdir, capsys):
+    line = evaluate(capsys, "--workdir", workdir, "--tokenizer=bytes")
+    assert line == (
+        "error: --tokenizer must go with a model of text; got one of the task classify. "
+        "Leave it out.\n"
+    )
+
+
 def test_what_has_no_classes_has_no_detail(capsys, tmp_path):
     name = "crate_mae_tiny_patch16_224"
     model = ModelConfig(name=name, **FIELDS, decoder_depth=1)

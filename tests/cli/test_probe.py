@@ -202,4 +202,17 @@ def test_mistakes(workdir, call):
     assert "k must be at least 1" in line
     line = call("probe", "--workdir", workdir, "--classifiers", "fewshot", "--shots", 31)
     assert "shots must be at most the rows of each class" in line
+    line = call("probe", "--workdir", workdir, "--classifiers", "svm", "linear", "--shots", 3)
+    assert line == (
+        "error: --shots must go with --classifiers fewshot; got svm linear. Leave it out, or add "
+        "fewshot.\n"
+    )
+    assert "--solver must go with --classifiers linear; got svm." in call(
+        "probe", "--workdir", workdir, "--classifiers", "svm", "--solver", "sgd"
+    )
+    for flags in ([], ["--solver", "lbfgs"]):
+        line = call("probe", "--workdir", workdir, "--epochs", 3, *flags)
+        assert line.startswith("error: --epochs must go with --solver sgd; got ")
+    line = call("knn", "--workdir", workdir, "--seeds", 2, -1)
+    assert line == "error: --seeds must be >= 0; got -1. Choose another.\n"
     assert "invalid choice: 'tree'" in call("probe", "--workdir", workdir, "--classifiers", "tree")

@@ -7,11 +7,12 @@ from pydoc_data.topics import topics
 import numpy as np
 import pytest
 
+from crate_jax.cli.flags import parse_config
 from crate_jax.config import DataConfig, TextConfig
 from crate_jax.data.loader import eval_batches, train_batches
 from crate_jax.data.rows import BadExampleError
 from crate_jax.data.text.documents import SOURCES, related
-from crate_jax.data.text.rows import TextRows, TokensInMemory, open_text
+from crate_jax.data.text.rows import TextRows, TokensInMemory, open_text, tokenizer_of
 from crate_jax.data.text.tokenizers import Bytes, Learned, open_tokenizer
 
 END = "<|endoftext|>"
@@ -113,6 +114,16 @@ def test_a_tokenizer_without_the_token_that_ends_a_text(learned):
         f"text.end_token must be a token of {learned}; got </s>. Set --config.text.end_token to "
         "what ends a text there, such as </s>."
     )
+
+
+def test_bytes_end_a_text_by_a_token_without_a_name():
+    message = (
+        r"^text\.end_token must be left as it is where text\.tokenizer is bytes.*; got </s>\. "
+    )
+    with pytest.raises(ValueError, match=message):
+        open_tokenizer("bytes", "</s>")
+    unknown = parse_config("openwebtext", ["--config.text.tokenizer="])
+    assert tokenizer_of(unknown.text) is None
 
 
 def test_a_missing_library_is_told(monkeypatch):

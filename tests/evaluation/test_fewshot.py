@@ -73,8 +73,10 @@ def test_few_are_as_many_of_each_class_and_another_seed_draws_others():
     [
         (dict(shots=(9,)), "shots must be at most the rows of each class; got 9, of which class 2"),
         (dict(shots=(0,)), "shots must be at least 1; got 0"),
-        (dict(l2=(0.0,)), "l2 must be above 0; got"),
-        (dict(l2=()), "l2 must be above 0; got"),
+        (dict(l2=(0.0,)), "l2 must be above 0, and finite; got"),
+        (dict(l2=(1.0, float("nan"))), "l2 must be above 0, and finite; got"),
+        (dict(l2=(float("inf"),)), "l2 must be above 0, and finite; got"),
+        (dict(l2=()), "l2 must be above 0, and finite; got"),
     ],
 )
 def test_mistakes(options, line):

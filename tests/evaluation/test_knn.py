@@ -96,12 +96,23 @@ def test_a_training_row_finds_itself_and_a_row_of_zeros_finds_someone():
     assert np.isfinite(votes_of(train, blank, ks=(40,), classes=6)[40]).all()
 
 
+def test_the_coldest_votes_are_finite():
+    train, _ = random_splits(train=400)
+    same = Features(np.ones_like(train.values), np.zeros_like(train.labels))
+    found = votes_of(same, same, temperature=module.COLDEST, ks=(400,), classes=6)[400]
+    np.testing.assert_allclose(found[:, 0], 400 * np.exp(64), rtol=1e-3)
+    assert knn(train, train, ks=(400,), temperature=module.COLDEST)["k400/top1"] > 0.9
+
+
 @pytest.mark.parametrize(
     ("options", "line"),
     [
         (dict(ks=(0,)), "k must be at least 1; got"),
         (dict(ks=()), "k must be at least 1; got"),
-        (dict(temperature=0.0), "temperature must be above 0; got 0.0"),
+        (dict(temperature=0.0), "temperature must be at least 0.015625, so that votes are finite"),
+        (dict(temperature=0.015), "votes are finite; got 0.015. DINO's is 0.07."),
+        (dict(temperature=float("nan")), "votes are finite; got nan"),
+        (dict(temperature=float("inf")), "votes are finite; got inf"),
         (dict(form="v3"), "form must be one of dino, dinov2; got v3"),
     ],
 )

@@ -92,6 +92,8 @@ def test_mistakes():
     train = blobs(60, 0)
     with pytest.raises(ValueError, match="solver must be one of auto, lbfgs, sgd; got newton"):
         linear_probe(train, train, seed=0, solver="newton")
+    with pytest.raises(ValueError, match=r"^epochs must be at least 1; got 0\. DINO's are 100\.$"):
+        linear_probe(train, train, seed=0, solver="sgd", epochs=0)
     few = Features(train.values[:19], train.labels[:19])
     with pytest.raises(ValueError, match="must get 20 training rows of two classes; got 19"):
         linear_probe(few, train, seed=0)

@@ -83,8 +83,10 @@ def test_a_support_vector_machine_has_the_largest_margin():
 
 
 def test_the_weight_of_the_losses_must_be_positive():
-    with pytest.raises(ValueError, match=r"^C must be > 0; got 0\. scikit-learn's is 1\.$"):
-        linear_svm(np.eye(2), np.arange(2), np.eye(2), C=0)
+    for C in (0, np.inf, np.nan):
+        message = rf"^C must be > 0 and finite; got {C}\. scikit-learn's is 1\.$"
+        with pytest.raises(ValueError, match=message):
+            linear_svm(np.eye(2), np.arange(2), np.eye(2), C=C)
 
 
 def test_one_class_has_no_margin():

@@ -448,6 +448,10 @@ def test_sections_that_do_not_fit(changes, message):
 def test_models_of_text_and_micro_batches():
     with pytest.raises(ValueError, match=r"^model must classify images here; got a CrateCausal"):
         SimDino(create_model("crate_causal_base"))
+    with pytest.raises(
+        ValueError, match=r"^model\.decoder_depth must be 0 for simdino, which.* 12\."
+    ):
+        SimDino(create_model("crate_mae_tiny_patch16_224", num_classes=0))
     config = small("simdino", batch_size=16, optim__accumulate_steps=2)
     run = set_up(config)
     with pytest.raises(ValueError, match=r"optim\.accumulate_steps must be 1 for SimDino, whose"):

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from crate_jax.config import TextConfig
 from crate_jax.errors import first_line
 
 BYTES = "bytes"
@@ -98,10 +99,15 @@ def open_tokenizer(name: str, end_token: str) -> Tokenizer:
         end_token: what a tokenizer that was learned calls the end of a text.
 
     Raises:
-        ValueError: there is none of this name, it is damaged, it has no such token, or the library
-            is missing.
+        ValueError: there is none of this name, it is damaged, it has no such token, the library is
+            missing, or bytes are to end by a token of another name.
     """
     if name == BYTES:
+        if end_token != TextConfig.end_token:
+            raise ValueError(
+                "text.end_token must be left as it is where text.tokenizer is bytes, which end a "
+                f"text by a token without a name; got {end_token}. Leave it out."
+            )
         return Bytes()
     try:
         import tokenizers
