@@ -17,6 +17,7 @@ import crate_jax.training.loop as loop
 from crate_jax import ToST
 from crate_jax.checkpoint.reading import restore_trained
 from crate_jax.cli import runs
+from crate_jax.cli.main import main
 from crate_jax.config import DataConfig, OptimConfig, TrainConfig
 from crate_jax.parallel import batch_sharding, make_mesh, on_mesh, replicated
 from crate_jax.tasks import Classify, classify
@@ -219,10 +220,16 @@ def test_a_model_without_the_measured_taps_is_not_measured(trained):
     assert len(lines) == 8 and not any("objective" in name for line in lines for name in line)
 
 
-def test_a_report_of_it_is_refused(normed, trained):
-    args = argparse.Namespace(workdir=str(trained[0]), step="latest", output=None)
-    with pytest.raises(ValueError, match=r"report must get a run that measures the objective; .*"):
-        runs.report(args)
+def test_a_report_of_it_is_its_curves(normed, trained, tmp_path, capsys):
+    """Its model has no layers of the family; the page says so in their place."""
+    pytest.importorskip("matplotlib")
+    pytest.importorskip("jinja2")
+    arguments = ["--workdir", str(trained[0]), "--output", str(tmp_path), "--examples", "32"]
+    assert main(["report", *arguments]) == 0
+    said = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert said["figures"] and not {"rate", "subspace_rate"} & said.keys()
+    assert any("stack of blocks" in reason for reason in said["left_out"])
+    assert "stack of blocks" in (tmp_path / "index.html").read_text()
 
 
 def test_its_weights_alone_are_refused(normed, monkeypatch, tmp_path):
