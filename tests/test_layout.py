@@ -2,6 +2,7 @@
 
 import ast
 import graphlib
+import inspect
 import json
 import re
 import subprocess
@@ -319,6 +320,15 @@ def test_files_over_the_soft_cap_are_listed():
     assert frame <= set(lines) and len(models) > 20
     over = {path for path, n in lines.items() if n > (MODEL_CAP if path in models else CAP)}
     assert over == set(LONG)
+
+
+def test_an_objective_is_one_short_file():
+    from crate_jax.tasks import TASKS
+
+    files = {Path(inspect.getfile(task)) for task in TASKS.values()}
+    assert len(files) == len(TASKS)
+    assert all(path.parent == ROOT / "crate_jax/tasks" for path in files)
+    assert {path.name for path in files if path.read_text().count("\n") >= 200} == set()
 
 
 def bare_lines(source: str) -> list[str]:

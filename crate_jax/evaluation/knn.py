@@ -10,7 +10,7 @@ import numpy as np
 from jax import Array
 
 from crate_jax.evaluation.features import Features, num_classes
-from crate_jax.tasks.classify import rank_of_label
+from crate_jax.tasks.labels import rank_of_label
 from crate_jax.tasks.rates import unit
 
 KS, TEMPERATURE = (10, 20, 100, 200), 0.07

@@ -5,19 +5,17 @@ from typing import Any, ClassVar, Self
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import Array
 
 from crate_jax.analysis.layerwise import layer_scalars, layerwise
 from crate_jax.config import TrainConfig
 from crate_jax.data.rows import Rows
 from crate_jax.models.classifier import pair
-from crate_jax.models.cost import has_formula, multiply_adds
 from crate_jax.models.embedding import patchify, unpatchify
 from crate_jax.models.zoo import build_model
 from crate_jax.tasks.frozen import mean_patch
 from crate_jax.tasks.masking import hidden_errors, hidden_patches, own_noise, reconstructions
-from crate_jax.tasks.pixels import normalized, pixels_of
+from crate_jax.tasks.pixels import blank_image, normalized, pixels_of
 from crate_jax.tasks.task import Batch, Extra, Images, Inside, Params, Scalars, Task
 
 SHOWN = 8  # pictures of `inspect`
@@ -98,14 +96,9 @@ class MaskedAutoencoding(Task):
         )
         return task, tuple(opened)
 
-    def step_flops(self) -> float:
-        """Three times the forward pass, of the models that have a formula."""
-        return 6.0 * multiply_adds(self.model) if has_formula(self.model) else 0.0
-
     def blank(self) -> Batch:
         """A black image, and a label that nobody reads."""
-        image = np.zeros((1, *self.model.input_shape), np.uint8)
-        return {"image": image, "label": np.zeros(1, np.int32)}  # type: ignore[dict-item]
+        return blank_image(self.model.input_shape)
 
     def init(self, key: Array) -> tuple[Params, Extra]:
         """The model's parameters; there is nothing else."""

@@ -5,15 +5,14 @@ from typing import Any, ClassVar, Self
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import Array
 
 from crate_jax.analysis.layerwise import layer_scalars, layerwise
 from crate_jax.config import Mcr2Config, TrainConfig
 from crate_jax.data.rows import Rows
 from crate_jax.files import Json
-from crate_jax.models.cost import has_formula, multiply_adds
 from crate_jax.tasks.classify import Classify
+from crate_jax.tasks.pixels import blank_image
 from crate_jax.tasks.projection import Embedder, Projection
 from crate_jax.tasks.rates import (
     class_sums,
@@ -111,14 +110,12 @@ class Mcr2(Task):
 
     def step_flops(self) -> float:
         """Three times the forward pass of all views, of the models that have a formula."""
-        of_view = multiply_adds(self.model) if has_formula(self.model) else 0
-        return 6.0 * self.options.views * of_view
+        return self.options.views * super().step_flops()
 
     def blank(self) -> Batch:
         """A black image, in as many views, of class 0."""
         several = (self.options.views,) if self.options.views > 1 else ()
-        image = np.zeros((1, *several, *self.model.input_shape), np.uint8)
-        return {"image": image, "label": np.zeros(1, np.int32)}  # type: ignore[dict-item]
+        return blank_image((*several, *self.model.input_shape))
 
     def init(self, key: Array) -> tuple[Params, Extra]:
         """The model's parameters, and those of ``head``; the model's other collections, or ()."""

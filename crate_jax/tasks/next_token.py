@@ -13,7 +13,6 @@ from crate_jax.analysis.layerwise import layer_scalars, layerwise
 from crate_jax.config import TextConfig, TrainConfig
 from crate_jax.data.rows import Rows
 from crate_jax.files import Json
-from crate_jax.models.cost import has_formula, multiply_adds
 from crate_jax.models.language import LanguageModel
 from crate_jax.models.zoo import build_model
 from crate_jax.tasks.losses import token_losses
@@ -119,10 +118,6 @@ class NextToken(Task):
         if (tokenizer := self.tokenizer({})) is not None:
             found |= {TOKENIZER: tokenizer.digest, "end": tokenizer.end}
         return super().facts(rows) | found
-
-    def step_flops(self) -> float:
-        """Three times the forward pass, of the models that have a formula."""
-        return 6.0 * multiply_adds(self.model) if has_formula(self.model) else 0.0
 
     def blank(self) -> Batch:
         """A context of the token 0, which is told to come again."""

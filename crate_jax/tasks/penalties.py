@@ -47,6 +47,18 @@ class Penalties:
             srr_eps=config.srr_eps,
         )
 
+    def check(self, model: object) -> None:
+        """Refuse a penalty on what a model does not have.
+
+        Raises:
+            ValueError: srr, of a model without subspaces.
+        """
+        if self.srr and "subspace_tokens" not in getattr(model, "tap_names", ()):
+            raise ValueError(
+                "penalty.srr must be 0 for a model without MSSA, TSSA and CBSA, whose layers have "
+                f"no subspaces; got {self.srr}. Set it to 0."
+            )
+
     @property
     def taps(self) -> tuple[str, ...]:
         """What a model must show of its layers."""

@@ -1,7 +1,14 @@
 """Stored pixels to what a model takes, on the device, and back."""
 
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
+
+
+def blank_image(shape: tuple[int, ...]) -> dict[str, Array]:
+    """A batch of one black image of stored pixels (1, H, W, c), with the label 0."""
+    image, label = np.zeros((1, *shape), np.uint8), np.zeros(1, np.int32)
+    return {"image": image, "label": label}  # type: ignore[dict-item]
 
 
 def normalize(images_BxHxWxc: Array, *, mean: tuple[float, ...], std: tuple[float, ...]) -> Array:

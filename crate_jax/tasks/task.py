@@ -13,6 +13,7 @@ from jax import Array
 from crate_jax.config import TrainConfig, get_field
 from crate_jax.data.rows import Rows
 from crate_jax.files import Json
+from crate_jax.models.cost import has_formula, multiply_adds
 from crate_jax.parallel import PyTree
 
 Batch = dict[str, Array]  # rows on axis 0 of every array
@@ -136,7 +137,8 @@ class Task(Protocol):
         """What outputs mean, and on which rows they are trained, as JSON values by name.
 
         Every checkpoint records them. A run goes on only where those that it recorded are the same.
-        All tasks state ``examples``, and the ``listing`` of stores that have one.
+        All tasks state ``examples``, and the ``listing`` of stores that have one: it changes with
+        what the files are called, and with their labels; for TFDS, with version and shards.
 
         Args:
             rows: of training.
@@ -147,9 +149,11 @@ class Task(Protocol):
     def step_flops(self) -> float:
         """Operations of the model's matrix products in a training step, for one row; 0: not known.
 
-        What is computed again, to save memory, does not count.
+        Three times those of a forward pass, of a model that has a formula. What is computed again,
+        to save memory, does not count.
         """
-        return 0.0
+        model: Any = self.model
+        return 6.0 * multiply_adds(model) if has_formula(model) else 0.0
 
     def blank(self) -> Batch:
         """A batch of one row of zeros, as the loader hands it out: shapes and dtypes."""

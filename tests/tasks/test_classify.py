@@ -16,7 +16,8 @@ from crate_jax.data.loader import eval_batches
 from crate_jax.evaluation.sums import add_up
 from crate_jax.parallel import batch_sharding, make_mesh, replicated
 from crate_jax.planning.collectives import collectives
-from crate_jax.tasks.classify import Classify, rank_of_label
+from crate_jax.tasks.classify import Classify
+from crate_jax.tasks.labels import rank_of_label
 from crate_jax.training.run import evaluate_split, inspect_split, set_up
 
 EXAMPLES = 297
