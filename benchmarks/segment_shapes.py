@@ -48,12 +48,12 @@ from crate_jax.interop import load_fitted
 from crate_jax.tasks.pixels import normalize
 from crate_jax.training.loop import train
 
-SIDE, IMAGES, MOST = 64, 24, 3
-SIZES = (SIDE, 3 * SIDE)  # that the tokens are read at: the trained size, and three times that
+SIDE, IMAGES, MOST = 96, 24, 3
+SIZES = (SIDE, 2 * SIDE)  # that the tokens are read at: the trained size, and twice that
 MODEL = "crate_tiny_patch16_224"
-FIELDS = dict(image_size=SIDE, patch_size=8, in_channels=3, width=64, depth=4, num_heads=4)
+FIELDS = dict(image_size=SIDE, patch_size=8, in_channels=3, width=96, depth=4, num_heads=3)
 APS = ("box_ap50", "box_ap75", "box_ap", "mask_ap50", "mask_ap75", "mask_ap")
-TRAINING = {"train": 6000, "test": 480}
+TRAINING = {"train": 1200, "test": 240}
 LARGE, SMALL = 128, 2  # side and patch of the colours
 
 
@@ -61,11 +61,11 @@ def config(folder: Path, steps: int) -> TrainConfig:
     """A CRATE of 4 layers on images of one shape each."""
     return TrainConfig(
         name="shapes",
-        batch_size=32,
+        batch_size=40,
         eval_batch_size=80,
         total_steps=steps,
-        log_every_steps=100,
-        eval_every_steps=500,
+        log_every_steps=50,
+        eval_every_steps=steps,
         log_objective_every_steps=0,
         model=ModelConfig(**FIELDS | dict(name=MODEL, image_size=(SIDE, SIDE), patch_size=(8, 8))),
         data=DataConfig(
@@ -76,7 +76,7 @@ def config(folder: Path, steps: int) -> TrainConfig:
             mean=IMAGENET_MEAN,
             std=IMAGENET_STD,
         ),
-        optim=OptimConfig(lr=2e-3, weight_decay=0.05, warmup_epochs=1),
+        optim=OptimConfig(lr=1e-3, weight_decay=0.05, warmup_epochs=1),
     )
 
 
@@ -200,7 +200,7 @@ def report(result: Result) -> list[str]:
 def main() -> None:
     """Parse, measure, print, write."""
     parser = command_line(__doc__)
-    parser.add_argument("--steps", type=int, default=2500)
+    parser.add_argument("--steps", type=int, default=60)
     parser.add_argument("--workdir", help="of the training; a run that is there is not trained on")
     args = parser.parse_args()
     publish(args, measure(args.steps, args.workdir), "scipy", "pycocotools", report=report)
