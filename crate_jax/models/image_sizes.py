@@ -49,7 +49,7 @@ def at_image_size(
     resized = model.clone(**fields)
     variables: dict[str, Any] = {**variables_of(params)}
     tree = variables["params"]
-    table = tree["embedding"].get("pos_embedding")
+    table = tree.get("embedding", {}).get("pos_embedding")
     if table is not None and (resized.grid != model.grid or positions != "right"):
         table = POSITIONS[positions](table, model.grid, resized.grid)
         tree = {**tree, "embedding": {**tree["embedding"], "pos_embedding": table}}

@@ -14,7 +14,7 @@ from jax.typing import DTypeLike
 
 from crate_jax.models.classifier import ImageClassifier, pair
 from crate_jax.models.cost import has_formula, multiply_adds
-from crate_jax.models.embedding import resize_positions_as_official_maps
+from crate_jax.models.image_sizes import at_image_size
 from crate_jax.models.layers import Linear
 from crate_jax.models.parameters import Params, Variables
 from crate_jax.models.transformer import kernel_init
@@ -53,15 +53,12 @@ class ProjectionHead(nn.Module):
 def resized(params: Params, model: ImageClassifier, other: ImageClassifier) -> Params:
     """Parameters for the same model of another image size: its learned positions, if it has any.
 
-    Positions are interpolated as the official code does, see `resize_positions_as_official_maps`; a
+    Positions are interpolated as the official code does, see `at_image_size`; a
     gradient reaches them.
     """
-    embedding = params.get("embedding", {})
-    if model.grid == other.grid or "pos_embedding" not in embedding:
+    if model.grid == other.grid:
         return params
-    pos_Nxd = embedding["pos_embedding"]
-    pos_Mxd = resize_positions_as_official_maps(pos_Nxd, model.grid, other.grid)
-    return {**params, "embedding": {**embedding, "pos_embedding": pos_Mxd}}
+    return at_image_size(model, params, other.input_shape[:2], positions="official_maps")[1]
 
 
 class Seen(NamedTuple):

@@ -1,7 +1,6 @@
 """`figure`: every figure of a run, its files and its JSON, and what it refuses."""
 
 import csv
-import json
 
 import cv2
 import numpy as np
@@ -12,7 +11,6 @@ pytest.importorskip("matplotlib")
 from crate_jax.analysis import taps
 from crate_jax.checkpoint.reading import read_trained
 from crate_jax.cli.drawings import FIGURES
-from crate_jax.cli.main import main
 from crate_jax.config import DataConfig, ModelConfig, OptimConfig, TrainConfig
 from crate_jax.models.zoo import build_model
 from crate_jax.training.loop import train
@@ -46,22 +44,6 @@ def vit(tmp_path_factory):
     folder = tmp_path_factory.mktemp("vit")
     train(config("vit_tiny_patch16_224"), folder)
     return folder
-
-
-@pytest.fixture
-def call(capsys):
-    """Status, the JSON of a command (None after a mistake), and its lines on stderr."""
-
-    def call(*arguments):
-        capsys.readouterr()
-        try:
-            status = main([str(argument) for argument in arguments])
-        except SystemExit as end:
-            status = end.code
-        out, err = capsys.readouterr()
-        return status, json.loads(out.splitlines()[-1]) if out else None, err
-
-    return call
 
 
 def read(path):

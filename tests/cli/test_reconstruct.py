@@ -9,7 +9,6 @@ from command import TINY, run
 
 from crate_jax import load_weights, save_weights
 from crate_jax.checkpoint.reading import read_trained
-from crate_jax.cli.main import main
 from crate_jax.config import DataConfig, ModelConfig, OptimConfig, TrainConfig
 from crate_jax.models.zoo import build_model
 from crate_jax.training.loop import train
@@ -37,22 +36,6 @@ def workdir(tmp_path_factory):
     folder = tmp_path_factory.mktemp("mae")
     train(config("masked_autoencoding", decoder_depth=1), folder)
     return folder
-
-
-@pytest.fixture
-def call(capsys):
-    """Status, the JSON of a command (None after a mistake), and its lines on stderr."""
-
-    def call(*arguments):
-        capsys.readouterr()
-        try:
-            status = main([str(argument) for argument in arguments])
-        except SystemExit as end:
-            status = end.code
-        out, err = capsys.readouterr()
-        return status, json.loads(out.splitlines()[-1]) if out else None, err
-
-    return call
 
 
 def test_a_run(workdir, call, tmp_path):

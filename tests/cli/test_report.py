@@ -59,22 +59,6 @@ def mae(tmp_path_factory):
     return folder
 
 
-@pytest.fixture
-def call(capsys):
-    """Status, the JSON of a command (None after a mistake), and its lines on stderr."""
-
-    def call(*arguments):
-        capsys.readouterr()
-        try:
-            status = main([str(argument) for argument in arguments])
-        except SystemExit as end:
-            status = end.code
-        out, err = capsys.readouterr()
-        return status, json.loads(out.splitlines()[-1]) if out else None, err
-
-    return call
-
-
 class Outline(HTMLParser):
     """What a page consists of."""
 
