@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from crate_jax.analysis import measures
+from crate_jax.analysis import measures, products
 from crate_jax.analysis.decoder import DecoderLayers
 from crate_jax.analysis.measured import DEFINITIONS, GEOMETRY, Measured, Moments, measured_of
 from crate_jax.analysis.taps import taps
@@ -82,8 +82,7 @@ def measure(
     for images in batches:
         if not len(images):
             continue
-        computed = jax.device_get(program(variables, images))
-        values = layers.on_host(computed)
+        values = layers.on_host(program(variables, images))
         for name in names:
             totals[name].add(values[name])
     if not all(moments.count for moments in totals.values()):
@@ -109,12 +108,14 @@ class _Layers(NamedTuple):
         if not self.wants("zeros", "l0", "l1", "lasso_before", "lasso_after", "descent"):
             sparse = None
         _, seen = taps(model, variables, images, names=self._taps(sparse))
-        blocks = _blocks(model, variables)
+        blocks = products.stacked_parameters(model, variables)
         found: dict[str, Array] = {}
         if self.definition == "official_code":
             found["unit"] = seen["subspace_tokens"]
         else:
             found |= self._tokens(seen, blocks)
+        for tokens in {*found} - {"unit"}:
+            found[f"gram_{tokens}"] = products.gram(found[tokens])
         if self.wants("token_rank", "mean_angle"):
             found["out"] = seen["out"]
         if sparse:
@@ -124,7 +125,7 @@ class _Layers(NamedTuple):
             if self.wants("lasso_before", "lasso_after", "descent"):
                 found |= self._lasso(seen["z_half"], A, blocks, variables["params"], sparse)
         if self.wants("attention_entropy"):
-            found["attention_entropy"] = jax.lax.map(_entropy, seen["attention"])
+            found["attention_entropy"] = jax.lax.map(products.attention_entropy, seen["attention"])
         return found
 
     @property
@@ -153,13 +154,13 @@ class _Layers(NamedTuple):
         if self.wants("rate", "rate_reduction"):
             found["after"] = seen[self._after]
         if self.wants("subspace_rate", "rate_reduction", "compression", "effective_rank"):
-            found["after_in_subspaces"] = _projected(seen[self._after], U)
+            found["after_in_subspaces"] = products.projected(seen[self._after], U)
         if self.wants("rate_before", "subspace_rate_before", "compression"):
             before = self._before(seen, blocks)
             if self.wants("rate_before"):
                 found["before"] = before
             if self.wants("subspace_rate_before", "compression"):
-                found["before_in_subspaces"] = _projected(before, U)
+                found["before_in_subspaces"] = products.projected(before, U)
         return found
 
     def _before(self, seen: dict[str, Array], blocks: Any) -> Array:
@@ -190,7 +191,7 @@ class _Layers(NamedTuple):
             Y = normalise(Z, norm["scale"], norm["bias"], jnp.float32, float(model.EPSILON))
             D, lmbda = part["D"], part.get("lmbda", jnp.float32(model.lmbda))
             start = Y if sparse == "ista" else jnp.zeros_like(A)
-            return _lasso(Y, start, D, lmbda), _lasso(Y, A, D, lmbda)
+            return products.lasso(Y, start, D, lmbda), products.lasso(Y, A, D, lmbda)
 
         part = {"D": blocks[name]["D"]}
         if getattr(model, "step_sizes", "fixed") == "per_layer":
@@ -200,12 +201,15 @@ class _Layers(NamedTuple):
         before, after = jax.lax.map(of_layer, (half, A, part, norm))
         return {"lasso_before": before, "lasso_after": after}
 
-    def on_host(self, computed: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    def on_host(self, computed: dict[str, Array]) -> dict[str, np.ndarray]:
         """Every measure of a batch by image (L, B), float64."""
         values: dict[str, np.ndarray] = {
-            name: array.astype(np.float64) for name, array in computed.items() if array.ndim == 2
+            name: np.asarray(array, np.float64)
+            for name, array in computed.items()
+            if array.ndim == 2
         }
         of = functools.partial(_by_layer, computed)
+        by_gram = functools.partial(measures.rates_by_gram, eps=self.eps)
         rates = functools.partial(measures.rates, eps=self.eps)
         subspaces: dict[str, str] = {
             "after_in_subspaces": "subspace_rate",
@@ -213,10 +217,12 @@ class _Layers(NamedTuple):
         }
         for tokens, name in subspaces.items():
             if tokens in computed and (name != "subspace_rate" or self._wants_rate):
-                values[name] = of(tokens, lambda V: rates(V.swapaxes(1, 2)).sum(axis=-1))
+                values[name] = of(
+                    tokens, lambda V, G: by_gram(G, V.swapaxes(1, 2)).sum(axis=-1), "gram_"
+                )
         for tokens, name in {"after": "rate", "before": "rate_before"}.items():
             if tokens in computed:
-                values[name] = of(tokens, rates)
+                values[name] = of(tokens, lambda Z, G: by_gram(G, Z), "gram_")
         if "unit" in computed:
             values["subspace_rate"] = of(
                 "unit", lambda W: rates(measures.unit_length(W).swapaxes(1, 2)).sum(axis=-1)
@@ -262,39 +268,9 @@ def _compiled(layers: _Layers) -> Callable[[Any, Any], dict[str, Array]]:
     return jax.jit(layers.program)
 
 
-def _blocks(model: Any, variables: Any) -> Any:
-    """The parameters of the layers, stacked on axis 0, also where all layers share one set."""
-    groups = variables["params"]
-    for name in getattr(model, "BLOCKS", ("block" if model.SHARED else "blocks",)):
-        groups = groups[name]
-    if model.SHARED:
-        return jax.tree.map(lambda x: jnp.stack([x] * model.depth), groups)
-    return groups
-
-
-def _projected(Z_LxBxNxd: Array, U_LxdxKxp: Array) -> Array:
-    """U_kᵀ Z of every layer (L, B, N, K, p)."""
-    return jax.lax.map(
-        lambda layer: jnp.einsum("bnd,dkp->bnkp", *layer, precision="highest"),
-        (Z_LxBxNxd, U_LxdxKxp),
-    )
-
-
-def _lasso(Y: Array, A: Array, D: Array, lmbda: Array) -> Array:
-    """½‖Y − D A‖² + λ‖A‖₁ per token, the mean over the tokens of an image (B,)."""
-    error = Y - jnp.einsum("bnm,dm->bnd", A, D, precision="highest")
-    of_token = 0.5 * jnp.square(error).sum(axis=2) + lmbda * jnp.abs(A).sum(axis=2)
-    return of_token.mean(axis=1)
-
-
-def _entropy(A_BxKxNxN: Array) -> Array:
-    """Entropy in nats of what a token attends to, the mean over heads and tokens (B,)."""
-    logs = jnp.log(jnp.where(A_BxKxNxN > 0, A_BxKxNxN, 1))
-    return -(A_BxKxNxN * logs).sum(axis=3).mean(axis=(1, 2))
-
-
 def _by_layer(
-    computed: dict[str, np.ndarray], name: str, function: Callable[[np.ndarray], np.ndarray]
+    computed: dict[str, Array], name: str, function: Callable[..., np.ndarray], *others: str
 ) -> np.ndarray:
-    """A function of each layer's tokens (B, …), as (L, B)."""
-    return np.stack([function(tokens) for tokens in computed[name]])
+    """A function of each layer's tokens (B, …), and of others of them, as (L, B)."""
+    arrays = [computed[prefix + name] for prefix in ("", *others)]
+    return np.stack([function(*layer) for layer in zip(*map(np.asarray, arrays), strict=True)])

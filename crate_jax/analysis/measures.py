@@ -2,13 +2,15 @@
 
 A determinant of tokens that a layer compresses has eigenvalues from 1 to 10⁸ and more: the Cholesky
 factor of its float32 Gram matrix is NaN, and a QR decomposition in float32 costs more than the
-forward pass. So tokens come as the model computed them, in float32, and their Gram matrix and its
-factor are computed in float64. Tokens are rows. Rates are in nats.
+forward pass. So the factor is computed in float64. The Gram matrix itself may come in float32, if
+its rounding is too small to be seen in the result. Tokens are rows. Rates are in nats.
 """
 
 import numpy as np
 
 Tokens = np.ndarray  # (B, N, d), any float dtype
+ROUNDING = 8 * float(np.finfo(np.float32).eps)  # of an entry of a Gram matrix, to its diagonal
+TOLERANCE = 1e-5  # of a rate
 
 
 def rates(X_xNxd: Tokens, *, eps: float) -> np.ndarray:
@@ -20,12 +22,50 @@ def rates(X_xNxd: Tokens, *, eps: float) -> np.ndarray:
     >>> round(float(rates(np.array([[3.0, 0.0], [0.0, 1.0]]), eps=1.0)), 4)
     1.4979
     """
-    N, d = X_xNxd.shape[-2:]
-    G_xnxn = gram(X_xNxd) * (d / (N * eps**2))
+    return _rates_of_gram(gram(X_xNxd), X_xNxd.shape, eps)[0]
+
+
+def rates_by_gram(G_xnxn: np.ndarray, X_xNxd: Tokens, *, eps: float) -> np.ndarray:
+    """`rates`, given the Gram matrix of the tokens in float32, as a device computes it.
+
+    Its factor is computed in float64. The rounding of the matrix is estimated in the result: as
+    random errors of its entries, which the inverse of the matrix magnifies. Where they could move
+    one rate by more than a hundred-thousandth of it, or the matrix has no factor, the Gram matrix
+    of all tokens is computed anew in float64.
+
+    Args:
+        G_xnxn: X Xᵀ or XᵀX, whichever is smaller (..., n, n).
+        X_xNxd: the tokens; only looked at where the matrix is not exact enough.
+        eps: quantisation precision ε.
+
+    Returns:
+        The rates (...), float64.
+    """
+    try:
+        found, error = _rates_of_gram(G_xnxn.astype(np.float64), X_xNxd.shape, eps)
+    except np.linalg.LinAlgError:
+        return rates(X_xNxd, eps=eps)
+    exact_enough = np.all(error <= TOLERANCE * np.abs(found))
+    return found if exact_enough else rates(X_xNxd, eps=eps)
+
+
+def _rates_of_gram(
+    G_xnxn: np.ndarray, shape: tuple[int, ...], eps: float
+) -> tuple[np.ndarray, np.ndarray]:
+    """Rates of tokens of this shape, and how far float32 entries of the matrix may move them.
+
+    The matrix is scaled in place.
+    """
+    N, d = shape[-2:]
+    G_xnxn *= d / (N * eps**2)
     diagonal = np.einsum("...ii->...i", G_xnxn)
     diagonal += 1
-    factor_xnxn = np.linalg.cholesky(G_xnxn)
-    return np.log(np.einsum("...ii->...i", factor_xnxn)).sum(axis=-1)
+    pivots_xn = np.einsum("...ii->...i", np.linalg.cholesky(G_xnxn))
+    # An entry of the inverse's diagonal is at least 1 / pivot²: the error of ½ logdet is the sum of
+    # the entries' relative errors times these, and errors of many signs add up by their squares.
+    magnified_xn = diagonal / np.square(pivots_xn)
+    error = ROUNDING * np.sqrt(np.square(magnified_xn).sum(axis=-1))
+    return np.log(pivots_xn).sum(axis=-1), error
 
 
 def gram(X_xNxd: Tokens) -> np.ndarray:

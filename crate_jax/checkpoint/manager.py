@@ -240,8 +240,7 @@ class Checkpointer:
         """Block until the save that was started is on disk.
 
         Raises:
-            OSError: it could not be written; earlier steps stay. What it left behind is removed, or
-                at the start of the next run, if its writers outlive it.
+            OSError: it could not be written; earlier steps stay, and `sweep` removes its remains.
         """
         step, self._saving = self._saving, None
         with refusals(self._unwritable):

@@ -14,6 +14,7 @@ from crate_jax.analysis.measures import (
     effective_rank,
     mean_angle,
     rates,
+    rates_by_gram,
 )
 from crate_jax.models.cost import abstract_parameters
 
@@ -311,3 +312,27 @@ def test_mistakes(images):
         measure(model, params, images[:, :12])
     with pytest.raises(ValueError, match=r"^positions must be one of right, official_maps; got x"):
         taps(model, params, images, positions="x")
+
+
+@pytest.mark.parametrize("shape", [(3, 9, 4), (3, 4, 9), (2, 3, 9, 4)])
+def test_rates_by_a_gram_matrix_in_float32(shape):
+    """Of tokens in general position the matrix is exact enough, and they are not looked at."""
+    X = np.random.default_rng(0).normal(size=shape).astype(np.float32)
+    G = X.swapaxes(-2, -1) @ X if shape[-1] < shape[-2] else X @ X.swapaxes(-2, -1)
+    absent = np.full_like(X, np.nan)
+    np.testing.assert_allclose(
+        rates_by_gram(G, absent, eps=0.1), rates(X, eps=0.1), rtol=1e-6, atol=0
+    )
+
+
+@pytest.mark.parametrize("spread", [0, 1e-3, 1e-2])
+def test_rates_of_tokens_that_float32_cannot_tell_apart(spread):
+    """Nearly equal tokens: the rounding of their Gram matrix hides what is left, or kills it."""
+    rng = np.random.default_rng(1)
+    X = (30 * rng.normal(size=(2, 1, 24)) + spread * rng.normal(size=(2, 40, 24))).astype("f")
+    G = X.swapaxes(1, 2) @ X
+    found = rates_by_gram(G, X, eps=0.1)
+    np.testing.assert_allclose(found, [rate(tokens.astype(float)) for tokens in X], rtol=1e-7)
+    if spread < 1e-2:
+        scaled = np.eye(24) + 24 / (40 * 0.01) * G.astype(float)
+        assert not np.allclose(np.linalg.slogdet(scaled)[1] / 2, found, rtol=1e-4)
