@@ -195,6 +195,13 @@ FIGURES: Mapping[str, Draw] = {
     )
 }
 
+# The figures that show one layer where --layer names it, and one head where --head does.
+OF_ONE_LAYER = (
+    *("subspaces", "dictionary", "atoms", "saliency"),
+    *("heads", "pca", "segmentation", "operators"),
+)
+OF_ONE_HEAD = ("saliency",)
+
 
 def _measures(runs: list[Specimen], measures: Sequence[Measure]) -> "Picture":
     """Panels of measures."""

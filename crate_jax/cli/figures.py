@@ -3,7 +3,7 @@
 import argparse
 
 from crate_jax.cli.arguments import Subparsers, path
-from crate_jax.cli.drawings import FIGURES, Asked
+from crate_jax.cli.drawings import FIGURES, OF_ONE_HEAD, OF_ONE_LAYER, Asked
 from crate_jax.cli.looking import add_looking, open_specimen
 from crate_jax.files import Json
 
@@ -38,6 +38,12 @@ def figure(args: argparse.Namespace) -> Json:
     how = dict(examples=args.examples, images=args.images, side=args.size)
     if args.size is not None and args.size < 1:
         raise ValueError(f"--size must be >= 1; got {args.size}. Leave it out.")
+    for flag, names in {"layer": OF_ONE_LAYER, "head": OF_ONE_HEAD}.items():
+        if getattr(args, flag) is not None and args.name not in names:
+            raise ValueError(
+                f"--{flag} is for {', '.join(names)}; the figure {args.name} shows all. "
+                "Leave it out."
+            )
     runs = [open_specimen(args.workdir, args.step, **how)]
     runs += [open_specimen(workdir, **how) for workdir in args.against]
     picture = FIGURES[args.name](runs, Asked(args.layer, args.head))

@@ -157,6 +157,8 @@ def test_what_it_refuses(workdir, vit, call, tmp_path):
         (["subspaces", "--layer", 0], "--layer must be one of 1 … 2; got 0"),
         (["saliency", "--head", 3], "--head must be one of 1 … 2; got 3"),
         (["atoms", "--layer", 2], "--layer must be 1 for atoms"),
+        (["heads", "--head", 1], "--head is for saliency; the figure heads shows all"),
+        (["tokens", "--layer", 1], "the figure tokens shows all. Leave it out"),
         (["tokens", "--examples", 0], "--examples must be >= 1; got 0"),
         (["saliency", "--size", 0], "--size must be >= 1; got 0"),
         (["saliency", "--size", 20], "sides that are multiples of the patch, 8 x 8; got 20 x 20"),
