@@ -96,6 +96,20 @@ def test_attention_and_keys(name, loaded, expected):
     )
 
 
+@pytest.mark.parametrize("name", ["square", "native"])
+def test_taps_of_the_trained_weights_at_any_size(name, expected):
+    """As a user asks for them: the weights as they are, images of a size, and whose positions."""
+    trained = load_weights(GOLDEN / CONFIG["weights"], MODEL)
+    images = expected[f"{name}/images_nchw"].transpose(0, 2, 3, 1)
+    seen = {
+        positions: analysis.taps(MODEL, trained, images, "attention", positions=positions)[1]
+        for positions in ("official_maps", "right")
+    }
+    official = expected[f"{name}/layer02/attention"]
+    assert relative(seen["official_maps"]["attention"][2], official) <= 1e-5
+    assert relative(seen["right"]["attention"][2], official) > 1e-4
+
+
 def test_ours_are_other_positions(loaded, expected):
     """At the trained size ours are the weights' own; the official ones are resampled."""
     trained = load_weights(GOLDEN / CONFIG["weights"], MODEL, fit=("image_size",))
