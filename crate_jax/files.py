@@ -71,6 +71,56 @@ def cache_folder() -> str:
     return os.path.join(expanded(base, "XDG_CACHE_HOME"), "crate_jax")
 
 
+def check_writable(path: str | Path) -> None:
+    """Refuse a path at which no file can be written, before there is anything to write.
+
+    Args:
+        path: the file to be; one that is there stays as it is. Of a bucket nothing is asked.
+
+    Raises:
+        FileNotFoundError: there is no such folder.
+        IsADirectoryError: the path itself is one.
+        OSError: the folder takes no file.
+    """
+    path = located(path, "the file")
+    if is_remote(path):
+        return
+    if not path.parent.is_dir():
+        raise FileNotFoundError(
+            f"{path} must lie in an existing folder; there is no {path.parent}. Make it first."
+        )
+    if path.is_dir():
+        raise IsADirectoryError(f"{path} must be a file; it is a folder. Name a file in it.")
+    aside = _aside(path)
+    aside.touch()
+    aside.unlink()
+
+
+def check_folder(path: str | Path, name: str) -> None:
+    """Refuse a folder in which no file can be written; it need not be there yet.
+
+    Args:
+        path: the folder; of a bucket nothing is asked.
+        name: of the flag or argument, for the error.
+
+    Raises:
+        NotADirectoryError: a file is in its place, or in that of a folder above it.
+        OSError: nothing can be written to it, or made where it is to be.
+    """
+    path = located(path, name, absolute=True)
+    if is_remote(path):
+        return
+    there = next(each for each in (path, *path.parents) if each.exists())
+    if not there.is_dir():
+        raise NotADirectoryError(f"{name} must be a folder; {there} is a file. Choose another.")
+    check_writable(there / "any")
+
+
+def _aside(path: Path) -> Path:
+    """Where a local file is written before it takes its place."""
+    return path.with_name(f".{path.name}.{os.getpid()}.tmp")
+
+
 @contextlib.contextmanager
 def written_aside(path: str | Path) -> Iterator[Path]:
     """A path beside ``path`` to write to; it takes its place if the block ends without an error.
@@ -96,13 +146,8 @@ def written_aside(path: str | Path) -> Iterator[Path]:
             yield aside
             store(aside, path)
         return
-    if not path.parent.is_dir():
-        raise FileNotFoundError(
-            f"{path} must lie in an existing folder; there is no {path.parent}. Make it first."
-        )
-    if path.is_dir():
-        raise IsADirectoryError(f"{path} must be a file; it is a folder. Name a file in it.")
-    aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    check_writable(path)
+    aside = _aside(path)
     try:
         yield aside
         with aside.open("rb") as file:

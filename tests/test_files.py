@@ -4,7 +4,7 @@ import resource
 
 import pytest
 
-from crate_jax.files import check_open_files, raise_open_files, written_aside
+from crate_jax.files import check_open_files, check_writable, raise_open_files, written_aside
 
 
 def test_the_new_takes_the_place_of_the_old_at_the_end(tmp_path):
@@ -81,3 +81,17 @@ def test_a_limit_of_open_files_that_is_too_low(limits):
     message = r"ulimit -n must be at least 4097 with two workers; got 4096\. Raise it by ulimit -n"
     with pytest.raises(OSError, match=message):
         check_open_files(4097, "with two workers")
+
+
+def test_what_may_be_written_is_known_before_there_is_anything_to_write(tmp_path):
+    path = tmp_path / "weights.npz"
+    path.write_text("old")
+    check_writable(path)
+    assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]
+    began = False
+    with (
+        pytest.raises(OSError, match="File name too long"),
+        written_aside(tmp_path / ("a" * 250)),
+    ):
+        began = True
+    assert not began

@@ -195,12 +195,18 @@ FIGURES: Mapping[str, Draw] = {
     )
 }
 
-# The figures that show one layer where --layer names it, and one head where --head does.
-OF_ONE_LAYER = (
-    *("subspaces", "dictionary", "atoms", "saliency"),
-    *("heads", "pca", "segmentation", "operators"),
-)
-OF_ONE_HEAD = ("saliency",)
+# The figures that heed a flag, by its name; all others refuse it.
+_PICTURES = ("saliency", "heads", "pca", "segmentation", "operators")
+_MEASURES = ("objective", "halves", "geometry")
+HEEDED_BY: Mapping[str, Sequence[str]] = {
+    "step": tuple(name for name in FIGURES if name != "curves"),
+    "against": (*_MEASURES, "operators", "curves"),
+    "images": ("tokens", *_PICTURES),
+    "examples": (*_MEASURES, *_PICTURES, "confusion"),
+    "size": ("tokens", *_PICTURES),
+    "layer": ("subspaces", "dictionary", "atoms", *_PICTURES),
+    "head": ("saliency",),
+}
 
 
 def _measures(runs: list[Specimen], measures: Sequence[Measure]) -> "Picture":

@@ -3,8 +3,8 @@
 import argparse
 
 from crate_jax.cli.arguments import Subparsers, path
-from crate_jax.cli.drawings import FIGURES, OF_ONE_HEAD, OF_ONE_LAYER, Asked
-from crate_jax.cli.looking import add_looking, open_specimen
+from crate_jax.cli.drawings import FIGURES, HEEDED_BY, Asked
+from crate_jax.cli.looking import add_looking, check_looking, open_runs
 from crate_jax.files import Json
 
 
@@ -33,21 +33,14 @@ def add_figure(subparsers: Subparsers) -> None:
 
 def figure(args: argparse.Namespace) -> Json:
     """Draw one figure, and write its data as CSV beside it."""
-    from crate_jax.analysis.figures import save
+    from crate_jax.analysis.figures import check_output, save
 
-    how = dict(examples=args.examples, images=args.images, side=args.size)
-    if args.size is not None and args.size < 1:
-        raise ValueError(f"--size must be >= 1; got {args.size}. Leave it out.")
-    for flag, names in {"layer": OF_ONE_LAYER, "head": OF_ONE_HEAD}.items():
-        if getattr(args, flag) is not None and args.name not in names:
-            raise ValueError(
-                f"--{flag} is for {', '.join(names)}; the figure {args.name} shows all. "
-                "Leave it out."
-            )
-    runs = [open_specimen(args.workdir, args.step, **how)]
-    runs += [open_specimen(workdir, **how) for workdir in args.against]
-    picture = FIGURES[args.name](runs, Asked(args.layer, args.head))
+    _check_heeded(args)
     output = args.output or f"{args.name}.svg"
+    check_output(output)
+    check_looking(args)
+    runs = open_runs(args, side=args.size)
+    picture = FIGURES[args.name](runs, Asked(args.layer, args.head))
     table = save(picture, output)
     steps = [run.step for run in runs]
     return {
@@ -57,3 +50,23 @@ def figure(args: argparse.Namespace) -> Json:
         "data": str(table),
         "alt": picture.alt,
     }
+
+
+def _check_heeded(args: argparse.Namespace) -> None:
+    """Refuse flags that the figure would not heed.
+
+    Raises:
+        ValueError: one is given, or is out of range.
+    """
+    for flag, names in HEEDED_BY.items():
+        if getattr(args, flag) is not None and args.name not in names:
+            raise ValueError(
+                f"--{flag} must go with {', '.join(names)}; the figure {args.name} does not heed "
+                "it. Leave it out."
+            )
+    if args.images and args.examples:
+        raise ValueError(
+            "--examples must go without --images, of which the first are drawn. Leave one out."
+        )
+    if args.size is not None and args.size < 1:
+        raise ValueError(f"--size must be >= 1; got {args.size}. Leave it out.")

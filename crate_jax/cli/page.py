@@ -1,6 +1,7 @@
 """What stands on the page of `report`, section by section."""
 
 import datetime
+import re
 import shlex
 import sys
 from collections.abc import Sequence
@@ -29,6 +30,8 @@ from crate_jax.cli.page_sections import PICTURES, Of
 from crate_jax.cli.specimen import NotThere, Specimen
 from crate_jax.files import Json, written_aside
 from crate_jax.pages import render
+
+PAGE = "index.html"
 
 
 class Page:
@@ -66,7 +69,7 @@ class Page:
             self._add("left-out", "What is left out", texts=self.left_out)
 
     def write(self, *, refresh: bool) -> None:
-        """Write the page, whole or not at all."""
+        """Write the page, whole or not at all; data goes that only an earlier page had."""
         text = render(
             "report.html",
             title=" and ".join(self._names),
@@ -79,8 +82,11 @@ class Page:
             version=_version(),
             time=datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC"),
         )
-        with written_aside(self.output / "index.html") as aside:
+        earlier = linked(self.output)
+        with written_aside(self.output / PAGE) as aside:
             aside.write_text(text, encoding="utf-8")
+        for name in earlier - linked(self.output):
+            (self._data / name).unlink(missing_ok=True)
 
     @property
     def _data(self) -> Path:
@@ -258,6 +264,24 @@ class Page:
                 parts = []
             all_of.append({"run": name, "facts": run.facts(), "equations": parts})
         return all_of
+
+
+def linked(output: Path) -> set[str]:
+    """The data files of the page in a folder; none where there is no page yet.
+
+    Raises:
+        FileExistsError: the page there is none of `report`, which would take its place.
+    """
+    page = output / PAGE
+    if not page.exists():
+        return set()
+    text = page.read_text(encoding="utf-8", errors="replace")
+    if "crate_jax" not in text:
+        raise FileExistsError(
+            f"--output must be a new folder, or one of a report; {page} is another page. Choose "
+            "another folder."
+        )
+    return set(re.findall(r'href="data/([^"/]+)"', text))
 
 
 def _version() -> str:

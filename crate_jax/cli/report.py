@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from crate_jax.cli.arguments import Subparsers, path
-from crate_jax.cli.looking import add_looking, open_specimen
-from crate_jax.files import Json, located
+from crate_jax.cli.looking import LATEST, NAMED_STEPS, add_looking, check_looking, open_runs
+from crate_jax.files import Json, check_folder, located
 from crate_jax.streams import tolerant
 
 if TYPE_CHECKING:
@@ -36,28 +36,58 @@ def add_report(subparsers: Subparsers) -> None:
 def report(args: argparse.Namespace) -> Json:
     """A page about a run; with --watch anew at each checkpoint of a run that trains."""
     output = located(args.output or f"{args.workdir}/report", "--output")
+    _check(args, output)
     if not args.watch:
         return _result(_written(args, output), output, pages=1)
     return _watch(args, output, time.sleep)
 
 
+def _check(args: argparse.Namespace, output: Path) -> None:
+    """Refuse, before anything is opened or waited for, what would be refused later.
+
+    Raises:
+        ValueError, OSError: what the user can mend.
+    """
+    from crate_jax.analysis.figures import check_matplotlib
+    from crate_jax.cli.page import linked
+    from crate_jax.pages import templates
+
+    check_matplotlib()
+    templates()
+    if args.watch and args.step not in (None, *NAMED_STEPS):
+        raise ValueError(
+            f"--step must be {' or '.join(NAMED_STEPS)} with --watch, for a page that is renewed; "
+            f"got {args.step}. Leave one out."
+        )
+    check_folder(output, "--output" if args.output else "--workdir")
+    linked(output)
+    check_looking(args)
+
+
 def _watch(args: argparse.Namespace, output: Path, wait: Callable[[float], None]) -> Json:
     """Write the page whenever there is a newer checkpoint; an interruption ends it."""
-    page, pages = None, 0
+    page, pages, waits = None, 0, False
     try:
         while True:
             if _is_newer(args, page):
                 page = _written(args, output, refresh=True)
                 pages += 1
-                said = f"step {page.runs[0].step}: {output / 'index.html'}\n"
-                tolerant(sys.stdout).write(said)
-                sys.stdout.flush()
+                _say(f"step {page.runs[0].step}: {output / 'index.html'}")
+            elif page is None and not waits:
+                waits = True
+                _say(f"waiting for the first checkpoint of a run in {args.workdir}")
             wait(_EVERY)
     except KeyboardInterrupt:
         if page is None:
             raise
         page.write(refresh=False)
         return _result(page, output, pages=pages)
+
+
+def _say(line: str) -> None:
+    """A line of what is done, at once."""
+    tolerant(sys.stdout).write(line + "\n")
+    sys.stdout.flush()
 
 
 def _is_newer(args: argparse.Namespace, page: "Page | None") -> bool:
@@ -69,7 +99,7 @@ def _is_newer(args: argparse.Namespace, page: "Page | None") -> bool:
     except FileNotFoundError:
         return False
     try:
-        return page is None or reader.resolve(args.step) != page.runs[0].step
+        return page is None or reader.resolve(args.step or LATEST) != page.runs[0].step
     finally:
         reader.close()
 
@@ -78,11 +108,7 @@ def _written(args: argparse.Namespace, output: Path, *, refresh: bool = False) -
     """The page of what there is now."""
     from crate_jax.cli.page import Page
 
-    how = dict(examples=args.examples, images=args.images)
-    runs = [open_specimen(args.workdir, args.step, **how)]
-    if args.against:
-        runs.append(open_specimen(args.against, **how))
-    page = Page(runs, output)
+    page = Page(open_runs(args), output)
     page.draw()
     page.write(refresh=refresh)
     return page

@@ -1,8 +1,11 @@
 """From a template of this folder to a page."""
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from crate_jax.pages.mathml import mathml
+
+if TYPE_CHECKING:
+    import jinja2
 
 
 def render(template: str, **context: Any) -> str:
@@ -14,6 +17,15 @@ def render(template: str, **context: Any) -> str:
     Args:
         template: the name of a file in ``templates``.
         **context: what it asks for; a name that it asks for and that is not given is an error.
+
+    Raises:
+        ValueError: Jinja is missing.
+    """
+    return templates().get_template(template).render(**context)
+
+
+def templates() -> "jinja2.Environment":
+    """All templates.
 
     Raises:
         ValueError: Jinja is missing.
@@ -35,4 +47,4 @@ def render(template: str, **context: Any) -> str:
     )
     environment.filters["math"] = lambda text: Markup(mathml(text))
     environment.filters["markup"] = Markup
-    return environment.get_template(template).render(**context)
+    return environment

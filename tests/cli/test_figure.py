@@ -1,6 +1,7 @@
 """`figure`: every figure of a run, its files and its JSON, and what it refuses."""
 
 import csv
+import sys
 
 import cv2
 import numpy as np
@@ -10,7 +11,8 @@ pytest.importorskip("matplotlib")
 
 from crate_jax.analysis import taps
 from crate_jax.checkpoint.reading import read_trained
-from crate_jax.cli.drawings import FIGURES
+from crate_jax.cli import figures
+from crate_jax.cli.drawings import FIGURES, HEEDED_BY
 from crate_jax.config import DataConfig, ModelConfig, OptimConfig, TrainConfig
 from crate_jax.models.zoo import build_model
 from crate_jax.training.loop import train
@@ -157,9 +159,17 @@ def test_what_it_refuses(workdir, vit, call, tmp_path):
         (["subspaces", "--layer", 0], "--layer must be one of 1 … 2; got 0"),
         (["saliency", "--head", 3], "--head must be one of 1 … 2; got 3"),
         (["atoms", "--layer", 2], "--layer must be 1 for atoms"),
-        (["heads", "--head", 1], "--head is for saliency; the figure heads shows all"),
-        (["tokens", "--layer", 1], "the figure tokens shows all. Leave it out"),
-        (["tokens", "--examples", 0], "--examples must be >= 1; got 0"),
+        (["heads", "--head", 1], "--head must go with saliency; the figure heads does not heed it"),
+        (["tokens", "--layer", 1], "the figure tokens does not heed it. Leave it out"),
+        (["atoms", "--against", vit], "--against must go with objective, halves, geometry, op"),
+        (["saliency", "--against", vit], "the figure saliency does not heed it"),
+        (["dictionary", "--size", 24], "--size must go with tokens, saliency, heads, pca, seg"),
+        (["objective", "--size", 24], "the figure objective does not heed it"),
+        (["confusion", "--images", bad], "--images must go with tokens, saliency, heads, pca"),
+        (["curves", "--step", 1], "--step must go with objective, halves, geometry, tokens"),
+        (["tokens", "--examples", 3], "--examples must go with objective, halves, geometry, sal"),
+        (["pca", "--images", bad, "--examples", 3], "--examples must go without --images"),
+        (["heads", "--examples", 0], "--examples must be >= 1; got 0"),
         (["saliency", "--size", 0], "--size must be >= 1; got 0"),
         (["saliency", "--size", 20], "sides that are multiples of the patch, 8 x 8; got 20 x 20"),
         (["tokens", "--step", 7], "step must be latest, best or one of 1; got 7"),
@@ -179,3 +189,32 @@ def test_what_it_refuses(workdir, vit, call, tmp_path):
         assert status == 2 and found is None and message in err, (arguments, err)
         assert err.startswith("error: ") and err.count("\n") == 1
     assert not list(tmp_path.glob("a.*"))
+
+
+def test_where_it_could_not_write_is_said_before_anything_is_opened(call, tmp_path, monkeypatch):
+    monkeypatch.setattr(figures, "open_specimen", lambda *_, **__: pytest.fail("opened"))
+    (tmp_path / "a.csv").mkdir()
+    for output, message in (
+        (tmp_path / "a.txt", "--output must end in one of .svg"),
+        (tmp_path / "no" / "a.svg", "must lie in an existing folder"),
+        (tmp_path / "a.svg", f"{tmp_path / 'a.csv'} must be a file; it is a folder"),
+        (tmp_path / f"{'a' * 250}.svg", "File name too long"),  # refused by the system
+    ):
+        status, _, err = call("figure", "tokens", "--workdir", tmp_path, "--output", output)
+        assert status == 2 and message in err and err.count("\n") == 1, err
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    given = ["--workdir", tmp_path, "--output", tmp_path / "b.svg"]
+    status, _, err = call("figure", "tokens", *given)
+    assert status == 2 and "pip install 'crate-jax[report]'" in err and err.count("\n") == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["a.csv"]
+
+
+def test_flags_are_heeded_by_figures_that_are_there():
+    for flag, names in HEEDED_BY.items():
+        assert names and set(names) < set(FIGURES), flag
+
+
+def test_a_size_for_tokens(workdir, call, tmp_path):
+    given = ["--workdir", workdir, "--size", 24, "--output", tmp_path / "a.svg"]
+    status, found, err = call("figure", "tokens", *given)
+    assert status == 0 and "of 10 tokens across" in found["alt"], err

@@ -188,7 +188,8 @@ def test_watch_writes_at_each_checkpoint_and_ends_in_one_line(
     out, err = capsys.readouterr()
     *lines, last = out.splitlines()
     assert pages == [0] and err == ""
-    assert [line.split(":")[0] for line in lines] == ["step 1", "step 2"]
+    waiting = f"waiting for the first checkpoint of a run in {run}"
+    assert [line.split(":")[0] for line in lines] == [waiting, "step 1", "step 2"]
     assert json.loads(last)["pages"] == 2 and json.loads(last)["step"] == 2
     assert steps[0] is None and steps[1] == steps[2] != steps[3]
     assert 'http-equiv="refresh"' in steps[1] and "checkpoint of step 1" in steps[1]
@@ -198,30 +199,78 @@ def test_watch_writes_at_each_checkpoint_and_ends_in_one_line(
 
 
 def test_watch_that_saw_nothing(tmp_path, monkeypatch, capsys):
-    def interrupt(_):
-        raise KeyboardInterrupt
+    """It says once for what it waits, and where."""
+    slept = []
+
+    def interrupt(seconds):
+        slept.append(seconds)
+        if len(slept) == 3:
+            raise KeyboardInterrupt
 
     monkeypatch.setattr(command.time, "sleep", interrupt)
-    assert main(["report", "--workdir", str(tmp_path), "--watch"]) == 130
+    assert main(["report", "--workdir", str(tmp_path / "no"), "--watch"]) == 130
     out, err = capsys.readouterr()
-    assert out == "" and err.startswith("error: interrupted") and err.count("\n") == 1
+    assert out == f"waiting for the first checkpoint of a run in {tmp_path / 'no'}\n"
+    assert (
+        not (tmp_path / "no").exists()
+        and err.startswith("error: interrupted")
+        and err.count("\n") == 1
+    )
 
 
-def test_what_it_refuses(workdir, call, tmp_path, monkeypatch):
+@pytest.mark.parametrize("watch", [True, False])
+def test_what_it_refuses(watch, workdir, call, tmp_path, monkeypatch):
+    """With --watch before it waits for anything."""
+    monkeypatch.setattr(command.time, "sleep", lambda _: pytest.fail("it waits"))
+    monkeypatch.setattr(command, "open_runs", lambda _: pytest.fail("it opens the run"))
     (tmp_path / "file").write_text("")
+    (tmp_path / "site").mkdir()
+    (tmp_path / "site" / "index.html").write_text("<html>mine")
+    (tmp_path / "bad").mkdir()
+    (tmp_path / "bad" / "a.png").write_bytes(b"no image")
+    run = ["--workdir", workdir]
     for arguments, message in (
-        (["--workdir", tmp_path], "workdir must hold a checkpoint"),
-        (["--workdir", workdir, "--against", tmp_path], "workdir must hold a checkpoint"),
-        (["--workdir", workdir, "--images", tmp_path], "--images must be a folder with images"),
-        (["--workdir", workdir, "--examples", 0], "--examples must be >= 1; got 0"),
-        (["--workdir", workdir, "--output", tmp_path / "file"], "file"),
+        ([*run, "--against", tmp_path], "workdir must hold a checkpoint"),
+        ([*run, "--images", tmp_path / "site"], "--images must be a folder with images"),
+        ([*run, "--images", tmp_path / "no"], "no"),
+        ([*run, "--images", tmp_path / "bad"], "a.png"),
+        ([*run, "--examples", 0], "--examples must be >= 1; got 0"),
+        ([*run, "--output", tmp_path / "file"], "--output must be a folder; "),
+        ([*run, "--output", tmp_path / "file" / "page"], "--output must be a folder; "),
+        ([*run, "--output", tmp_path / "site"], "site/index.html is another page. Choose"),
+        (["--workdir", tmp_path / "file"], "--workdir must be a folder; "),
     ):
-        status, found, err = call("report", *arguments)
+        status, found, err = call("report", *arguments, *(["--watch"] if watch else []))
         assert status == 2 and found is None and message in err, (arguments, err)
         assert err.startswith("error: ") and err.count("\n") == 1
-    monkeypatch.setitem(sys.modules, "jinja2", None)
-    status, _, err = call("report", "--workdir", workdir, "--output", tmp_path / "page")
-    assert status == 2 and "pip install 'crate-jax[report]'" in err and err.count("\n") == 1
+    for package in ("jinja2", "matplotlib"):
+        with monkeypatch.context() as without:
+            without.setitem(sys.modules, package, None)
+            status, _, err = call("report", *run, "--output", tmp_path / "page")
+        assert status == 2 and "pip install 'crate-jax[report]'" in err and err.count("\n") == 1
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["bad", "file", "site"]
+    assert (tmp_path / "site" / "index.html").read_text() == "<html>mine"
+
+
+def test_a_page_that_is_renewed_is_of_no_fixed_step(workdir, call, tmp_path):
+    for step in (1, "x"):
+        status, found, err = call("report", "--workdir", workdir, "--watch", "--step", step)
+        assert status == 2 and found is None and err.count("\n") == 1
+        assert "--step must be latest or best with --watch, for a page that is ren" in err
+    assert call("report", "--workdir", tmp_path)[0] == 2
+
+
+def test_a_page_in_the_place_of_another_runs(workdir, mae, call, tmp_path):
+    """Data that only the earlier page had is gone; other files stay."""
+    given = ["--output", tmp_path, "--examples", 4]
+    assert call("report", "--workdir", mae, *given)[0] == 0
+    assert (tmp_path / "data/decoder_rate.csv").is_file()
+    (tmp_path / "data/mine.csv").write_text("1")
+    assert call("report", "--workdir", workdir, *given)[0] == 0
+    text = (tmp_path / "index.html").read_text(encoding="utf-8")
+    there = {path.name for path in (tmp_path / "data").iterdir()}
+    assert there - {"mine.csv"} == {link[5:] for link in Outline(text).links if "data/" in link}
+    assert "mine.csv" in there and "decoder_rate.csv" not in there and "confusion.csv" in there
 
 
 def test_values_are_escaped():

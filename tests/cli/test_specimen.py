@@ -1,5 +1,6 @@
 """What is opened of a run, and what figures say where its model lacks what they show."""
 
+import argparse
 from types import SimpleNamespace
 from typing import Any
 
@@ -10,7 +11,7 @@ import pytest
 pytest.importorskip("matplotlib")
 
 from crate_jax import create_model
-from crate_jax.cli import drawings, measuring
+from crate_jax.cli import drawings, looking, measuring
 from crate_jax.cli.drawings import Asked
 from crate_jax.cli.measuring import measured, named, of_decoders
 from crate_jax.cli.specimen import NotThere, Specimen
@@ -94,6 +95,24 @@ def test_a_line_that_is_being_written_is_left_out(tmp_path):
     run: Any = specimen()
     object.__setattr__(run, "workdir", str(tmp_path))
     assert run.metrics == [{"step": 1, "train/loss": 2}]
+
+
+@pytest.mark.parametrize("flag", ["images", "size"])
+def test_images_for_runs_that_take_none(flag, text, monkeypatch):
+    def opened(*_, **how):
+        return text
+
+    monkeypatch.setattr(looking, "open_specimen", opened)
+    given: Any = dict(workdir="runs/run", step=None, against=["a"], examples=None, images=None)
+    args = argparse.Namespace(**given)
+    assert looking.open_runs(args) == [text, text]
+    side = None
+    if flag == "images":
+        args.images = "photos"
+    else:
+        side = 32
+    with pytest.raises(ValueError, match=f"--{flag} must go with a run of images; runs/run has"):
+        looking.open_runs(args, side=side)
 
 
 def test_runs_have_names_that_tell_them_apart():

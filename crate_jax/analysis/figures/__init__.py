@@ -10,7 +10,14 @@ from crate_jax.analysis.figures.attention import (
     picture_rows,
     saliency,
 )
-from crate_jax.analysis.figures.canvas import Picture, inline_svg, save, write_csv
+from crate_jax.analysis.figures.canvas import (
+    Picture,
+    check_matplotlib,
+    check_output,
+    inline_svg,
+    save,
+    write_csv,
+)
 from crate_jax.analysis.figures.layers import Curve, Measure, by_layer
 from crate_jax.analysis.figures.operators import side_by_side
 from crate_jax.analysis.figures.parts import segments, shared_components
@@ -28,6 +35,8 @@ __all__ = [
     "Picture",
     "atoms_as_patches",
     "by_layer",
+    "check_matplotlib",
+    "check_output",
     "class_token_maps",
     "confusion",
     "curves",

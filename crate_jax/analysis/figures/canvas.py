@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, ParamSpec
 
 import numpy as np
 
-from crate_jax.files import located, written_aside
+from crate_jax.files import check_writable, located, written_aside
 
 if TYPE_CHECKING:  # imported where it is used: models and measures do without it
     from matplotlib.axes import Axes
@@ -82,6 +82,15 @@ def drawing(draw: Callable[P, Picture]) -> Callable[P, Picture]:
             return draw(*args, **kwargs)
 
     return styled
+
+
+def check_matplotlib() -> None:
+    """Refuse to draw without matplotlib.
+
+    Raises:
+        ValueError: it is missing.
+    """
+    _style()
 
 
 def _style() -> Callable[[], Any]:
@@ -202,16 +211,31 @@ def write_csv(picture: Picture, path: str | Path) -> None:
         aside.write_text(text.getvalue(), encoding="utf-8")
 
 
+def check_output(path: str | Path) -> Path:
+    """The path of a picture, of which `save` can write it and its table.
+
+    Raises:
+        ValueError: the file's ending is none of `FORMATS`, or matplotlib is missing.
+        OSError: a file cannot be written there.
+    """
+    path = located(path, "--output")
+    if path.suffix not in FORMATS:
+        raise ValueError(
+            f"--output must end in one of {', '.join(FORMATS)}; got {path}. Name such a file."
+        )
+    _style()
+    for each in (path, path.with_suffix(".csv")):
+        check_writable(each)
+    return path
+
+
 def save(picture: Picture, path: str | Path) -> Path:
     """Write a picture, and its table as CSV beside it; return the path of the table.
 
     Raises:
-        ValueError: the file's ending is none of `FORMATS`.
-        FileNotFoundError: there is no such folder.
+        ValueError, OSError: as `check_output`.
     """
-    path = located(path, "--output")
-    if path.suffix not in FORMATS:
-        raise ValueError(f"--output must end in one of {', '.join(FORMATS)}; got {path}.")
+    path = check_output(path)
     with written_aside(path) as aside, _style()():
         how = {"Date": None} if path.suffix == ".svg" else None
         picture.figure.savefig(aside, format=path.suffix[1:], metadata=how, transparent=True)
