@@ -1,25 +1,10 @@
 """The pictures of a checkpoint."""
 
-from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
-from jax.typing import ArrayLike
 
 from crate_jax.files import written_aside
-
-
-def by_layer(scalars: Mapping[str, ArrayLike]) -> dict[str, np.ndarray]:
-    """The measures of the objective, an array (L,) each.
-
-    Args:
-        scalars: ``objective/<measure>/layer00`` … of `Task.inspect`; others are left out.
-    """
-    found: dict[str, list[float]] = {}
-    for name in sorted(scalars):
-        if name.startswith("objective/"):
-            found.setdefault(name.split("/")[1], []).append(np.asarray(scalars[name]).item())
-    return {name: np.array(values) for name, values in found.items()}
 
 
 def draw_rows(pictures: np.ndarray, path: str | Path) -> None:

@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -9,11 +10,13 @@ import numpy as np
 
 from crate_jax.config import TrainConfig
 
-if TYPE_CHECKING:  # imported where it is used
+if TYPE_CHECKING:  # imported where they are used
+    from crate_jax.tasks.task import Inside
     from crate_jax.training.run import Run
 
 Batch = dict[str, Any]  # of arrays on the host, rows on axis 0
 MOST_IMAGES = 256  # of a folder
+_VALUES_AT_ONCE = 2**25  # of a tap, in memory
 
 
 def folder_images(
@@ -68,16 +71,44 @@ def as_floats(pixels: np.ndarray) -> np.ndarray:
     return pixels.astype(np.float64) / 255 if pixels.dtype == np.uint8 else np.clip(pixels, 0, 1)
 
 
-def first_examples(run: "Run", count: int) -> Batch:
-    """The first examples of the evaluation split, on the host."""
-    parts: list[Any] = []
+def split_examples(run: "Run", count: int) -> Iterator[Batch]:
+    """The first examples of the evaluation split, batch after batch, on the host, without filling.
+
+    Args:
+        run: with "eval" rows.
+        count: of how many examples, at most.
+
+    Raises:
+        ValueError: none can be read.
+    """
     from crate_jax.data.loader import eval_batches
 
-    data, size = run.config.data, run.config.eval_batch_size
+    data, left = run.config.data, count
+    size = run.config.eval_batch_size
     with contextlib.closing(eval_batches(run.rows["eval"], data, batch_size=size)) as batches:
         for batch in batches:
-            real = batch.pop("mask") > 0
-            parts.append({name: values[real] for name, values in batch.items()})
-            if sum(len(next(iter(part.values()))) for part in parts) >= count:
-                break
-    return {name: np.concatenate([p[name] for p in parts])[:count] for name in parts[0]}
+            real = np.flatnonzero(batch["mask"])[:left]
+            if len(real):
+                yield {name: values[real] for name, values in batch.items() if name != "mask"}
+            left -= len(real)
+            if not left:
+                return
+    if left == count:
+        raise ValueError(
+            f"data.eval_split must have an example that can be read; {data.dataset}/"
+            f"{data.eval_split} has none. Choose another split."
+        )
+
+
+def first_examples(run: "Run", count: int) -> Batch:
+    """`split_examples` as one batch."""
+    parts = [*split_examples(run, count)]
+    return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+
+
+def parts(inside: "Inside") -> Iterator[np.ndarray]:
+    """Inputs in batches whose taps fit into memory."""
+    model: Any = inside.model
+    size = max(1, _VALUES_AT_ONCE // (model.depth * model.num_tokens * model.width))
+    for start in range(0, len(inside.inputs), size):
+        yield np.asarray(inside.inputs[start : start + size])

@@ -1,10 +1,9 @@
 """The command `layerwise`: what every layer does to its objective, on train and test."""
 
 import argparse
-import contextlib
 import itertools
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -12,13 +11,12 @@ import numpy as np
 from crate_jax.analysis.measured import DEFINITIONS, GEOMETRY, Measured, measured_of
 from crate_jax.analysis.verdict import verdict
 from crate_jax.cli.arguments import Subparsers, add_data, add_model
+from crate_jax.cli.examples import parts, split_examples
 from crate_jax.cli.runs import add_source, open_trained
 from crate_jax.files import Json
 
 if TYPE_CHECKING:  # imported where they are used
-    from jax import Array
-
-    from crate_jax.tasks.task import Extra, Inside, Params
+    from crate_jax.tasks.task import Extra, Params
     from crate_jax.training.run import Run
 
 COLUMNS = 80  # of a terminal
@@ -110,12 +108,13 @@ def measure_split(
         decoder: whether to measure the layers of a decoder, in the place of the encoder's.
 
     Raises:
-        ValueError: the task's model has no layers of the family, or no decoder.
+        ValueError: the task's model has no layers of the family, or no decoder; or no example can
+            be read.
     """
     from crate_jax.analysis.decoder import DecoderLayers
     from crate_jax.analysis.measure import measure
 
-    examples = looked_into(run, params, extra, images)
+    examples = (run.task.inside(params, extra, rows) for rows in split_examples(run, images))
     first = next(examples)
     model = first.model
     if decoder:
@@ -127,30 +126,8 @@ def measure_split(
         model = DecoderLayers(model)
     known = measured_of(model, definition=definition)
     names = [name for name in known if geometry or name not in GEOMETRY]
-    batches: Iterator[Array] = (inside.inputs for inside in itertools.chain([first], examples))
+    batches = itertools.chain.from_iterable(map(parts, itertools.chain([first], examples)))
     return measure(model, first.variables, batches, names, definition=definition)
-
-
-def looked_into(run: "Run", params: "Params", extra: "Extra", images: int) -> "Iterator[Inside]":
-    """The layers of a run with batch after batch of its evaluation split, without filling.
-
-    Args:
-        run: with "eval" rows.
-        params: of its task, on the host.
-        extra: likewise.
-        images: after how many examples it ends.
-    """
-    from crate_jax.training.run import evaluation_batches
-
-    with contextlib.closing(evaluation_batches(run)) as batches:
-        for batch in batches:
-            real = np.flatnonzero(np.asarray(batch["mask"]))[:images]
-            rows = {k: np.asarray(v)[real] for k, v in batch.items() if k != "mask"}
-            if len(real):
-                yield run.task.inside(params, extra, rows)  # type: ignore[arg-type]
-            images -= len(real)
-            if not images:
-                return
 
 
 def table(found: Mapping[str, Measured]) -> str:

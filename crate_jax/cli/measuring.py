@@ -1,17 +1,12 @@
 """What figures and pages measure of the layers of runs, and how it is called."""
 
-from collections.abc import Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING
-
-import numpy as np
+from collections.abc import Mapping, Sequence
 
 from crate_jax.analysis import Measured, measure, measured_of
 from crate_jax.analysis.decoder import DecoderLayers
 from crate_jax.analysis.figures import Curve, Measure
+from crate_jax.cli.examples import parts
 from crate_jax.cli.specimen import Specimen
-
-if TYPE_CHECKING:
-    from crate_jax.tasks.task import Inside
 
 COMPRESSION = (
     Measure("subspace_rate", "compression", "Rᶜ in nats"),
@@ -36,7 +31,6 @@ GEOMETRY = (
     Measure("l1", "ℓ₁ norm of the code", "per token"),
 )
 ALL = COMPRESSION + HALVES + GEOMETRY
-_VALUES_AT_ONCE = 2**25  # of a tap, in memory
 
 Found = dict[str, Mapping[str, Measured]]
 
@@ -97,12 +91,4 @@ def _of(
     inside = run.inside(run.train_batch if train else run.batch, first=first)
     model = DecoderLayers(inside.model) if decoder else inside.model
     there = [name for name in measured_of(model) if name in names]
-    return measure(model, inside.variables, _parts(inside), there) if there else {}
-
-
-def _parts(inside: "Inside") -> Iterator[np.ndarray]:
-    """Inputs in batches whose taps fit into memory."""
-    model = inside.model
-    size = max(1, _VALUES_AT_ONCE // (model.depth * model.num_tokens * model.width))
-    for start in range(0, len(inside.inputs), size):
-        yield np.asarray(inside.inputs[start : start + size])
+    return measure(model, inside.variables, parts(inside), there) if there else {}

@@ -1,16 +1,21 @@
 """`layerwise` on a small run, at its start and at its end, against the measures of its arrays."""
 
 import json
+from types import SimpleNamespace
+from typing import Any
 
+import jax
 import numpy as np
 import pytest
 
 from crate_jax.analysis import measure
 from crate_jax.analysis.measured import Measured, measured_of
 from crate_jax.checkpoint.reading import restore_trained
-from crate_jax.cli.layerwise import looked_into, table
+from crate_jax.cli.examples import first_examples, split_examples
+from crate_jax.cli.layerwise import measure_split, table
 from crate_jax.cli.main import main
 from crate_jax.config import DataConfig, ModelConfig, TrainConfig
+from crate_jax.data.rows import BadExampleError
 from crate_jax.training.loop import train
 from crate_jax.training.run import set_up
 
@@ -50,10 +55,9 @@ def test_a_run(run, capsys):
     assert all(len(line) <= 80 for line in lines[:-1] if not line.startswith(("Layer", "Together")))
     opened = set_up(config(), "eval")
     params, extra = restore_trained(run, *_shapes(opened), 2)[:2]
-    inside = [*looked_into(opened, params, extra, 30)]
-    assert [len(each.inputs) for each in inside] == [30]
-    model = inside[0].model
-    expected = measure(model, {"params": params}, inside[0].inputs, measured_of(model))
+    inside = opened.task.inside(params, extra, first_examples(opened, 30))
+    model = inside.model
+    expected = measure(model, {"params": params}, inside.inputs, measured_of(model))
     assert said["images"] == 30 and said["step"] == 2 and said["split"] == "test"
     assert set(said["layers"]) == set(expected) == set(said["deviations"])
     for name, values in expected.items():
@@ -64,8 +68,6 @@ def test_a_run(run, capsys):
 
 
 def _shapes(run):
-    import jax
-
     return jax.eval_shape(run.task.init, run.key)
 
 
@@ -79,12 +81,48 @@ def test_before_the_first_step(run, capsys):
     assert initial["step"] == "initial" and trained["step"] == 2
     assert initial["images"] == trained["images"] == 200  # of batches of 104
     assert not set(initial["layers"]) & {"effective_rank", "mean_angle"}
-    opened = set_up(config(), "eval")
+    from_train = config()
+    from_train.data.eval_split = "train"
+    opened = set_up(from_train, "eval")
     params, extra = opened.task.init(opened.key)
-    inside = [*looked_into(opened, params, extra, 104)]
-    rate = measure(inside[0].model, {"params": params}, inside[0].inputs, ("rate",))["rate"]
+    inside = opened.task.inside(params, extra, first_examples(opened, 200))
+    rate = measure(inside.model, {"params": params}, inside.inputs, ("rate",))["rate"]
+    np.testing.assert_allclose(initial["layers"]["rate"], rate.mean, rtol=1e-4)
     assert not np.allclose(initial["layers"]["rate"], trained["layers"]["rate"], rtol=1e-6)
-    assert rate.count == 104
+
+
+class Rows:
+    """Of one number each, the odd ones unreadable, or all."""
+
+    name = "numbers"
+
+    def __init__(self, readable):
+        self.readable = readable
+        self.shapes = {"x": jax.ShapeDtypeStruct((), np.float32)}
+
+    def __len__(self):
+        return 7
+
+    def row(self, index, rng):
+        if index % 2 or not self.readable:
+            raise BadExampleError(f"{index} is bad")
+        return {"x": np.float32(index)}
+
+
+def test_the_examples_of_a_split(caplog):
+    """Those that can be read, no more than asked for; without one a line says so."""
+    made = config()
+    made.data.on_bad_example, made.data.max_bad_share = "skip", 1.0
+    made.eval_batch_size = 3
+    run: Any = SimpleNamespace(config=made, rows={"eval": Rows(readable=True)})
+    assert [each["x"].tolist() for each in split_examples(run, 99)] == [[0, 2], [4], [6]]
+    assert [each["x"].tolist() for each in split_examples(run, 3)] == [[0, 2], [4]]
+    assert first_examples(run, 4)["x"].tolist() == [0, 2, 4, 6]
+    run.rows["eval"] = Rows(readable=False)
+    with pytest.raises(ValueError, match="must have an example that can be read; digits/test has"):
+        first_examples(run, 4)
+    with pytest.raises(ValueError, match="Choose another split"):
+        measure_split(run, {}, (), images=4)
 
 
 def test_official_definition(run, capsys):

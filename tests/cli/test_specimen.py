@@ -11,7 +11,7 @@ import pytest
 pytest.importorskip("matplotlib")
 
 from crate_jax import create_model
-from crate_jax.cli import drawings, looking, measuring
+from crate_jax.cli import drawings, examples, looking
 from crate_jax.cli.drawings import Asked
 from crate_jax.cli.measuring import measured, named, of_decoders
 from crate_jax.cli.specimen import NotThere, Specimen
@@ -127,7 +127,7 @@ def test_runs_have_names_that_tell_them_apart():
 def test_batches_fit_into_memory(monkeypatch):
     inputs = np.arange(10)[:, None]
     model: Any = SimpleNamespace(depth=2, num_tokens=3, width=4)
-    monkeypatch.setattr(measuring, "_VALUES_AT_ONCE", 100)  # of 24 an example
-    parts = [*measuring._parts(Inside(model, {}, inputs))]  # type: ignore[arg-type]
+    monkeypatch.setattr(examples, "_VALUES_AT_ONCE", 100)  # of 24 an example
+    parts = [*examples.parts(Inside(model, {}, inputs))]  # type: ignore[arg-type]
     assert [len(part) for part in parts] == [4, 4, 2]
     np.testing.assert_array_equal(np.concatenate(parts), inputs)
