@@ -94,6 +94,25 @@ def check_shared_memory(need: int) -> None:
         )
 
 
+def check_memory(need: int, what: str, remedy: str) -> None:
+    """Refuse what this machine can never hold; the system would end the process without a word.
+
+    Args:
+        need: bytes.
+        what: they are for.
+        remedy: a sentence.
+
+    Raises:
+        ValueError: the machine has less memory, used or free.
+    """
+    has = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    if need > has:
+        raise ValueError(
+            f"{what} must fit into memory, {has / 2**30:.0f} GiB here; it takes "
+            f"{need / 2**30:.0f} GiB. {remedy}"
+        )
+
+
 def _worker_ended(signal: int) -> str | None:
     """Why the system ended a worker of the loader; None: for another reason than memory."""
     if signal == 7:  # SIGBUS: a page of shared memory that cannot be had

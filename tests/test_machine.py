@@ -11,7 +11,7 @@ import pytest
 from crate_jax import machine
 from crate_jax.config import DataConfig
 from crate_jax.data.loader import Batches, eval_batches, train_batches
-from crate_jax.machine import check_settings, check_shared_memory, explained
+from crate_jax.machine import check_memory, check_settings, check_shared_memory, explained
 
 XLA = jax.errors.JaxRuntimeError
 
@@ -120,6 +120,14 @@ def test_shared_memory_must_hold_what_workers_hand_over(small_shared_memory, mon
 
     monkeypatch.setattr(os, "statvfs", nothing_there)
     check_shared_memory(2**60)
+
+
+def test_what_no_memory_here_can_hold(monkeypatch):
+    monkeypatch.setattr(os, "sysconf", {"SC_PHYS_PAGES": 2**20, "SC_PAGE_SIZE": 4096}.get)
+    check_memory(4 * 2**30, "a graph", "Take less.")
+    message = r"^a graph must fit into memory, 4 GiB here; it takes 5 GiB\. Take less\.$"
+    with pytest.raises(ValueError, match=message):
+        check_memory(5 * 2**30, "a graph", "Take less.")
 
 
 class Large:

@@ -58,7 +58,7 @@ def share_of_entries(A: Array, share: float = SHARE) -> Array:
     >>> share_of_entries(jnp.array([0.1, 0.7, 0.0, 0.15, 0.05])).tolist()
     [True, True, False, True, False]
     """
-    _check_share(share)
+    check_share(share)
     P = A.shape[-1]
     kept = int(np.ceil(round(share * P, 6)))  # 0.7 · 10 is a little more than 7
     return jnp.argsort(jnp.argsort(-A, axis=-1, stable=True), axis=-1) < kept
@@ -83,7 +83,7 @@ def share_of_mass(A: Array, share: float = SHARE) -> Array:
     >>> share_of_mass(jnp.array([0.1, 0.7, 0.0, 0.15, 0.05])).tolist()
     [False, True, False, False, False]
     """
-    _check_share(share)
+    check_share(share)
     order = jnp.argsort(-A, axis=-1, stable=True)
     sorted_A = jnp.take_along_axis(A, order, axis=-1)
     before = jnp.cumsum(sorted_A, axis=-1) - sorted_A
@@ -149,13 +149,17 @@ def mean_iou(images: Iterable[Mapping[int, float]]) -> float:
     return sum(means) / len(means)
 
 
+def check_share(share: float) -> None:
+    """Refuse what is no share.
+
+    Raises:
+        ValueError: it is not above 0 and at most 1.
+    """
+    if not 0 < share <= 1:
+        raise ValueError(f"share must be above 0 and at most 1; got {share}.")
+
+
 def _check_choice(name: str, value: str, known: Iterable[str]) -> None:
     """Refuse an unknown word."""
     if value not in known:
         raise ValueError(f"{name} must be one of {', '.join(known)}; got {value}.")
-
-
-def _check_share(share: float) -> None:
-    """Refuse what is no share."""
-    if not 0 < share <= 1:
-        raise ValueError(f"share must be above 0 and at most 1; got {share}.")

@@ -86,8 +86,7 @@ def maskcut(
             f"features must be ({grid[0] * grid[1]}, f) for a grid of {grid[0]}x{grid[1]}; got "
             f"{F_Pxf.shape}. Leave out the class token."
         )
-    if objects < 1:
-        raise ValueError(f"objects must be at least 1; got {objects}.")
+    check_choices(objects, tau, similarity)
     W_PxP = affinity(F_Pxf, tau=tau, similarity=similarity)
     found: list[Cut] = []
     left_P = np.ones(len(F_Pxf), bool)
@@ -107,6 +106,30 @@ def maskcut(
     return found
 
 
+def check_choices(objects: int, tau: float, similarity: str) -> None:
+    """Refuse what `maskcut` would refuse, before there are features.
+
+    Args:
+        objects: as of `maskcut`.
+        tau: likewise.
+        similarity: likewise.
+
+    Raises:
+        ValueError: one cannot be.
+    """
+    if objects < 1:
+        raise ValueError(f"objects must be at least 1; got {objects}.")
+    if similarity not in SIMILARITIES:
+        raise ValueError(f"similarity must be one of {', '.join(SIMILARITIES)}; got {similarity}.")
+    if not abs(tau) < np.inf:
+        raise ValueError(f"tau must be a finite number; got {tau}.")
+    if similarity == "cosine" and abs(tau) > 1:
+        raise ValueError(
+            f"tau must be from -1 to 1, as a cosine is; got {tau}. Take similarity=product for "
+            "others."
+        )
+
+
 def affinity(F_Pxf: np.ndarray, *, tau: float = 0.15, similarity: str = "cosine") -> np.ndarray:
     """The graph of the patches: 1 between two that are alike by τ or more, else `WEAK`.
 
@@ -120,10 +143,9 @@ def affinity(F_Pxf: np.ndarray, *, tau: float = 0.15, similarity: str = "cosine"
         W (P, P), float32, symmetric. Every patch has an edge to itself.
 
     Raises:
-        ValueError: an unknown similarity, or a feature that is not finite.
+        ValueError: an unknown similarity, a τ that none has, or a feature that is not finite.
     """
-    if similarity not in SIMILARITIES:
-        raise ValueError(f"similarity must be one of {', '.join(SIMILARITIES)}; got {similarity}.")
+    check_choices(1, tau, similarity)
     F_Pxf = np.asarray(F_Pxf, np.float32)
     if not np.isfinite(F_Pxf).all():
         raise ValueError("features must be finite; got NaN or infinity. Look at the weights.")

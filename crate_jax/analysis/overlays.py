@@ -15,6 +15,7 @@ COLOURS = np.array(
 STRENGTH = 0.55  # of a colour upon the image
 BETWEEN = 4  # white pixels between two panels
 SMALLEST = 128  # pixels that a side should have: small images are enlarged
+LARGEST = 1280  # pixels of a side that a picture to be looked at needs
 
 
 def overlay(image_HxWxc: np.ndarray, masks: Sequence[np.ndarray]) -> np.ndarray:
@@ -46,6 +47,16 @@ def rgb(image_HxWxc: np.ndarray) -> np.ndarray:
     return np.broadcast_to(image_HxWxc, (*image_HxWxc.shape[:2], 3))
 
 
+def shown_size(height: int, width: int) -> tuple[int, int]:
+    """Rows and columns in which an image is drawn: its own, or fewer of a large one.
+
+    >>> shown_size(480, 640), shown_size(3000, 4000)
+    ((480, 640), (960, 1280))
+    """
+    scale = min(1.0, LARGEST / max(height, width))
+    return max(1, round(scale * height)), max(1, round(scale * width))
+
+
 def write_panels(path: str | Path, rows: Sequence[Sequence[np.ndarray]]) -> None:
     """Write pictures of one size beside and below each other, small ones enlarged, as a PNG.
 
@@ -56,7 +67,7 @@ def write_panels(path: str | Path, rows: Sequence[Sequence[np.ndarray]]) -> None
     import cv2  # here: models and measures do without it
 
     height, width = rows[0][0].shape[:2]
-    times = max(1, SMALLEST // min(height, width))
+    times = max(1, min(SMALLEST // min(height, width), LARGEST // max(height, width)))
     step = (times * height + BETWEEN, times * width + BETWEEN)
     sheet = np.full((len(rows) * step[0], len(rows[0]) * step[1], 3), 255, np.uint8)
     for i, j in np.ndindex(len(rows), len(rows[0])):

@@ -37,6 +37,45 @@ def encode(mask_HxW: np.ndarray) -> Json:
     return {"size": [int(side) for side in mask_HxW.shape], "counts": text}
 
 
+def runs(counts: str) -> list[int]:
+    """The run lengths in the text of `encode`, zeros first; it may be any file's.
+
+    Args:
+        counts: the text.
+
+    Returns:
+        Numbers of pixels; of a text that no mask has, some may be negative.
+
+    Raises:
+        ValueError: the text has another character, or ends within a number.
+
+    >>> runs("13")
+    [1, 3]
+    """
+    found: list[int] = []
+    number = shift = 0
+    for character in counts:
+        digit = ord(character) - 48
+        if not 0 <= digit < 64:
+            raise ValueError(
+                f"run lengths must be of the characters 0 … o; got {character!r}. Encode the mask "
+                "anew."
+            )
+        number |= (digit & 31) << shift
+        shift += 5
+        if digit & 32:
+            continue
+        number -= (digit & 16) << (shift - 4)
+        found.append(number + found[-2] if len(found) > 2 else number)
+        number = shift = 0
+    if shift:
+        raise ValueError(
+            f"run lengths must end with a number; {counts[-20:]!r} breaks off. Encode the mask "
+            "anew."
+        )
+    return found
+
+
 def box(mask_HxW: np.ndarray) -> list[float]:
     """The box around a mask as COCO's, [left, top, width, height] in pixels; zeros for none."""
     rows, columns = (np.flatnonzero(mask_HxW.any(axis=axis)) for axis in (1, 0))

@@ -74,15 +74,28 @@ def add_segment(subparsers: Subparsers) -> None:
 def segment(args: argparse.Namespace) -> Json:
     """Masks of images as COCO's results and as pictures; AP by annotations, mIoU by VOC's masks."""
     from crate_jax.analysis.coarse_masks import mean_iou
-    from crate_jax.cli.segmenting import Reader, found_in, results_of, write_picture
-    from crate_jax.evaluation.average_precision import average_precision, require_pycocotools
+    from crate_jax.cli.segmenting import (
+        Reader,
+        check_pictures,
+        found_in,
+        results_of,
+        write_picture,
+    )
+    from crate_jax.evaluation.average_precision import (
+        average_precision,
+        require_objects,
+        require_pycocotools,
+    )
 
     how = _own_flags(args)
     pictures, annotations = _pictures(args)
+    numbers = {each.number for each in pictures}
     if annotations is not None:
         require_pycocotools()
+        require_objects(annotations, numbers)
     frozen = open_frozen(args, "segment")
     reader = Reader(frozen, args)
+    check_pictures(pictures, reader)
     output = located(args.output or f"{args.workdir or '.'}/segmentation", "--output")
     output.mkdir(parents=True, exist_ok=True)
     results: list[Json] = []
@@ -97,7 +110,7 @@ def segment(args: argparse.Namespace) -> Json:
         aside.write_text(json.dumps(results))
     scores: Json = {}
     if annotations is not None:
-        scores = average_precision(annotations, results, {each.number for each in pictures})
+        scores = average_precision(annotations, results, numbers)
     if fits:
         scores["miou"] = mean_iou(fits)
     made = {"images": len(pictures), "masks": len(results), "output": str(output)}
@@ -106,7 +119,16 @@ def segment(args: argparse.Namespace) -> Json:
 
 
 def _own_flags(args: argparse.Namespace) -> Json:
-    """The flags that the method reads; one of another method is refused."""
+    """The flags that the method reads; one that nothing reads, or that cannot be, is refused."""
+    from crate_jax.analysis.coarse_masks import check_share
+    from crate_jax.analysis.maskcut import check_choices
+
+    for name, least in (("limit", 1), ("pictures", 0), ("size", 1)):
+        value = getattr(args, name)
+        if value is not None and value < least:
+            raise ValueError(
+                f"--{name} must be at least {least}; got {value}. Leave it out for the default."
+            )
     own = OWN[args.method]
     for name in {name for flags in OWN.values() for name in flags} - {*own}:
         if getattr(args, name) is not None:
@@ -116,26 +138,40 @@ def _own_flags(args: argparse.Namespace) -> Json:
                 "Leave it out."
             )
     given = {name: getattr(args, name) for name in own}
-    return {name: own[name] if value is None else value for name, value in given.items()}
+    how = {name: own[name] if value is None else value for name, value in given.items()}
+    if args.method == "maskcut":
+        check_choices(how["objects"], how["tau"], how["similarity"])
+    if args.method == "coarse":
+        check_share(how["share"])
+    if args.tap == "attention" and how.pop("definition", None) and args.definition:
+        raise ValueError(
+            f"--definition must go with --tap subspace_tokens; got {args.definition} with "
+            "attention, which the model has computed by its own. Leave one out."
+        )
+    return how
 
 
 def _pictures(args: argparse.Namespace) -> "tuple[list[Picture], Json | None]":
     """The images, and the annotations if there are any."""
-    from crate_jax.data.annotated import coco_pictures, folder_pictures, is_voc, voc_pictures
+    from crate_jax.data.annotated import folder_pictures, is_voc, voc_pictures
+    from crate_jax.data.coco import coco_pictures
 
     if not args.images:
         raise ValueError("segment must get --images, a folder. See --help.")
-    if args.limit is not None and args.limit < 1:
-        raise ValueError(f"--limit must be at least 1; got {args.limit}. Leave it out for all.")
     voc, annotations = is_voc(args.images), None
-    if args.split and not voc:
+    if args.split is not None and args.annotations:
+        raise ValueError(
+            f"--split must go without --annotations, which list the images; got {args.split}. "
+            "Leave one out."
+        )
+    if args.split is not None and not voc:
         raise ValueError(
             f"--split must go with a folder as VOC's; {args.images} is none. Leave it out."
         )
     if args.annotations:
         pictures, annotations = coco_pictures(args.annotations, args.images)
     elif voc:
-        pictures = voc_pictures(args.images, args.split or "val")
+        pictures = voc_pictures(args.images, "val" if args.split is None else args.split)
     else:
         pictures = folder_pictures(args.images)
     return pictures[: args.limit], annotations

@@ -19,12 +19,16 @@ from crate_jax.data.annotated import Picture, read_labels
 from crate_jax.data.images.resize import resize_pixels
 from crate_jax.data.rows import BadExampleError
 from crate_jax.files import Json
+from crate_jax.machine import check_memory
 from crate_jax.models.classifier import pair
+from crate_jax.models.embedding import check_sides
 from crate_jax.models.parameters import Variables
 from crate_jax.tasks.pixels import normalize
 
 SIZE = 480  # pixels of a side; arXiv 2301.11320
 TOKENS, ATTENTION = "subspace_tokens", "attention"
+GRAPHS = 3  # float32 matrices of MaskCut that are as large as the graph, at the same time
+LONGEST = 60  # characters of an image's name in that of its picture
 NO_TOKENS = (ATTENTION, "membership", "contraction")  # taps of maps
 
 
@@ -57,7 +61,8 @@ class Reader:
         grid: patches (down, across).
 
     Raises:
-        KeyError, ValueError: the model has no such tap, layer or head.
+        KeyError, ValueError: the model has no such tap, layer or head, no class token where the
+            method needs one, or no such size; or the machine can never hold what the size takes.
     """
 
     def __init__(self, frozen: Frozen, args: argparse.Namespace):
@@ -78,8 +83,16 @@ class Reader:
         self._head = _head(args.head, model.num_heads if self.tap in (TOKENS, ATTENTION) else 0)
         patch = pair(model.patch_size)
         height, width = (args.size or max(1, round(SIZE / p)) * p for p in patch)
-        self._size = (height, width)
-        self.grid = (self._size[0] // patch[0], self._size[1] // patch[1])
+        check_sides((height, width), patch, "--size")
+        self._size, self.grid = (height, width), (height // patch[0], width // patch[1])
+        self._check_memory(coarse or args.method == "pca")
+        blank = np.zeros((1, *self._size, model.in_channels), np.uint8)
+        seen = jax.eval_shape(self._program, frozen.variables, blank)
+        if coarse and seen.shape[-1 if self.tap == ATTENTION else 0] == self.grid[0] * self.grid[1]:
+            raise ValueError(
+                f"coarse must get a model with a class token among its tokens; a "
+                f"{type(model).__name__} has none there. Choose another --method."
+            )
 
     def pixels(self, picture: Picture) -> np.ndarray:
         """(H, W, c), uint8, at the image's own size."""
@@ -90,17 +103,24 @@ class Reader:
         tokens = np.asarray(self._layer(pixels))
         return tokens.reshape(len(tokens), -1)[len(tokens) - self.grid[0] * self.grid[1] :]
 
-    def maps(self, pixels: np.ndarray, definition: str) -> Array:
-        """How much the class token attends to each patch (K, P)."""
+    def maps(self, pixels: np.ndarray, definition: str = "") -> Array:
+        """How much the class token attends to each patch (K, P); attention needs no definition."""
         seen, patches = self._layer(pixels), self.grid[0] * self.grid[1]
         if self.tap == ATTENTION:
             return seen[:, 0, -patches:]  # registers may stand before them
-        if len(seen) == patches:
-            raise ValueError(
-                f"coarse must get a model with a class token among its tokens; a "
-                f"{type(self._frozen.model).__name__} has none there. Choose another --method."
-            )
         return coarse_masks.class_attention(seen[None], definition=definition)[0]
+
+    def _check_memory(self, without_graph: bool) -> None:
+        """Refuse a size whose graph of the patches, or attention on the CPU, fits no memory here.
+
+        Raises:
+            ValueError: it fits none.
+        """
+        patches = self.grid[0] * self.grid[1]
+        heads = self._frozen.model.num_heads if jax.default_backend() == "cpu" else 0
+        squares = max(heads, 0 if without_graph else GRAPHS)
+        what = f"what {patches} patches have with each other"
+        check_memory(4 * squares * patches**2, what, "Give a smaller --size.")
 
     def _layer(self, pixels: np.ndarray) -> Array:
         """One tap of one layer and one image, of the heads that are asked for."""
@@ -141,7 +161,7 @@ def found_in(
             masks, scores = [cut.mask_P for cut in cuts], [1 - cut.cost for cut in cuts]
             yield Found(picture, pixels, masks, scores, "objects", np.zeros((0, 0)))
         else:
-            maps_KxP = reader.maps(pixels, how["definition"])
+            maps_KxP = reader.maps(pixels, how.get("definition", ""))
             masks_KxP = coarse_masks.SHARES[how["share_of"]](maps_KxP, how["share"])
             held_K = jnp.where(masks_KxP, maps_KxP, 0).sum(axis=1).tolist()
             masks, maps = list(np.asarray(masks_KxP)), np.asarray(maps_KxP)
@@ -168,23 +188,40 @@ def results_of(found: Found, grid: tuple[int, int]) -> tuple[list[Json], dict[in
     ]
     if picture.labels is None:
         return rows, None
-    labels_HxW = read_labels(picture.labels)
-    if labels_HxW.shape != size:
-        raise BadExampleError(
-            f"{picture.labels} must be of its image's size, {size[0]} x {size[1]}; it is "
-            f"{labels_HxW.shape[0]} x {labels_HxW.shape[1]}. Give the masks of these images."
-        )
+    labels_HxW = _labels(picture.labels, size)
     stack = np.stack([*masks, np.zeros(size, bool)])  # without a mask every score is 0
     return rows, coarse_masks.class_scores(stack, labels_HxW)
+
+
+def check_pictures(pictures: Sequence[Picture], reader: Reader) -> None:
+    """Read all images and their classes once: a bad one is told before the work, not in its middle.
+
+    Raises:
+        BadExampleError: one is unreadable, or of another size than it should be.
+        ValueError: there are files of classes, and none holds a class.
+    """
+    labelled, classes = False, False
+    for picture in pictures:
+        size = reader.pixels(picture).shape[:2]
+        if picture.labels is not None:
+            labels_HxW = _labels(picture.labels, size)
+            labelled = True
+            classes |= bool(((labels_HxW != 0) & (labels_HxW != coarse_masks.VOID)).any())
+    if labelled and not classes:
+        raise ValueError(
+            "the images must hold a class to fit, 1 … 254; theirs are all background. Take more "
+            "images, or name their folder alone."
+        )
 
 
 def write_picture(folder: Path, found: Found, grid: tuple[int, int]) -> None:
     """Draw an image and what is found in it, into ``NUMBER_NAME.png``.
 
     Of objects the image with all of them; of a foreground its colours, and the image with it; of
-    maps a column for each, with the mask of it below.
+    maps a column for each, with the mask of it below. Large images are drawn smaller.
     """
-    size, image = found.pixels.shape[:2], found.pixels
+    size = overlays.shown_size(*found.pixels.shape[:2])
+    image = resize_pixels(found.pixels, size)
     masks = [enlarge(mask_P, grid, size) for mask_P in found.masks]
     rows = [[overlays.rgb(image)]]
     if found.kind == "maps":
@@ -195,8 +232,23 @@ def write_picture(folder: Path, found: Found, grid: tuple[int, int]) -> None:
             channels = [enlarge(channel_P, grid, size) for channel_P in found.shown.T]
             rows[0].append(np.rint(255 * np.stack(channels, axis=-1)).astype(np.uint8))
         rows[0].append(overlays.overlay(image, masks))
-    name = found.picture.name.rpartition("/")[2]
+    name = found.picture.name.rpartition("/")[2][:LONGEST]
     overlays.write_panels(folder / f"{found.picture.number}_{name}.png", rows)
+
+
+def _labels(path: str, size: tuple[int, int]) -> np.ndarray:
+    """The class of each pixel (H, W) of an image of this size.
+
+    Raises:
+        BadExampleError: the file is of another size, or unreadable.
+    """
+    labels_HxW = read_labels(path)
+    if labels_HxW.shape != size:
+        raise BadExampleError(
+            f"{path} must be of its image's size, {size[0]} x {size[1]}; it is "
+            f"{labels_HxW.shape[0]} x {labels_HxW.shape[1]}. Give the masks of these images."
+        )
+    return labels_HxW
 
 
 def _head(head: int | None, heads: int) -> slice:

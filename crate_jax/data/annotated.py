@@ -1,11 +1,9 @@
-"""Pictures with masks of what they show: a plain folder, a folder as VOC's, annotations as COCO's.
+"""Pictures with masks of what they show: a plain folder, and a folder as VOC's.
 
 A folder as VOC's has ``JPEGImages/NAME.jpg``, ``SegmentationClass/NAME.png`` with a class for each
-pixel, and the names of a split in ``ImageSets/Segmentation/SPLIT.txt``. Annotations as COCO's are
-one JSON file beside a folder of images.
+pixel, and the names of a split in ``ImageSets/Segmentation/SPLIT.txt``.
 """
 
-import json
 import struct
 import zlib
 from typing import NamedTuple
@@ -17,12 +15,9 @@ from crate_jax.data.images.decode import EncodedImage
 from crate_jax.data.rows import BadExampleError
 from crate_jax.data.stores import storage
 from crate_jax.data.stores.examples import IMAGE_SUFFIXES
-from crate_jax.files import Json
 
 VOC_IMAGES, VOC_LABELS, VOC_SPLITS = "JPEGImages", "SegmentationClass", "ImageSets/Segmentation"
 GREY, PALETTE = 0, 3  # colour types of a PNG
-# What COCO's code reads of an object.
-OBJECT = ("id", "image_id", "category_id", "bbox", "area", "segmentation", "iscrowd")
 
 
 class Picture(NamedTuple):
@@ -69,14 +64,14 @@ def folder_pictures(folder: str) -> list[Picture]:
     Raises:
         FileNotFoundError: there is no such folder, or no image in it.
     """
-    names = _images_below(folder)
+    names = images_below(folder)
     if not names:
         raise FileNotFoundError(
             f"the folder must hold images ({', '.join(IMAGE_SUFFIXES)}); {folder} has none. Name "
             "another."
         )
     return [
-        Picture(storage.join(folder, name), _stem(name), number)
+        Picture(storage.join(folder, name), stem(name), number)
         for number, name in enumerate(names, start=1)
     ]
 
@@ -93,10 +88,10 @@ def voc_pictures(folder: str, split: str = "val") -> list[Picture]:
     names = [line.strip() for line in lines if line.strip()]
     if not names:
         raise ValueError(f"{listing} must name images, one a line; it is empty. Fill it.")
-    images = {_stem(name): name for name in _images_below(storage.join(folder, VOC_IMAGES))}
-    labels = {_stem(name): name for name in _images_below(storage.join(folder, VOC_LABELS))}
+    images = {stem(name): name for name in images_below(storage.join(folder, VOC_IMAGES))}
+    labels = {stem(name): name for name in images_below(storage.join(folder, VOC_LABELS))}
     for kind, known in ((VOC_IMAGES, images), (VOC_LABELS, labels)):
-        _check_all_there(names, known, listing, storage.join(folder, kind))
+        check_all_there(names, known, listing, storage.join(folder, kind))
     return [
         Picture(
             storage.join(folder, VOC_IMAGES, images[name]),
@@ -106,49 +101,6 @@ def voc_pictures(folder: str, split: str = "val") -> list[Picture]:
         )
         for number, name in enumerate(names, start=1)
     ]
-
-
-def coco_pictures(annotations: str, folder: str) -> tuple[list[Picture], Json]:
-    """The images of a file of annotations as COCO's, and what the file holds.
-
-    Args:
-        annotations: the JSON file.
-        folder: where the images are.
-
-    Raises:
-        FileNotFoundError: there is no such file, or it names images that are not in the folder.
-        ValueError: it is no such file, or has no object.
-    """
-    try:
-        content = json.loads(storage.read_bytes(annotations))
-        rows = [(int(row["id"]), str(row["file_name"]), row) for row in content["images"]]
-        objects = content["annotations"]
-        of = [int(row["image_id"]) for row in objects]
-        lacking = sorted({key for row in objects for key in OBJECT if key not in row})
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(
-            f"{annotations} must be annotations as COCO's, JSON with images (id, file_name) and "
-            f"annotations (image_id, …); it is not ({type(error).__name__}: {error}). Name another."
-        ) from error
-    if unknown := sorted({*of} - {number for number, _, _ in rows}):
-        raise ValueError(
-            f"{annotations} must have annotations of its own images; {len(unknown)} are of others, "
-            f"such as {unknown[0]}. Name the file that goes with the images."
-        )
-    if lacking:
-        raise ValueError(
-            f"{annotations} must say {', '.join(OBJECT)} of every object; some lack "
-            f"{', '.join(lacking)}. Add them."
-        )
-    if not of:
-        raise ValueError(f"{annotations} must hold an object; it has none. Name another.")
-    known = {name: name for name in _images_below(folder)}
-    _check_all_there([name for _, name, _ in rows], known, annotations, folder)
-    pictures = [
-        Picture(storage.join(folder, name), _stem(name), number, size=_size(row))
-        for number, name, row in rows
-    ]
-    return pictures, content
 
 
 def read_labels(path: str) -> np.ndarray:
@@ -191,7 +143,7 @@ def _without(chunks: bytes) -> bytes:
     return kept
 
 
-def _images_below(folder: str) -> list[str]:
+def images_below(folder: str) -> list[str]:
     """Paths of the image files below a folder, relative to it.
 
     Raises:
@@ -202,7 +154,7 @@ def _images_below(folder: str) -> list[str]:
     return [name for name in storage.find_files(folder) if name.lower().endswith(IMAGE_SUFFIXES)]
 
 
-def _check_all_there(names: list[str], known: dict[str, str], listing: str, folder: str) -> None:
+def check_all_there(names: list[str], known: dict[str, str], listing: str, folder: str) -> None:
     """Refuse a list that does not match the files.
 
     Raises:
@@ -215,11 +167,6 @@ def _check_all_there(names: list[str], known: dict[str, str], listing: str, fold
         )
 
 
-def _size(row: Json) -> tuple[int, int] | None:
-    """(height, width) of an image of COCO's, if it says."""
-    return (int(row["height"]), int(row["width"])) if {"height", "width"} <= set(row) else None
-
-
-def _stem(name: str) -> str:
+def stem(name: str) -> str:
     """A name without its suffix."""
     return name.rpartition(".")[0] or name

@@ -26,6 +26,25 @@ def require_pycocotools() -> None:
         ) from error
 
 
+def require_objects(annotations: Json, images: Collection[int]) -> None:
+    """Refuse images of which nothing can be scored.
+
+    Args:
+        annotations: what a file of COCO's annotations holds.
+        images: ids of the images that count.
+
+    Raises:
+        ValueError: they have no object but crowds, which COCO's code leaves out.
+    """
+    wanted = {*images}
+    rows = annotations["annotations"]
+    if not any(row["image_id"] in wanted and not row["iscrowd"] for row in rows):
+        raise ValueError(
+            "annotations must hold an object of these images that is no crowd; got none. Take more "
+            "images."
+        )
+
+
 def average_precision(
     annotations: Json, results: Sequence[Json], images: Collection[int]
 ) -> dict[str, float]:
@@ -42,20 +61,23 @@ def average_precision(
         ``box_ap``, ``box_ap50``, ``box_ap75``, ``mask_ap``, …, from 0 to 1; all 0 without results.
 
     Raises:
-        ValueError: pycocotools is missing, or the images have no object.
+        ValueError: pycocotools is missing, or the images have no object but crowds.
     """
     require_pycocotools()
+    require_objects(annotations, images)
     from pycocotools.coco import COCO
     from pycocotools.cocoeval import COCOeval
 
     wanted = {*images}
-    if not any(row["image_id"] in wanted for row in annotations["annotations"]):
-        raise ValueError("annotations must hold an object of these images; got none. Take more.")
     found: dict[str, float] = {}
     with contextlib.redirect_stdout(io.StringIO()):  # of what they do
         truth: Any = COCO()
         # One class for all: COCO's own switch for that drops what is of an unlisted category.
-        objects = [{**row, "category_id": 1} for row in annotations["annotations"]]
+        # An id of 0 would be taken for none: the object found would count as not found.
+        objects = [
+            {**row, "category_id": 1, "id": number}
+            for number, row in enumerate(annotations["annotations"], start=1)
+        ]
         truth.dataset = {**annotations, "annotations": objects, "categories": [{"id": 1}]}
         truth.createIndex()
         kinds: Any = {"box": "bbox", "mask": "segm"}

@@ -189,6 +189,8 @@ def test_enlarging_asks_the_patch_below_each_pixel():
         (lambda: maskcut(np.ones((16, 2)), (4, 4), objects=0), "^objects must be at least 1; got"),
         (lambda: maskcut(np.full((16, 2), np.nan), (4, 4)), "^features must be finite; got NaN"),
         (lambda: affinity(np.ones((4, 2)), similarity="l2"), "^similarity must be one of cosine, "),
+        (lambda: affinity(np.ones((4, 2)), tau=np.nan), "^tau must be a finite number; got nan"),
+        (lambda: maskcut(np.ones((4, 2)), (2, 2), tau=1.5), "^tau must be from -1 to 1, as a cosi"),
         (lambda: second_eigenvector(np.eye(3), solver="qr"), "^solver must be one of lanczos, "),
         (lambda: second_eigenvector(np.zeros((3, 3))), "^weights must connect every patch"),
     ],

@@ -6,7 +6,7 @@ import pytest
 from pycocotools import mask as coco_mask
 
 from crate_jax.analysis import overlays
-from crate_jax.analysis.rle import box, encode
+from crate_jax.analysis.rle import box, encode, runs
 
 
 @pytest.mark.parametrize("share", [0, 0.02, 0.5, 0.98, 1])
@@ -22,7 +22,17 @@ def test_as_coco_s(share, seed):
             "counts": expected["counts"].decode(),
         }
         assert coco_mask.area(encode(mask)) == mask.sum()
+        lengths = runs(encode(mask)["counts"])
+        values = np.repeat(np.arange(len(lengths)) % 2, lengths)
+        np.testing.assert_array_equal(values.reshape(mask.shape, order="F"), mask)
         assert box(mask) == coco_mask.toBbox(expected).tolist()
+
+
+def test_texts_that_are_no_run_lengths():
+    with pytest.raises(ValueError, match=r"^run lengths must be of the characters .*; got '%'"):
+        runs("1%")
+    with pytest.raises(ValueError, match=r"^run lengths must end with a number; '1P' breaks off"):
+        runs("1P")
 
 
 def test_masks_upon_an_image():
@@ -50,3 +60,9 @@ def test_panels_beside_and_below_each_other(tmp_path):
     assert shown.shape == (2 * 192 + 4, 2 * 120 + 4, 3)  # three times as large
     assert (shown[:192, :120] == 10).all() and (shown[196:, 124:] == 40).all()
     assert (shown[192:196] == 255).all() and (shown[:192, 120:124] == 255).all()
+
+
+def test_panels_stay_of_a_size_to_be_looked_at(tmp_path):
+    overlays.write_panels(tmp_path / "x.png", [[np.zeros((2, 400, 3), np.uint8)]])
+    assert cv2.imread(str(tmp_path / "x.png")).shape == (6, 1200, 3)  # and not 128 rows
+    assert overlays.shown_size(5, 12_800_000) == (1, 1280)

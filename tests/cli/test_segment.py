@@ -200,7 +200,22 @@ def test_what_it_refuses(workdir, call, coco, tmp_path):
         ([*run, "--images", images, "--layer", 4], "--layer must be 1 … 3 here; got 4"),
         ([*run, "--images", images, "--layer", 0], "--layer must be 1 … 3 here; got 0"),
         ([*run, "--images", images, "--head", 3], "--head must be 1 … 2 here; got 3"),
-        ([*run, "--images", images, "--size", 30], "multiples of the patch, 4 x 4; got 30 x 30"),
+        (
+            [*run, "--images", images, "--size", 30],
+            "--size must be a multiple of model.patch_size; got",
+        ),
+        ([*run, "--images", images, "--size", 2], "got 2x2 and 4x4. Nearest that fits: 4x4"),
+        ([*run, "--images", images, "--size", 0], "--size must be at least 1; got 0. Leave it out"),
+        ([*run, "--images", images, "--size", -4], "--size must be at least 1; got -4"),
+        ([*run, "--images", images, "--size", 80_000], "must fit into memory"),
+        ([*run, "--images", images, "--pictures", -1], "--pictures must be at least 0; got -1"),
+        ([*run, "--images", images, "--tau", "nan"], "tau must be a finite number; got nan"),
+        ([*run, "--images", images, "--tau", 2], "tau must be from -1 to 1, as a cosine is; got 2"),
+        ([*run, "--images", images, "--method", "coarse", "--share", 0], "share must be above 0"),
+        (
+            [*run, "--images", images, "--annotations", coco, "--split", "val"],
+            "--split must go without --annotations, which list the images; got val",
+        ),
         ([*run, "--images", images, "--objects", 0], "objects must be at least 1; got 0"),
         ([*run, "--images", images, "--limit", 0], "--limit must be at least 1; got 0"),
         ([*run, "--images", images, "--share", 0.5], "--share must go with --method coarse; got"),
@@ -217,7 +232,60 @@ def test_what_it_refuses(workdir, call, coco, tmp_path):
         assert message in err and err.startswith("error: ") and err.count("\n") == 1, err
 
 
-def test_masks_of_another_size_than_their_image(workdir, voc, call):
+@pytest.fixture
+def no_work(monkeypatch):
+    """A model that must not be run."""
+
+    def run(*_):
+        raise AssertionError("nothing may be computed")
+
+    monkeypatch.setattr("crate_jax.cli.segmenting.Reader._layer", run)
+
+
+def test_nothing_to_score_is_told_before_the_work(workdir, coco, call, tmp_path, no_work):
+    content = json.loads(coco.read_text())
+    content["annotations"] = [row for row in content["annotations"] if row["image_id"] > 2]
+    (tmp_path / "some.json").write_text(json.dumps(content))
+    flags = ["--images", coco.parent / "images", "--annotations", tmp_path / "some.json"]
+    status, _, err = call("--workdir", workdir, *flags, "--limit", 2)
+    assert status == 2 and "must hold an object of these images that is no crowd; got none" in err
+
+
+def test_a_broken_image_is_told_before_the_work(workdir, voc, call, no_work):
+    (voc / "JPEGImages/0004.png").unlink()
+    (voc / "JPEGImages/0004.jpg").write_bytes(b"no")
+    status, _, err = call("--workdir", workdir, "--images", voc, "--size", 32)
+    assert status == 2 and "0004.jpg must be an image; its 2 bytes do not decode" in err
+
+
+def test_classes_of_nothing(workdir, voc, call, no_work):
+    for number in range(1, 5):
+        labels = np.full((32, 32), 255 * (number % 2), np.uint8)
+        cv2.imwrite(str(voc / f"SegmentationClass/{number:04d}.png"), labels)
+    status, _, err = call("--workdir", workdir, "--images", voc, "--size", 32)
+    assert status == 2 and "the images must hold a class to fit, 1 … 254; theirs are all b" in err
+
+
+def test_attention_has_its_own_definition(workdir, coco, call, tmp_path):
+    flags = ["--images", coco.parent / "images", "--size", 32, "--output", tmp_path / "out"]
+    flags += ["--method", "coarse", "--tap", "attention"]
+    status, found, err = call("--workdir", workdir, *flags)
+    assert status == 0 and "definition" not in found, err
+    status, _, err = call("--workdir", workdir, *flags, "--definition", "paper")
+    assert status == 2 and "--definition must go with --tap subspace_tokens; got paper" in err
+
+
+def test_large_images_are_drawn_smaller(workdir, call, tmp_path):
+    (tmp_path / "in").mkdir()
+    cv2.imwrite(str(tmp_path / f"in/{'x' * 250}.png"), np.zeros((640, 2560), np.uint8))
+    flags = ["--images", tmp_path / "in", "--output", tmp_path / "out", "--method", "pca"]
+    status, found, err = call("--workdir", workdir, *flags, "--size", 32)
+    assert (status, found["images"]) == (0, 1), err
+    picture = cv2.imread(str(tmp_path / f"out/1_{'x' * 60}.png"))
+    assert picture.shape == (320, 3 * 1280 + 2 * 4, 3)
+
+
+def test_masks_of_another_size_than_their_image(workdir, voc, call, no_work):
     cv2.imwrite(str(voc / "SegmentationClass/0002.png"), np.zeros((5, 5), np.uint8))
     status, _, err = call("--workdir", workdir, "--images", voc, "--size", 32)
     assert status == 2 and "0002.png must be of its image's size, 32 x 32; it is 5 x 5" in err
@@ -241,5 +309,7 @@ def test_without_a_class_token_there_is_no_map(call, coco, tmp_path):
     common = [*weights, "--images", coco.parent / "images", "--output", tmp_path / "out"]
     status, found, err = call(*common, "--size", 64)
     assert (status, found["images"]) == (0, 4), err
+    (tmp_path / "out/results.json").unlink()
     status, _, err = call(*common, "--method", "coarse", "--size", 64)
+    assert not (tmp_path / "out/results.json").exists()
     assert status == 2 and "coarse must get a model with a class token among its tokens" in err

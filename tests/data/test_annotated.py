@@ -1,27 +1,18 @@
-"""Folders as VOC's and annotations as COCO's: what is read, and what does not match."""
-
-import json
-import sys
+"""Plain folders and folders as VOC's: what is read, and what does not match."""
 
 import cv2
 import numpy as np
 import pytest
-from command import ROOT
 from PIL import Image
 
 from crate_jax.analysis.coarse_masks import class_scores, mean_iou
 from crate_jax.data.annotated import (
-    coco_pictures,
     folder_pictures,
     is_voc,
     read_labels,
     voc_pictures,
 )
 from crate_jax.data.rows import BadExampleError
-
-sys.path.append(str(ROOT / "benchmarks"))
-
-import shapes
 
 
 def save_palette(path, labels, **options):
@@ -112,50 +103,7 @@ def test_a_folder(tmp_path):
         found[0].pixels(3)
 
 
-@pytest.fixture
-def coco(tmp_path):
-    drawn = shapes.drawn_set(seed=1, count=3, side=40, most=2)
-    path = shapes.write_coco(tmp_path, drawn)
-    return path, json.loads(path.read_text())
-
-
-def test_coco_s(coco):
-    path, content = coco
-    pictures, same = coco_pictures(str(path), str(path.parent / "images"))
-    assert same == content
-    assert [(p.number, p.size) for p in pictures] == [(n, (40, 40)) for n in (1, 2, 3)]
-    assert pictures[0].pixels(3).shape == (40, 40, 3)
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        (lambda c: c.pop("images"), "must be annotations as COCO's, JSON with images"),
-        (lambda c: c["images"][0].pop("id"), "must be annotations as COCO's, JSON with images"),
-        (lambda c: c["annotations"][0].update(image_id=77), "such as 77. Name the file"),
-        (lambda c: c["annotations"][0].pop("area"), "of every object; some lack area"),
-        (lambda c: c["annotations"].clear(), "must hold an object; it has none"),
-        (lambda c: c["images"][1].update(file_name="x.png"), "1 of 3 are not there, such as x.png"),
-    ],
-)
-def test_annotations_that_are_not_those(coco, change, message):
-    path, content = coco
-    change(content)
-    path.write_text(json.dumps(content))
-    with pytest.raises((ValueError, FileNotFoundError), match=message):
-        coco_pictures(str(path), str(path.parent / "images"))
-
-
-def test_an_image_of_another_size(coco):
-    path, content = coco
-    content["images"][0]["height"] = 41
-    path.write_text(json.dumps(content))
-    pictures, _ = coco_pictures(str(path), str(path.parent / "images"))
-    with pytest.raises(BadExampleError, match="must be 41 x 40, as its annotations say; it is 40"):
-        pictures[0].pixels(3)
-
-
-def test_what_is_not_there(voc, coco, tmp_path):
+def test_what_is_not_there(voc, tmp_path):
     with pytest.raises(FileNotFoundError, match="must be a folder; there is none"):
         folder_pictures(str(tmp_path / "no"))
     (tmp_path / "empty").mkdir()
@@ -169,5 +117,3 @@ def test_what_is_not_there(voc, coco, tmp_path):
     (voc / "ImageSets/Segmentation/val.txt").write_text("\n")
     with pytest.raises(ValueError, match="must name images, one a line; it is empty"):
         voc_pictures(str(voc))
-    with pytest.raises(FileNotFoundError):
-        coco_pictures(str(tmp_path / "no.json"), str(tmp_path))

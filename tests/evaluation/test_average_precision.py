@@ -72,6 +72,14 @@ def test_features_that_tell_the_shapes_apart_find_them(drawn, annotations):
     assert min(found.values()) >= 0.9, found
 
 
+def test_any_id_of_an_object_will_do(drawn, annotations):
+    """COCO's code takes an object with the id 0 for none, and counts what finds it as wrong."""
+    rows = [row(i, mask, 0.5) for i, each in enumerate(drawn, 1) for mask in each.masks]
+    other = [{**each, "id": each["id"] - 1} for each in annotations["annotations"]]
+    found = average_precision({**annotations, "annotations": other}, rows, range(1, 11))
+    assert min(found.values()) == pytest.approx(1)
+
+
 def test_categories_do_not_count(drawn, annotations):
     rows = [row(i, mask, 0.5) for i, each in enumerate(drawn, 1) for mask in each.masks]
     other = [{**each, "category_id": 40 + each["id"] % 3} for each in annotations["annotations"]]
@@ -91,8 +99,11 @@ def test_polygons_are_masks_too():
 
 
 def test_what_it_refuses(annotations, monkeypatch):
-    with pytest.raises(ValueError, match=r"^annotations must hold an object of these images; got"):
+    with pytest.raises(ValueError, match=r"^annotations must hold an object of these images that"):
         average_precision(annotations, [], [99])
+    crowds = [{**each, "iscrowd": 1} for each in annotations["annotations"]]
+    with pytest.raises(ValueError, match=r"of these images that is no crowd; got none\. Take more"):
+        average_precision({**annotations, "annotations": crowds}, [], range(1, 11))
     monkeypatch.setitem(sys.modules, "pycocotools.cocoeval", None)
     with pytest.raises(ValueError, match=r"^segment must have pycocotools .*crate-jax\[segment\]"):
         average_precision(annotations, [], [1])
