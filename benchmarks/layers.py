@@ -32,7 +32,8 @@ def measured(name: str, *flags: str) -> Result:
     from crate_jax.analysis.verdict import verdict
     from crate_jax.checkpoint.reading import restore_trained
     from crate_jax.cli.flags import parse_config
-    from crate_jax.cli.layerwise import initial, measure_split
+    from crate_jax.cli.layerwise import measure_split
+    from crate_jax.training.beginning import before_training
     from crate_jax.training.loop import train
     from crate_jax.training.run import set_up
 
@@ -47,7 +48,7 @@ def measured(name: str, *flags: str) -> Result:
             run = set_up(config, "eval")
             shapes = jax.eval_shape(run.task.init, run.key)
             moments: dict[str, Any] = {
-                "initial": initial(run),
+                "initial": before_training(run, {}),
                 "trained": restore_trained(scratch, *shapes, summary["step"])[:2],
             }
             for moment, (params, extra) in moments.items():

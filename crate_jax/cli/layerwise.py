@@ -30,7 +30,10 @@ def add_layerwise(subparsers: Subparsers) -> None:
     )
     add_source(parser)
     parser.add_argument(
-        "--initial", action="store_true", help="the run's parameters before its first step"
+        "--initial",
+        action="store_true",
+        help="the run's parameters before its first step; those of config.init_weights are read "
+        "again",
     )
     parser.add_argument(
         "--decoder", action="store_true", help="an autoencoder's decoder, in its encoder's place"
@@ -54,7 +57,10 @@ def layerwise(args: argparse.Namespace) -> Json:
     opened = open_trained(args, "layerwise")
     params, extra = opened.params, opened.extra
     if args.initial:
-        params, extra = initial(opened.run)
+        from crate_jax.checkpoint.reading import read_facts
+        from crate_jax.training.beginning import before_training
+
+        params, extra = before_training(opened.run, read_facts(args.workdir))
     found = measure_split(
         opened.run,
         params,
@@ -77,13 +83,6 @@ def layerwise(args: argparse.Namespace) -> Json:
         "deviations": {name: _rounded(values.std) for name, values in found.items()},
         "verdict": verdict(found),
     }
-
-
-def initial(run: "Run") -> "tuple[Params, Extra]":
-    """Parameters and extra of a run before its first step."""
-    import jax
-
-    return jax.device_get(jax.jit(run.task.init)(run.key))
 
 
 def measure_split(

@@ -46,7 +46,7 @@ def measured(runs: Sequence[Specimen], names: Sequence[str] = tuple(m.name for m
         return {name: _of(run, names) for name, run in named(runs).items()}
     (run,) = runs
     found = {"test": _of(run, names), "train": _of(run, names, train=True)}
-    if run.beginning is not None:
+    if not isinstance(run.beginning, str):
         found["before training"] = _of(run, names, first=True)
     return found
 
@@ -66,7 +66,7 @@ def of_decoders(runs: Sequence[Specimen]) -> Found:
     for name, run in named(runs).items():
         if getattr(run.model, "decoder_depth", 0):
             found["test" if len(runs) == 1 else name] = _of(run, names, decoder=True)
-            if len(runs) == 1 and run.beginning is not None:
+            if len(runs) == 1 and not isinstance(run.beginning, str):
                 found["before training"] = _of(run, names, first=True, decoder=True)
     return found
 

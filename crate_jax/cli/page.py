@@ -136,6 +136,8 @@ class Page:
         except NotThere as error:
             self.left_out.append(f"The objective, layer by layer: {error}")
             return
+        if len(self.runs) == 1 and isinstance(begun := self.runs[0].beginning, str):
+            self.left_out.append(f"Before training: {begun}")
         label = next(iter(found))
         self.measures = dict(found[label])
         texts = [

@@ -12,6 +12,7 @@ import numpy as np
 
 from crate_jax.cli.examples import Batch, as_floats, enlarged, first_examples, folder_images
 from crate_jax.config import TrainConfig
+from crate_jax.errors import is_mistake
 from crate_jax.files import Json, located
 from crate_jax.models.classifier import pair
 
@@ -75,24 +76,30 @@ class Specimen:
         return self._one.variables
 
     @functools.cached_property
-    def beginning(self) -> tuple[Any, Any] | None:
-        """Parameters and extra before training; None where it began from weights of a file."""
-        import jax
+    def beginning(self) -> tuple[Any, Any] | str:
+        """Parameters and extra before training; or a line that says why they cannot be had."""
+        from crate_jax.checkpoint.reading import read_facts
+        from crate_jax.training.beginning import before_training
 
-        if self.config.init_weights:
-            return None
-        return jax.device_get(jax.jit(self.run.task.init)(self.run.key))
+        try:
+            return before_training(self.run, read_facts(self.workdir))
+        except ValueError as error:
+            if not is_mistake(error):
+                raise
+            return str(error)
 
     def inside(self, batch: Batch, *, first: bool = False) -> "Inside":
         """The layers with a batch, trained or before training.
 
         Raises:
-            NotThere: the model has no layers of the family.
+            NotThere: the model has no layers of the family, or what it began with is gone.
         """
         import jax.numpy as jnp
 
         params, extra = self.params, self.extra
-        if first and self.beginning is not None:
+        if first:
+            if isinstance(self.beginning, str):
+                raise NotThere(self.beginning)
             params, extra = self.beginning
         try:
             inside = self.run.task.inside(params, extra, batch)

@@ -17,7 +17,6 @@ import math
 import sys
 import time
 from pathlib import Path
-from typing import Any
 
 import jax
 
@@ -28,11 +27,11 @@ from crate_jax.config import TrainConfig, to_dict
 from crate_jax.data.loader import Batches
 from crate_jax.errors import first_line
 from crate_jax.files import Json, located
-from crate_jax.interop import load_fitted
 from crate_jax.machine import lacks_memory
 from crate_jax.parallel import LostProcess, Shardings, replicated
 from crate_jax.planning.chips import share_of_peak
 from crate_jax.tasks.task import Scalars
+from crate_jax.training.beginning import first_state
 from crate_jax.training.profile import Profile
 from crate_jax.training.progress import Reporter
 from crate_jax.training.run import (
@@ -51,8 +50,6 @@ from crate_jax.training.state import (
     TrainState,
     abstract_state,
     from_stored,
-    init_sharded,
-    replace_params,
     to_stored,
 )
 from crate_jax.training.workdir import (
@@ -167,7 +164,7 @@ def _explained(error: Exception, run: Run, checkpointer: Checkpointer) -> Except
 
 def restore_or_init(run: Run, checkpointer: Checkpointer) -> tuple[TrainState, Shardings, Json]:
     """State, shardings and record: of the latest checkpoint, or of step 0."""
-    config, facts = run.config, run.task.facts(run.rows["train"])
+    facts = run.task.facts(run.rows["train"])
     if checkpointer.latest_step is not None:
         workdir = checkpointer.directory.parent
         recorded = read_facts(workdir)
@@ -182,16 +179,7 @@ def restore_or_init(run: Run, checkpointer: Checkpointer) -> tuple[TrainState, S
                 f"({', '.join(sorted(unsaid))}); from now on they will, and the data must stay so"
             )
         return from_stored(stored), shardings, record | {"notes": notes, FACTS: facts}
-    notes = []
-    state, shardings = init_sharded(run.task, run.tx, run.key, run.mesh, ema=run.ema)
-    if config.init_weights:
-        model: Any = run.task.model  # the loop does not know what it is; who loads weights does
-        fit, method = config.init_fit, config.init_method
-        loaded = load_fitted(
-            config.init_weights, model, fit=fit, method=method, key=run.key, facts=facts
-        )
-        state = replace_params(state, loaded.params, run.task.begun, loaded.extra)
-        notes = [f"{config.init_weights} fitted: {change}" for change in loaded.report]
+    state, shardings, notes = first_state(run, facts)
     return state, shardings, {"step": 0, "summary": {}, "notes": notes, FACTS: facts}
 
 

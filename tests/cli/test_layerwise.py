@@ -1,6 +1,7 @@
 """`layerwise` on a small run, at its start and at its end, against the measures of its arrays."""
 
 import json
+import shutil
 from types import SimpleNamespace
 from typing import Any
 
@@ -13,9 +14,12 @@ from crate_jax.analysis.measured import Measured, measured_of
 from crate_jax.checkpoint.reading import restore_trained
 from crate_jax.cli.examples import first_examples, split_examples
 from crate_jax.cli.layerwise import measure_split, table
+from crate_jax.cli.looking import open_specimen
 from crate_jax.cli.main import main
+from crate_jax.cli.measuring import measured
 from crate_jax.config import DataConfig, ModelConfig, TrainConfig
 from crate_jax.data.rows import BadExampleError
+from crate_jax.training import beginning
 from crate_jax.training.loop import train
 from crate_jax.training.run import set_up
 
@@ -137,6 +141,43 @@ def test_mistakes(run, tmp_path, capsys):
     assert "--images must be at least 1; got 0." in capsys.readouterr().err
     assert main(["layerwise", "--workdir", str(run), "--initial", "--step", "2"]) == 2
     assert "--initial must go with --workdir and without --step." in capsys.readouterr().err
+
+
+def test_a_run_that_began_from_weights(run, tmp_path, capsys):
+    """Before its first step it is the other run; where that is gone a line says so."""
+    begun, other = tmp_path / "run", tmp_path / "other"
+    shutil.copytree(run, other)
+    made = config()
+    made.init_weights, made.seed = str(other), 5
+    train(made, begun)
+    arguments = ["layerwise", "--images", "40", "--workdir"]
+    assert main([*arguments, str(run)]) == 0
+    expected = last(capsys)[1]["layers"]
+    assert main([*arguments, str(begun), "--initial"]) == 0
+    _, said = last(capsys)
+    assert said["step"] == "initial" and said["layers"] == expected
+    found = measured([open_specimen(str(begun), examples=40)], ["rate"])
+    np.testing.assert_allclose(found["before training"]["rate"].mean, expected["rate"], rtol=1e-4)
+    assert not np.allclose(found["test"]["rate"].mean, expected["rate"], rtol=1e-4)
+    shutil.rmtree(other)
+    assert main([*arguments, str(begun), "--initial"]) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and err.count("\n") == 1
+    assert f"init_weights must still be there to know what the run began with; got {other}" in err
+    assert set(measured([open_specimen(str(begun), examples=4)], ["rate"])) == {"test", "train"}
+
+
+def test_a_bug_in_a_task_is_no_mistake(monkeypatch):
+    run = set_up(config(), "eval")
+
+    def fail(*_, **__):
+        raise ValueError("a bug")
+
+    monkeypatch.setattr(beginning, "first_state", fail)
+    for weights in (None, "w.npz"):
+        run.config.init_weights = weights
+        with pytest.raises(ValueError, match=r"^a bug$"):
+            beginning.before_training(run, {})
 
 
 def test_a_decoder_that_is_not_there(run, capsys):

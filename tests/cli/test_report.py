@@ -165,6 +165,23 @@ def test_what_a_run_lacks_is_said(mae, call, tmp_path):
     }
 
 
+def test_what_a_run_began_with_is_gone(workdir, call, tmp_path):
+    shutil.copytree(workdir, tmp_path / "other", ignore=shutil.ignore_patterns("report"))
+    made = config()
+    made.init_weights, made.seed, made.total_steps = str(tmp_path / "other"), 3, 1
+    train(made, tmp_path / "run")
+    given = ["--workdir", tmp_path / "run", "--examples", 4, "--output", tmp_path / "page"]
+    rates = tmp_path / "page/data/layers_rate.csv"
+    status, found, err = call("report", *given)
+    assert status == 0 and found["left_out"] == [], err
+    assert {r["of"] for r in read(rates)} == {"test", "train", "before training"}
+    shutil.rmtree(tmp_path / "other")
+    status, found, err = call("report", *given)
+    assert status == 0 and len(found["left_out"]) == 1, err
+    assert found["left_out"][0].startswith("Before training: init_weights must still be there")
+    assert {r["of"] for r in read(rates)} == {"test", "train"}
+
+
 def test_watch_writes_at_each_checkpoint_and_ends_in_one_line(
     workdir, tmp_path, monkeypatch, capsys
 ):

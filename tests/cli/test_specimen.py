@@ -43,16 +43,19 @@ def text():
         return Inside(model, {"params": params}, batch["tokens"])
 
     tokens = np.random.default_rng(0).integers(0, 11, (4, 6)).astype(np.int32)
-    return specimen(inside, {"tokens": tokens}, init_weights="w.npz")
+    return specimen(inside, {"tokens": tokens})
 
 
 def test_a_model_of_text_has_tokens_and_measures_and_no_pictures(text):
     picture = drawings.tokens([text], Asked())
     assert "of 6 tokens across, after each of 2 layers" in picture.alt
     text.__dict__["train_batch"] = text.batch
+    text.__dict__["beginning"] = "its weights are gone"
     found = measured([text])
-    assert set(found) == {"test", "train"}  # it began from weights
+    assert set(found) == {"test", "train"}
     assert set(found["test"]) >= {"rate", "subspace_rate", "zeros", "compression", "descent"}
+    with pytest.raises(NotThere, match="its weights are gone"):
+        text.inside(text.batch, first=True)
     assert of_decoders([text]) == {}
     assert "2 bases of 8 columns in each of 2 layers" in drawings.subspaces([text], Asked()).alt
     for draw in (drawings.saliency, drawings.heads, drawings.pca, drawings.segmentation):
