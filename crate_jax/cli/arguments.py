@@ -25,6 +25,8 @@ Subparsers = argparse._SubParsersAction  # what `add_subparsers` gives; argparse
 
 def path(text: str) -> str:
     """The type of a flag that names a file or folder: ~ is the home directory."""
+    if not text:  # of a shell's variable that is not set
+        raise argparse.ArgumentTypeError("the path must name a file or folder; got nothing")
     try:
         return expanded(text, "the path")
     except ValueError as error:  # of which argparse would not tell the words

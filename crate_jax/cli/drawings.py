@@ -148,6 +148,11 @@ def operators(runs: list[Specimen], asked: Asked) -> "Picture":
     images, _ = runs[0].shown
     maps = {}
     for run in runs:
+        if run.shows != runs[0].shows:
+            raise ValueError(
+                f"--against must be runs with the same test images; {runs[0].workdir} has those of "
+                f"{runs[0].shows}, {run.workdir} those of {run.shows}. Give --images=FOLDER."
+            )
         name = _operators(run)
         name = f"{name} ({run.name})" if name in maps else name
         maps[name], layer = _maps(run, SHOWN, asked.layer)
@@ -229,13 +234,14 @@ def _maps(run: Specimen, count: int | None, layer: int | None) -> tuple[np.ndarr
 
     model: Any = run.model
     layer = _number_of(model, layer)
+    rows = run.rows_shown(count, images=True)
     tap = "membership" if "membership" in model.tap_names else "attention"
     if tap == "attention" and tap in model.tap_names and model.num_tokens == model.num_patches:
         raise NotThere(
             f"the model must have a class token in its layers; that of {run.workdir} adds it after "
             "them. Choose another run."
         )
-    seen = run.look([tap], run.rows_shown(count))
+    seen = run.look([tap], rows)
     return class_token_maps(seen, run.grid)[layer - 1], layer
 
 

@@ -54,6 +54,11 @@ def layerwise(args: argparse.Namespace) -> Json:
         raise ValueError(f"--images must be at least 1; got {args.images}. The default is 256.")
     if args.initial and (args.weights or args.step):
         raise ValueError("--initial must go with --workdir and without --step. Leave one out.")
+    if args.geometry and args.definition != DEFINITIONS[0]:
+        raise ValueError(
+            f"--geometry must go with --definition {DEFINITIONS[0]}; {args.definition} defines "
+            "none. Leave one out."
+        )
     opened = open_trained(args, "layerwise")
     params, extra = opened.params, opened.extra
     if args.initial:

@@ -141,6 +141,8 @@ def _check_source(args: argparse.Namespace, command: str) -> None:
     if args.workdir and (args.model or args.fit):
         raise ValueError("--model and --fit must go with --weights; a run knows its own model.")
     resize_method(args)
+    if args.batch_size is not None and args.batch_size < 1:
+        raise ValueError(f"--batch_size must be >= 1; got {args.batch_size}. Leave it out.")
     if args.weights and args.step:
         raise ValueError("--step must go with --workdir. Leave it out.")
 

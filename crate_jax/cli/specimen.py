@@ -164,12 +164,22 @@ class Specimen:
 
         return self.run.task.facts(self.run.rows["eval"]).get(CLASSES) or ()
 
-    def rows_shown(self, count: int | None = None) -> Batch:
-        """The first examples for pictures, as `look` takes them."""
-        if not self.of_images:
+    @property
+    def shows(self) -> str:
+        """Where the images for pictures come from."""
+        data = self.config.data
+        return self.folder or f"{data.data_dir or data.dataset}/{data.eval_split}"
+
+    def rows_shown(self, count: int | None = None, *, images: bool = False) -> Batch:
+        """The first examples for pictures, as `look` takes them; images alone if asked for.
+
+        Raises:
+            NotThere: images are asked for, and examples are none.
+        """
+        if not (images or self.of_images):
             return _rows(self.batch, slice(count))
-        images = self.shown[0][:count]
-        return {"image": images, "label": np.zeros(len(images), np.int32)}
+        pixels = self.shown[0][:count]
+        return {"image": pixels, "label": np.zeros(len(pixels), np.int32)}
 
     def block_parameter(self, part: str, name: str) -> np.ndarray:
         """A parameter of a part of the blocks, layers on axis 0.

@@ -4,7 +4,7 @@ import argparse
 
 import pytest
 
-from crate_jax.cli.arguments import add_data, override_data
+from crate_jax.cli.arguments import add_data, override_data, path
 from crate_jax.config import DataConfig
 
 
@@ -28,3 +28,9 @@ def overridden(*flags, **data):
 )
 def test_keys_are_those_of_a_data_set(flags, expected):
     assert overridden(*flags, dataset="mine", image_key="img", label_key="kind") == expected
+
+
+def test_a_path_names_something():
+    assert path("runs/mine") == "runs/mine"
+    with pytest.raises(argparse.ArgumentTypeError, match="must name a file or folder; got nothing"):
+        path("")

@@ -141,6 +141,11 @@ def test_mistakes(run, tmp_path, capsys):
     assert "--images must be at least 1; got 0." in capsys.readouterr().err
     assert main(["layerwise", "--workdir", str(run), "--initial", "--step", "2"]) == 2
     assert "--initial must go with --workdir and without --step." in capsys.readouterr().err
+    official = ["--definition", "official_code", "--geometry"]
+    assert main(["layerwise", "--workdir", str(run), *official]) == 2
+    assert "--geometry must go with --definition paper; official" in capsys.readouterr().err
+    assert main(["layerwise", "--workdir", str(run), "--batch_size", "0"]) == 2
+    assert "--batch_size must be >= 1; got 0. Leave it out." in capsys.readouterr().err
 
 
 def test_a_run_that_began_from_weights(run, tmp_path, capsys):

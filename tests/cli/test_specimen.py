@@ -61,6 +61,8 @@ def test_a_model_of_text_has_tokens_and_measures_and_no_pictures(text):
     for draw in (drawings.saliency, drawings.heads, drawings.pca, drawings.segmentation):
         with pytest.raises(NotThere, match="must have a run of images; runs/run has none"):
             draw([text], Asked())
+    with pytest.raises(NotThere, match="must have a run of images"):
+        drawings._maps(text, 1, None)
     with pytest.raises(NotThere, match="atoms must get a model that embeds patches by one"):
         drawings.atoms([text], Asked())
     with pytest.raises(NotThere, match="must get a run that classifies; runs/run does not"):
@@ -88,7 +90,7 @@ def test_a_run_without_a_loss(tmp_path):
 
 def test_a_class_token_that_comes_after_the_layers():
     model: Any = SimpleNamespace(tap_names=("attention",), depth=2, num_tokens=4, num_patches=4)
-    run: Any = SimpleNamespace(model=model, workdir="runs/tost")
+    run: Any = SimpleNamespace(model=model, workdir="runs/tost", rows_shown=lambda *_, **__: {})
     with pytest.raises(NotThere, match="that of runs/tost adds it after them"):
         drawings._maps(run, 1, None)
 
@@ -98,6 +100,16 @@ def test_a_line_that_is_being_written_is_left_out(tmp_path):
     run: Any = specimen()
     object.__setattr__(run, "workdir", str(tmp_path))
     assert run.metrics == [{"step": 1, "train/loss": 2}]
+
+
+def test_operators_stand_upon_the_same_images(monkeypatch):
+    batch = {"image": np.zeros((1, 4, 4, 1), np.uint8)}
+    one, other = specimen(batch=batch), specimen(batch=batch)
+    one.config.data.dataset, other.config.data.dataset = "digits", "cifar10"
+    monkeypatch.setattr(drawings, "_operators", lambda run: "MSSA + ISTA")
+    monkeypatch.setattr(drawings, "_maps", lambda *_: (np.ones((1, 2, 2, 2)), 1))
+    with pytest.raises(ValueError, match="has those of digits/test, runs/run those of cifar10/te"):
+        drawings.operators([one, other], Asked())
 
 
 @pytest.mark.parametrize("flag", ["images", "size"])
