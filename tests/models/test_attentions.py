@@ -1,13 +1,11 @@
 """The operators that other papers put into CRATE's frame: CBSA and TSSA, and no nonlinearity."""
 
 import itertools
-import re
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from command import ROOT
 
 from crate_jax import Crate, analysis, create_model, list_models, load_weights, save_weights
 from crate_jax.models.cost import abstract_parameters, abstract_variables, count_parameters
@@ -101,17 +99,6 @@ def test_official_names_are_not_for_layers_without_nonlinearity(suffix, tmp_path
     with pytest.raises(ValueError, match=r"^model\.nonlinearity must be ista for weights with"):
         save_weights(path, params, model, layout=layout)
     assert not path.exists()
-
-
-def test_the_page_runs_as_it_is_written(tmp_path, monkeypatch):
-    """The example of docs/models.md."""
-    text = (ROOT / "docs/models.md").read_text()
-    section = text[text.index("## Other attentions") : text.index("## The ViT")]
-    monkeypatch.chdir(tmp_path)
-    (block,) = re.findall(r"^```python\n(.*?)^```", section, re.M | re.S)
-    found = {}
-    exec(compile(block, "docs/models.md", "exec"), found)
-    assert set(found["variables"]) == {"params", "batch_stats"}
 
 
 def test_our_files_state_the_operators(tmp_path):

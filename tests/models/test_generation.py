@@ -1,13 +1,11 @@
 """Texts that grow: the cached program against one that computes every token at every step."""
 
 import functools
-import re
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from command import ROOT
 
 from crate_jax import CrateBert, CrateLM, Steer, ViT, generate, steering
 
@@ -185,17 +183,6 @@ def test_what_cannot_be_continued_is_one_line(params, given, message):
     first = given.pop("model", MODEL), params, given.pop("tokens", [[1, 2]]), given.pop("steps", 2)
     with pytest.raises(ValueError, match=message):
         generate(*first, **given)
-
-
-def test_the_page_runs_as_it_is_written():
-    """The examples of docs/models.md, one after the other."""
-    text = (ROOT / "docs/models.md").read_text()
-    section = text[text.index("### Continuing a text") : text.index("## Features")]
-    found = {}
-    for block in re.findall(r"^```python\n(.*?)^```", section, re.M | re.S):
-        exec(compile(block, "docs/models.md", "exec"), found)
-    assert found["likely"].shape == found["drawn"].shape == (2, 45)
-    assert (found["steered"] != found["likely"]).any() and found["logits"].shape == (2, 5, 100)
 
 
 def test_no_text_is_no_text(params):
