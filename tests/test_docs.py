@@ -26,8 +26,8 @@ def name(path):
 
 
 def blocks(text):
-    """The shell in a document."""
-    return re.findall(r"^```bash\n(.*?)^```", text, flags=re.M | re.S)
+    """The shell in a document, but what tests/test_pages.py runs."""
+    return re.findall(r"(?<!<!-- run -->\n)^```bash\n(.*?)^```", text, flags=re.M | re.S)
 
 
 def command_lines(shell):
@@ -60,7 +60,7 @@ def check(program, arguments, monkeypatch):
         assert cli.parse(arguments).config_flags == arguments[1:]
         program, arguments = "train.py", arguments[1:]
     if program == "train.py":
-        argv = ["train.py", *arguments]
+        argv = ["train.py", *(a for a in arguments if a != "--help")]
         monkeypatch.chdir(ROOT)
         values = flags.FlagValues()
         config = config_flag(DEFAULT, argv, values)

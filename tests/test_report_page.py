@@ -2,19 +2,13 @@
 
 import json
 import re
-import shutil
-import subprocess
 
 import cv2
 import pytest
+from browser import NEEDS_BROWSER, browse
 from command import run
 
-CHROMIUM = (
-    shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-)
-pytestmark = pytest.mark.skipif(
-    CHROMIUM is None, reason="no browser is installed (Debian: apt-get install chromium)"
-)
+pytestmark = NEEDS_BROWSER
 # Run in the page after it has loaded; what it finds is read from the title.
 PROBE = """
 <script>
@@ -45,24 +39,6 @@ addEventListener("load", () => setTimeout(() => {
 """
 
 
-def browse(page, folder, *, width=1400, dark=False, dump=False):
-    """Load a page headless, without network: its DOM or a picture, and what the console said."""
-    arguments = [
-        *("--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars"),
-        *(f"--user-data-dir={folder / 'profile'}", f"--window-size={width},1200"),
-        *("--host-resolver-rules=MAP * ~NOTFOUND", "--virtual-time-budget=5000"),
-        *("--enable-logging=stderr", "--v=0"),
-        *(["--blink-settings=preferredColorScheme=0"] if dark else []),
-    ]
-    end = "--dump-dom" if dump else f"--screenshot={folder / 'shot.png'}"
-    done = subprocess.run(
-        [CHROMIUM, *arguments, end, page.as_uri()], capture_output=True, text=True, timeout=300
-    )
-    assert done.returncode == 0, done.stderr
-    console = [line for line in done.stderr.splitlines() if "CONSOLE" in line]
-    return done.stdout, console
-
-
 @pytest.fixture(scope="module")
 def page(tmp_path_factory):
     """Of a run of the digits recipe, tiny."""
@@ -84,7 +60,7 @@ def test_the_page_in_a_browser(page, width, dark, tmp_path):
     probed = tmp_path / "index.html"
     text = path.read_text(encoding="utf-8")
     probed.write_text(text.replace("</body>", PROBE + "</body>"), encoding="utf-8")
-    dom, console = browse(probed, tmp_path, width=width, dark=dark, dump=True)
+    dom, console = browse(probed.as_uri(), tmp_path, width=width, dark=dark, dump=True)
     assert console == []
     found = json.loads(re.search(r"<title>(\{.*?\})</title>", dom)[1].replace("&quot;", '"'))
     assert found["svgs"] == told["figures"] > 20 and found["smallest"] > 20
@@ -95,7 +71,7 @@ def test_the_page_in_a_browser(page, width, dark, tmp_path):
 
 
 def test_a_picture_of_the_page(page, tmp_path):
-    _, console = browse(page[0], tmp_path)
+    _, console = browse(page[0].as_uri(), tmp_path)
     picture = cv2.imread(str(tmp_path / "shot.png"))
     assert console == [] and picture.shape == (1200, 1400, 3)
     assert picture.std() > 10  # not blank
@@ -105,7 +81,7 @@ def test_the_test_would_see_what_is_wrong(page, tmp_path):
     """An error in the console, and something that is asked for."""
     wrong = tmp_path / "index.html"
     wrong.write_text('<script>throw "x"</script><img src="http://example.org/a.png">' + PROBE)
-    dom, console = browse(wrong, tmp_path, dump=True)
+    dom, console = browse(wrong.as_uri(), tmp_path, dump=True)
     assert any("Uncaught x" in line for line in console)
     assert "http://example.org/a.png" in dom
     title = re.search(r"<title>(\{.*?\})</title>", dom)
