@@ -19,8 +19,8 @@ from command import LIMIT_S, ROOT
 HOOKS = ROOT / "docs/site/hooks.py"
 # The first page, a guide, a reference, and the page of the widest tables.
 PAGES = ["index.html", "train_on_your_images.html", "reference/objective.html", "zoo.html"]
-# What is searched for stands in the address. The clock of a headless page runs ahead of its workers,
-# and waits for what the page asks for: so the probe asks for /wait until there are results.
+# What is searched for stands in the address. The clock of a headless page runs ahead of its
+# workers, and waits for what the page asks for. So the probe asks for /wait until it has results.
 PROBE = """
 <script>
 addEventListener("load", async () => {
