@@ -3,26 +3,30 @@
 A determinant of tokens that a layer compresses has eigenvalues from 1 to 10⁸ and more: the Cholesky
 factor of its float32 Gram matrix is NaN, and a QR decomposition in float32 costs more than the
 forward pass. So the factor is computed in float64. The Gram matrix itself may come in float32, if
-its rounding is too small to be seen in the result. Tokens are rows. Rates are in nats.
+its rounding is too small to be seen in the result. Where float64 is not exact enough either, the
+singular values of the tokens give the rate. Tokens are rows. Rates are in nats.
 """
 
 import numpy as np
 
 Tokens = np.ndarray  # (B, N, d), any float dtype
-ROUNDING = 8 * float(np.finfo(np.float32).eps)  # of an entry of a Gram matrix, to its diagonal
+ROUNDING = 8  # units in the last place, of an entry of a Gram matrix to its diagonal
 TOLERANCE = 1e-5  # of a rate
 
 
 def rates(X_xNxd: Tokens, *, eps: float) -> np.ndarray:
     """R of each set of tokens: ½ logdet(I + d/(N ε²) X Xᵀ), by the Cholesky factor; (...).
 
+    Where rounding could move a rate by more than a hundred-thousandth of it, or the matrix has no
+    factor, all are computed by singular values. Tokens that are not finite have the rate NaN.
     Source: arXiv 2306.01129, equation 7. Of subspace tokens (B, K, N, p) it is each subspace's part
     of R^c, equation 8.
 
     >>> round(float(rates(np.array([[3.0, 0.0], [0.0, 1.0]]), eps=1.0)), 4)
     1.4979
     """
-    return _rates_of_gram(gram(X_xNxd), X_xNxd.shape, eps)[0]
+    found = _rates_of_gram(gram(X_xNxd), X_xNxd.shape, eps, np.float64)
+    return _rates_of_values(X_xNxd, eps) if found is None else found
 
 
 def rates_by_gram(G_xnxn: np.ndarray, X_xNxd: Tokens, *, eps: float) -> np.ndarray:
@@ -41,18 +45,14 @@ def rates_by_gram(G_xnxn: np.ndarray, X_xNxd: Tokens, *, eps: float) -> np.ndarr
     Returns:
         The rates (...), float64.
     """
-    try:
-        found, error = _rates_of_gram(G_xnxn.astype(np.float64), X_xNxd.shape, eps)
-    except np.linalg.LinAlgError:
-        return rates(X_xNxd, eps=eps)
-    exact_enough = np.all(error <= TOLERANCE * np.abs(found))
-    return found if exact_enough else rates(X_xNxd, eps=eps)
+    found = _rates_of_gram(G_xnxn.astype(np.float64), X_xNxd.shape, eps, np.float32)
+    return rates(X_xNxd, eps=eps) if found is None else found
 
 
 def _rates_of_gram(
-    G_xnxn: np.ndarray, shape: tuple[int, ...], eps: float
-) -> tuple[np.ndarray, np.ndarray]:
-    """Rates of tokens of this shape, and how far float32 entries of the matrix may move them.
+    G_xnxn: np.ndarray, shape: tuple[int, ...], eps: float, dtype: type[np.floating]
+) -> np.ndarray | None:
+    """Rates of tokens of this shape; None: entries rounded to the dtype may move them too far.
 
     The matrix is scaled in place.
     """
@@ -60,12 +60,28 @@ def _rates_of_gram(
     G_xnxn *= d / (N * eps**2)
     diagonal = np.einsum("...ii->...i", G_xnxn)
     diagonal += 1
-    pivots_xn = np.einsum("...ii->...i", np.linalg.cholesky(G_xnxn))
+    if not np.isfinite(diagonal).all():  # of the wrong tokens, or too large for the dtype
+        return None
+    try:
+        pivots_xn = np.einsum("...ii->...i", np.linalg.cholesky(G_xnxn))
+    except np.linalg.LinAlgError:
+        return None
     # An entry of the inverse's diagonal is at least 1 / pivot²: the error of ½ logdet is the sum of
     # the entries' relative errors times these, and errors of many signs add up by their squares.
     magnified_xn = diagonal / np.square(pivots_xn)
-    error = ROUNDING * np.sqrt(np.square(magnified_xn).sum(axis=-1))
-    return np.log(pivots_xn).sum(axis=-1), error
+    error = ROUNDING * np.finfo(dtype).eps * np.sqrt(np.square(magnified_xn).sum(axis=-1))
+    found = np.log(pivots_xn).sum(axis=-1)
+    return found if np.all(error <= TOLERANCE * np.abs(found)) else None
+
+
+def _rates_of_values(X_xNxd: Tokens, eps: float) -> np.ndarray:
+    """`rates` by singular values, which no size of the tokens makes inexact."""
+    N, d = X_xNxd.shape[-2:]
+    finite_x = np.isfinite(X_xNxd).all(axis=(-2, -1))
+    X_xNxd = np.where(finite_x[..., None, None], X_xNxd, 0).astype(np.float64)
+    values_xn = np.linalg.svd(X_xNxd, compute_uv=False)
+    found = np.log1p(d / (N * eps**2) * np.square(values_xn)).sum(axis=-1) / 2
+    return np.where(finite_x, found, np.nan)
 
 
 def gram(X_xNxd: Tokens) -> np.ndarray:
@@ -87,21 +103,25 @@ def effective_rank(X_xNxd: Tokens) -> np.ndarray:
     """exp(H) of the singular values, scaled to sum 1, with H their entropy; of zeros 0; (...).
 
     Between 1, where all tokens lie on a line, and min(N, d), where they fill all directions alike.
+    That of tokens that are not finite is NaN.
     Source: Roy and Vetterli, "The effective rank" (EUSIPCO 2007); used by arXiv 2502.11646's code.
 
     >>> round(float(effective_rank(np.eye(3))), 6)
     3.0
     """
-    squares = np.linalg.eigvalsh(gram(X_xNxd))
+    finite = np.isfinite(X_xNxd).all(axis=(-2, -1))
+    squares = np.linalg.eigvalsh(gram(np.where(finite[..., None, None], X_xNxd, 0)))
     values = np.sqrt(np.maximum(squares, 0))
     total = values.sum(axis=-1, keepdims=True)
     shares = np.divide(values, total, out=np.zeros_like(values), where=total > 0)
     entropy = -np.sum(shares * np.log(np.where(shares > 0, shares, 1)), axis=-1)
-    return np.where(total[..., 0] > 0, np.exp(entropy), 0)
+    return np.where(finite, np.where(total[..., 0] > 0, np.exp(entropy), 0), np.nan)
 
 
 def mean_angle(X_xNxd: Tokens) -> np.ndarray:
     """Mean angle between two different tokens, in degrees; of one token NaN; (...).
+
+    A zero token has no direction; it counts as at a right angle to all.
 
     >>> float(mean_angle(np.array([[1.0, 0.0], [0.0, 2.0], [-1.0, 0.0]])))
     120.0
