@@ -15,11 +15,12 @@ class Judged(NamedTuple):
 
     Attributes:
         change: mean over the images.
-        sign: −1: it descends; 1: it ascends; 0: neither, within two standard errors.
+        sign: −1: it descends; 1: it ascends; 0: neither, within two standard errors; None: the
+            change is not finite.
     """
 
     change: float
-    sign: int
+    sign: int | None
 
 
 def judge(measured: Measured) -> list[Judged]:
@@ -28,9 +29,10 @@ def judge(measured: Measured) -> list[Judged]:
     A change of one image, which has no deviation, counts as it is.
     """
     within = np.nan_to_num(ERRORS * measured.error)
-    signs = np.where(np.abs(measured.mean) > within, np.sign(measured.mean), 0).astype(int)
+    signs = np.where(np.abs(measured.mean) > within, np.sign(measured.mean), 0)
     return [
-        Judged(float(change), int(sign)) for change, sign in zip(measured.mean, signs, strict=True)
+        Judged(float(change), int(sign) if np.isfinite(change) else None)
+        for change, sign in zip(measured.mean, signs, strict=True)
     ]
 
 
@@ -64,6 +66,8 @@ def verdict(measured: Mapping[str, Measured]) -> list[str]:
 
 def _compression(half: Judged) -> str:
     words = {-1: "the attention lowers R^c by", 1: "the attention raises R^c by"}
+    if half.sign is None:
+        return "the change of R^c is not finite"
     if not half.sign:
         return "the attention leaves R^c as it is"
     return f"{words[half.sign]} {abs(half.change):.1f} nats"
@@ -71,6 +75,8 @@ def _compression(half: Judged) -> str:
 
 def _descent(half: Judged) -> str:
     words = {-1: "the second half lowers its LASSO by", 1: "the second half raises its LASSO by"}
+    if half.sign is None:
+        return "the change of the LASSO is not finite"
     if not half.sign:
         return "the second half leaves its LASSO as it is"
     return f"{words[half.sign]} {abs(half.change):.2f} per token"
@@ -82,10 +88,10 @@ def _together(
     """How many halves do what they are derived for, and where R^c rises with depth."""
     parts = []
     if attention:
-        count = sum(half.sign < 0 for half in attention)
+        count = sum(half.sign == -1 for half in attention)
         parts.append(f"the attention compresses in {count} of {len(attention)} layers")
     if second:
-        count = sum(half.sign < 0 for half in second)
+        count = sum(half.sign == -1 for half in second)
         parts.append(f"the second half descends its LASSO in {count} of {len(second)} layers")
     if "subspace_rate" in measured:
         means = measured["subspace_rate"].mean

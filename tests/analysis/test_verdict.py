@@ -36,6 +36,18 @@ def test_a_sentence_a_layer():
     ]
 
 
+def test_a_change_that_is_not_finite_is_called_so():
+    measured = dict.fromkeys(("compression", "descent"), of([np.nan, -2.0], [np.nan, 1]))
+    assert judge(measured["descent"])[0].sign is None
+    assert verdict(measured) == [
+        "Layer 1: the change of R^c is not finite; the change of the LASSO is not finite.",
+        "Layer 2: the attention lowers R^c by 2.0 nats; the second half lowers its LASSO by 2.00 "
+        "per token.",
+        "Together: the attention compresses in 1 of 2 layers; the second half descends its LASSO "
+        "in 1 of 2 layers.",
+    ]
+
+
 @pytest.mark.parametrize(
     ("names", "lines"),
     [
