@@ -33,7 +33,11 @@ def lasso(Y: Array, A: Array, D: Array, lmbda: Array) -> Array:
 
 
 def attention_entropy(A_BxKxNxN: Array) -> Array:
-    """Entropy in nats of what a token attends to, the mean over heads and tokens (B,)."""
+    """Entropy in nats of what a token attends to, the mean over heads and tokens (B,).
+
+    Rows are scaled to the sum 1, which those of a softmax over keys plus one over queries lack.
+    """
+    A_BxKxNxN = A_BxKxNxN / A_BxKxNxN.sum(axis=3, keepdims=True)
     logs = jnp.log(jnp.where(A_BxKxNxN > 0, A_BxKxNxN, 1))
     return -(A_BxKxNxN * logs).sum(axis=3).mean(axis=(1, 2))
 

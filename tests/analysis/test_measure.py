@@ -274,6 +274,47 @@ def test_tokens_that_are_nearly_one_direction_have_a_rate():
     np.testing.assert_allclose(rates(X.T, eps=0.1), rate(X.T.astype(np.float64)), rtol=1e-7)
 
 
+@pytest.mark.parametrize("scale", [1e5, 1e6, 1e10, 1e19])
+@pytest.mark.parametrize("spread", [0, 1e-3])
+def test_large_tokens_that_are_nearly_equal_have_a_rate(scale, spread):
+    """Where a float64 Cholesky factor is of rounding alone, or is none."""
+    rng = np.random.default_rng(1)
+    X = rng.normal(size=(2, 1, 24)) + spread * rng.normal(size=(2, 40, 24))
+    X = (scale * X).astype(np.float32)
+    with np.errstate(over="ignore"):
+        G = X.swapaxes(1, 2) @ X
+    values = np.linalg.svd(X.astype(np.float64), compute_uv=False)
+    exact = np.log1p(24 / (40 * 0.01) * values**2).sum(axis=1) / 2
+    np.testing.assert_allclose(rates(X, eps=0.1), exact, rtol=1e-6)
+    np.testing.assert_allclose(rates_by_gram(G, X, eps=0.1), exact, rtol=1e-5)
+
+
+def test_tokens_that_are_not_finite_have_no_rate_and_no_rank():
+    """The other sets of the batch keep theirs."""
+    X = np.random.default_rng(1).normal(size=(3, 7, 4)).astype(np.float32)
+    X[0, 2, 1], X[1, 0, 0] = np.nan, np.inf
+    with np.errstate(invalid="ignore"):
+        G = X.swapaxes(1, 2) @ X
+    for found in (rates(X, eps=0.1), rates_by_gram(G, X, eps=0.1)):
+        np.testing.assert_allclose(found, [np.nan, np.nan, rate(X[2].astype(float))], rtol=1e-6)
+    found = effective_rank(X)
+    assert np.isnan(found[:2]).all()
+    np.testing.assert_allclose(found[2], effective_rank(X[2]), rtol=1e-12)
+
+
+def test_the_entropy_of_attention_whose_rows_do_not_sum_to_one(images):
+    """Hyper-SET adds a softmax over keys and one over queries."""
+    model = create_model("hyperset_patch16_224", **{**TINY, "width": 16})
+    params = some_params(model)
+    _, seen = taps(model, params, images, "attention")
+    A = np.asarray(seen["attention"], np.float64)
+    assert np.abs(A.sum(axis=-1) - 1).max() > 0.1
+    A /= A.sum(axis=-1, keepdims=True)
+    exact = -(A * np.log(A)).sum(axis=-1).mean(axis=(2, 3))
+    got = measure(model, params, images, ("attention_entropy",))["attention_entropy"]
+    np.testing.assert_allclose(got.mean, exact.mean(axis=1), rtol=1e-5)
+
+
 def test_ranks_angles_and_coherence():
     rng = np.random.default_rng(1)
     line = np.outer([1.0, 2.0, -3.0], [1.0, 1.0])
@@ -281,6 +322,7 @@ def test_ranks_angles_and_coherence():
     assert effective_rank(np.zeros((3, 2))) == 0
     assert mean_angle(line) == pytest.approx((0 + 180 + 180) / 3)
     assert np.isnan(mean_angle(line[:1]))
+    assert mean_angle(np.array([[0.0, 0.0], [1.0, 1.0], [2.0, 2.0]])) == pytest.approx(60)
     Q = np.linalg.qr(rng.normal(size=(6, 6)))[0]
     assert coherence(Q) == pytest.approx((0, 0), abs=1e-12)
     assert coherence(np.array([[1.0, 1.0], [0.0, 1.0]])) == pytest.approx((0.5**0.5,) * 2)
