@@ -6,6 +6,7 @@ import numpy as np
 
 DEFINITIONS = ("official_code", "paper")
 LEVEL = 0.5  # λ of arXiv 2308.16271, appendix B.2
+ROUNDING = float(np.finfo(np.float32).eps) ** 2  # of squares: the features come from float32
 
 
 class Shown(NamedTuple):
@@ -36,7 +37,7 @@ def principal_components(F_nxf: np.ndarray, count: int) -> tuple[np.ndarray, np.
 
     Returns:
         Scores (n, count), and the share (count,) of the variance that each direction has; both are
-        0 for directions that the features do not have.
+        0 for directions that the features do not have, or only by the rounding of float32.
 
     Raises:
         ValueError: a feature has fewer values than there are directions, or is not finite.
@@ -53,8 +54,10 @@ def principal_components(F_nxf: np.ndarray, count: int) -> tuple[np.ndarray, np.
     V_fxcount = V_fxf[:, ::-1][:, :count]
     largest_count = np.abs(V_fxcount).argmax(axis=0)
     V_fxcount = V_fxcount * np.sign(V_fxcount[largest_count, np.arange(count)])
-    total = np.square(C_nxf).sum()
-    return C_nxf @ V_fxcount, squares_count / total if total > 0 else 0 * squares_count
+    there_count = squares_count > ROUNDING * np.square(F_nxf, dtype=np.float64).sum()
+    squares_count = np.where(there_count, squares_count, 0)
+    total = np.square(C_nxf).sum() if there_count.any() else 1
+    return C_nxf @ V_fxcount * there_count, squares_count / total
 
 
 def foreground(

@@ -88,6 +88,26 @@ def test_without_variance_there_is_no_foreground(definition):
     assert (shown.variance_4 == 0).all()
 
 
+@pytest.mark.parametrize("definition", ["official_code", "paper"])
+def test_rounding_is_no_variance(definition):
+    """Neither that of a mean in float64, nor of features that float32 keeps."""
+    last = np.full((3, 9, 5), 5, np.float32)
+    last[0, 0, 0] = np.nextafter(last[0, 0, 0], np.float32(6))
+    for features in (np.full((3, 9, 5), 0.1), last):
+        shown = foreground(features, (3, 3), definition=definition)
+        assert not shown.masks_JxP.any() and not shown.variance_4.any()
+
+
+def test_colours_of_directions_that_are_not_there_are_black():
+    """Two kinds of patches vary in one direction."""
+    F_JxPxf = np.tile([0.0, 1.0, 0.0, 0.3], (2, 9, 1))
+    F_JxPxf[:, 4] = [1.1, 0.0, 0.7, 2.3]
+    shown = foreground(F_JxPxf, (3, 3))
+    assert np.flatnonzero(shown.masks_JxP).tolist() == [4, 13]
+    assert not shown.colours_JxPx3.any()
+    np.testing.assert_allclose(shown.variance_4, [1, 0, 0, 0], atol=1e-12)
+
+
 def test_the_share_of_the_variance():
     F, masks = scene()
     code, paper = (foreground(F, GRID, definition=name).variance_4 for name in DEFINITIONS)
