@@ -150,8 +150,8 @@ def affinity(F_Pxf: np.ndarray, *, tau: float = 0.15, similarity: str = "cosine"
     if not np.isfinite(F_Pxf).all():
         raise ValueError("features must be finite; got NaN or infinity. Look at the weights.")
     if similarity == "cosine":
-        length_Px1 = np.linalg.norm(F_Pxf, axis=1, keepdims=True)
-        F_Pxf = F_Pxf / np.where(length_Px1 > 0, length_Px1, 1)
+        length_Px1 = np.linalg.norm(F_Pxf.astype(np.float64), axis=1, keepdims=True)
+        F_Pxf = (F_Pxf / np.where(length_Px1 > 0, length_Px1, 1)).astype(np.float32)
     alike_PxP = F_Pxf @ F_Pxf.T >= tau
     return np.where(alike_PxP | alike_PxP.T, np.float32(1), np.float32(WEAK))
 

@@ -51,6 +51,13 @@ def test_the_scale_counts_for_the_product_alone():
     assert (affinity(0.1 * F, similarity="product") == np.float32(1e-5)).all()
 
 
+@pytest.mark.parametrize("scale", [1e-25, 1e25])
+def test_no_scale_is_too_small_or_too_large_for_a_cosine(scale):
+    """Not even one whose square float32 does not have."""
+    F_Pxf = np.array([[1.0, 0.0], [0.9, 0.1], [0.0, 1.0]])
+    np.testing.assert_array_equal(affinity(scale * F_Pxf), affinity(F_Pxf))
+
+
 def test_the_product_is_that_of_all_subspaces_together():
     W_PxKxp = np.random.default_rng(0).normal(size=(10, 3, 4))
     S = sum(W_PxKxp[:, k] @ W_PxKxp[:, k].T for k in range(3))
