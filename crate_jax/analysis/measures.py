@@ -77,11 +77,19 @@ def _rates_of_gram(
 def _rates_of_values(X_xNxd: Tokens, eps: float) -> np.ndarray:
     """`rates` by singular values, which no size of the tokens makes inexact."""
     N, d = X_xNxd.shape[-2:]
-    finite_x = np.isfinite(X_xNxd).all(axis=(-2, -1))
-    X_xNxd = np.where(finite_x[..., None, None], X_xNxd, 0).astype(np.float64)
+    finite_x, X_xNxd = _finite(X_xNxd)
     values_xn = np.linalg.svd(X_xNxd, compute_uv=False)
     found = np.log1p(d / (N * eps**2) * np.square(values_xn)).sum(axis=-1) / 2
     return np.where(finite_x, found, np.nan)
+
+
+def _finite(X_xNxd: Tokens) -> tuple[np.ndarray, np.ndarray]:
+    """Which sets of tokens are finite (...); and the tokens, float64, zeros in those that are not.
+
+    LAPACK refuses a whole batch for one number that is not finite.
+    """
+    finite_x = np.asarray(np.all(np.isfinite(X_xNxd), axis=(-2, -1)))
+    return finite_x, np.where(finite_x[..., None, None], X_xNxd, 0).astype(np.float64)
 
 
 def gram(X_xNxd: Tokens) -> np.ndarray:
@@ -109,8 +117,8 @@ def effective_rank(X_xNxd: Tokens) -> np.ndarray:
     >>> round(float(effective_rank(np.eye(3))), 6)
     3.0
     """
-    finite = np.isfinite(X_xNxd).all(axis=(-2, -1))
-    squares = np.linalg.eigvalsh(gram(np.where(finite[..., None, None], X_xNxd, 0)))
+    finite, X_xNxd = _finite(X_xNxd)
+    squares = np.linalg.eigvalsh(gram(X_xNxd))
     values = np.sqrt(np.maximum(squares, 0))
     total = values.sum(axis=-1, keepdims=True)
     shares = np.divide(values, total, out=np.zeros_like(values), where=total > 0)
