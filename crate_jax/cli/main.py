@@ -5,6 +5,7 @@ import sys
 from typing import NoReturn
 
 from crate_jax.cli.compare import add_compare
+from crate_jax.cli.doctor import add_doctor
 from crate_jax.cli.figures import add_figure
 from crate_jax.cli.generate import add_generate
 from crate_jax.cli.layerwise import add_layerwise
@@ -38,6 +39,7 @@ COMMANDS = (
     add_generate,
     add_checkpoints,
     add_plan,
+    add_doctor,
 )
 
 # Their work is in files when they end; a result that nobody can write down loses nothing.

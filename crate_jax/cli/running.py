@@ -22,6 +22,7 @@ from crate_jax.machine import explained
 from crate_jax.parallel import LostProcess
 from crate_jax.streams import failure, secure_streams
 
+JUDGED = ("within_tolerance", "intact", "works")  # what a result may say of its subject
 TRY_AGAIN = 75  # EX_TEMPFAIL of sysexits.h; schedulers restart on any status but 0
 
 
@@ -39,9 +40,8 @@ def run_command(command: Callable[[], Json], *, kept: bool = False) -> int:
         kept: whether files hold what the command did, and nothing is lost with its result.
 
     Returns:
-        Exit status: 0; 1 if the result says that something is not ``within_tolerance`` or not
-        ``intact``; 2 for a mistake; `TRY_AGAIN` for a run that was told to stop and is saved, 130
-        for a command that was interrupted otherwise.
+        Exit status: 0; 1 if the result says no to one of `JUDGED`; 2 for a mistake; `TRY_AGAIN` for
+        a run that was told to stop and is saved, 130 for a command that was interrupted otherwise.
     """
     secure_streams()
     quiet_libraries()
@@ -70,7 +70,7 @@ def run_command(command: Callable[[], Json], *, kept: bool = False) -> int:
     sys.stdout.flush()
     if not kept and (lost := failure(sys.stdout)):
         return complain(f"stdout must take the result; it did not ({lost}). Run again elsewhere.")
-    return 0 if result.get("within_tolerance", True) and result.get("intact", True) else 1
+    return 0 if all(result.get(name, True) for name in JUDGED) else 1
 
 
 def _leave(status: int) -> NoReturn:
