@@ -4,7 +4,7 @@ import argparse
 import functools
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -82,6 +82,13 @@ class Reader:
             raise ValueError(f"--layer must be 1 … {model.depth} here; got {self.layer}.")
         self._head = _head(args.head, model.num_heads if self.tap in (TOKENS, ATTENTION) else 0)
         patch = pair(model.patch_size)
+        embedding: Any = frozen.variables["params"].get("embedding", {})
+        resizable = "pos_embedding" in embedding or hasattr(model, "position_size")
+        if args.positions != "right" and not resizable:
+            raise ValueError(
+                f"--positions must be right for a {type(model).__name__}, whose positions are "
+                f"not resized; got {args.positions}. Leave it out."
+            )
         height, width = (args.size or max(1, round(SIZE / p)) * p for p in patch)
         check_sides((height, width), patch, "--size")
         self._size, self.grid = (height, width), (height // patch[0], width // patch[1])

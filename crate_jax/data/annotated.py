@@ -84,7 +84,8 @@ def voc_pictures(folder: str, split: str = "val") -> list[Picture]:
         ValueError: it names nothing.
     """
     listing = storage.join(folder, VOC_SPLITS, f"{split}.txt")
-    lines = storage.read_bytes(listing).decode("utf-8", "replace").splitlines()
+    _check_split(folder, split)
+    lines = storage.read_bytes(listing).decode("utf-8-sig", "replace").splitlines()
     names = [line.strip() for line in lines if line.strip()]
     if not names:
         raise ValueError(f"{listing} must name images, one a line; it is empty. Fill it.")
@@ -101,6 +102,23 @@ def voc_pictures(folder: str, split: str = "val") -> list[Picture]:
         )
         for number, name in enumerate(names, start=1)
     ]
+
+
+def _check_split(folder: str, split: str) -> None:
+    """Refuse a split that a folder as VOC's does not list.
+
+    Raises:
+        FileNotFoundError: it does not; those that it lists are named.
+    """
+    listings = storage.join(folder, VOC_SPLITS)
+    names = storage.list_folder(listings) if storage.is_folder(listings) else {}
+    known = [stem(name) for name in names if name.endswith(".txt")]
+    if split not in known:
+        raise FileNotFoundError(
+            f"the split must be one that {listings} lists in a file NAME.txt, "
+            f"{', '.join(known) or 'of which there is none'}; got {split}. Name another, or write "
+            "the file."
+        )
 
 
 def read_labels(path: str) -> np.ndarray:

@@ -298,6 +298,17 @@ def test_a_missing_package_is_told_before_the_work(workdir, coco, call, monkeypa
     assert status == 2 and "pip install 'crate-jax[segment]'" in err
 
 
+def test_a_model_of_text_has_no_images(call, coco, tmp_path):
+    fields = dict(width=16, depth=1, num_heads=2, vocab_size=50)
+    model = create_model("crate_causal_base", **fields)
+    variables = model.init(jax.random.key(0), model.sample_input(), train=False)
+    save_weights(tmp_path / "text.npz", variables, model)
+    weights = ["--weights", tmp_path / "text.npz", "--model", "crate_causal_base"]
+    weights += ["--model-kwargs", *(f"{field}={value}" for field, value in fields.items())]
+    status, _, err = call(*weights, "--images", coco.parent / "images")
+    assert status == 2 and "model must classify images here; got a CrateCausal, of text" in err
+
+
 def test_without_a_class_token_there_is_no_map(call, coco, tmp_path):
     name = "tost_tiny_patch16_224"
     fields = dict(image_size=16, patch_size=8, width=16, depth=2, num_heads=2, num_classes=3)
@@ -310,6 +321,8 @@ def test_without_a_class_token_there_is_no_map(call, coco, tmp_path):
     status, found, err = call(*common, "--size", 64)
     assert (status, found["images"]) == (0, 4), err
     (tmp_path / "out/results.json").unlink()
+    status, _, err = call(*common, "--positions", "official_maps")
+    assert status == 2 and "--positions must be right for a ToST, whose positions are not" in err
     status, _, err = call(*common, "--method", "coarse", "--size", 64)
     assert not (tmp_path / "out/results.json").exists()
     assert status == 2 and "coarse must get a model with a class token among its tokens" in err

@@ -54,6 +54,9 @@ def test_mean_iou_by_hand(voc):
     assert scores == [{15: 1.0}, {3: 0.5, 20: 0.0}, {1: 1.0}, {}]
     assert mean_iou(scores) == pytest.approx((1 + 0.25 + 1) / 3)
     assert (pictures[2].pixels(3) == 90).all() and pictures[2].number == 3
+    listing = voc / "ImageSets/Segmentation/val.txt"
+    listing.write_bytes(b"\xef\xbb\xbf" + listing.read_bytes().replace(b"\n", b"\r\n"))
+    assert voc_pictures(str(voc)) == pictures  # as Windows' editors write it
     assert is_voc(str(voc)) and not is_voc(str(voc / "JPEGImages"))
 
 
@@ -109,11 +112,15 @@ def test_what_is_not_there(voc, tmp_path):
     (tmp_path / "empty").mkdir()
     with pytest.raises(FileNotFoundError, match="must hold images"):
         folder_pictures(str(tmp_path / "empty"))
-    with pytest.raises(FileNotFoundError, match=r"test\.txt"):
+    with pytest.raises(FileNotFoundError, match=r"Segmentation lists in .*, val; got test\. Name"):
         voc_pictures(str(voc), "test")
     (voc / "SegmentationClass/2007_000002.png").unlink()
     with pytest.raises(FileNotFoundError, match="1 of 4 are not there, such as 2007_000002"):
         voc_pictures(str(voc))
     (voc / "ImageSets/Segmentation/val.txt").write_text("\n")
     with pytest.raises(ValueError, match="must name images, one a line; it is empty"):
+        voc_pictures(str(voc))
+    (voc / "ImageSets/Segmentation/val.txt").unlink()
+    (voc / "ImageSets/Segmentation").rmdir()
+    with pytest.raises(FileNotFoundError, match="of which there is none; got val"):
         voc_pictures(str(voc))
