@@ -39,8 +39,9 @@ def measure(
     """Measures of every layer over a data set; see the top of this file.
 
     Float32 forward passes whatever the model's dtype, because bfloat16 moves ISTA's zeros. Images
-    may have any size that the patches fit. The class token counts as a token. Means and deviations
-    are those of all images together, however they are cut into batches.
+    may have any size that the patches fit. The class token counts as a token, and so does padding.
+    Means and deviations are those of all images together, however they are cut into batches. Those
+    of a coherence, which no image changes, are its value and 0.
 
     Sources: arXiv 2306.01129, sections 2.3, 2.4 and 3.1; reference of `official_code`: its released
     script, which measures R^c of U_kᵀ LN(Z^l), each token at unit length.
@@ -78,16 +79,38 @@ def measure(
         batches = (batches,)
     layers = _Layers(model.clone(dtype=jnp.float32), frozenset(names), definition, eps)
     variables = variables_of(params)
-    program, totals = _compiled(layers), {name: Moments() for name in names}
+    fixed = _coherences(model, variables, names)
+    totals = {name: Moments() for name in names if name not in fixed}
+    program, count = _compiled(layers), 0
     for images in batches:
         if not len(images):
             continue
         values = layers.on_host(program(variables, images))
-        for name in names:
-            totals[name].add(values[name])
-    if not all(moments.count for moments in totals.values()):
+        for name, moments in totals.items():
+            moments.add(values[name])
+        count += len(images)
+    if not count:
         raise ValueError("images must be at least one; got none. A mean needs some.")
-    return {name: moments.result() for name, moments in totals.items()}
+    found = {name: moments.result() for name, moments in totals.items()}
+    found |= {name: Measured(of_L, np.zeros_like(of_L), count) for name, of_L in fixed.items()}
+    return {name: found[name] for name in names}
+
+
+def _coherences(model: Any, variables: Any, names: Collection[str]) -> dict[str, np.ndarray]:
+    """Those of the bases and of the dictionary of every layer (L,)."""
+    blocks = products.stacked_parameters(model, variables)
+    U = blocks[model.attention_part.name].get("U", ())
+    D = next((blocks[part]["D"] for part in ("ista", "odl") if part in blocks), ())
+    functions: dict[str, tuple[Callable[..., tuple[float, float]], Any]] = {
+        "coherence_within": (measures.coherence_within, U),
+        "coherence_between": (measures.coherence_between, U),
+        "dictionary_coherence": (measures.coherence, D),
+    }
+    return {
+        name: np.array([function(of_layer)[0] for of_layer in np.asarray(layers)])
+        for name, (function, layers) in functions.items()
+        if name in names
+    }
 
 
 class _Layers(NamedTuple):

@@ -12,7 +12,10 @@ OBJECTIVE = (
     *("zeros", "l0", "l1", "lasso_before", "lasso_after"),
 )
 HALVES = ("rate_before", "subspace_rate_before", "compression", "descent")
-GEOMETRY = ("effective_rank", "token_rank", "mean_angle", "attention_entropy")
+GEOMETRY = (
+    *("effective_rank", "token_rank", "mean_angle", "attention_entropy"),
+    *("coherence_within", "coherence_between", "dictionary_coherence"),  # of parameters alone
+)
 OFFICIAL = ("subspace_rate", "zeros")  # what the released script measures
 DEFINITIONS = ("paper", "official_code")
 
@@ -34,6 +37,9 @@ TITLES = {
     "token_rank": "effective rank of the tokens",
     "mean_angle": "mean angle of two tokens, degrees",
     "attention_entropy": "entropy of the attention, nats",
+    "coherence_within": "mean |cosine| of two columns of a U_k",
+    "coherence_between": "mean |cosine| of columns of two U_k",
+    "dictionary_coherence": "mean |cosine| of two atoms of D",
 }
 
 
@@ -52,6 +58,9 @@ def measured_of(model: BlockModel | DecoderLayers, *, definition: str = "paper")
         "compression": subspaces and has_plain_halves(model),
         "rate_before": has_plain_halves(model),
         "effective_rank": subspaces,
+        "coherence_within": subspaces,
+        "coherence_between": subspaces,
+        "dictionary_coherence": sparse,
         "attention_entropy": "attention" in names,
     } | dict.fromkeys(("zeros", "l0", "l1", "lasso_before", "lasso_after", "descent"), sparse)
     known = OFFICIAL if definition == "official_code" else TITLES

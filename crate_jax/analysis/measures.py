@@ -154,6 +154,12 @@ def coherence(X_dxm: np.ndarray) -> tuple[float, float]:
     return (float(pairs.mean()), float(pairs.max())) if pairs.size else (0.0, 0.0)
 
 
+def coherence_within(U_dxKxp: np.ndarray) -> tuple[float, float]:
+    """|cosine| between columns of one basis: the mean over all bases, and the largest."""
+    means, largest = zip(*(coherence(U_dxKxp[:, k]) for k in range(U_dxKxp.shape[1])), strict=True)
+    return float(np.mean(means)), max(largest)
+
+
 def coherence_between(U_dxKxp: np.ndarray) -> tuple[float, float]:
     """|cosine| between bases of two different subspaces: the mean and the largest; K = 1: 0, 0."""
     d, K, p = U_dxKxp.shape

@@ -53,6 +53,10 @@ def layer_norm(Z, norm, at, epsilon):
     return scaled * np.asarray(norm["scale"][at], np.float64) + np.asarray(norm["bias"][at])
 
 
+def cosines_of(X_dxm):
+    return np.abs(X_dxm.T @ X_dxm) / np.outer(*[np.linalg.norm(X_dxm, axis=0)] * 2)
+
+
 def expected(model, params, images, entering):
     """By the equations, image by image: {name: (L, B)}. ``entering`` (L, B, N, d)."""
     _, seen = taps(model, params, images)
@@ -77,6 +81,11 @@ def expected(model, params, images, entering):
                     s = np.linalg.svd(Z @ U_dxKxp[:, k], compute_uv=False)
                     ranks.append(np.exp(-np.sum(s / s.sum() * np.log(s / s.sum()))))
                 row["effective_rank"] = np.mean(ranks)
+                cosines, own = cosines_of(U_dxKxp.reshape(len(U_dxKxp), -1)), U_dxKxp.shape[2]
+                rows, columns = np.triu_indices(len(cosines), 1)
+                alike = rows // own == columns // own
+                row["coherence_within"] = cosines[rows, columns][alike].mean()
+                row["coherence_between"] = cosines[rows, columns][~alike].mean()
             name = "ista" if "ista" in seen else "code" if "code" in seen else None
             if name:
                 part = "ista" if name == "ista" else "odl"
@@ -93,6 +102,8 @@ def expected(model, params, images, entering):
                     value = ((Y.T - D @ A.T) ** 2).sum() / 2 + lmbda * np.abs(A).sum()
                     return value / len(Y)
 
+                atoms = cosines_of(D)
+                row["dictionary_coherence"] = atoms[np.triu_indices(len(atoms), 1)].mean()
                 row["zeros"], row["l0"] = (A == 0).mean(), (A != 0).sum() / len(A)
                 row["l1"] = np.abs(A).sum() / len(A)
                 row["lasso_before"] = lasso(Y if name == "ista" else np.zeros_like(A))
@@ -168,7 +179,7 @@ def test_a_decoder(images):
     )
     params, decoder = some_params(model), DecoderLayers(model)
     known = measured_of(decoder)
-    sparse = {"zeros", "l0", "l1", "lasso_before", "lasso_after", "descent"}
+    sparse = {"zeros", "l0", "l1", "lasso_before", "lasso_after", "descent", "dictionary_coherence"}
     assert set(known) == set(TITLES) - sparse
     got = measure(decoder, params, images, known)
     _, seen = taps(decoder, params, images)
@@ -191,10 +202,10 @@ def test_a_decoder(images):
 
 def test_what_each_model_has():
     everything = set(TITLES)
-    sparse = {"zeros", "l0", "l1", "lasso_before", "lasso_after", "descent"}
+    sparse = {"zeros", "l0", "l1", "lasso_before", "lasso_after", "descent", "dictionary_coherence"}
     subspaces = {
         *("subspace_rate", "rate_reduction", "subspace_rate_before", "compression"),
-        "effective_rank",
+        *("effective_rank", "coherence_within", "coherence_between"),
     }
     assert set(OBJECTIVE) | set(HALVES) | set(GEOMETRY) == everything
     assert set(measured_of(MODELS["crate"])) == everything == set(measured_of(MODELS["alpha"]))

@@ -6,6 +6,7 @@ import pytest
 from crate_jax.analysis.measures import (
     coherence,
     coherence_between,
+    coherence_within,
     effective_rank,
     mean_angle,
     rates,
@@ -73,6 +74,9 @@ def test_ranks_angles_and_coherence():
     assert coherence_between(U) == pytest.approx((0, 0), abs=1e-12)
     same = np.stack([Q[:, :3], Q[:, :3]], axis=1)  # of nine pairs three are equal
     assert coherence_between(same) == pytest.approx((1 / 3, 1.0))
+    assert coherence_within(same) == pytest.approx((0, 0), abs=1e-12)
+    skew = np.stack([Q[:, :2], Q[:, :2] @ [[1, 1], [0, 1]]], axis=1)  # one basis has 45 degrees
+    assert coherence_within(skew) == pytest.approx((0.5**0.5 / 2, 0.5**0.5))
     assert coherence_between(U[:, :1]) == (0.0, 0.0)
 
 
