@@ -1,7 +1,7 @@
 """CRATE, the white-box transformer of sparse rate reduction, in JAX and Flax."""
 
 from crate_jax import analysis, objective
-from crate_jax.interop import load_variables, load_weights, save_weights
+from crate_jax.interop import export_model, load_variables, load_weights, save_weights
 from crate_jax.models.crate import Crate
 from crate_jax.models.crate_alpha import CrateAlpha
 from crate_jax.models.crate_bert import CrateBert
@@ -31,6 +31,7 @@ __all__ = [
     "ViT",
     "analysis",
     "create_model",
+    "export_model",
     "generate",
     "list_models",
     "load_variables",

@@ -112,7 +112,7 @@ ROOMS = {
     "interop": [
         *["layouts", "names", "kinds", "pickled", "safetensors", "npz", "msgpack", "orbax", "pth"],
         *["folders", "nearby", "tree", "faults", "resize", "fit", "convert", "stated", "contents"],
-        *["floats", "load", "save", "networks"],
+        *["floats", "load", "save", "networks", "export"],
     ],
     "parity": [
         *["twin", "crate", "crate_alpha", "vit", "hyper_set"],

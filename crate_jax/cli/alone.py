@@ -8,6 +8,25 @@ from crate_jax.config import DataConfig
 from crate_jax.files import located
 from crate_jax.models.classifier import ImageClassifier
 from crate_jax.models.parameters import Variables
+from crate_jax.models.stacked import BlockModel
+
+
+class Alone(NamedTuple):
+    """What `open_alone` returns.
+
+    Attributes:
+        model: of images or of text.
+        variables: what ``model.apply`` takes.
+        data: how its images are normalised; None of a model of text.
+        step: of a run's checkpoint; None: the weights are of a file.
+        class_names: of its outputs, in their order; () where none are known.
+    """
+
+    model: BlockModel
+    variables: Variables
+    data: DataConfig | None
+    step: int | None
+    class_names: tuple[str, ...]
 
 
 class Frozen(NamedTuple):
@@ -27,6 +46,19 @@ class Frozen(NamedTuple):
 
 
 def open_frozen(args: argparse.Namespace, command: str) -> Frozen:
+    """`open_alone` of a model of images.
+
+    Raises:
+        ValueError, KeyError, FileNotFoundError: what the user can mend.
+    """
+    from crate_jax.models.classifier import of_images
+
+    alone = open_alone(args, command)
+    model = of_images(alone.model)
+    return Frozen(model, alone.variables, alone.data or default_data(model), alone.step)
+
+
+def open_alone(args: argparse.Namespace, command: str) -> Alone:
     """The model of --workdir and --step, or of --weights and --model.
 
     Args:
@@ -39,7 +71,6 @@ def open_frozen(args: argparse.Namespace, command: str) -> Frozen:
     """
     from crate_jax.checkpoint.folder import FOLDER
     from crate_jax.interop import load_fitted
-    from crate_jax.models.classifier import of_images
 
     if bool(args.workdir) == bool(args.weights):
         raise ValueError(f"{command} must get one of --workdir and --weights. See --help.")
@@ -53,6 +84,7 @@ def open_frozen(args: argparse.Namespace, command: str) -> Frozen:
         data = config.data
         path = str(located(args.workdir, "--workdir") / FOLDER / str(step))
     loaded = load_fitted(path, named_model(args))
-    model = of_images(loaded.model)
     variables = {"params": loaded.params, **loaded.extra}
-    return Frozen(model, variables, data or default_data(model), step)
+    model = loaded.model
+    data = (data or default_data(model)) if isinstance(model, ImageClassifier) else None
+    return Alone(model, variables, data, step, loaded.class_names)

@@ -6,6 +6,7 @@ from typing import NoReturn
 
 from crate_jax.cli.compare import add_compare
 from crate_jax.cli.doctor import add_doctor
+from crate_jax.cli.export import add_export
 from crate_jax.cli.figures import add_figure
 from crate_jax.cli.generate import add_generate
 from crate_jax.cli.layerwise import add_layerwise
@@ -26,6 +27,7 @@ COMMANDS = (
     add_train,
     add_evaluate,
     add_convert,
+    add_export,
     add_prepare,
     add_compare,
     add_summary,
@@ -43,7 +45,9 @@ COMMANDS = (
 )
 
 # Their work is in files when they end; a result that nobody can write down loses nothing.
-WRITERS = ("train", "convert", "prepare", "report", "figure", "reconstruct", "segment")
+WRITERS = (
+    *("train", "convert", "export", "prepare", "report", "figure", "reconstruct", "segment"),
+)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -121,7 +121,7 @@ class CausalTSSA(TSSA):
         b_KxT = parameter(self, "b_place", init.zeros, (self.num_heads, self.context_length))
         past = self.get_variable(PAST, "sums")
         sums, length = past or PastSums(
-            no_sums(len(Y_BxNxd), self.num_heads, self.head_dim, self.dtype), jnp.int32(0)
+            no_sums(Y_BxNxd.shape[0], self.num_heads, self.head_dim, self.dtype), jnp.int32(0)
         )
         b_NxK = jax.lax.dynamic_slice_in_dim(b_KxT, length, N, axis=1).T
         V_BxNxKxp = into_subspaces(Y_BxNxd, weights.U_dxKxp, weights.b_Kxp)

@@ -175,7 +175,7 @@ class _Stages(StemFields, nn.Module):
         for i, channels in enumerate(widths):
             stage = _Stage(channels, i == 0, self.train, self.dtype, name=f"stage_{i}")
             X_BxHxWxc = stage(X_BxHxWxc)
-        return placement.reshape(X_BxHxWxc, (len(X_BxHxWxc), (H // h) * (W // w), self.width))
+        return placement.reshape(X_BxHxWxc, (X_BxHxWxc.shape[0], (H // h) * (W // w), self.width))
 
 
 # The backward pass keeps what the convolutions give, and computes the rest again.

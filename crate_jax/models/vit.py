@@ -73,7 +73,7 @@ class ViT(VitFields, ImageClassifier):
         if self.registers:
             shape = (self.registers, self.width)
             registers_Rxd = parameter(self, "register_tokens", init.normal(1e-6), shape)
-            shape = (len(Z_BxNxd), *shape)
+            shape = (Z_BxNxd.shape[0], *shape)
             registers_BxRxd = jnp.broadcast_to(registers_Rxd.astype(Z_BxNxd.dtype), shape)
             registers_BxRxd = placement.beside(registers_BxRxd, Z_BxNxd)
             Z_BxNxd = jnp.concatenate([Z_BxNxd[:, :1], registers_BxRxd, Z_BxNxd[:, 1:]], axis=1)
