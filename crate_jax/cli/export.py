@@ -2,7 +2,6 @@
 
 import argparse
 import hashlib
-import importlib.metadata
 import json
 import re
 from pathlib import Path
@@ -10,6 +9,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from crate_jax.cli.alone import Alone, open_alone
 from crate_jax.cli.arguments import Subparsers, add_model_kwargs, path
+from crate_jax.cli.extras import PACKAGE, version
 from crate_jax.cli.runs import add_source
 from crate_jax.files import Json, check_folder, check_writable, located, written_aside
 from crate_jax.interop.export import PIXELS, PLATFORMS, USUAL
@@ -149,17 +149,9 @@ def _facts(args: argparse.Namespace, opened: Alone, program: "Exported") -> Json
         facts["preprocessing"] = _preprocessing(opened)
     if opened.class_names:
         facts["classes"] = list(opened.class_names)
-    versions: Json = {"crate_jax": _version(), "jax": jax.__version__}
+    versions: Json = {"crate_jax": version(PACKAGE), "jax": jax.__version__}
     versions |= {"calling_convention": program.calling_convention_version}
     return facts | {"platforms": list(program.platforms), "versions": versions}
-
-
-def _version() -> str | None:
-    """Of this package; None where it is used without being installed."""
-    try:
-        return importlib.metadata.version("crate-jax")
-    except importlib.metadata.PackageNotFoundError:
-        return None
 
 
 def _identity(content: bytes, output: Output) -> Json:
@@ -191,7 +183,8 @@ def _page(output: Output, facts: Json) -> str:
     """How the program is called."""
     taken, returned = facts["input"], facts["output"]
     of_images, classes = "preprocessing" in facts, facts["model"].get("num_classes", 0)
-    ranges = {"uint8": "pixels in 0 … 255, RGB", "float32": "pixels in [0, 1], RGB"}
+    order = ", RGB" if taken["shape"][-1] == 3 else ""
+    ranges = {"uint8": f"pixels in 0 … 255{order}", "float32": f"pixels in [0, 1]{order}"}
     what = "logits" if classes or not of_images else "features"
     return PAGE.format(
         name=output.program.name,

@@ -18,6 +18,7 @@ USES = {
     "torch": "PyTorch files, compare",
     "plot": "curves of layers while a run trains",
     "report": "report, figure, compare --html",
+    "export": "export",
     "segment": "segment --annotations",
 }
 

@@ -1,7 +1,6 @@
 """`export` and `crate_jax.export_model`: the same logits in a process without this package."""
 
 import hashlib
-import importlib.metadata
 import json
 import re
 import subprocess
@@ -12,7 +11,6 @@ import jax
 import jax.export
 import numpy as np
 import pytest
-from command import ROOT
 
 import crate_jax
 from crate_jax import create_model, export_model, save_weights
@@ -317,14 +315,6 @@ def test_a_program_that_differs_is_told_by_the_status(call, weights, tmp_path, m
     assert status == 1 and found["within_tolerance"] is False
 
 
-def test_a_package_that_is_not_installed_has_no_version(monkeypatch):
-    def missing(name):
-        raise importlib.metadata.PackageNotFoundError(name)
-
-    monkeypatch.setattr(importlib.metadata, "version", missing)
-    assert command._version() is None
-
-
 @pytest.mark.parametrize(
     ("arguments", "line"),
     [
@@ -362,34 +352,3 @@ def test_pixels_are_for_models_of_images(call, tmp_path):
     save_weights(tmp_path / "w.safetensors", variables["params"], model)
     status, _, err = call("export", "--weights", tmp_path / "w.safetensors", "--pixels", "uint8")
     assert status == 2 and "--pixels must go with a model of images; got a CrateLM." in err
-
-
-def test_the_page_runs_as_it_is_written(tmp_path, monkeypatch):
-    """docs/export.md: a program of pixels of digits, then one from Python."""
-    five, python = re.findall(
-        r"^```python\n(.*?)^```", (ROOT / "docs/export.md").read_text(), re.M | re.S
-    )
-    model = create_model(
-        "crate_tiny_patch16_224",
-        **SMALL | dict(image_size=32, patch_size=16, in_channels=1, num_classes=10),
-    )
-    params = jax.jit(lambda key: model.init(key, model.sample_input(), train=False))(
-        jax.random.key(0)
-    )
-    content = export_model(model, params, mean=(0.5,), std=(0.5,))
-    (tmp_path / "model.stablehlo").write_bytes(content)
-    monkeypatch.chdir(tmp_path)
-    found = {}
-    exec(five, found)
-    assert found["outputs"].shape == (2, 10)
-    exec(python, found)
-    expected = found["model"].apply(
-        {"params": found["params"]},
-        normalize(
-            np.zeros((3, 224, 224, 3), np.uint8),
-            mean=(0.485, 0.456, 0.406),
-            std=(0.229, 0.224, 0.225),
-        ),
-        train=False,
-    )
-    np.testing.assert_allclose(found["logits"], expected, atol=1e-5)
