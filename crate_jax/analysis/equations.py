@@ -74,16 +74,16 @@ def _mssa(model: Any) -> Equations:
         r"V_{k} = U_{k}^⊤ Y",
         r"SSA_{k} = V_{k} softmax(\frac{V_{k}^⊤ V_{k}}{\sqrt{p}})",
     ]
+    note = _sizes(model) + _COLUMNS + _order(model)
     if getattr(model, "tied_output", False):
         lines.append(r"MSSA(Y) = s \sum_{k} U_{k} SSA_{k}")
+        note += " s is learned."
     elif (model.num_heads, model.subspace_dim) == (1, model.width):
         lines.append(r"MSSA(Y) = SSA_{1}")
     else:
         bias = "" if model.attention_part.make.keywords.get("bias") is False else " + b"
         lines.append(rf"MSSA(Y) = W [SSA_{{1}}; …; SSA_{{K}}]{bias}")
-    return Equations(
-        "MSSA, which compresses", tuple(lines), _sizes(model) + _COLUMNS + _order(model)
-    )
+    return Equations("MSSA, which compresses", tuple(lines), note)
 
 
 def _mhsa(model: Any) -> Equations:

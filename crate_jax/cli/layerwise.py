@@ -41,7 +41,9 @@ def add_layerwise(subparsers: Subparsers) -> None:
     parser.add_argument("--images", type=int, default=256, help="how many examples, at most")
     parser.add_argument("--definition", choices=DEFINITIONS, default=DEFINITIONS[0])
     parser.add_argument(
-        "--geometry", action="store_true", help="also ranks, angles and entropy, which cost more"
+        "--geometry",
+        action="store_true",
+        help="also ranks, angles, entropy and coherence, which cost more",
     )
     add_model(parser)
     add_data(parser)
@@ -108,7 +110,7 @@ def measure_split(
         extra: likewise.
         images: how many examples, at most.
         definition: of `crate_jax.analysis.measure`.
-        geometry: whether ranks, angles and entropy are measured too.
+        geometry: whether ranks, angles, entropy and coherence are measured too.
         decoder: whether to measure the layers of a decoder, in the place of the encoder's.
 
     Raises:

@@ -27,6 +27,9 @@ GEOMETRY = (
     Measure("token_rank", "effective rank of the tokens", "directions"),
     Measure("mean_angle", "angle between two tokens", "degrees"),
     Measure("attention_entropy", "entropy of the attention", "nats"),
+    Measure("coherence_within", "coherence of U, within a subspace", "mean |cosine|"),
+    Measure("coherence_between", "coherence of U, between subspaces", "mean |cosine|"),
+    Measure("dictionary_coherence", "coherence of D", "mean |cosine|"),
     Measure("l0", "entries that are not zero", "per token"),
     Measure("l1", "ℓ₁ norm of the code", "per token"),
 )

@@ -55,6 +55,8 @@ def test_notes_have_the_numbers():
     model = create_model("crate_tiny_patch16_224", step_sizes="shared", threshold="soft")
     notes = " ".join(part.note for part in equations(model))
     assert "both are learned" in notes and "sign(x) max(|x| − ηλ, 0)" in notes
+    tied = equations(create_model("crate_tiny_patch16_224", tied_output=True))
+    assert any(part.note.endswith(" s is learned.") for part in tied)
     causal = " ".join(part.note for part in equations(create_model("crate_causal_base")))
     assert "itself and those before it" in causal
     both = " ".join(part.note for part in equations(create_model("crate_bert_base")))

@@ -183,6 +183,14 @@ def test_heads_by_kind():
     assert canvas.number(excess[kind, head]) in picture.alt
 
 
+def test_at_most_ten_kinds_are_drawn_the_first_by_number():
+    maps = RNG.random((12, 1, 2, 2))
+    picture = figures.heads_by_kind(maps, [f"digit {n}" for n in range(12)], layer=1)
+    drawn = dict.fromkeys(str(row["kind"]) for row in rows(picture))
+    assert list(drawn) == [f"digit {n}" for n in range(10)]
+    assert "over 12 images of 12 kinds; 10 kinds are drawn." in picture.alt
+
+
 def test_shared_components_and_segments():
     features = RNG.normal(size=(3, 4, 6))
     shown = foreground(features, (2, 2))

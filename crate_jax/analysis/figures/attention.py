@@ -1,5 +1,6 @@
 """Where the class token looks: maps of heads on images, and what each head responds to."""
 
+import re
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -77,10 +78,12 @@ def heads_by_kind(maps_BxKxRxC: np.ndarray, kind_of_B: Sequence[str], *, layer: 
 
     Args:
         maps_BxKxRxC: of `class_token_maps`, of one layer.
-        kind_of_B: the class, or the folder, of each image; at most ten kinds are drawn.
+        kind_of_B: the class, or the folder, of each image. At most ten kinds are drawn: the first
+            by name, where numbers stand in the order of their values.
         layer: which one, counted from 1.
     """
-    kinds = list(dict.fromkeys(sorted(kind_of_B)))[:MOST_KINDS]
+    known = sorted(set(kind_of_B), key=_natural)
+    kinds = known[:MOST_KINDS]
     K, P = maps_BxKxRxC.shape[1], maps_BxKxRxC[0, 0].size
     means_JxKxRxC = np.stack(
         [maps_BxKxRxC[np.asarray(kind_of_B) == kind].mean(axis=0) for kind in kinds]
@@ -97,12 +100,20 @@ def heads_by_kind(maps_BxKxRxC: np.ndarray, kind_of_B: Sequence[str], *, layer: 
             panels[k, j + 1].set_title(f"{kind}: {number(excess_JxK[j, k])}", fontsize=7)
     most = np.unravel_index(excess_JxK.argmax(), excess_JxK.shape)
     alt = (
-        f"Mean maps of {K} heads in layer {layer} over {len(kind_of_B)} images of {len(kinds)} "
-        f"kinds. Head {most[1] + 1} leaves its mean most for {kinds[most[0]]}, by "
+        f"Mean maps of {K} heads in layer {layer} over {len(kind_of_B)} images of {len(known)} "
+        f"kinds; {len(kinds)} kinds are drawn. Head {most[1] + 1} leaves its mean most for "
+        f"{kinds[most[0]]}, by "
         f"{number(excess_JxK.max())} times an even share."
     )
     table = long_table(("kind", "head", "row", "column", "share"), means_JxKxRxC)
     return Picture(figure, alt, table | {"kind": np.asarray(kinds)[table["kind"] - 1]})
+
+
+def _natural(kind: str) -> list[tuple[int, str]]:
+    """A key to sort by: 2 comes before 10, also where they stand within names."""
+    return [
+        (int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"([0-9]+)", kind)
+    ]
 
 
 @drawing
