@@ -160,7 +160,13 @@ def test_every_recipe_is_valid():
         assert build_model(config.model).num_tokens > 1
 
 
-@pytest.mark.parametrize(("name", "arg"), LOWERED)
+@pytest.mark.parametrize(
+    ("name", "arg"),
+    [
+        pytest.param(*recipe, marks=[] if recipe[0] == "digits" else pytest.mark.slow)
+        for recipe in LOWERED
+    ],
+)
 def test_recipe_builds_and_lowers_for_tpu_and_cuda(name, arg):
     """Ahead of time, over eight devices, on a machine that has neither; each by itself.
 

@@ -192,7 +192,7 @@ def test_what_it_refuses(workdir, vit, call, tmp_path):
 
 
 def test_where_it_could_not_write_is_said_before_anything_is_opened(call, tmp_path, monkeypatch):
-    monkeypatch.setattr(figures, "open_specimen", lambda *_, **__: pytest.fail("opened"))
+    monkeypatch.setattr(figures, "open_runs", lambda *_, **__: pytest.fail("opened"))
     (tmp_path / "a.csv").mkdir()
     for output, message in (
         (tmp_path / "a.txt", "--output must end in one of .svg"),

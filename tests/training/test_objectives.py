@@ -21,6 +21,8 @@ from crate_jax.training.loop import train
 from crate_jax.training.run import batches_after, jit_train_step, set_up
 from crate_jax.training.state import init_sharded
 
+pytestmark = pytest.mark.slow
+
 STEPS, SAVE_EVERY = 10, 3
 CLOCK = ("examples_per_s", "data_wait_share", "flops_share")  # never the same twice
 

@@ -86,6 +86,7 @@ def test_steps_that_are_no_range_are_refused_before_anything_is_written(
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 def test_a_run_writes_a_trace_that_is_read_and_its_share_of_the_peak(
     tiny_config, tmp_path, monkeypatch
 ):
