@@ -26,8 +26,10 @@ not measured here. A loss is a cross-entropy in nats a token.
 """
 WEIGHTS = """## Released weights
 
-What the authors released, with its licence as they state it. `load_weights` reads each of these
-files once it lies on your disk. A digest is given by its first digits.
+What the authors released, with its licence as they state it. `crate_jax.load_pretrained(NAME)`
+downloads the files that lie on the Hugging Face hub (`hf://`). Download the others by hand, and
+read them with `load_weights`. A digest is given by its first digits. The page
+[weights.md](weights.md) says more.
 """
 MATRIX = """## Commands
 
@@ -100,14 +102,17 @@ def commands() -> list[str]:
 
 def weights() -> list[str]:
     """The released files."""
-    from crate_jax.models.sources import RELEASED
+    from crate_jax.models.released import RELEASED
 
     rows = []
     for file in RELEASED:
         size = f"{file.bytes:,}" if file.bytes else "not known"
-        cells = [f"`{file.model}`", f"`{file.file}`", file.licence, f"{file.classes:,}", size]
+        where = f"`{file.file}`" + (f", {file.note}" if file.note else "")
+        where += "; the link is dead" if file.dead else ""
+        outputs = f"{file.classes:,}" if file.classes else "none"
+        cells = [f"`{file.name}`", where, file.licence, outputs, size]
         rows.append(" | ".join([*cells, f"{file.sha256}…" if file.sha256 else "not known"]))
-    heads = "model | file | licence | classes | bytes | SHA-256"
+    heads = "name | file | licence | classes | bytes | SHA-256"
     return [WEIGHTS, *table(heads, rows, words=3), ""]
 
 

@@ -1,7 +1,17 @@
 """CRATE, the white-box transformer of sparse rate reduction, in JAX and Flax."""
 
 from crate_jax import analysis, objective
-from crate_jax.interop import export_model, load_variables, load_weights, save_weights
+from crate_jax.interop import (
+    ModelCard,
+    Preprocessing,
+    export_model,
+    list_pretrained,
+    load_pretrained,
+    load_variables,
+    load_weights,
+    preprocessing,
+    save_weights,
+)
 from crate_jax.models.crate import Crate
 from crate_jax.models.crate_alpha import CrateAlpha
 from crate_jax.models.crate_bert import CrateBert
@@ -25,6 +35,8 @@ __all__ = [
     "CrateLM",
     "CrateMae",
     "HyperSet",
+    "ModelCard",
+    "Preprocessing",
     "Steer",
     "ToST",
     "TostLM",
@@ -34,9 +46,12 @@ __all__ = [
     "export_model",
     "generate",
     "list_models",
+    "list_pretrained",
+    "load_pretrained",
     "load_variables",
     "load_weights",
     "objective",
+    "preprocessing",
     "save_weights",
     "steering",
 ]

@@ -57,16 +57,22 @@ def located(path: str | os.PathLike[str], name: str, *, absolute: bool = False) 
     text = expanded(path, name)
     if is_remote(text):
         return bucket_path(text, name)
-    if re.match(r"(gs|gcs|s3):/", text):
+    if kind := re.match(r"(gs|gcs|s3|hf|https?):/", text):
         raise ValueError(
-            f"{name} must have two slashes after gs: or s3:; got {text}, as pathlib makes of it. "
-            "Give a bucket's path as text."
+            f"{name} must have two slashes after {kind[1]}:; got {text}, as pathlib makes of it. "
+            "Give the address as text."
         )
     return Path(text).absolute() if absolute else Path(text)
 
 
 def cache_folder() -> str:
-    """Where this project keeps what can be made again: ``crate_jax`` below XDG_CACHE_HOME."""
+    """Where this project keeps what can be made or fetched again.
+
+    The folder is CRATE_JAX_CACHE, or ``crate_jax`` below XDG_CACHE_HOME, which is ~/.cache unless
+    it is set.
+    """
+    if own := os.environ.get("CRATE_JAX_CACHE"):
+        return expanded(own, "CRATE_JAX_CACHE")
     base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
     return os.path.join(expanded(base, "XDG_CACHE_HOME"), "crate_jax")
 

@@ -74,7 +74,7 @@ OTHERS = {
     *["topology", "context_length", "vocab_size"],
     *["tap", "layer", "head", "size", "positions", "objects", "tau", "similarity", "connected"],
     *["share", "share_of", "definition", "limit", "pictures", "initial", "geometry"],
-    *["examples", "watch", "decoder", "no_training", "pixels", "platforms"],
+    *["examples", "watch", "decoder", "no_training", "pixels", "platforms", "license"],
     *["topology", "context_length", "vocab_size", "train_split", "task", "baselines", "seeds"],
     *["k", "temperature", "form", "classifiers", "solver", "epochs", "shots", "l2", "detail"],
     *[
@@ -179,6 +179,9 @@ def test_a_run_is_where_it_should_be(home):
 def test_caches(home, monkeypatch):
     monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
     assert cache_folder() == f"{home}/.cache/crate_jax"
+    monkeypatch.setenv("CRATE_JAX_CACHE", "~/big")
+    assert cache_folder() == f"{home}/big"
+    monkeypatch.delenv("CRATE_JAX_CACHE")
     monkeypatch.setenv("XDG_CACHE_HOME", "~/cache")
     assert cache_folder() == f"{home}/cache/crate_jax"
     names = (

@@ -25,6 +25,7 @@ FLOORS = [
     "models.variants",
     "models.sections",
     "models.sources",
+    "models.released",
     "sections",
     "config",
     "placement",
@@ -111,8 +112,9 @@ ROOMS = {
     ],
     "interop": [
         *["layouts", "names", "kinds", "pickled", "safetensors", "npz", "msgpack", "orbax", "pth"],
-        *["folders", "nearby", "tree", "faults", "resize", "fit", "convert", "stated", "contents"],
-        *["floats", "load", "save", "networks", "export"],
+        *["download", "folders", "hub", "addresses", "nearby"],
+        *["tree", "faults", "resize", "fit", "convert", "stated", "contents"],
+        *["floats", "pictures", "load", "hub_folder", "save", "networks", "pretrained", "export"],
     ],
     "parity": [
         *["twin", "crate", "crate_alpha", "vit", "hyper_set"],
@@ -275,7 +277,7 @@ def test_import_loads_no_more_than_models_need():
 import json, sys
 import crate_jax
 names = ["analysis.taps", "analysis.layerwise", "objective.coding_rate", "Crate", "create_model"]
-for name in [*names, "list_models", "load_weights"]:
+for name in [*names, "list_models", "load_weights", "load_pretrained", "preprocessing"]:
     value = crate_jax
     for part in name.split("."):
         value = getattr(value, part)
@@ -287,6 +289,7 @@ print(json.dumps(sorted({module.split(".")[0] for module in sys.modules})))
     loaded = set(json.loads(done.stdout))
     assert {"crate_jax", "jax", "flax"} <= loaded
     heavy = {"grain", "tensorflow", "tensorflow_datasets", "orbax", "cv2", "torch", "matplotlib"}
+    heavy |= {"huggingface_hub", "fsspec", "tqdm", "httpx2"}
     assert loaded & (heavy | {"sklearn", "tensorboardX", "ml_collections"}) == set()
 
 
@@ -309,7 +312,7 @@ LONG: dict[str, str] = {}
 FRAME = {
     *("layers", "attention", "gpu", "tpu", "tpu_programs"),
     *("block", "stacked", "embedding", "classifier", "language"),
-    *("fields", "variants", "sources", "zoo"),
+    *("fields", "variants", "sources", "released", "zoo"),
 }
 
 

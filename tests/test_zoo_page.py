@@ -6,7 +6,8 @@ import pytest
 from command import ROOT
 
 from crate_jax import list_models
-from crate_jax.models.sources import RELEASED, RESULTS, SOURCES, source_of
+from crate_jax.models.released import RELEASED
+from crate_jax.models.sources import RESULTS, SOURCES, source_of
 from crate_jax.models.zoo import create_model
 
 sys.path.append(str(ROOT / "benchmarks"))

@@ -55,7 +55,7 @@ def open_frozen(args: argparse.Namespace, command: str) -> Frozen:
 
     alone = open_alone(args, command)
     model = of_images(alone.model)
-    return Frozen(model, alone.variables, alone.data or default_data(model), alone.step)
+    return Frozen(model, alone.variables, alone.data or default_data(model, args), alone.step)
 
 
 def open_alone(args: argparse.Namespace, command: str) -> Alone:
@@ -86,5 +86,5 @@ def open_alone(args: argparse.Namespace, command: str) -> Alone:
     loaded = load_fitted(path, named_model(args))
     variables = {"params": loaded.params, **loaded.extra}
     model = loaded.model
-    data = (data or default_data(model)) if isinstance(model, ImageClassifier) else None
+    data = (data or default_data(model, args)) if isinstance(model, ImageClassifier) else None
     return Alone(model, variables, data, step, loaded.class_names)

@@ -7,8 +7,6 @@ from typing import TYPE_CHECKING
 
 from crate_jax.config import (
     IMAGENET_EVAL,
-    IMAGENET_MEAN,
-    IMAGENET_STD,
     DataConfig,
     ParallelConfig,
     TrainConfig,
@@ -124,14 +122,12 @@ def resize_method(args: argparse.Namespace) -> str:
     return args.method or "right"
 
 
-def default_data(model: "ImageClassifier") -> DataConfig:
-    """How images are prepared for weights that do not say: as on ImageNet, or just resized."""
-    *size, channels = model.input_shape
-    return DataConfig(
-        eval_transforms=IMAGENET_EVAL if size == [224, 224] else f"resize({tuple(size)})",
-        mean=IMAGENET_MEAN if channels == 3 else (0.5,),
-        std=IMAGENET_STD if channels == 3 else (0.5,),
-    )
+def default_data(model: "ImageClassifier", args: argparse.Namespace) -> DataConfig:
+    """How images are prepared for --weights: as they state, or as is usual for --model."""
+    from crate_jax.interop.pretrained import prepared_for
+
+    prepared = prepared_for(model, args.weights or "", args.model or "")
+    return DataConfig(eval_transforms=prepared.transforms, mean=prepared.mean, std=prepared.std)
 
 
 def override_data(data: DataConfig, args: argparse.Namespace) -> None:
@@ -165,5 +161,20 @@ def saved_run(workdir: str | Path, step: str) -> tuple[TrainConfig, Json, int]:
         config = from_dict(reader.restore_record(number)["config"])
         config.parallel = ParallelConfig()  # of the machine it was trained on
         return config, read_facts(workdir), number
+    finally:
+        reader.close()
+
+
+def saved_metrics(workdir: str | Path, number: int) -> dict[str, float]:
+    """What was measured at a checkpoint of a run; empty if it was not evaluated.
+
+    Raises:
+        FileNotFoundError, ValueError: there is none, or it cannot be read.
+    """
+    from crate_jax.checkpoint.manager import Checkpointer
+
+    reader = Checkpointer(workdir, read_only=True)
+    try:
+        return reader.metrics(number)
     finally:
         reader.close()

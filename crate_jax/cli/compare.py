@@ -23,7 +23,7 @@ from crate_jax.cli.arguments import (
     saved_run,
 )
 from crate_jax.config import DataConfig
-from crate_jax.files import Json, located
+from crate_jax.files import Json
 
 if TYPE_CHECKING:  # imported where they are used
     from crate_jax.data.images.labelled import LabelledImages
@@ -188,11 +188,12 @@ def _inputs(
 ) -> tuple[np.ndarray, np.ndarray, str]:
     """Normalised images (B, H, W, c), labels (B,), and what they are in words."""
     from crate_jax.interop import find_run, is_run
+    from crate_jax.interop.addresses import fetched
 
     if args.images and args.dataset:
         raise ValueError("compare must get one of --images and --dataset. Leave one out.")
-    weights = located(args.weights, "--weights")
-    data, of_run = default_data(model), weights.is_dir() and is_run(weights)
+    weights = fetched(args.weights, "--weights")
+    data, of_run = default_data(model, args), weights.is_dir() and is_run(weights)
     if of_run:
         data = saved_run(*find_run(args.weights))[0].data
     override_data(data, args)

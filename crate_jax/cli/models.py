@@ -2,6 +2,7 @@
 
 import argparse
 import sys
+from typing import TYPE_CHECKING
 
 from crate_jax.cli.arguments import (
     Subparsers,
@@ -11,10 +12,15 @@ from crate_jax.cli.arguments import (
     named_model,
     path,
     resize_method,
+    saved_metrics,
+    saved_run,
 )
 from crate_jax.cli.flags import parse_config
 from crate_jax.files import Json
 from crate_jax.streams import tolerant
+
+if TYPE_CHECKING:  # imported where it is used, with JAX
+    from crate_jax.models.stacked import BlockModel
 
 
 def add_convert(subparsers: Subparsers) -> None:
@@ -34,7 +40,7 @@ def add_convert(subparsers: Subparsers) -> None:
         type=path,
         required=True,
         help="FILE.safetensors, .npz, .pth, .pt or .bin (a bare state dict), .ckpt (Lightning's "
-        "form), or .pth.tar (that of the official scripts)",
+        "form), or .pth.tar (that of the official scripts); or FOLDER/, for the Hugging Face hub",
     )
     parser.add_argument(
         "--layout",
@@ -49,6 +55,9 @@ def add_convert(subparsers: Subparsers) -> None:
         help="the weights to take where there are several, such as student; default: averaged "
         "ones first, such as a teacher",
     )
+    parser.add_argument(
+        "--license", help="of a FOLDER/, as the hub abbreviates it, such as mit or apache-2.0"
+    )
     add_model(parser)
     parser.set_defaults(function=convert)
 
@@ -56,6 +65,7 @@ def add_convert(subparsers: Subparsers) -> None:
 def convert(args: argparse.Namespace) -> Json:
     """Weights from one kind of file to another, through a model that they fit."""
     from crate_jax.interop import load_fitted, save_weights
+    from crate_jax.interop.hub_folder import names_folder
     from crate_jax.interop.save import holds_class_names
     from crate_jax.models.cost import count_parameters
 
@@ -68,13 +78,43 @@ def convert(args: argparse.Namespace) -> Json:
     if names and not holds_class_names(args.target):
         fitted = [*fitted, f"left aside the names of {len(names)} classes, for a bare state dict"]
         names = ()
-    save_weights(args.target, variables, loaded.model, layout=args.layout, class_names=names)
+    said: Json = {}
+    if names_folder(args.target):
+        said = _said_of(args, loaded.model)
+    elif args.license:
+        raise ValueError("--license must go with --to FOLDER/. End the path in a slash.")
+    save_weights(
+        args.target, variables, loaded.model, layout=args.layout, class_names=names, **said
+    )
     return {
         "from": args.source,
         "to": args.target,
         "parameters": count_parameters(loaded.model),
         "fitted": fitted,
     }
+
+
+def _said_of(args: argparse.Namespace, model: "BlockModel") -> Json:
+    """What a folder for the hub states besides its weights: preprocessing and model card."""
+    from crate_jax.interop import ModelCard, find_run, is_run
+    from crate_jax.interop.addresses import fetched
+    from crate_jax.interop.pictures import of_data
+    from crate_jax.interop.pretrained import prepared_for
+    from crate_jax.models.classifier import ImageClassifier
+
+    source, pictures = fetched(args.source, "--from"), isinstance(model, ImageClassifier)
+    card: Json = {"title": args.model or "", "licence": args.license or ""}
+    if not (source.is_dir() and is_run(source)):
+        prepared = prepared_for(model, args.source, args.model or "") if pictures else None
+        return {"preprocessing": prepared, "card": ModelCard(**card)}
+    workdir, step = find_run(source)
+    config, _, number = saved_run(workdir, step)
+    measured = {name.rpartition("/")[2]: v for name, v in saved_metrics(workdir, number).items()}
+    card["metrics"] = {name: v for name, v in measured.items() if name != "examples"}
+    if pictures:
+        card["dataset"] = f"{config.data.dataset}, {config.data.eval_split}"
+    prepared = of_data(config.data, model) if pictures else None
+    return {"preprocessing": prepared, "card": ModelCard(**card)}
 
 
 def add_summary(subparsers: Subparsers) -> None:

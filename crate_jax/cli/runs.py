@@ -172,7 +172,7 @@ def _config_of_model(args: argparse.Namespace) -> TrainConfig:
     for name in {"image_size", "patch_size"} & set(kwargs):
         sides = kwargs[name]
         kwargs[name] = (sides, sides) if isinstance(sides, int) else tuple(sides)
-    return TrainConfig(model=ModelConfig(name=args.model, **kwargs), data=default_data(model))
+    return TrainConfig(model=ModelConfig(name=args.model, **kwargs), data=default_data(model, args))
 
 
 def _stated_facts(args: argparse.Namespace) -> Json:

@@ -13,6 +13,7 @@ from crate_jax.buckets import check_reachable
 from crate_jax.config import from_dict
 from crate_jax.files import Json, located
 from crate_jax.interop import msgpack, npz, orbax, pth, safetensors
+from crate_jax.interop.addresses import fetched
 from crate_jax.interop.folders import pieces, weights_file
 from crate_jax.interop.kinds import kind_of, not_there
 from crate_jax.interop.layouts.layout import Arrays, Tree
@@ -134,7 +135,7 @@ def read_class_names(path: str | Path) -> tuple[str, ...]:
         FileNotFoundError: there is nothing at ``path``.
         ValueError: the file is damaged, or its names are no text.
     """
-    path, names = located(path, "weights"), []
+    path, names = fetched(path), []
     check_reachable(path, "weights")
     if not path.exists():
         raise FileNotFoundError(not_there(path))

@@ -5,9 +5,10 @@ from pathlib import Path
 
 from crate_jax.interop.kinds import not_whole
 
+CONFIG = "config.json"  # of a repository on the hub
 # What transformers, accelerate, timm and diffusers call the weights in a folder.
 _STEMS = ("model", "pytorch_model", "diffusion_pytorch_model", "open_clip_pytorch_model")
-_NAMES = (
+KNOWN_NAMES = (
     *(f"{stem}.safetensors{index}" for stem in _STEMS for index in ("", ".index.json")),
     *(f"{stem}.bin{index}" for stem in _STEMS for index in ("", ".index.json")),
     *("open_clip_model.safetensors", "flax_model.msgpack"),
@@ -20,7 +21,7 @@ def weights_file(folder: Path) -> Path:
     Raises:
         ValueError: there is none; what the folder holds instead is said.
     """
-    for name in _NAMES:
+    for name in KNOWN_NAMES:
         if (folder / name).is_file():
             return folder / name
     names = sorted(each.name + "/" * each.is_dir() for each in folder.iterdir())
@@ -38,14 +39,29 @@ def pieces(index: Path) -> list[Path]:
     Raises:
         ValueError: it is no such index, or names a file that is not beside it.
     """
+    found = [index.parent / name for name in piece_names(index)]
+    for path in found:
+        if not path.is_file():
+            raise ValueError(
+                f"{index} must name files beside it; {path.name} is not there. Fetch every piece."
+            )
+    return found
+
+
+def piece_names(index: Path) -> list[str]:
+    """The names of these files, wherever they are.
+
+    Raises:
+        ValueError: it is no such index, or names a file elsewhere.
+    """
     try:
         names = sorted(set(json.loads(index.read_text("utf-8"))["weight_map"].values()))
+        elsewhere = [name for name in names if Path(name).name != name]
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         what = "an index of files with a weight_map"
         raise ValueError(not_whole(index, what, f"a {type(error).__name__}")) from None
-    for name in names:
-        if Path(name).name != name or not (index.parent / name).is_file():
-            raise ValueError(
-                f"{index} must name files beside it; {name} is not there. Fetch every piece."
-            )
-    return [index.parent / name for name in names]
+    if elsewhere:
+        raise ValueError(
+            f"{index} must name files beside it; {elsewhere[0]} is not there. Fetch every piece."
+        )
+    return names

@@ -7,7 +7,8 @@ from typing import NamedTuple
 
 import jax
 
-from crate_jax.files import Json, located
+from crate_jax.files import Json
+from crate_jax.interop.addresses import fetched
 from crate_jax.interop.contents import NO_TREE, Contents, read_contents
 from crate_jax.interop.convert import check_implied, foreign_family, recognise
 from crate_jax.interop.faults import faults, mismatch
@@ -46,7 +47,9 @@ def load_weights(
             any of the usual wrappers and prefixes (`crate_jax.interop.names`), or with the paths of
             our tree; a folder with such a file or its pieces (`crate_jax.interop.folders`); a tree
             that Orbax wrote; or the folder of a run (its newest checkpoint), or of one of its
-            steps, ``RUN/checkpoints/STEP``. Averaged weights are taken before others.
+            steps, ``RUN/checkpoints/STEP``. Averaged weights are taken before others. Addresses
+            ``hf://OWNER/REPOSITORY[/PATH][@REVISION]`` and ``https://…`` are fetched once
+            (`crate_jax.interop.download`); ``gs://…`` and ``s3://…`` are read.
         model: the model that the weights are for.
         fit: what may differ between the two and is made to fit, one name or several: ``head``
             (always a new one), ``image_size`` (positions resized), ``patch_size`` and
@@ -64,6 +67,7 @@ def load_weights(
 
     Raises:
         FileNotFoundError: there is nothing at ``path``.
+        OSError: the network cannot be reached, or the cache cannot be written.
         ValueError: the kind of file is not known, the file is damaged or would run code, PyTorch is
             missing, the weights are not those of the model (each missing, unknown or ill-shaped
             entry is named, and whose weights they are), their names imply another value of one of
@@ -153,7 +157,7 @@ def load_fitted(
         ValueError: also where there is no model, and the file states none; or where the file names
             the classes of a head that is kept, and the facts name others.
     """
-    path, fit = located(path, "weights"), (fit,) if isinstance(fit, str) else fit
+    path, fit = fetched(path), (fit,) if isinstance(fit, str) else fit
     if method == "official_maps" and "image_size" not in fit:
         raise ValueError(
             "fit must have image_size for the method official_maps, which resizes positions; got "

@@ -12,6 +12,7 @@ import numpy as np
 
 from crate_jax.files import located, written_aside
 from crate_jax.interop import pth
+from crate_jax.interop.addresses import fetched
 from crate_jax.interop.contents import read_contents
 from crate_jax.interop.convert import check_implied, find_layout, recognise
 from crate_jax.interop.faults import faults
@@ -41,7 +42,7 @@ def load_network(path: str | Path, model: BlockModel, which: str = "teacher") ->
         FileNotFoundError: there is nothing at ``path``.
         ValueError: as `crate_jax.load_weights`.
     """
-    path, backbone = located(path, "weights"), tree_of(model)
+    path, backbone = fetched(path), tree_of(model)
     arrays = read_contents(path, backbone, which).arrays
     layout = recognise(arrays, model)
     check_implied(layout, model, "Set model.{field}.")

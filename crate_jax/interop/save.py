@@ -9,6 +9,8 @@ from crate_jax.files import located, written_aside
 from crate_jax.interop import npz, pth, safetensors
 from crate_jax.interop.convert import find_layout
 from crate_jax.interop.faults import faults
+from crate_jax.interop.hub_folder import WEIGHTS, ModelCard, describe, names_folder, open_folder
+from crate_jax.interop.pictures import Preprocessing
 from crate_jax.interop.tree import flatten, tree_of
 from crate_jax.models.parameters import Params
 from crate_jax.models.stacked import BlockModel
@@ -25,6 +27,8 @@ def save_weights(
     *,
     layout: str | None = None,
     class_names: Sequence[str] = (),
+    preprocessing: Preprocessing | None = None,
+    card: ModelCard | None = None,
 ) -> None:
     """Write a model's parameters to a file, whole or not at all; float32, bit for bit.
 
@@ -43,6 +47,8 @@ def save_weights(
         layout: whose names and shapes: one of `crate_jax.interop.layouts`; None: the paths of our
             tree, and in PyTorch files the first layout of the model's family that agrees with it.
         class_names: of the model's outputs, in their order; (): none are written.
+        preprocessing: of pictures, for a folder's configuration; None: it says nothing of it.
+        card: what a folder's model card says besides.
 
     Raises:
         ValueError: the kind of file or the layout is not known, PyTorch is missing, the tree is not
@@ -50,6 +56,16 @@ def save_weights(
             model's outputs, or the kind of file does not hold them.
         FileNotFoundError: there is no such folder.
     """
+    if names_folder(path):
+        folder = open_folder(path)
+        save_weights(folder / WEIGHTS, params, model, layout=layout, class_names=class_names)
+        describe(folder, model, class_names, preprocessing, card or ModelCard())
+        return
+    if preprocessing or card:
+        raise ValueError(
+            f"weights must be written to a folder for a preprocessing or a model card; got {path}. "
+            "End the path in a slash, or leave them out."
+        )
     path, tree = located(path, "weights"), tree_of(model)
     if tree.collections and "params" not in params:
         raise ValueError(
@@ -92,8 +108,8 @@ def save_weights(
 
 
 def holds_class_names(path: str | Path) -> bool:
-    """Whether the kind of file that `save_weights` writes to a path can name classes."""
-    return Path(path).suffix.lower() in (".npz", ".safetensors")
+    """Whether what `save_weights` writes to a path can name classes."""
+    return names_folder(path) or Path(path).suffix.lower() in (".npz", ".safetensors")
 
 
 def _suffix(path: Path) -> str:

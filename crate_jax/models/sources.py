@@ -1,4 +1,4 @@
-"""Where the named models come from: papers, code, published results, released weights.
+"""Where the named models come from: papers, code, published results; see `released` for weights.
 
 One table, which docs/zoo.md is made from. Nothing here imports JAX, and nothing here is computed.
 """
@@ -26,34 +26,13 @@ class Source:
     note: str = ""
 
 
-@dataclasses.dataclass(frozen=True)
-class Released:
-    """One file of released weights.
-
-    Attributes:
-        model: the named model that it fits.
-        file: where it lies: hf://owner/repository/path on the Hugging Face hub, or a page.
-        licence: that its owner states.
-        classes: outputs of its head.
-        bytes: its size; None: not known to the byte.
-        sha256: the first digits of its digest; "": not known.
-    """
-
-    model: str
-    file: str
-    licence: str
-    classes: int
-    bytes: int | None = None
-    sha256: str = ""
-
-
 SOURCES = (
     Source(
         "CRATE",
         "crate_[tsbl]*_patch16_224",
         "2306.01129",
         "Ma-Lab-Berkeley/CRATE, MIT",
-        "The link to the small weights is dead, and others were not released.",
+        "The link to the small weights is dead. The authors released no others.",
     ),
     Source(
         "CRATE on 8-pixel patches",
@@ -214,35 +193,6 @@ RESULTS |= {
         "tost_lm_large": (2.72, 4.32, 3.99, 5.03),
     }.items()
 }
-
-_ALPHA = "hf://UCSC-VLAA/CRATE-alpha"
-RELEASED = tuple(
-    Released(f"crate_alpha_{model}_224", f"{_ALPHA}/{file}", "Apache-2.0", classes, size, sha256)
-    for model, file, classes, size, sha256 in (
-        ("base_patch16", "jax/crate_alpha_B16_in1k.npz", 1000, 723_400_850, "5d84b128"),
-        ("base_patch8", "jax/crate_alpha_B8_in1k.npz", 1000, 723_493_010, "0ffd17cc"),
-        ("large_patch14", "jax/crate_alpha_L14_in1k.npz", 1000, 2_536_725_406, "09f7412c"),
-        ("large_patch8", "jax/crate_alpha_L8_in1k.npz", 1000, 2_538_077_086, "5f641413"),
-        ("base_patch16", "torch/crate_alpha_B16.pth", 1000, None, ""),
-        ("large_patch14", "torch/crate_alpha_L14.pth", 1000, None, ""),
-        ("base_patch32", "torch/in21k_Pretrain/crate_alpha_B32_in21k.pth", 19_167, None, ""),
-        ("base_patch16", "torch/in21k_Pretrain/crate_alpha_B16_IN21K", 19_167, None, ""),
-        ("base_patch8", "torch/in21k_Pretrain/crate_alpha_B8_IN21K", 19_167, None, ""),
-        ("large_patch32", "torch/in21k_Pretrain/crate_alpha_L32_in21k.pth", 19_167, None, ""),
-        ("large_patch14", "torch/in21k_Pretrain/crate_alpha_L14_IN21K", 19_167, None, ""),
-        ("large_patch8", "torch/in21k_Pretrain/crate_alpha_L8_IN21K", 19_167, None, ""),
-    )
-)
-_DRIVE = "https://drive.google.com/file/d"
-RELEASED += tuple(
-    Released(f"cbsa_{size}_patch16_224", f"{_DRIVE}/{page}/view", "MIT", 1000)
-    for size, page in {
-        "tiny": "1GovOGBPDkHJDpOYX8KVJJeDrjwQvHfhb",
-        "small": "1sKZBbIxvgPJmfO89TKaggKD0EdUJ7jSu",
-        "base": "1CouOjiy3T9YRhYJFk4gL8PVOgiJ-bFgn",
-        "large": "1xdEClU6xb5qSwxvDZROKfLac8mJ7R6vb",
-    }.items()
-)
 
 
 def source_of(model: str) -> Source:

@@ -2,7 +2,7 @@
 
 import dataclasses
 import fnmatch
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import jax.numpy as jnp
@@ -61,10 +61,7 @@ def create_model(name: str, **overrides: object) -> Model:
         ValueError: a value is of another type, or not among the legal ones.
     """
     variant = find(name)
-    known = fields_of(variant.family)
-    for field in overrides:
-        if field not in known:
-            raise unknown(f"model.{field}", field, known, name)
+    _check_fields(overrides, variant.family, name)
     values = {**FAMILIES[variant.family].USUAL, **variant.fields, **overrides}
     return _build(variant.family, values)
 
@@ -72,6 +69,26 @@ def create_model(name: str, **overrides: object) -> Model:
 def build_model(config: ModelConfig) -> Model:
     """`create_model` from a config section; fields that are None keep the variant's value."""
     return create_model(config.name, **overrides(config))
+
+
+def altered(model: Model, overrides: Mapping[str, object]) -> Model:
+    """A model with other values in some of its fields.
+
+    Raises:
+        KeyError, ValueError: as `create_model`.
+    """
+    family = family_of(model)
+    _check_fields(overrides, family, type(model).__name__)
+    values = {name: getattr(model, name) for name in fields_of(family)}
+    return _build(family, {**values, **overrides})
+
+
+def _check_fields(names: Iterable[str], family: str, owner: str) -> None:
+    """Refuse a name that is no field of a family's models."""
+    known = fields_of(family)
+    for name in names:
+        if name not in known:
+            raise unknown(f"model.{name}", name, known, owner)
 
 
 def family_of(model: object) -> str:

@@ -130,7 +130,7 @@ def test_a_path_at_which_there_is_nothing(tmp_path):
     refuse(tmp_path / "xyz", r"not there\. Check the path\.")
     refuse(tmp_path / "none" / "w.pth", "There is no folder .*none")
     refuse(tmp_path / "link.pth", r"It is a link to .*gone\.pth, which is gone")
-    refuse("https://example.org/w.pth", "Addresses of other kinds are not read: download")
+    refuse("ftp://example.org/w.pth", "Addresses of other kinds are not read: download")
 
 
 def test_a_file_that_may_not_be_read(tmp_path, monkeypatch):
