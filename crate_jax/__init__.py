@@ -24,8 +24,9 @@ from crate_jax.models.tost import ToST
 from crate_jax.models.tost_lm import TostLM
 from crate_jax.models.vit import ViT
 from crate_jax.models.zoo import create_model, list_models
+from crate_jax.version import VERSION
 
-__version__ = "0.1.0"
+__version__ = VERSION
 
 __all__ = [
     "Crate",

@@ -77,6 +77,7 @@ OTHERS = {
     *["examples", "watch", "decoder", "no_training", "pixels", "platforms", "license"],
     *["topology", "context_length", "vocab_size", "train_split", "task", "baselines", "seeds"],
     *["k", "temperature", "form", "classifiers", "solver", "epochs", "shots", "l2", "detail"],
+    *["recipe", "section", "json"],
     *[
         "which",
         "components",

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from crate_jax.config import (
-    IMAGENET_EVAL,
     DataConfig,
     ParallelConfig,
     TrainConfig,
@@ -38,43 +37,43 @@ def add_model_kwargs(parser: argparse.ArgumentParser) -> None:
         "--model_kwargs",
         nargs="+",
         default=[],
-        metavar="FIELD=VALUE",
-        help="fields that differ from the named model, such as num_classes=10 image_size=32,32",
+        metavar="F=V",
+        help="fields that differ from --model's, as num_classes=10",
     )
 
 
 def add_model(parser: argparse.ArgumentParser) -> None:
     """Which model, and how the weights are made to fit it."""
-    parser.add_argument("--model", help="one of crate_jax.list_models()")
+    parser.add_argument(
+        "--model", metavar="NAME", help="of the zoo; which: crate_jax.list_models()"
+    )
     add_model_kwargs(parser)
     parser.add_argument(
         "--fit",
         nargs="+",
         default=[],
         metavar="WHAT",
-        help="what may differ between weights and model: head, image_size, patch_size, "
+        help="what the weights may lack or have in another size: head, image_size, patch_size, "
         "in_channels, pool, eta, lmbda",
     )
     parser.add_argument(
         "--method",
-        help="how --fit resizes patches and positions: right (the default); crate_alpha, as "
-        "CRATE-α's official fine-tuning does; or official_maps, positions as behind the published "
-        "attention maps",
+        help="of --fit: right (default), crate_alpha, official_maps",
     )
 
 
 def add_data(parser: argparse.ArgumentParser) -> None:
     """Which examples, and what happens to them."""
-    parser.add_argument("--dataset", help="digits, folder, tar, synthetic or a TFDS name")
     parser.add_argument(
-        "--data_dir", type=path, help="where the data set is prepared, or a folder's root"
+        "--dataset", metavar="NAME", help="digits, folder, tar, synthetic, or TFDS's name"
     )
-    parser.add_argument("--split", help="default: the run's, or test")
-    parser.add_argument("--image_key", help="TFDS feature that is the image; default: image")
-    parser.add_argument("--label_key", help="TFDS feature that is the label; default: label")
+    parser.add_argument("--data_dir", type=path, help="where the data set lies")
+    parser.add_argument("--split", metavar="NAME", help="default: the run's, or test")
+    parser.add_argument("--image_key", help="TFDS's name of the image; default: image")
+    parser.add_argument("--label_key", help="TFDS's name of the label; default: label")
     parser.add_argument("--batch_size", type=int, help="examples per step over all devices")
     parser.add_argument(
-        "--transforms", help="as data.eval_transforms; default: the run's, or " + IMAGENET_EVAL
+        "--transforms", metavar="SPEC", help="as data.eval_transforms; default: the run's"
     )
 
 

@@ -33,38 +33,44 @@ if TYPE_CHECKING:  # imported where they are used
 
 def add_compare(subparsers: Subparsers) -> None:
     """The flags of `compare`."""
-    parser = subparsers.add_parser("compare", help="ours against PyTorch, layer by layer")
+    parser = subparsers.add_parser(
+        "compare",
+        help="our numbers against PyTorch's, layer by layer",
+        epilog="compare --weights=crate_small.pth --train-steps=0\n"
+        "compare --weights=runs/digits --html=digits.html",
+    )
     parser.add_argument(
         "--weights", type=path, required=True, help="a weights file, a run or one of its steps"
     )
     parser.add_argument("--reference", type=path, help="PyTorch's weights; default: the same")
     add_model(parser)
     parser.add_argument(
-        "--images", type=path, help="a folder of images; default: the run's, or seeded noise"
+        "--images", type=path, help="a folder of images; default: the run's, or noise"
     )
     add_data(parser)
     parser.add_argument(
         "--dtype", choices=("float32", "bfloat16"), default="float32", help="of our computation"
     )
     parser.add_argument(
-        "--train-steps", "--train_steps", type=int, default=10, help="of each optimizer; 0: none"
+        "--train-steps",
+        "--train_steps",
+        type=int,
+        default=10,
+        help="of each optimizer; default: 10; 0: none",
     )
     parser.add_argument(
         "--rate-scale",
         "--rate_scale",
         type=float,
         default=0.05,
-        help="learning rates as a share of the official peak; default 1/20, as in the first epoch "
-        "of the official schedule",
+        help="learning rates as a share of the official peak; default: 0.05",
     )
     parser.add_argument(
         "--float64",
         action="store_true",
-        help="also train PyTorch in float64: how far rounding alone carries a training",
+        help="also train PyTorch in float64, which shows what rounding does",
     )
-    parser.add_argument(
-        "--html", type=path, help="also write the comparison as a page to this file"
-    )
+    parser.add_argument("--html", type=path, help="a page to write, with all numbers and a plot")
     parser.set_defaults(function=compare)
 
 

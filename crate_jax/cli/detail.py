@@ -17,13 +17,11 @@ CLASSIFY = "classify"  # the task that has classes to tell
 def add_detail(parser: argparse.ArgumentParser) -> None:
     """The flags that ask for a second pass over the split."""
     parser.add_argument(
-        "--detail", action="store_true", help="also: accuracy by class, and calibration"
+        "--detail", action="store_true", help="also accuracy by class, and calibration"
     )
+    parser.add_argument("--confusion", type=path, help="a CSV file to write: label by prediction")
     parser.add_argument(
-        "--confusion", type=path, help="a CSV file to write: images by label and prediction"
-    )
-    parser.add_argument(
-        "--real", type=path, help="ReaL labels: a JSON list of lists in the order of the split"
+        "--real", type=path, help="ReaL labels, a JSON file in the order of the split"
     )
 
 

@@ -35,7 +35,8 @@ def add_doctor(subparsers: Subparsers) -> None:
     """The flags of `doctor`."""
     parser = subparsers.add_parser(
         "doctor",
-        help="what is installed, what is missing and for which command, does training work",
+        help="what is installed and what is missing; does training work",
+        epilog="doctor",
     )
     parser.add_argument(
         "--no-training", action="store_true", help="leave out the short training at the end"

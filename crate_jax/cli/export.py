@@ -55,15 +55,17 @@ class Output(NamedTuple):
 def add_export(subparsers: Subparsers) -> None:
     """The flags of `export`."""
     parser = subparsers.add_parser(
-        "export", help="a model with its weights as StableHLO, which runs without this package"
+        "export",
+        help="a model with its weights as StableHLO, to run without us",
+        epilog="export --workdir=runs/digits --step=best",
     )
     add_source(parser)
-    parser.add_argument("--model", help="one of crate_jax.list_models() (with --weights)")
+    parser.add_argument("--model", metavar="NAME", help="of the zoo, with --weights")
     add_model_kwargs(parser)
     parser.add_argument(
         "--output",
         type=path,
-        help=f"a file that ends in {SUFFIX}, or a folder; default WORKDIR/export, or export here",
+        help=f"a file that ends in {SUFFIX}, or a folder; default: WORKDIR/export, or export here",
     )
     parser.add_argument(
         "--pixels",
@@ -75,7 +77,8 @@ def add_export(subparsers: Subparsers) -> None:
         nargs="+",
         choices=PLATFORMS,
         default=list(USUAL),
-        help=f"where it may run; default: {' '.join(USUAL)}",
+        metavar="NAME",
+        help=f"of {', '.join(PLATFORMS)}; default: {' '.join(USUAL)}",
     )
     parser.set_defaults(function=export)
 

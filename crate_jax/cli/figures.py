@@ -5,28 +5,28 @@ import argparse
 from crate_jax.cli.arguments import Subparsers, path
 from crate_jax.cli.drawings import FIGURES, HEEDED_BY, Asked
 from crate_jax.cli.looking import add_looking, check_looking, open_runs
+from crate_jax.cli.parser import beside
 from crate_jax.files import Json
 
 
 def add_figure(subparsers: Subparsers) -> None:
     """The flags of `figure`."""
-    width = max(map(len, FIGURES))
-    listed = "\n".join(f"  {n:{width}}  {(f.__doc__ or '').strip()}" for n, f in FIGURES.items())
+    column = max(map(len, FIGURES)) + 4
+    lines = [beside(n, (f.__doc__ or "").strip(), column) for n, f in FIGURES.items()]
+    listed = "\n".join(line for each in lines for line in each)
     parser = subparsers.add_parser(
         "figure",
-        help="one figure of the papers, of a run: " + ", ".join(FIGURES),
+        help="one figure of the papers, of a run or of several",
         description="The figures:\n" + listed,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog="figure objective --workdir=runs/digits --output=objective.png",
     )
-    parser.add_argument("name", choices=FIGURES, metavar="NAME", help="which figure")
+    parser.add_argument("name", choices=FIGURES, metavar="NAME", help="one of the figures above")
     add_looking(parser, several=True)
     parser.add_argument("--layer", type=int, help="counted from 1; default: the last, or all")
-    parser.add_argument(
-        "--size", type=int, help="pixels of a side of the pictures' images; default: the model's"
-    )
+    parser.add_argument("--size", type=int, help="pixels of a picture's side; default: the model's")
     parser.add_argument("--head", type=int, help="counted from 1; default: all")
     parser.add_argument(
-        "--output", type=path, help=".svg, .png or .pdf; its data goes beside it; default NAME.svg"
+        "--output", type=path, help=".svg, .png or .pdf, with data beside it; default: NAME.svg"
     )
     parser.set_defaults(function=figure)
 

@@ -12,6 +12,7 @@ from crate_jax.cli.mistakes import complain, text
 from crate_jax.cli.recipes import load_recipe
 from crate_jax.config import TrainConfig, get_field, renamed
 from crate_jax.errors import is_mistake
+from crate_jax.models.fields import FAMILIES, fields_of
 from crate_jax.streams import secure_streams
 
 _Parsed = TypeVar("_Parsed")
@@ -32,6 +33,39 @@ def parse_flags(argv: list[str]) -> list[str]:
         return rest
 
     return _exit_if_wrong(parse)
+
+
+def joined(arguments: list[str]) -> list[str]:
+    """A command line in which each --config.FIELD is one word, spelt as in the config.
+
+    ``--config.optim.lr 1e-4`` becomes ``--config.optim.lr=1e-4``, and ``-`` in the name of a field
+    ``_``. A switch, such as --config.data.download, stays as it is: it takes no word of its own.
+    """
+    found: list[str] = []
+    waiting = False
+    for word in arguments:
+        if waiting and not word.startswith("--"):
+            found[-1] += f"={word}"
+            waiting = False
+            continue
+        if waiting := word.startswith(("--config.", "--noconfig.")):
+            name, separator, value = word.partition("=")
+            word = "--" + name[2:].replace("-", "_") + separator + value
+            waiting = not separator and not _is_switch(name)
+        found.append(word)
+    return found
+
+
+def _is_switch(name: str) -> bool:
+    """Whether a flag stands for a field that is True or False, whatever model it is of."""
+    path = name.replace("-", "_").partition("config.")[2]
+    section, _, field = path.partition(".")
+    if section == "model":
+        return any(field in of and of[field].type is bool for of in map(fields_of, FAMILIES))
+    try:
+        return isinstance(get_field(TrainConfig(), path), bool)
+    except KeyError:  # told where the flags are read
+        return False
 
 
 def parse_config(recipe: str, fields: list[str]) -> TrainConfig:

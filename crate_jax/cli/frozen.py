@@ -30,29 +30,32 @@ _DATA = (
 Measure = Callable[["Features", "Features", int], dict[str, float]]
 
 
-def add_frozen(subparsers: Subparsers, name: str, help: str) -> argparse.ArgumentParser:
+def add_frozen(
+    subparsers: Subparsers, name: str, help: str, examples: str
+) -> argparse.ArgumentParser:
     """A command on frozen features, with the flags that all of them have."""
-    parser = subparsers.add_parser(name, help=help)
+    parser = subparsers.add_parser(name, help=help, epilog=examples)
     add_source(parser)
     add_model(parser)
     add_data(parser)
-    parser.add_argument("--train_split", help="default: the run's, or train")
-    parser.add_argument(
-        "--task", help="what gives the features of a weights file; default: classify, its head's"
-    )
+    parser.add_argument("--train_split", metavar="NAME", help="default: the run's, or train")
+    parser.add_argument("--task", help="whose features, with --weights; default: classify")
     parser.add_argument(
         "--features",
         type=path,
-        help="a file that keeps the features: written, or read if it is there",
+        help="a file that keeps features: read if it is there",
     )
     parser.add_argument(
         "--baselines",
         nargs="+",
         default=[],
         choices=BASELINES,
-        help="the same numbers of raw pixels, and of random weights, too",
+        metavar="WHAT",
+        help="also numbers of: pixels, random (weights)",
     )
-    parser.add_argument("--seeds", nargs="+", type=int, default=[0], help="default: 0")
+    parser.add_argument(
+        "--seeds", nargs="+", type=int, default=[0], help="means over them; default: 0"
+    )
     return parser
 
 

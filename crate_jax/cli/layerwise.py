@@ -26,20 +26,23 @@ INITIAL = "initial"  # in the place of a step: the parameters before the first o
 def add_layerwise(subparsers: Subparsers) -> None:
     """The flags of `layerwise`."""
     parser = subparsers.add_parser(
-        "layerwise", help="what every layer does: compression, sparsity, geometry, in numbers"
+        "layerwise",
+        help="what every layer does, in numbers: compression, sparsity",
+        epilog="layerwise --workdir=runs/digits --geometry",
     )
     add_source(parser)
     parser.add_argument(
         "--initial",
         action="store_true",
-        help="the run's parameters before its first step; those of config.init_weights are read "
-        "again",
+        help="the run's parameters before its first step",
+    )
+    parser.add_argument("--decoder", action="store_true", help="the decoder of an autoencoder")
+    parser.add_argument(
+        "--images", type=int, default=256, help="how many examples, at most; default: 256"
     )
     parser.add_argument(
-        "--decoder", action="store_true", help="an autoencoder's decoder, in its encoder's place"
+        "--definition", choices=DEFINITIONS, default=DEFINITIONS[0], help="default: paper"
     )
-    parser.add_argument("--images", type=int, default=256, help="how many examples, at most")
-    parser.add_argument("--definition", choices=DEFINITIONS, default=DEFINITIONS[0])
     parser.add_argument(
         "--geometry",
         action="store_true",

@@ -17,7 +17,7 @@ NAMED_STEPS = (LATEST, "best")
 def add_looking(parser: argparse.ArgumentParser, *, several: bool = False) -> None:
     """The flags of what is opened."""
     parser.add_argument("--workdir", type=path, required=True, help="a run, here or in a bucket")
-    parser.add_argument("--step", help="latest, best or a number; default: latest")
+    parser.add_argument("--step", help="latest (default), best or a number")
     whose = "other runs" if several else "another run"
     parser.add_argument(
         "--against",
@@ -26,10 +26,10 @@ def add_looking(parser: argparse.ArgumentParser, *, several: bool = False) -> No
         help=f"{whose}, to stand beside it; always at the latest checkpoint",
     )
     parser.add_argument(
-        "--images", type=path, help="a folder of images for the pictures; default: the test split's"
+        "--images", type=path, help="a folder for the pictures; default: the test split"
     )
     parser.add_argument(
-        "--examples", type=int, help=f"of each split, that measures take; default: {EXAMPLES}"
+        "--examples", type=int, help=f"of each split, for measures; default: {EXAMPLES}"
     )
 
 

@@ -25,22 +25,27 @@ if TYPE_CHECKING:  # imported where it is used, with JAX
 
 def add_convert(subparsers: Subparsers) -> None:
     """The flags of `convert`."""
-    parser = subparsers.add_parser("convert", help="weights from one kind of file to another")
+    parser = subparsers.add_parser(
+        "convert",
+        help="weights from one kind of file to another",
+        epilog="convert --from=runs/digits --to=digits.safetensors\n"
+        "convert --from=crate_small.pth --to=crate_small.npz",
+    )
     parser.add_argument(
         "--from",
         dest="source",
         type=path,
         required=True,
-        help="a weights file of any kind, a run or one of its steps, a tree of Orbax, or a folder "
-        "with model.safetensors or pytorch_model.bin",
+        help="a weights file of any kind, a run, one of its steps, a tree of Orbax, or a folder "
+        "of the Hub",
     )
     parser.add_argument(
         "--to",
         dest="target",
         type=path,
         required=True,
-        help="FILE.safetensors, .npz, .pth, .pt or .bin (a bare state dict), .ckpt (Lightning's "
-        "form), or .pth.tar (that of the official scripts); or FOLDER/, for the Hugging Face hub",
+        help="a file of .safetensors or .npz; of PyTorch .pth, .pt or .bin (a bare state dict), "
+        ".ckpt (Lightning's), or .pth.tar (the official scripts'); or FOLDER/, for the Hub",
     )
     parser.add_argument(
         "--layout",
@@ -119,8 +124,12 @@ def _said_of(args: argparse.Namespace, model: "BlockModel") -> Json:
 
 def add_summary(subparsers: Subparsers) -> None:
     """The flags of `summary`."""
-    parser = subparsers.add_parser("summary", help="parameters, multiply-adds, tokens, memory")
-    parser.add_argument("model", help="one of crate_jax.list_models()")
+    parser = subparsers.add_parser(
+        "summary",
+        help="the size of a model: parameters, multiply-adds, memory",
+        epilog="summary crate_base_patch16_224\nsummary crate_tiny_patch16_224 --num_classes=10",
+    )
+    parser.add_argument("model", help="of the zoo; crate_jax.list_models() names them")
     parser.add_argument("--image_size", type=int, nargs="+", help="pixels: a side, or two")
     parser.add_argument("--num_classes", type=int, help="of a model of images")
     parser.add_argument("--context_length", type=int, help="of a model of text, in tokens")
@@ -159,12 +168,18 @@ def summary(args: argparse.Namespace) -> Json:
 def add_plan(subparsers: Subparsers) -> None:
     """The flags of `plan`; those of the recipe's fields are left to `parse_config`."""
     parser = subparsers.add_parser(
-        "plan", help="memory, communication and time of a training step on a mesh that is not here"
+        "plan",
+        help="memory and time of a training step on hardware elsewhere",
+        epilog="plan --config=imagenet1k:base --mesh=data:256,fsdp:8\n"
+        "plan --config=imagenet1k:base --topology=v5e:4x4",
     )
-    parser.add_argument("--config", required=True, help="a recipe, with --config.FIELD=VALUE")
     parser.add_argument(
-        "--mesh", help="such as data:256,fsdp:8; with --topology data:-1 unless said else"
+        "--config",
+        required=True,
+        metavar="RECIPE",
+        help="a recipe, with --config.FIELD=VALUE as `train` takes them",
     )
+    parser.add_argument("--mesh", help="such as data:256,fsdp:8; with --topology default: data:-1")
     parser.add_argument(
         "--topology", help="what to compile for, such as v5e:4x4 or h100; default: CPU devices"
     )

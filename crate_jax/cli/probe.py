@@ -14,7 +14,12 @@ if TYPE_CHECKING:  # imported where it is used
 
 def add_knn(subparsers: Subparsers) -> None:
     """The flags of `knn`."""
-    parser = add_frozen(subparsers, "knn", "top-1 and top-5 of nearest neighbours on features")
+    parser = add_frozen(
+        subparsers,
+        "knn",
+        "top-1 and top-5 of nearest neighbours on frozen features",
+        "knn --workdir=runs/digits --k 10 20 --baselines pixels random",
+    )
     parser.add_argument("--k", nargs="+", type=int, help="neighbours; default: 10 20 100 200")
     parser.add_argument("--temperature", type=float, help="of the votes; default: 0.07")
     parser.add_argument("--form", help="of the votes: dino (the default), or dinov2")
@@ -31,14 +36,19 @@ def knn(args: argparse.Namespace) -> Json:
 
 def add_probe(subparsers: Subparsers) -> None:
     """The flags of `probe`."""
-    parser = add_frozen(subparsers, "probe", "top-1 of a simple classifier on frozen features")
+    parser = add_frozen(
+        subparsers,
+        "probe",
+        "top-1 of simple classifiers on frozen features",
+        "probe --workdir=runs/digits --classifiers linear fewshot",
+    )
     parser.add_argument(
         "--classifiers",
         nargs="+",
         default=["linear"],
         choices=CLASSIFIERS,
-        help="linear: logistic regression on all training rows (the default); fewshot: ridge on "
-        "some of each class; subspace: the class of the nearest; svm: a linear one",
+        metavar="NAME",
+        help="linear (default), fewshot, subspace, svm",
     )
     parser.add_argument("--solver", help="of linear: auto (the default), lbfgs, or sgd")
     parser.add_argument("--epochs", type=int, help="of --solver sgd; default: 100")

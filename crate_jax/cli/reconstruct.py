@@ -16,20 +16,22 @@ TASK, PICTURES = "masked_autoencoding", "reconstruction"
 def add_reconstruct(subparsers: Subparsers) -> None:
     """The flags of `reconstruct`."""
     parser = subparsers.add_parser(
-        "reconstruct", help="a picture of images: original, masked, and as an autoencoder tells it"
+        "reconstruct",
+        help="images: original, masked, and as an autoencoder tells them",
+        epilog="reconstruct --workdir=runs/mae --output=mae.png",
     )
     add_source(parser)
     parser.add_argument(
-        "--output", type=path, help="a picture file; default WORKDIR/reconstruction.png, or here"
+        "--output", type=path, help="a picture; default: WORKDIR/reconstruction.png, or here"
     )
     parser.add_argument(
-        "--ratio", type=float, help="share of the patches that is hidden; default the run's, or .75"
+        "--ratio", type=float, help="share of patches to hide; default: the run's, or 0.75"
     )
     parser.add_argument(
         "--not-normalized",
         "--not_normalized",
         action="store_true",
-        help="with --weights: they were trained to tell pixels, not their deviations in a patch",
+        help="with --weights that tell pixels, not deviations in a patch",
     )
     add_model(parser)
     add_data(parser)

@@ -21,11 +21,13 @@ _EVERY = 5.0  # seconds between two looks for a newer checkpoint
 def add_report(subparsers: Subparsers) -> None:
     """The flags of `report`."""
     parser = subparsers.add_parser(
-        "report", help="a page about a run: equations, curves, objective by layer, pictures"
+        "report",
+        help="a page about a run: curves, objective by layer, pictures",
+        epilog="report --workdir=runs/digits\nreport --workdir=runs/a --against=runs/b --watch",
     )
     add_looking(parser)
     parser.add_argument(
-        "--output", type=path, help="a folder for index.html and data; default WORKDIR/report"
+        "--output", type=path, help="a folder for index.html and data; default: WORKDIR/report"
     )
     parser.add_argument(
         "--watch", action="store_true", help="write it anew at each new checkpoint, until Ctrl-C"

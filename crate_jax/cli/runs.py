@@ -30,14 +30,19 @@ _TEXTS = 16  # of an evaluation step, unless --batch_size says: logits of many t
 
 def add_evaluate(subparsers: Subparsers) -> None:
     """The flags of `evaluate`."""
-    parser = subparsers.add_parser("evaluate", help="exact metrics over a split, such as top-1")
+    parser = subparsers.add_parser(
+        "evaluate",
+        help="exact metrics over a split, such as top-1",
+        epilog="evaluate --workdir=runs/digits --step=best --detail\n"
+        "evaluate --weights=crate.pth --model=crate_small_patch16_224 --dataset=folder",
+    )
     add_source(parser)
     add_model(parser)
     add_data(parser)
     parser.add_argument(
         "--tokenizer",
         type=path,
-        help="of a model of text: bytes, a tokenizer.json, or a name on huggingface.co",
+        help="of a text: bytes, a tokenizer.json, or the Hub's name",
     )
     add_detail(parser)
     parser.set_defaults(function=evaluate)
@@ -48,12 +53,10 @@ def add_source(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--workdir",
         type=path,
-        help="a run, here or in a bucket; its newest checkpoint unless --step says else",
+        help="a run, here or in a bucket",
     )
-    parser.add_argument("--step", help="latest, best or a number (with --workdir)")
-    parser.add_argument(
-        "--weights", type=path, help="a weights file or run (with --model and --dataset)"
-    )
+    parser.add_argument("--step", help="of --workdir: latest (default), best or a number")
+    parser.add_argument("--weights", type=path, help="in place of --workdir: a file; with --model")
 
 
 def evaluate(args: argparse.Namespace) -> Json:
@@ -229,7 +232,9 @@ def _abstract(run: "Run") -> "tuple[Params, Extra]":
 def add_checkpoints(subparsers: Subparsers) -> None:
     """The flags of `checkpoints`."""
     parser = subparsers.add_parser(
-        "checkpoints", help="a run's checkpoints: steps, sizes, metrics, and whether each is intact"
+        "checkpoints",
+        help="the checkpoints of a run, and whether each is intact",
+        epilog="checkpoints runs/digits",
     )
     parser.add_argument("run", type=path, help="a run's directory")
     parser.set_defaults(function=checkpoints)

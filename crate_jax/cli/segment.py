@@ -23,19 +23,18 @@ OWN = {
 def add_segment(subparsers: Subparsers) -> None:
     """The flags of `segment`."""
     parser = subparsers.add_parser(
-        "segment", help="masks of objects or of the foreground, their pictures, AP and mIoU"
+        "segment",
+        help="masks of objects that tokens show: pictures, AP, mIoU",
+        epilog="segment --workdir=runs/mine --images=photographs --objects=2\n"
+        "segment --workdir=runs/mine --images=VOC2012 --method=coarse",
     )
     add_source(parser)
-    parser.add_argument("--model", help="one of crate_jax.list_models() (with --weights)")
+    parser.add_argument("--model", metavar="NAME", help="of the zoo, with --weights")
     add_model_kwargs(parser)
-    parser.add_argument(
-        "--images", type=path, help="a folder of images, or one as VOC's (JPEGImages, …)"
-    )
-    parser.add_argument(
-        "--annotations", type=path, help="a JSON file as COCO's, of the images; asks for AP"
-    )
-    parser.add_argument("--split", help="of a folder as VOC's; default: val")
-    parser.add_argument("--method", choices=tuple(OWN), default="maskcut")
+    parser.add_argument("--images", type=path, help="a folder of images, or one as VOC's")
+    parser.add_argument("--annotations", type=path, help="a JSON file as COCO's; gives AP")
+    parser.add_argument("--split", metavar="NAME", help="of a folder as VOC's; default: val")
+    parser.add_argument("--method", choices=tuple(OWN), default="maskcut", help="default: maskcut")
     parser.add_argument("--tap", help="whose tokens; default: subspace_tokens")
     parser.add_argument("--layer", type=int, help="1 … L; default: L, for coarse L − 1")
     parser.add_argument("--head", type=int, help="1 … K; default: all heads")
@@ -46,27 +45,27 @@ def add_segment(subparsers: Subparsers) -> None:
         "--positions",
         choices=("right", "official_maps"),
         default="right",
-        help="how they are resized",
+        help="how positions are resized",
     )
     parser.add_argument("--objects", type=int, help="maskcut: at most; default: 3")
     parser.add_argument("--tau", type=float, help="maskcut: patches are alike from it on")
-    parser.add_argument("--similarity", choices=("cosine", "product"), help="maskcut: of patches")
+    parser.add_argument("--similarity", choices=("cosine", "product"), help="maskcut")
     parser.add_argument(
         "--connected",
         action=argparse.BooleanOptionalAction,
         help="maskcut: an object is one connected piece (the default)",
     )
     parser.add_argument("--share", type=float, help="coarse: of a map; default: 0.6")
-    parser.add_argument("--share_of", choices=("entries", "mass"), help="coarse: share of what")
+    parser.add_argument("--share_of", choices=("entries", "mass"), help="coarse")
     parser.add_argument(
         "--definition",
         choices=("paper", "official_code"),
-        help="coarse: of the map; pca: of the foreground",
+        help="of coarse's map or pca's foreground",
     )
     parser.add_argument("--limit", type=int, help="the first images alone")
     parser.add_argument("--pictures", type=int, default=20, help="how many to draw; default: 20")
     parser.add_argument(
-        "--output", type=path, help="a folder; default WORKDIR/segmentation, or segmentation here"
+        "--output", type=path, help="a folder; default: WORKDIR/segmentation, or here"
     )
     parser.set_defaults(function=segment)
 

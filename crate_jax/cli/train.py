@@ -6,11 +6,10 @@ from typing import NoReturn
 from absl import app, flags
 
 from crate_jax.cli.arguments import Subparsers
-from crate_jax.cli.flags import define_config_flag, parse_flags
+from crate_jax.cli.flags import define_config_flag, joined, parse_flags
+from crate_jax.cli.parser import Parser, program
 from crate_jax.cli.recipes import DEFAULT, recipes
 from crate_jax.cli.running import enable_compilation_cache, run_command
-from crate_jax.config import TrainConfig, options
-from crate_jax.options import option_of, rule
 
 _HELP = ("-h", "-help", "--help", "-helpshort", "--helpshort")
 
@@ -18,7 +17,7 @@ _HELP = ("-h", "-help", "--help", "-helpshort", "--helpshort")
 def add_train(subparsers: Subparsers) -> None:
     """`train`; its flags are left to `train`."""
     parser = subparsers.add_parser(
-        "train", help="train a recipe, or go on: --config=RECIPE --workdir=DIR", add_help=False
+        "train", help="train a recipe, or go on with its run", add_help=False
     )
     parser.set_defaults(function=train)
 
@@ -29,15 +28,14 @@ def train(arguments: list[str]) -> NoReturn:
     Args:
         arguments: of the command line: --config, --config.FIELD, --workdir, and absl's own.
     """
-    argv = ["train", *arguments]
+    if set(_HELP) & set(arguments):
+        sys.stdout.write(usage())
+        sys.exit(0)
+    argv = ["train", *joined(arguments)]
     config = define_config_flag(DEFAULT, argv)
     workdir = flags.DEFINE_string(
         "workdir", None, "The run's directory, gs:// or s3://…; default runs/<its name>."
     )
-    if set(_HELP) & set(argv):
-        parse_flags([argument for argument in argv if argument not in _HELP])
-        sys.stdout.write(usage(config.value))
-        sys.exit(0)
 
     def main(rest: list[str]) -> int:
         del rest
@@ -52,25 +50,35 @@ def train(arguments: list[str]) -> NoReturn:
     app.run(main, argv, flags_parser=parse_flags)
 
 
-def usage(config: TrainConfig) -> str:
-    """The flags, and every field of a config with its value, meaning and legal values."""
-    lines = [
-        "usage: python -m crate_jax train [--config=RECIPE] [--config.FIELD=VALUE] [--workdir=DIR]",
-        "",
-        "Train a recipe to its end. The same command again goes on where a run was stopped.",
-        "In a clone, `python train.py` is the same.",
-        "",
-        f"--config=NAME[:VARIANT] or FILE.py[:VARIANT]: the recipe; default {DEFAULT}",
-        f"    names: {', '.join(recipes())}",
-        "--workdir=DIR: the run's directory, or gs://BUCKET/PATH or s3://BUCKET/PATH;",
-        "    default runs/<name of the recipe>",
-        "--flagfile=FILE: flags from a file, one a line",
-        "--helpfull: also the flags of the libraries",
-        "",
-        "Fields of this recipe, with their values:",
-    ]
-    for path, section, field in options(config):
-        value = getattr(section, field.name)
-        text = ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
-        lines.append(f"--config.{path}={text}: {option_of(field).help}; {rule(field)}")
-    return "\n".join(lines) + "\n"
+def usage() -> str:
+    """The flags of `train` on one screen; `config` lists the fields of a recipe."""
+    parser = Parser(
+        prog=f"{program()} train",
+        description="Train a recipe to its end. The same command again goes on where a run was "
+        "stopped. In a clone, `python train.py` is the same.",
+        epilog="train --config=digits\n"
+        "train --config=imagenet1k:small --config.optim.lr=1e-4 --workdir=runs/a\n"
+        "config digits",
+    )
+    names = ", ".join(recipes())
+    parser.add_argument(
+        "--config",
+        metavar="RECIPE",
+        help=f"NAME[:VARIANT] or FILE.py[:VARIANT]; default: {DEFAULT}. Names: {names}",
+    )
+    parser.add_argument(
+        "--config.FIELD",
+        metavar="VALUE",
+        help="another value of a field; `config RECIPE` lists the fields of a recipe",
+    )
+    parser.add_argument(
+        "--workdir",
+        metavar="DIR",
+        help="the run's directory, or gs://BUCKET/PATH or s3://BUCKET/PATH; default: runs/<name of "
+        "the recipe>",
+    )
+    parser.add_argument("--flagfile", metavar="FILE", help="flags from a file, one a line")
+    parser.add_argument(
+        "--verbosity", metavar="N", help="what the libraries log: -1 warnings, 0 all; default: -2"
+    )
+    return parser.format_help()

@@ -194,10 +194,10 @@ def test_report_writes_the_page_of_the_run(trained):
 
 
 def test_train_without_flags_starts():
-    """The bare command gets past its flags; CI runs it to the end."""
+    """The bare command gets to its help; CI runs it to the end."""
     status, out, err = run("train.py", "--help")
     assert status == 0, err
-    assert "--workdir" in out and "--config" in out and "--config.optim.lr=0.002: peak" in out
+    assert "--workdir" in out and "--config" in out and "config digits" in out
 
 
 def test_the_package_trains_from_anywhere(trained, tmp_path):
@@ -347,8 +347,8 @@ def test_ctrl_c_saves_and_says_how_to_resume(tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ([], "the following arguments are required: command"),
-        (["evalute"], "invalid choice: 'evalute'"),
+        ([], "the following arguments are required: COMMAND"),
+        (["evalute"], "must be one that there is; got evalute. Did you mean evaluate?"),
         (["evaluate"], "evaluate must get one of --workdir and --weights"),
         (
             ["evaluate", "--workdir=/no/such/run"],
