@@ -2,6 +2,7 @@
 
 import argparse
 import dataclasses
+import shlex
 import sys
 import textwrap
 
@@ -54,7 +55,7 @@ def config(args: argparse.Namespace) -> Json:
 
 
 def listed(config: TrainConfig, section: str | None = None) -> list[str]:
-    """The text about every field, each as the flag that sets it.
+    """The text about every field, each as the flag that sets it, as a shell takes it.
 
     Args:
         config: with the values.
@@ -88,5 +89,6 @@ def listed(config: TrainConfig, section: str | None = None) -> list[str]:
             break_long_words=False,
             break_on_hyphens=False,
         )
-        found.append(f"--config.{path}={text}\n{told}\n")
+        flag = shlex.quote(f"--config.{path}={text}")
+        found.append(f"{flag if value is not None else f'--config.{path} (unset)'}\n{told}\n")
     return found

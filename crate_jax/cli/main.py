@@ -3,6 +3,7 @@
 import argparse
 import itertools
 import sys
+from typing import Any
 
 from crate_jax.cli.compare import add_compare
 from crate_jax.cli.doctor import add_doctor
@@ -90,14 +91,15 @@ def _parsers() -> tuple[Parser, Commands]:
         version=f"crate_jax {VERSION}",
         help="print the version",
     )
-    commands: Commands = parser.add_subparsers(
+    added: Any = parser.add_subparsers(
         dest="command", required=True, parser_class=Parser, action=Commands, metavar="COMMAND"
     )
+    commands: Commands = added
     names = {}
-    for heading, added in GROUPS.items():
-        for add in added:
+    for heading, group in GROUPS.items():
+        for add in group:
             add(commands)
-        names[heading] = list(commands.choices)[-len(added) :]
+        names[heading] = list(commands.choices)[-len(group) :]
     lines = ["Train white-box transformers, measure them, and look inside."]
     lines += [f"{parser.prog} COMMAND --help explains a command and its flags."]
     parser.description = "\n".join([*lines, "", commands.overview(names)])
