@@ -22,10 +22,11 @@ def coding_rate(Z: Array, *, eps: float) -> Array:
 
     Source: arXiv 2306.01129, equation 7 (section 2.3).
 
-    Two tokens of width 2, so that d/N = 1, and ε = 1: I + Z Zᵀ = diag(10, 2) and R = ½ ln 20.
+    Examples:
+        Two tokens of width 2, so that d/N = 1, and ε = 1: I + Z Zᵀ = diag(10, 2) and R = ½ ln 20.
 
-    >>> round(float(coding_rate(jnp.array([[3.0, 0.0], [0.0, 1.0]]), eps=1.0)), 4)
-    1.4979
+        >>> round(float(coding_rate(jnp.array([[3.0, 0.0], [0.0, 1.0]]), eps=1.0)), 4)
+        1.4979
 
     Args:
         Z: tokens (..., N, d), any float dtype, or complex.

@@ -31,7 +31,8 @@ addEventListener("load", async () => {
     query.focus();
     query.value = searched;
     query.dispatchEvent(new Event("keyup"));
-    await fetch("/wait");
+    const served = location.protocol != "file:";
+    await (served ? fetch("/wait") : new Promise(done => setTimeout(done, 250)));
   }
   const out = [...document.querySelectorAll("article pre > code, article table, article img")]
     .map(e => e.closest(".md-typeset__scrollwrap, .highlight") || e)
@@ -101,11 +102,12 @@ def address(site):
 
 
 def probe(address, page, folder, **how):
+    """What the probe of a page finds, of which nothing may come from elsewhere."""
     dom, console = browse(f"{address}/{page}", folder, dump=True, **how)
     assert console == []
     told = re.search(r"<title>(\{.*?\})</title>", dom)[1]
     found = json.loads(told.replace("&quot;", '"').replace("&amp;", "&"))
-    assert found["asked"] and all(name.startswith(address) for name in found["asked"])
+    assert all(name.startswith(address) for name in found["asked"])
     return found
 
 
@@ -125,7 +127,7 @@ def test_nothing_is_asked_for_elsewhere(site):
 @pytest.mark.parametrize(("width", "dark"), [(400, True), (1400, False)])
 def test_a_page_in_a_browser(address, page, width, dark, tmp_path):
     found = probe(address, page, tmp_path, width=width, dark=dark)
-    assert found["heading"] and found["wide"] <= 0 and found["out"] == 0
+    assert found["heading"] and found["asked"] and found["wide"] <= 0 and found["out"] == 0
     red, *_ = map(int, re.findall(r"\d+", found["ground"]))
     assert red < 60 if dark else red > 240
 
@@ -136,6 +138,23 @@ def test_search_finds_ista(address, tmp_path):
     assert any("/white_box.html" in link for link in found)
     assert any("/reference/" in link for link in found)
     assert probe(address, "index.html?find=qqqqzzzz", tmp_path)["found"] == []
+
+
+@NEEDS_BROWSER
+def test_search_in_a_folder(site, tmp_path):
+    """Opened as files, without a server."""
+    page = site / "probed.html"
+    text = (site / "index.html").read_text(encoding="utf-8")
+    page.write_text(text.replace("</body>", PROBE + "</body>"), encoding="utf-8")
+    found = probe(site.as_uri(), "probed.html?find=ISTA", tmp_path)["found"]
+    assert any("/white_box.html" in link for link in found)
+
+
+def test_examples_in_docstrings_are_code(site):
+    """And no quotation in a quotation in a quotation, as Markdown reads ``>>>``."""
+    pages = [page.read_text(encoding="utf-8") for page in (site / "reference").glob("*.html")]
+    assert len(pages) == 7 and sum(page.count("&gt;&gt;&gt;") for page in pages) >= 3
+    assert not [page for page in pages if re.search(r"<blockquote>\s*<blockquote>", page)]
 
 
 def mended(markdown, monkeypatch, repository=""):

@@ -76,16 +76,17 @@ def mssa(
     Differs from the paper, as the official code does: W_out is learned and not p/(N ε²) [U_1, …,
         U_K].
 
-    Two tokens in one subspace of basis (1, 0), with coordinates V = (0, √ln 3). The scores are
-    (0, 0) and (0, ln 3), so the second token attends by 1 to 3; W_out divides by √ln 3:
+    Examples:
+        Two tokens in one subspace of basis (1, 0), with coordinates V = (0, √ln 3). The scores are
+        (0, 0) and (0, ln 3), so the second token attends by 1 to 3; W_out divides by √ln 3:
 
-    >>> v = jnp.log(3.0) ** 0.5
-    >>> Y, U = jnp.array([[[0.0, 5.0], [v, 7.0]]]), jnp.array([[[1.0]], [[0.0]]])
-    >>> update, seen = mssa(Y, U, jnp.array([[[1 / v, 0.0]]]))
-    >>> seen["attention"].round(4).tolist()
-    [[[[0.5, 0.5], [0.25, 0.75]]]]
-    >>> update.round(4).tolist()
-    [[[0.5, 0.0], [0.75, 0.0]]]
+        >>> v = jnp.log(3.0) ** 0.5
+        >>> Y, U = jnp.array([[[0.0, 5.0], [v, 7.0]]]), jnp.array([[[1.0]], [[0.0]]])
+        >>> update, seen = mssa(Y, U, jnp.array([[[1 / v, 0.0]]]))
+        >>> seen["attention"].round(4).tolist()
+        [[[[0.5, 0.5], [0.25, 0.75]]]]
+        >>> update.round(4).tolist()
+        [[[0.5, 0.0], [0.75, 0.0]]]
 
     Args:
         Y_BxNxd: tokens, normalised.
@@ -147,12 +148,14 @@ def ista_step(Y_BxNxd: Array, D_dxd: Array, *, eta: float, lmbda: float) -> Arra
     Source: arXiv 2306.01129, equation 17 (section 2.4).
     Differs from official: Dᵀ(Y − D Y) takes two matrix products where DᵀY − DᵀD Y takes three.
 
-    With D = diag(2, 1) the first token (1, 0) leaves the error (−1, 0), which Dᵀ makes (−2, 0), so
-    it moves to 1 − ½ − ⅛ for η = ¼ and λ = ½; the second one (0, 2) leaves none, and only shrinks:
+    Examples:
+        With D = diag(2, 1) the first token (1, 0) leaves the error (−1, 0), which Dᵀ makes (−2, 0),
+        so it moves to 1 − ½ − ⅛ for η = ¼ and λ = ½. The second one (0, 2) leaves none, and only
+        shrinks:
 
-    >>> Y, D = jnp.array([[[1.0, 0.0], [0.0, 2.0]]]), jnp.diag(jnp.array([2.0, 1.0]))
-    >>> ista_step(Y, D, eta=0.25, lmbda=0.5).tolist()
-    [[[0.375, 0.0], [0.0, 1.875]]]
+        >>> Y, D = jnp.array([[[1.0, 0.0], [0.0, 2.0]]]), jnp.diag(jnp.array([2.0, 1.0]))
+        >>> ista_step(Y, D, eta=0.25, lmbda=0.5).tolist()
+        [[[0.375, 0.0], [0.0, 1.875]]]
 
     Args:
         Y_BxNxd: tokens, normalised.
