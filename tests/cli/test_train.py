@@ -1,17 +1,20 @@
 """Recipes by name, the flags of `train`, and what of it is in an installed package."""
 
 import importlib
+import tomllib
 
 import pytest
 import setuptools  # noqa: F401, it brings distutils along
 from absl import flags
 from command import ROOT
 
+import crate_jax
 from crate_jax.cli import main as cli
 from crate_jax.cli import recipes as recipes_module
 from crate_jax.cli.flags import config_flag, parse_config
 from crate_jax.cli.recipes import DEFAULT, load_recipe, recipes
 from crate_jax.cli.train import train
+from crate_jax.version import VERSION
 
 NAMES = ["alpha_imagenet1k", "alpha_imagenet21k", "cbsa_imagenet1k", "digits", "finetune"]
 NAMES += ["imagenet1k", "mae_imagenet1k", "openwebtext", "simdino_imagenet1k", "text"]
@@ -107,3 +110,16 @@ def test_the_command_leaves_its_flags_to_absl(capsys):
     with pytest.raises(SystemExit):
         cli.parse(["summary", "x", "--workdir=y"])
     assert "summary must get flags that it has; got --workdir." in capsys.readouterr().err
+
+
+def test_the_version_stands_in_one_place():
+    assert crate_jax.__version__ == VERSION
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    assert "version" not in project["project"] and project["project"]["dynamic"] == ["version"]
+    stated = project["tool"]["setuptools"]["dynamic"]["version"]["attr"]
+    module, _, name = stated.rpartition(".")
+    assert getattr(importlib.import_module(module), name) == VERSION
+    assert f"\nversion: {VERSION}\n" in (ROOT / "CITATION.cff").read_text()
+    script = project["project"]["scripts"]["crate_jax"]
+    module, _, name = script.partition(":")
+    assert getattr(importlib.import_module(module), name) is cli.main
