@@ -18,6 +18,7 @@ from crate_jax.models.crate_bert import CrateBert
 from crate_jax.models.crate_causal import CrateCausal, CrateLM
 from crate_jax.models.crate_mae import CrateMae
 from crate_jax.models.generation import generate
+from crate_jax.models.heads import reset_classifier
 from crate_jax.models.hyper_set import HyperSet
 from crate_jax.models.steering import Steer, steering
 from crate_jax.models.tost import ToST
@@ -53,6 +54,7 @@ __all__ = [
     "load_weights",
     "objective",
     "preprocessing",
+    "reset_classifier",
     "save_weights",
     "steering",
 ]

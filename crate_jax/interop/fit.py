@@ -17,6 +17,7 @@ from crate_jax.interop.layouts.layout import Arrays
 from crate_jax.interop.resize import METHODS, Size, resized_kernel, resized_positions
 from crate_jax.interop.tree import FIRST_STAGE, PROJECTION, flatten, tree_of
 from crate_jax.models.classifier import ImageClassifier, pair
+from crate_jax.models.heads import new_head
 from crate_jax.models.parameters import Params
 from crate_jax.models.stacked import BlockModel
 from crate_jax.models.zoo import architecture, family_of
@@ -246,7 +247,8 @@ def _fit_grid(
 def _fit_head(flat: Arrays, model: ImageClassifier, key: jax.Array | None) -> list[str]:
     """A new head where there is none, and none for a model without, in ``flat``; what was done."""
     if model.num_classes and "head/kernel" not in flat:
-        flat |= _new_head(model, jax.random.key(0) if key is None else key)
+        head = new_head(model, jax.random.key(0) if key is None else key)
+        flat |= {f"head/{name}": np.asarray(leaf) for name, leaf in head.items()}
         return [f"head: new, for {model.num_classes} classes"]
     left = [] if model.num_classes else [path for path in flat if path.startswith("head/")]
     for path in left:
@@ -256,15 +258,6 @@ def _fit_head(flat: Arrays, model: ImageClassifier, key: jax.Array | None) -> li
 
 def _by(method: str, resized: bool, name: str) -> str:
     return f", {name}" if resized and method == "crate_alpha" else ""
-
-
-def _new_head(model: ImageClassifier, key: jax.Array) -> Arrays:
-    """The head of a model as it starts, by path."""
-
-    def init(key: jax.Array) -> Params:
-        return model.init(key, model.sample_input(), train=False)["params"]["head"]
-
-    return {f"head/{name}": np.asarray(leaf) for name, leaf in jax.jit(init)(key).items()}
 
 
 def _other_channels(kernel_hxwxcxd: np.ndarray, channels: int) -> np.ndarray:

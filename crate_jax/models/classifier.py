@@ -1,7 +1,7 @@
 """What the image classifiers of the family share: images → tokens → blocks → one token → logits."""
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import flax.linen as nn
 import jax.numpy as jnp
@@ -9,6 +9,7 @@ from jax import Array
 
 from crate_jax.models.fields import ImageFields
 from crate_jax.models.images import check_images
+from crate_jax.models.intermediates import arranged, check_format, chosen_layers
 from crate_jax.models.layers import LayerNorm, Linear
 from crate_jax.models.stacked import BlockModel
 
@@ -219,6 +220,53 @@ class ImageClassifier(ImageFields, BlockModel):
     def forward_norm(self, Z_BxNxd: Array) -> Array:
         """Tokens of `forward_features`, each normalised by the LayerNorm before the head."""
         return self.with_layers(lambda: self.make_head_norm()(Z_BxNxd))
+
+    def forward_intermediates(
+        self,
+        images_BxHxWxc: Array,
+        *,
+        train: bool,
+        indices: int | Sequence[int] | None = None,
+        norm: bool = False,
+        output_fmt: str = "NHWC",
+        return_prefix_tokens: bool = False,
+        intermediates_only: bool = False,
+    ) -> Any:
+        """What comes out of some of the blocks, as timm's method of this name gives it.
+
+        Args:
+            images_BxHxWxc: as for a call.
+            train: likewise.
+            indices: layers, counted from 0, a negative one from the last; or a number n: the last
+                n; None: all.
+            norm: whether each is normalised by the LayerNorm before the head.
+            output_fmt: of the patches: "NHWC", on their grid, (B, down, across, d); or "NLC",
+                (B, P, d).
+            return_prefix_tokens: whether each is a pair: the patches, and the tokens that come
+                before them, such as the class token.
+            intermediates_only: whether nothing else is returned.
+
+        Returns:
+            Tokens (B, N, d) of `forward_features`, which `forward_head` takes; and a list with the
+            patches of each of those layers, in the model's dtype, or float32 with ``norm``.
+
+        Raises:
+            ValueError: a field, the images, an index or the format break a rule.
+        """
+        chosen = chosen_layers(indices, self.depth)
+        check_format(output_fmt)
+
+        def compute() -> Any:
+            Z_BxNxd, seen = self._tokens(images_BxHxWxc, train, "out")
+            normalise = self.make_head_norm() if norm else lambda Z_BxNxd: Z_BxNxd
+            found = [
+                arranged(normalise(seen["out"][i]), self.first_patch, self.grid, output_fmt)
+                for i in chosen
+            ]
+            layers = found if return_prefix_tokens else [patches for patches, _ in found]
+            return layers if intermediates_only else (Z_BxNxd, layers)
+
+        return self.with_layers(compute)
 
     @nn.nowrap
     def _tokens(
