@@ -254,6 +254,26 @@ def fetch(path: Path, here: Path) -> None:
         fs.get_file(os.fspath(path), os.fspath(here))
 
 
+def object_size(path: Path) -> int:
+    """Bytes of an object.
+
+    Raises:
+        OSError: there is none, or the service fails.
+    """
+    with answered(path):
+        return int(_of(path).info(os.fspath(path))["size"])
+
+
+def read_piece(path: Path, start: int, end: int) -> bytes:
+    """The bytes of an object from `start` to before `end`.
+
+    Raises:
+        OSError: there is none, or the service fails.
+    """
+    with answered(path):
+        return _of(path).cat_file(os.fspath(path), start=start, end=end)
+
+
 def store(here: Path, path: Path) -> None:
     """Copy a local file to an object, which appears whole or not at all.
 

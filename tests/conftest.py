@@ -26,8 +26,9 @@ OWNER = "CRATE_JAX_TESTS_SCRATCH" not in os.environ
 if OWNER:
     os.environ["CRATE_JAX_TESTS_SCRATCH"] = tempfile.mkdtemp(prefix="crate_jax_tests_")
 SCRATCH = os.environ["CRATE_JAX_TESTS_SCRATCH"]
-# TFDS reads its variable when it is first imported, so both are set here and not in a fixture.
+# Both libraries read theirs when they are first imported, so they are set here and in no fixture.
 os.environ["TFDS_DATA_DIR"] = os.path.join(SCRATCH, "tfds")
+os.environ["HF_HOME"] = os.path.join(SCRATCH, "hub")
 # For the programs that tests start: jax of this process has read its environment already. Each
 # worker has its own: a program that is killed while it writes leaves half a file to the others.
 WORKER = os.environ.get("PYTEST_XDIST_WORKER", "alone")
@@ -72,8 +73,9 @@ def services():
 
 
 @pytest.fixture(params=emulators.VARIABLES)
-def bucket(request, services):
-    """A new folder in a bucket, as text."""
+def bucket(request, services, tmp_path, monkeypatch):
+    """A new folder in a bucket, as text; what is read of it is kept in the test's own folder."""
+    monkeypatch.setenv("CRATE_JAX_CACHE", str(tmp_path / "cache"))
     return f"{request.param}://{emulators.BUCKET}/{uuid.uuid4().hex}"
 
 

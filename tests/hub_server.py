@@ -23,6 +23,7 @@ class Hub:
         files: content by ("owner/name", path); under "" those of a plain server.
         requests: (method, path, Range header or "").
         cut_after: bytes of a body after which a connection breaks; None: never.
+        no_head: whether HEAD is refused.
         refuse: status of every answer; 0: as it should be.
         lie: bytes in the place of those that the headers promise.
     """
@@ -31,6 +32,7 @@ class Hub:
     files: dict[tuple[str, str], bytes] = dataclasses.field(default_factory=dict)
     requests: list[tuple[str, str, str]] = dataclasses.field(default_factory=list)
     cut_after: int | None = None
+    no_head: bool = False
     refuse: int = 0
     lie: bytes = b""
 
@@ -65,6 +67,8 @@ def running():
         def answer(self, *, body):
             asked = self.headers.get("Range", "")
             hub.requests.append((self.command, self.path, asked))
+            if hub.no_head and not body:
+                return self.send(405, b"", {}, body)
             if hub.refuse:
                 return self.send(hub.refuse, b"", {}, body)
             if (found := _FOLDER.fullmatch(self.path)) and any(found[1] == r for r, _ in hub.files):

@@ -74,7 +74,9 @@ def convert(args: argparse.Namespace) -> Json:
     from crate_jax.interop.save import holds_class_names
     from crate_jax.models.cost import count_parameters
 
-    method = resize_method(args)
+    method, to_folder = resize_method(args), names_folder(args.target)
+    if args.license and not to_folder:
+        raise ValueError("--license must go with --to FOLDER/. End the path in a slash.")
     loaded = load_fitted(
         args.source, named_model(args), fit=args.fit, method=method, which=args.which
     )
@@ -83,11 +85,7 @@ def convert(args: argparse.Namespace) -> Json:
     if names and not holds_class_names(args.target):
         fitted = [*fitted, f"left aside the names of {len(names)} classes, for a bare state dict"]
         names = ()
-    said: Json = {}
-    if names_folder(args.target):
-        said = _said_of(args, loaded.model)
-    elif args.license:
-        raise ValueError("--license must go with --to FOLDER/. End the path in a slash.")
+    said = _said_of(args, loaded.model) if to_folder else {}
     save_weights(
         args.target, variables, loaded.model, layout=args.layout, class_names=names, **said
     )

@@ -13,12 +13,15 @@ import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import MappingProxyType
+from typing import Any
 
+from crate_jax.buckets import object_size, read_piece
 from crate_jax.errors import first_line
 from crate_jax.files import cache_folder
 from crate_jax.models.released import Released
 
 BAR_AFTER_S = 3  # Seconds after which a bar shows how far a download is.
+AT_ONCE = 2**24  # bytes of a bucket's object that are kept, or lost by an interruption, at once
 ANSWER_S = 10.0  # Seconds in which a server must say what it has.
 
 LOGGER = logging.getLogger("crate_jax")
@@ -59,7 +62,7 @@ def stream(
     digest: str = "",
     headers: Mapping[str, str] = MappingProxyType({}),
 ) -> None:
-    """Fetch a file to a place, which it takes when it is whole.
+    """Fetch a file of a server to a place, which it takes when it is whole.
 
     What an interrupted call has fetched stays beside it, and the next call fetches the rest.
 
@@ -77,15 +80,8 @@ def stream(
         ValueError: the file has another digest; it is removed.
     """
     from huggingface_hub.file_download import http_get
-    from tqdm import tqdm
 
-    part = place.with_name(f"{place.name}.{hashlib.sha256(mark.encode()).hexdigest()[:12]}.part")
-    for other in place.parent.glob(f"{place.name}.*.part"):
-        if other != part or not mark or (size and other.stat().st_size > size):
-            other.unlink()
-    bar = functools.partial(
-        tqdm, delay=BAR_AFTER_S, disable=None, file=sys.stderr, unit_divisor=1024, leave=False
-    )
+    part = _part(place, mark, size)
     with part.open("ab") as file:
         http_get(
             url,
@@ -94,7 +90,7 @@ def stream(
             headers=dict(headers),
             expected_size=size,
             displayed_filename=name,
-            tqdm_class=bar,  # type: ignore[arg-type]
+            tqdm_class=_bar,  # type: ignore[arg-type]
         )
         file.flush()
         os.fsync(file.fileno())
@@ -105,6 +101,48 @@ def stream(
             "came was removed. Run again, or ask its owner."
         )
     os.replace(part, place)
+
+
+def by_pieces(path: Path, place: Path, *, mark: str) -> None:
+    """`stream` for an object of a bucket: a request for each `AT_ONCE` bytes.
+
+    Args:
+        path: of the object.
+        place: where it goes, in an existing folder.
+        mark: another one for each version of the object.
+
+    Raises:
+        OSError: the service fails, or has no such object.
+    """
+    size = object_size(path)
+    part = _part(place, mark, size)
+    with part.open("ab") as file:
+        start = file.tell()
+        with _bar(total=size, initial=start, desc=place.name, unit="B", unit_scale=True) as bar:
+            while start < size:
+                piece = read_piece(path, start, min(start + AT_ONCE, size))
+                file.write(piece)
+                file.flush()
+                start += len(piece)
+                bar.update(len(piece))
+        os.fsync(file.fileno())
+    os.replace(part, place)
+
+
+def _part(place: Path, mark: str, size: int | None) -> Path:
+    """The unfinished file beside a place; what can be no beginning of the file is removed."""
+    part = place.with_name(f"{place.name}.{hashlib.sha256(mark.encode()).hexdigest()[:12]}.part")
+    for other in place.parent.glob(f"{place.name}.*.part"):
+        if other != part or not mark or (size is not None and other.stat().st_size > size):
+            other.unlink()
+    return part
+
+
+def _bar(**told: Any) -> Any:
+    """How far a download is: on a terminal alone, and where it takes a while."""
+    from tqdm import tqdm
+
+    return tqdm(delay=BAR_AFTER_S, disable=None, file=sys.stderr, leave=False, **told)
 
 
 def check_known(path: Path, row: Released | None, *, content: bool) -> None:

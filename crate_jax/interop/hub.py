@@ -69,7 +69,7 @@ def parse(text: str) -> Address:
 
 
 def fetched(text: str) -> Path:
-    """The file or folder of an address on the hub, as `crate_jax.interop.download.fetched`."""
+    """The file or folder of an address on the hub, as `crate_jax.interop.addresses.fetched`."""
     address = parse(text)
     return _file(address) if address.file else _folder(address)
 

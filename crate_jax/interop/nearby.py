@@ -1,13 +1,14 @@
-"""Weights in a bucket, copied to this machine; runs and trees of Orbax are read where they are."""
+"""Weights in a bucket, copied into the cache; runs and trees of Orbax are read where they are."""
 
 import contextlib
-import functools
+import hashlib
 import os
-import tempfile
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
-from crate_jax.buckets import fetch, is_remote, version
+from crate_jax.buckets import is_remote, version
+from crate_jax.interop.download import alone, by_pieces, shelf
 from crate_jax.interop.folders import pieces, weights_file
 
 
@@ -37,14 +38,19 @@ def nearby(path: Path) -> Iterator[Path]:
         raise kind(str(error).replace(os.fspath(here.parent), os.fspath(first.parent))) from error
 
 
-@functools.lru_cache(1)  # the names of the classes are read apart from the weights
 def _copy(files: tuple[Path, ...], versions: tuple[str, ...]) -> Path:
-    """The copy of the first of some files; it lasts as long as this process."""
-    folder = tempfile.TemporaryDirectory(prefix="crate_jax_")
-    _FOLDERS.append(folder)
-    for file in files:
-        fetch(file, Path(folder.name) / file.name)
-    return Path(folder.name) / files[0].name
-
-
-_FOLDERS: list["tempfile.TemporaryDirectory[str]"] = []  # each is removed with its object
+    """The copy of the first of some files in the cache; an older version of them is removed."""
+    first = files[0]
+    kind, _, rest = os.fspath(first.parent).partition("://")
+    digest = hashlib.sha256("\n".join(versions).encode()).hexdigest()[:12]
+    shelf_of_all = shelf(kind, *rest.split("/"))
+    folder = shelf_of_all / f"{first.name}.{digest}"
+    for file, version_ in zip(files[::-1], versions[::-1], strict=True):
+        place = folder / file.name
+        with alone(place, "Set CRATE_JAX_CACHE to a folder that you may write to."):
+            if not place.is_file():
+                by_pieces(file, place, mark=version_)
+    for other in shelf_of_all.glob(f"{first.name}.*"):
+        if other != folder and other.stem == first.name:
+            shutil.rmtree(other, ignore_errors=True)
+    return folder / first.name

@@ -50,10 +50,16 @@ def load_pretrained(name: str, **overrides: object) -> tuple[BlockModel, Params 
     Raises:
         KeyError: no weights of that model are released, there is no such tag, or the model has no
             such field.
+        FileNotFoundError: there is no such folder, or no such file on the hub.
         ValueError: the weights cannot be downloaded by a program, do not fit, or are damaged.
         OSError: the network cannot be reached, or the cache cannot be written.
     """
     if _is_folder(name):
+        if not name.startswith(HUB) and not located(name, "name").is_dir():
+            raise FileNotFoundError(
+                f"{name} must be a folder; there is none. For a repository on the hub, write "
+                f"{HUB}{name}."
+            )
         stated = stated_model(read_config(name))
         if stated is None:
             raise ValueError(

@@ -246,6 +246,8 @@ def test_a_file_of_the_web(server, expected, tmp_path, caplog):
     assert caplog.messages == [f"fetched {url}; its owner states its licence there"]
     refuse(f"{server.url}/none.npz", "must name a file that the server has; it has none")
     refuse("http://127.0.0.1:1/w.npz", r"must be reachable; it is not .* put the file at .*/w\.npz")
+    server.no_head = True  # then nothing is known beforehand, and nothing is continued
+    assert_equal_trees(load_weights(f"{url}?c=1", MODEL), expected)
     server.files["", "/a/w.npz"] = b"<html>"
     refuse(f"{url}?b=1", "it is a web page. Download the file itself")
 

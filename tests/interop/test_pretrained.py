@@ -203,6 +203,7 @@ def test_folders_that_are_none(tmp_path, tiny_model, tiny_params):
     with pytest.raises(ValueError, match=r"to a folder for a preprocessing or a model card; got"):
         save_weights(tmp_path / "w.npz", tiny_params, tiny_model, card=ModelCard())
     assert not (tmp_path / "w.npz").exists()
+    refuse("me/mine", r"^me/mine must be a folder; there is none\. .* write hf://me/mine\.")
     refuse(f"{tmp_path}/run", r"must state its model in config\.json, as save_weights writes it")
     save_weights(f"{tmp_path}/a/", tiny_params, tiny_model)
     (tmp_path / "a/config.json").write_text("[1]")
