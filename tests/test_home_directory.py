@@ -74,7 +74,7 @@ OTHERS = {
     *["topology", "context_length", "vocab_size"],
     *["tap", "layer", "head", "size", "positions", "objects", "tau", "similarity", "connected"],
     *["share", "share_of", "definition", "limit", "pictures", "initial", "geometry"],
-    *["examples", "watch", "decoder", "no_training", "pixels", "platforms", "license"],
+    *["examples", "watch", "decoder", "no_training", "pixels", "platforms", "interval", "license"],
     *["topology", "context_length", "vocab_size", "train_split", "task", "baselines", "seeds"],
     *["k", "temperature", "form", "classifiers", "solver", "epochs", "shots", "l2", "detail"],
     *["recipe", "section", "json"],

@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from crate_jax.cli.alone import Alone, open_alone
 from crate_jax.cli.arguments import Subparsers, add_model_kwargs, path
-from crate_jax.cli.extras import PACKAGE, version
 from crate_jax.cli.runs import add_source
 from crate_jax.files import Json, check_folder, check_writable, located, written_aside
 from crate_jax.interop.export import PIXELS, PLATFORMS, USUAL
+from crate_jax.version import VERSION
 
 if TYPE_CHECKING:  # imported where it is used, with flatbuffers
     from jax.export import Exported
@@ -152,7 +152,7 @@ def _facts(args: argparse.Namespace, opened: Alone, program: "Exported") -> Json
         facts["preprocessing"] = _preprocessing(opened)
     if opened.class_names:
         facts["classes"] = list(opened.class_names)
-    versions: Json = {"crate_jax": version(PACKAGE), "jax": jax.__version__}
+    versions: Json = {"crate_jax": VERSION, "jax": jax.__version__}
     versions |= {"calling_convention": program.calling_convention_version}
     return facts | {"platforms": list(program.platforms), "versions": versions}
 

@@ -7,6 +7,7 @@ from typing import Any
 
 from crate_jax.cli.compare import add_compare
 from crate_jax.cli.doctor import add_doctor
+from crate_jax.cli.evaluate import add_evaluate
 from crate_jax.cli.export import add_export
 from crate_jax.cli.fields import add_config
 from crate_jax.cli.figures import add_figure
@@ -20,7 +21,7 @@ from crate_jax.cli.probe import add_knn, add_probe
 from crate_jax.cli.reconstruct import add_reconstruct
 from crate_jax.cli.report import add_report
 from crate_jax.cli.running import run_command
-from crate_jax.cli.runs import add_checkpoints, add_evaluate
+from crate_jax.cli.runs import add_checkpoints
 from crate_jax.cli.segment import add_segment
 from crate_jax.cli.train import add_train, train
 from crate_jax.options import did_you_mean

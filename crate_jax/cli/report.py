@@ -1,21 +1,17 @@
 """The command `report`: a run, or two side by side, as one page that needs no other file."""
 
 import argparse
-import sys
-import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from crate_jax.cli.arguments import Subparsers, path
+from crate_jax.cli.following import follow, say
 from crate_jax.cli.looking import LATEST, NAMED_STEPS, add_looking, check_looking, open_runs
 from crate_jax.files import Json, check_folder, located
-from crate_jax.streams import tolerant
 
-if TYPE_CHECKING:
+if TYPE_CHECKING:  # imported where they are used
+    from crate_jax.checkpoint.manager import Checkpointer
     from crate_jax.cli.page import Page
-
-_EVERY = 5.0  # seconds between two looks for a newer checkpoint
 
 
 def add_report(subparsers: Subparsers) -> None:
@@ -41,7 +37,7 @@ def report(args: argparse.Namespace) -> Json:
     _check(args, output)
     if not args.watch:
         return _result(_written(args, output), output, pages=1)
-    return _watch(args, output, time.sleep)
+    return _watch(args, output)
 
 
 def _check(args: argparse.Namespace, output: Path) -> None:
@@ -66,44 +62,25 @@ def _check(args: argparse.Namespace, output: Path) -> None:
     check_looking(args)
 
 
-def _watch(args: argparse.Namespace, output: Path, wait: Callable[[float], None]) -> Json:
+def _watch(args: argparse.Namespace, output: Path) -> Json:
     """Write the page whenever there is a newer checkpoint; an interruption ends it."""
-    page, pages, waits = None, 0, False
+    newest: list[Page] = []  # one at most
+    pages = 0
+
+    def newer(reader: "Checkpointer") -> list[int]:
+        step = reader.resolve(args.step or LATEST)
+        return [] if newest and step == newest[0].runs[0].step else [step]
+
     try:
-        while True:
-            if _is_newer(args, page):
-                page = _written(args, output, refresh=True)
-                pages += 1
-                _say(f"step {page.runs[0].step}: {output / 'index.html'}")
-            elif page is None and not waits:
-                waits = True
-                _say(f"waiting for the first checkpoint of a run in {args.workdir}")
-            wait(_EVERY)
+        for _ in follow(args.workdir, newer):
+            newest[:] = [page := _written(args, output, refresh=True)]
+            pages += 1
+            say(f"step {page.runs[0].step}: {output / 'index.html'}")
     except KeyboardInterrupt:
-        if page is None:
+        if not newest:
             raise
-        page.write(refresh=False)
-        return _result(page, output, pages=pages)
-
-
-def _say(line: str) -> None:
-    """A line of what is done, at once."""
-    tolerant(sys.stdout).write(line + "\n")
-    sys.stdout.flush()
-
-
-def _is_newer(args: argparse.Namespace, page: "Page | None") -> bool:
-    """Whether there is a checkpoint that the page does not show; a run may have none yet."""
-    from crate_jax.checkpoint.manager import Checkpointer
-
-    try:
-        reader = Checkpointer(args.workdir, read_only=True)
-    except FileNotFoundError:
-        return False
-    try:
-        return page is None or reader.resolve(args.step or LATEST) != page.runs[0].step
-    finally:
-        reader.close()
+    newest[0].write(refresh=False)
+    return _result(newest[0], output, pages=pages)
 
 
 def _written(args: argparse.Namespace, output: Path, *, refresh: bool = False) -> "Page":

@@ -1,4 +1,4 @@
-"""Commands that read a run or a weights file: `evaluate`, `checkpoints`."""
+"""What commands open that read a run or a weights file; and `checkpoints`."""
 
 import argparse
 import sys
@@ -7,8 +7,6 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from crate_jax.cli.arguments import (
     Subparsers,
-    add_data,
-    add_model,
     default_data,
     model_kwargs,
     override_data,
@@ -16,7 +14,6 @@ from crate_jax.cli.arguments import (
     resize_method,
     saved_run,
 )
-from crate_jax.cli.detail import CLASSIFY, add_detail, asks_detail, detail
 from crate_jax.cli.generate import TASK as NEXT_TOKEN
 from crate_jax.config import ModelConfig, TextConfig, TrainConfig
 from crate_jax.files import Json, located
@@ -28,26 +25,6 @@ if TYPE_CHECKING:  # imported where they are used
 _TEXTS = 16  # of an evaluation step, unless --batch_size says: logits of many texts are large
 
 
-def add_evaluate(subparsers: Subparsers) -> None:
-    """The flags of `evaluate`."""
-    parser = subparsers.add_parser(
-        "evaluate",
-        help="exact metrics over a split, such as top-1",
-        epilog="evaluate --workdir=runs/digits --step=best --detail\n"
-        "evaluate --weights=crate.pth --model=crate_small_patch16_224 --dataset=folder",
-    )
-    add_source(parser)
-    add_model(parser)
-    add_data(parser)
-    parser.add_argument(
-        "--tokenizer",
-        type=path,
-        help="of a text: bytes, a tokenizer.json, or the Hub's name",
-    )
-    add_detail(parser)
-    parser.set_defaults(function=evaluate)
-
-
 def add_source(parser: argparse.ArgumentParser) -> None:
     """A run, or weights."""
     parser.add_argument(
@@ -57,18 +34,6 @@ def add_source(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--step", help="of --workdir: latest (default), best or a number")
     parser.add_argument("--weights", type=path, help="in place of --workdir: a file; with --model")
-
-
-def evaluate(args: argparse.Namespace) -> Json:
-    """Exact metrics of a run or of a weights file."""
-    from crate_jax.training.run import evaluate_split
-
-    opened = open_trained(args, "evaluate", task=CLASSIFY if asks_detail(args) else None)
-    data = opened.run.config.data
-    inputs = {"dataset": data.dataset, "split": data.eval_split}
-    inputs |= {"step": opened.step, "fitted": opened.fitted}
-    more = detail(args, *opened[:3])  # first, as it may refuse a file
-    return inputs | evaluate_split(opened.run, opened.params, opened.extra) | more
 
 
 class Opened(NamedTuple):
@@ -131,7 +96,7 @@ def open_trained(
     if step is None:
         params, extra, fitted = _load_weights(args, run)
     else:
-        params, extra, fitted = *_restore(args.workdir, run, step), []
+        params, extra, fitted = *restored(args.workdir, run, step), []
     return Opened(run, params, extra, step, fitted + _by_number(facts, run))
 
 
@@ -215,7 +180,7 @@ def _by_number(facts: Json, run: "Run") -> list[str]:
     return [f"classes by number: {' and '.join(silent)} name none"] if silent else []
 
 
-def _restore(workdir: str, run: "Run", step: int) -> "tuple[Params, Extra]":
+def restored(workdir: str, run: "Run", step: int) -> "tuple[Params, Extra]":
     """Parameters and extra of a run's checkpoint."""
     from crate_jax.checkpoint.reading import restore_trained
 

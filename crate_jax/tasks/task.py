@@ -5,6 +5,7 @@ class that follows it, and one row in `crate_jax.tasks.TASKS`.
 """
 
 import math
+from collections.abc import Sized
 from typing import Any, ClassVar, NamedTuple, Protocol, Self
 
 from flax import linen as nn
@@ -39,7 +40,7 @@ class Inside(NamedTuple):
     inputs: Array
 
 
-def length_of(config: TrainConfig, rows: Rows) -> tuple[int, int]:
+def length_of(config: TrainConfig, rows: Sized) -> tuple[int, int]:
     """Optimizer steps of an epoch, and of the run.
 
     Args:

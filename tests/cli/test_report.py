@@ -15,6 +15,7 @@ pytest.importorskip("jinja2")
 
 from crate_jax.analysis import measure
 from crate_jax.checkpoint.reading import read_trained
+from crate_jax.cli import following
 from crate_jax.cli import report as command
 from crate_jax.cli.examples import first_examples
 from crate_jax.cli.looking import open_specimen
@@ -191,7 +192,7 @@ def test_watch_writes_at_each_checkpoint_and_ends_in_one_line(
     page = run / "report" / "index.html"
 
     def wait(seconds):
-        assert seconds == command._EVERY
+        assert seconds == following.EVERY_S
         steps.append(page.read_text(encoding="utf-8") if page.exists() else None)
         if len(steps) == 1:  # nothing was there to be shown
             shutil.copytree(workdir, run, ignore=shutil.ignore_patterns("2", "report"))
@@ -200,7 +201,7 @@ def test_watch_writes_at_each_checkpoint_and_ends_in_one_line(
         elif len(steps) == 4:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(command.time, "sleep", wait)
+    monkeypatch.setattr(following.time, "sleep", wait)
     pages.append(main(["report", "--workdir", str(run), "--watch", "--examples", "4"]))
     out, err = capsys.readouterr()
     *lines, last = out.splitlines()
@@ -224,7 +225,7 @@ def test_watch_that_saw_nothing(tmp_path, monkeypatch, capsys):
         if len(slept) == 3:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(command.time, "sleep", interrupt)
+    monkeypatch.setattr(following.time, "sleep", interrupt)
     assert main(["report", "--workdir", str(tmp_path / "no"), "--watch"]) == 130
     out, err = capsys.readouterr()
     assert out == f"waiting for the first checkpoint of a run in {tmp_path / 'no'}\n"
@@ -238,7 +239,7 @@ def test_watch_that_saw_nothing(tmp_path, monkeypatch, capsys):
 @pytest.mark.parametrize("watch", [True, False])
 def test_what_it_refuses(watch, workdir, call, tmp_path, monkeypatch):
     """With --watch before it waits for anything."""
-    monkeypatch.setattr(command.time, "sleep", lambda _: pytest.fail("it waits"))
+    monkeypatch.setattr(following.time, "sleep", lambda _: pytest.fail("it waits"))
     monkeypatch.setattr(command, "open_runs", lambda _: pytest.fail("it opens the run"))
     (tmp_path / "file").write_text("")
     (tmp_path / "site").mkdir()
