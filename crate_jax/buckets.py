@@ -50,7 +50,7 @@ class ServiceError(OSError):
 
 
 def is_remote(path: str | os.PathLike[str]) -> bool:
-    """Whether a path is a bucket's."""
+    """True if a path is in a bucket."""
     return "://" in os.fspath(path)
 
 
@@ -143,7 +143,7 @@ def check_reachable(path: Path, name: str) -> None:
 
 
 def complaint(error: BaseException) -> str | None:
-    """What a service says where it fails or refuses; None: the error is about something else."""
+    """A service's message about a failure or refusal; None if the error is about something else."""
     if isinstance(error, FileNotFoundError | FileExistsError | ServiceError):
         return None
     network = isinstance(error, ConnectionError | PermissionError | TimeoutError)
@@ -154,7 +154,7 @@ def complaint(error: BaseException) -> str | None:
 
 
 def is_of_service(error: BaseException) -> bool:
-    """Whether a package that speaks with a bucket's service made an error."""
+    """True if a package that speaks with a bucket's service made an error."""
     return type(error).__module__.startswith(_SERVICES)
 
 
@@ -233,7 +233,7 @@ def sizes(folder: Path) -> int:
 
 
 def version(path: Path) -> str:
-    """What changes whenever an object is written again, by whatever name its service has for it.
+    """The mark that changes whenever an object is written again, by the name that its service uses.
 
     Raises:
         OSError: there is none, or the service fails.

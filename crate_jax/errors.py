@@ -1,4 +1,4 @@
-"""Whose an error is: a user's, the system's, or a bug of ours, which keeps its trace."""
+"""Sort errors by their cause: a user, the system, or a bug of ours, which keeps its trace."""
 
 import dis
 import errno
@@ -25,7 +25,7 @@ _OF_PROGRAMS = {
 
 
 def is_mistake(error: BaseException) -> bool:
-    """Whether one line says all: somebody wrote it for users, or the system speaks of a file.
+    """True if one line is enough: the error was written for users, or the system speaks of a file.
 
     An error is written for users where this package has a ``raise`` for it. A lookup that fails,
     ``int()``, unpacking, or a library's error is a bug, in this package's lines too. So is any
@@ -38,7 +38,7 @@ def is_mistake(error: BaseException) -> bool:
 
 
 def of_the_system(error: BaseException) -> bool:
-    """Whether the system refused a file, a disk or a network, or an error wraps such an error."""
+    """True if the system refused a file, a disk or a network, or an error wraps such an error."""
     if not isinstance(error, OSError) or any(_module(tb) == _RECIPE for tb in _entries(error)):
         return False
     found: BaseException | None = error
@@ -77,7 +77,7 @@ def first_line(error: BaseException, most: int = 200) -> str:
 
 
 def _raised_here(error: BaseException) -> bool:
-    """Whether a ``raise`` statement of this package raised an error."""
+    """True if a ``raise`` statement of this package raised an error."""
     entries = _entries(error)
     if not entries or _module(entries[-1]).partition(".")[0] != _PACKAGE:
         return False

@@ -66,7 +66,7 @@ def located(path: str | os.PathLike[str], name: str, *, absolute: bool = False) 
 
 
 def cache_folder() -> str:
-    """Where this project keeps what can be made or fetched again.
+    """The folder for files that can be made or fetched again.
 
     The folder is CRATE_JAX_CACHE, or ``crate_jax`` below XDG_CACHE_HOME, which is ~/.cache unless
     it is set.
@@ -123,7 +123,7 @@ def check_folder(path: str | Path, name: str) -> None:
 
 
 def _aside(path: Path) -> Path:
-    """Where a local file is written before it takes its place."""
+    """The path at which a local file is written before it takes its place."""
     return path.with_name(f".{path.name}.{os.getpid()}.tmp")
 
 

@@ -1,4 +1,4 @@
-"""What the machine must give: devices, memory, shared memory; and the settings of JAX to run under.
+"""The needs of a run: devices, memory, shared memory; and the settings of JAX to run under.
 
 Libraries say a lack of these by errors of many kinds; here they become one sentence with a remedy.
 """
@@ -22,7 +22,7 @@ _DEAD_WORKER = re.compile(r"Worker process was terminated unexpectedly with exit
 
 
 def explained(error: Exception) -> str | None:
-    """What an error of a library says about the machine, with a remedy; None: it is a bug."""
+    """The meaning of a library's error for the machine, with a remedy; None if it is a bug."""
     if lacks_memory(error):
         return (
             f"the program must fit into memory; it does not ({first_line(error)}). Lower the batch "
@@ -48,7 +48,7 @@ def explained(error: Exception) -> str | None:
 
 
 def lacks_memory(error: Exception) -> bool:
-    """Whether memory is short, of this process or of a device."""
+    """True if this process or a device is short of memory."""
     if isinstance(error, jax.errors.JaxRuntimeError):
         return bool(_NO_MEMORY.search(str(error)))
     if isinstance(error, ImportError):
@@ -114,7 +114,7 @@ def check_memory(need: int, what: str, remedy: str) -> None:
 
 
 def _worker_ended(signal: int) -> str | None:
-    """Why the system ended a worker of the loader; None: for another reason than memory."""
+    """The reason why the system ended a worker of the loader; None if it was not memory."""
     if signal == 7:  # SIGBUS: a page of shared memory that cannot be had
         return (
             f"{SHARED_MEMORY} must hold the batches of data.num_workers; a worker was ended for "
@@ -130,7 +130,7 @@ def _worker_ended(signal: int) -> str | None:
 
 
 def _forbidden_transfers() -> str | None:
-    """Which setting forbids the transfers that every program starts with; None: there is none."""
+    """The setting that forbids the transfers with which every program starts; None if none does."""
     for ending in ("", "_host_to_device", "_device_to_device", "_device_to_host"):
         name = f"jax_transfer_guard{ending}"
         value = jax.config.values.get(name)
@@ -143,7 +143,7 @@ def _forbidden_transfers() -> str | None:
 
 
 def _no_device(error: Exception) -> str | None:
-    """Why JAX finds no device; None: it finds one, and the error is another."""
+    """The reason for which JAX finds no device; None if it finds one, and the error is another."""
     if "Unable to initialize backend" not in (reason := str(error)):
         try:
             jax.devices()

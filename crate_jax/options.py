@@ -26,7 +26,7 @@ _KINDS = {
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Option:
-    """What a field declares besides its name, type and default.
+    """The rules of a field, besides its name, type and default.
 
     Attributes:
         help: the comment: meaning and unit.
@@ -78,7 +78,7 @@ def option(default: Any, help: str, **rules: Any) -> Any:
 
 
 def option_of(field: dataclasses.Field) -> Option:
-    """What a field declared."""
+    """The option that a field declared."""
     return field.metadata["option"]
 
 
@@ -119,7 +119,7 @@ def check(path: str, field: dataclasses.Field, value: Any, remedy: str) -> None:
 
 
 def is_legal(field: dataclasses.Field, value: object) -> bool:
-    """Whether `check` lets a value pass."""
+    """True if `check` lets a value pass."""
     try:
         check(field.name, field, value, "")
     except ValueError:
@@ -128,7 +128,7 @@ def is_legal(field: dataclasses.Field, value: object) -> bool:
 
 
 def is_of(value: object, kind: Any) -> bool:
-    """Whether a value is of an annotated type; a list may stand for a tuple, as in JSON."""
+    """True if a value is of an annotated type; a list may stand for a tuple, as in JSON."""
     members = _members(kind)
     if len(members) > 1:
         return any(is_of(value, each) for each in members)

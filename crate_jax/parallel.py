@@ -87,7 +87,7 @@ def _number(name: str, value: int | None) -> int:
 
 
 def all_agree(ok: bool, *, wait_s: float) -> bool:
-    """Whether something is so on every process of a run, asked without a collective.
+    """True if a statement holds on every process of a run, asked without a collective.
 
     Collectives wait for every process; one that is stuck in another of them would never come. All
     processes ask the same questions in the same order.
@@ -281,5 +281,5 @@ def check_shares(abstract_state: PyTree, shardings: Shardings, mesh: Mesh) -> No
 
 
 def _size_of_shard(leaf: jax.ShapeDtypeStruct, sharding: NamedSharding) -> int:
-    """How many values of a leaf one device holds."""
+    """The number of values of a leaf that one device holds."""
     return math.prod(sharding.shard_shape(leaf.shape))

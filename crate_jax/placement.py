@@ -1,4 +1,4 @@
-"""How arrays lie on the mesh around a function: weights gathered, shared axes left as they are.
+"""The layout of arrays on the mesh around a function: weights gathered, shared axes left alone.
 
 Of Explicit axes, `jax.make_mesh`'s default, the type of an array says which devices share which
 axis. JAX refuses to merge or split a shared axis, and a product in whose result the same devices
@@ -33,13 +33,13 @@ def platform() -> str:
 
 
 def device_kind() -> str:
-    """What JAX calls the devices of the mesh around a function, or its own where there is none."""
+    """JAX's name of the devices of the mesh around a function, or of its own without a mesh."""
     device = jax.sharding.get_abstract_mesh().abstract_device
     return device.device_kind if device else jax.devices()[0].device_kind
 
 
 def is_shared(X: Array) -> bool:
-    """Whether devices share an axis of X, by its type."""
+    """True if devices share an axis of X, by its type."""
     return any(axis is not None for axis in jax.typeof(X).sharding.spec)
 
 
@@ -51,7 +51,7 @@ def whole(X: Array) -> Array:
 
 
 def share_of_fsdp(name: str, shape: tuple[int, ...], n: int) -> PartitionSpec:
-    """Which axis of a parameter ``fsdp`` splits, by one rule of names and shapes.
+    """The axis of a parameter that ``fsdp`` splits, by one rule of names and shapes.
 
     That is the shortest of two or more axes that n devices can share evenly. The longest lies
     innermost on a TPU, where its shares are seldom whole tiles, and the compiler then adds up the
@@ -87,7 +87,7 @@ def whole_of_fsdp(name: str, X: Array) -> Array:
 
 
 def are_weights_split() -> bool:
-    """Whether an Auto axis ``fsdp`` of more than one device is around."""
+    """True if an Auto axis ``fsdp`` of more than one device is around."""
     mesh = jax.sharding.get_abstract_mesh()
     types = dict(zip(mesh.axis_names, mesh.axis_types, strict=True))
     return types.get("fsdp") is AxisType.Auto and mesh.shape["fsdp"] > 1
@@ -139,7 +139,7 @@ def rows_over(X: Array) -> tuple[str, ...] | None:
 def by_rows(
     function: Callable[..., _Result], *arrays: Array, whole: tuple[Array, ...] = ()
 ) -> _Result:
-    """What a function of arrays gives, of which each device computes its own rows, on axis 0.
+    """Call a function of arrays, so that each device computes its own rows, on axis 0.
 
     The compiler cannot split a kernel, and would gather what it takes.
 
@@ -169,7 +169,7 @@ def by_rows(
 
 
 def may_be_of_one_device() -> bool:
-    """Whether a kernel is called right where nothing says what the devices share.
+    """True if a kernel is called correctly though nothing says how the devices share the arrays.
 
     Without a mesh around it a program may be for arrays that several devices share, which JAX says
     to nobody who is traced, and a TPU's kernel is an error then.

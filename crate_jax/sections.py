@@ -10,7 +10,7 @@ from crate_jax.options import option
 
 @dataclasses.dataclass(kw_only=True)
 class DataConfig:
-    """Where the examples come from and what happens to each on its way to the device."""
+    """The source of the examples, and their way to the device."""
 
     dataset: str = option(
         "digits",
@@ -58,7 +58,7 @@ class DataConfig:
 
 @dataclasses.dataclass(kw_only=True)
 class TextConfig:
-    """How next_token makes tokens of text; where the text lies is for the section data."""
+    """The tokens of next_token, made of text. The section data says where the text lies."""
 
     tokenizer: str | None = option(
         "bytes",
@@ -129,7 +129,7 @@ class OptimConfig:
 
 @dataclasses.dataclass(kw_only=True)
 class PenaltyConfig:
-    """What a training loss may pay for besides its task; see crate_jax/tasks/penalties.py."""
+    """Penalties that a training loss has besides its task; see crate_jax/tasks/penalties.py."""
 
     orthogonality: float = option(0.0, "weight of ‖UᵀU − I‖² and ‖DᵀD − I‖²; 0: none", low=0)
     srr: float = option(0.0, "weight of R^c − R + λ‖Z‖₁ of a layer, per token; 0: none", low=0)
@@ -142,7 +142,7 @@ class PenaltyConfig:
 
 @dataclasses.dataclass(kw_only=True)
 class MaskingConfig:
-    """What masked_autoencoding hides of an image, and how it is told."""
+    """The patches that masked_autoencoding hides of an image, and the units of its predictions."""
 
     ratio: float = option(
         0.75, "share of the patches that is hidden", above=0, below=1, identity=True
@@ -179,7 +179,7 @@ class Mcr2Config:
 
 @dataclasses.dataclass(kw_only=True)
 class SimDinoConfig:
-    """What simdino asks of the views of an image; see crate_jax/tasks/simdino.py."""
+    """The settings of simdino for the views of an image; see crate_jax/tasks/simdino.py."""
 
     eps: float = option(0.05, "ε of the expansion, in the place of ε²", above=0, identity=True)
     coeff: float = option(1.0, "weight of the compression", low=0, identity=True)
@@ -222,7 +222,7 @@ class SimDinoConfig:
 
 @dataclasses.dataclass(kw_only=True)
 class ParallelConfig:
-    """How the devices are laid out."""
+    """The layout of the devices."""
 
     mesh: str = option("data:-1", "axis:size,… of data and fsdp; one size may be -1: what is left")
     coordinator: str | None = option(

@@ -20,7 +20,7 @@ _GONE = {
 
 
 class Nowhere(io.TextIOBase):
-    """What stands for a standard stream that a program was started without."""
+    """A stand-in for a standard stream that a program was started without."""
 
     def write(self, text: str, /) -> int:
         """Take a text, and forget it."""
@@ -58,7 +58,7 @@ class Tolerant:
         self._attempt(self._stream.flush)
 
     def isatty(self) -> bool:
-        """Whether a person may be watching."""
+        """True if a person may be watching."""
         try:
             return not self._gone and self._stream.isatty()
         except (OSError, ValueError):
@@ -137,5 +137,5 @@ def _occupy() -> None:
 
 
 def failure(stream: TextIO) -> OSError | None:
-    """Why a stream that somebody still reads has dropped text; None if it has not."""
+    """The reason for which a stream with a reader has dropped text; None if it has not."""
     return stream.failure if isinstance(stream, Tolerant) else None

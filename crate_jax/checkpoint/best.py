@@ -1,4 +1,4 @@
-"""Which metric says what the best checkpoint is."""
+"""The metric that the best checkpoint is chosen by."""
 
 import dataclasses
 from collections.abc import Mapping

@@ -1,4 +1,4 @@
-"""What an error of Orbax says: damage on disk, a disk that refuses, a failing system, or a bug."""
+"""The meanings of Orbax's errors: damage on disk, a disk that refuses, a failing system, a bug."""
 
 import contextlib
 import errno
@@ -17,7 +17,10 @@ class DamagedStepError(ValueError):
 
 
 class OtherTreeError(ValueError):
-    """What is to be restored is not what a checkpoint holds, which may well be whole."""
+    """The tree to restore differs from the tree of a checkpoint.
+
+    The checkpoint may well be whole.
+    """
 
 
 # No file that is damaged raises these.

@@ -1,4 +1,4 @@
-"""Who writes into a run's folder in a bucket: the process that has taken the highest number.
+"""The owner of a run's folder in a bucket: the process that has taken the highest number.
 
 No store of objects has locks. It can write an object only where there is none, and so decide who of
 several has a number: ``.owner/7.json`` names the seventh owner of a run. An owner writes its object
@@ -88,7 +88,7 @@ class Lease:
 
 
 def introduction() -> Json:
-    """This process in words, as it signs."""
+    """A description of this process, as it signs."""
     now = datetime.datetime.now().astimezone().isoformat(" ", "seconds")
     return {"process": os.getpid(), "host": socket.gethostname(), "since": now}
 
@@ -167,7 +167,7 @@ def _read(path: Path) -> Json:
 
 
 def _is_over(note: Json) -> bool:
-    """Whether an owner has ended, by its own word or as this machine sees its processes."""
+    """True if an owner has ended, by its own word or as this machine sees its processes."""
     if note.get("ended"):
         return True
     where = _place().get("where")
@@ -177,7 +177,7 @@ def _is_over(note: Json) -> bool:
 
 
 def _place() -> Json:
-    """Which processes this one can see, and when it started; {} where the system does not say."""
+    """The processes that this one can see, and its start time; {} if the system does not say."""
     try:
         boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
         return {"where": f"{boot} {os.readlink('/proc/self/ns/pid')}", "started": _started("self")}
@@ -186,7 +186,7 @@ def _place() -> Json:
 
 
 def _started(process: object) -> str | None:
-    """When a process of this machine started, in ticks since its boot; None: it has ended."""
+    """The start of a process of this machine, in ticks since its boot; None if it has ended."""
     try:
         # Behind the program's name, which may hold spaces.
         fields = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()

@@ -210,7 +210,7 @@ class Checkpointer:
         return self._restore(step, item, some, part=True)
 
     def metrics(self, step: int) -> dict[str, float]:
-        """What was measured at a step; empty if it was not evaluated.
+        """The metrics of a step; empty if it was not evaluated.
 
         Raises:
             ValueError: it was, and that cannot be read.
@@ -225,7 +225,7 @@ class Checkpointer:
         return self._checked(step, {}, self._record_on_disk(step))
 
     def has_digest(self, step: int) -> bool:
-        """Whether a step's bytes can be checked; those of the first versions cannot."""
+        """True if a step's bytes can be checked. Steps of the first versions have no digest."""
         return DIGEST in self._record_on_disk(step)
 
     def _record_on_disk(self, step: int) -> Json:
@@ -262,7 +262,7 @@ class Checkpointer:
                 self._owner.release()
 
     def reached_preemption(self, step: int) -> bool:
-        """Whether some process was told to end; true at the same step on all of them.
+        """True if some process was told to end; true at the same step on all of them.
 
         Call it on every process after every step. Always False without `jax.distributed`.
         """

@@ -1,4 +1,4 @@
-"""Who writes into a run's directory: one process at a time, or all processes of one run.
+"""The owner of a run's directory: one process at a time, or all processes of one run.
 
 The lock is the operating system's (flock), which frees it when its process ends, however that ends.
 Where a file system has none, a file that names its process stands in: on the same host it counts
@@ -55,7 +55,7 @@ class Owner:
             self._note.write_text(json.dumps(introduction()) + "\n")
 
     def check(self) -> None:
-        """Nothing: the system's lock stays until it is released. A `Lease` may be lost."""
+        """Do nothing: the system's lock stays until it is released. A `Lease` may be lost."""
 
     def release(self) -> None:
         """Let others in."""
@@ -121,7 +121,7 @@ def _who(workdir: Path) -> str:
 
 
 def _note(workdir: Path) -> object:
-    """What the owner has left of itself; None: it had no time to."""
+    """The note that the owner has left of itself; None if it had no time to write one."""
     try:
         return json.loads((workdir / NOTE).read_text())
     except (OSError, ValueError):

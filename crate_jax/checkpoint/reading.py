@@ -1,4 +1,4 @@
-"""What others read of a run's checkpoints: its parameters, and a list of what is there."""
+"""Read a run's checkpoints from outside: its parameters, and a list of the checkpoints."""
 
 from pathlib import Path
 
@@ -26,7 +26,7 @@ def restore_params(
 def restore_trained(
     workdir: str | Path, abstract_params: PyTree, abstract_extra: PyTree, step: str | int = "latest"
 ) -> tuple[PyTree, PyTree, int]:
-    """What a run has learnt, without its optimizer state: averaged parameters if it keeps them.
+    """Restore trained parameters, without the optimizer state: the averaged ones if there are any.
 
     Args:
         workdir: the run's directory.
@@ -70,7 +70,7 @@ def read_params(workdir: str | Path, step: str | int) -> tuple[PyTree, Json]:
 
 
 def read_trained(workdir: str | Path, step: str | int) -> tuple[PyTree, PyTree, Json]:
-    """What a run has learnt, whatever the shapes are: averaged parameters if it keeps them.
+    """Read the trained parameters, whatever their shapes are: the averaged ones if there are any.
 
     Args:
         workdir: the run's directory.
@@ -98,7 +98,7 @@ def read_trained(workdir: str | Path, step: str | int) -> tuple[PyTree, PyTree, 
 
 
 def read_facts(workdir: str | Path) -> Json:
-    """What a run says of its outputs and of its data; {} if an older version wrote all of it.
+    """Read a run's facts about its outputs and its data; {} if an older version wrote all of it.
 
     A run goes on with the same data alone, so what one of its records says holds for all.
     """

@@ -1,4 +1,4 @@
-"""What is saved beside a state, so that damage on disk is seen: sealed with a checksum.
+"""The record beside a saved state, sealed with a checksum. It makes damage on disk visible.
 
 Orbax restores a byte that changed on disk without a word, and reads the metrics of the steps, which
 decide what is kept, from files of their own. The digest of the state and the metrics are therefore
@@ -28,7 +28,7 @@ def seal(
 
 
 def is_whole(record: Json) -> bool:
-    """Whether a record is what was sealed; those of the first versions have no seal."""
+    """True if a record is as it was sealed. Records of the first versions have no seal."""
     return CHECKSUM not in record or record == _with_checksum(record)
 
 
@@ -49,7 +49,7 @@ def read_from_disk(directory: Path, step: int | str) -> Json:
 
 
 def best_of(directory: Path) -> Best:
-    """What a run's newest record says its best is by."""
+    """The metric that the best checkpoint is chosen by, from a run's newest record."""
     found = newest(directory, BEST)
     return UNSAID if found is None else Best(**found)
 

@@ -63,7 +63,7 @@ def _in_s3(spec: Any) -> Any:
 
 
 def _settings() -> dict[str, Any]:
-    """What botocore takes from the environment, and tensorstore does not."""
+    """The settings that botocore takes from the environment and tensorstore does not."""
     names = {
         "endpoint": ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL"),
         "aws_region": ("AWS_REGION", "AWS_DEFAULT_REGION"),

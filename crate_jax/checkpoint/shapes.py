@@ -1,4 +1,4 @@
-"""Whether a tree is the one that a checkpoint holds. If it is not, nothing is damaged."""
+"""Compare a tree with the tree of a checkpoint. If they differ, nothing is damaged."""
 
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,7 @@ def saved_shapes(directory: Path, step: int) -> PyTree:
 
 
 def check_fits(directory: Path, step: int, wanted: PyTree, *, part: bool) -> None:
-    """What is to be restored must be what a step holds, in names, shapes and dtypes.
+    """Check that the tree to restore has the names, shapes and dtypes that a step holds.
 
     Args:
         directory: of the steps.

@@ -54,7 +54,7 @@ class Picture(NamedTuple):
 
 
 def is_voc(folder: str) -> bool:
-    """Whether a folder is laid out as VOC's."""
+    """True if a folder is laid out as VOC's."""
     return storage.is_folder(storage.join(folder, VOC_LABELS))
 
 

@@ -59,7 +59,7 @@ def coco_pictures(annotations: str, folder: str) -> tuple[list[Picture], Json]:
 
 
 def _content(annotations: str) -> Json:
-    """What a file of annotations holds: lists of images and annotations.
+    """Read the lists of images and annotations of a file of annotations.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -110,23 +110,23 @@ def _check_rows(
 
 
 def _is_number(value: Any) -> bool:
-    """Whether a finite number, and no truth value."""
+    """True for a finite number that is no truth value."""
     number = isinstance(value, int | float) and not isinstance(value, bool)
     return number and abs(value) < math.inf
 
 
 def _is_whole(value: Any) -> bool:
-    """Whether a whole number, not written as text or with a point."""
+    """True for a whole number that is not written as text or with a point."""
     return isinstance(value, int) and not isinstance(value, bool)
 
 
 def _is_side(value: Any) -> bool:
-    """Whether a number of pixels."""
+    """True for a number of pixels."""
     return _is_whole(value) and value > 0
 
 
 def _is_box(value: Any) -> bool:
-    """Whether left, top, width and height."""
+    """True for left, top, width and height."""
     return (
         isinstance(value, list)
         and len(value) == 4
@@ -136,7 +136,7 @@ def _is_box(value: Any) -> bool:
 
 
 def _is_mask(value: Any, height: int, width: int) -> bool:
-    """Whether polygons, or run lengths that fill an image of this size."""
+    """True for polygons, or for run lengths that fill an image of this size."""
     if isinstance(value, list):
         return bool(value) and all(map(_is_polygon, value))
     if not isinstance(value, dict) or value.get("size") != [height, width]:
@@ -153,7 +153,7 @@ def _is_mask(value: Any, height: int, width: int) -> bool:
 
 
 def _is_polygon(value: Any) -> bool:
-    """Whether coordinates of three corners or more."""
+    """True for the coordinates of three corners or more."""
     corners = isinstance(value, list) and len(value) >= 6 and len(value) % 2 == 0
     return corners and all(map(_is_number, value))
 

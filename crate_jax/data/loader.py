@@ -261,7 +261,7 @@ class Batches:
         return batch
 
     def _why(self, index: int) -> str:
-        """What is wrong with a row, found out again: a worker said only which it was."""
+        """Find the fault of a row again: a worker named only the row."""
         try:
             self._rows.row(index, np.random.default_rng(0))
         except BadExampleError as error:
@@ -270,7 +270,7 @@ class Batches:
 
 
 def read_ahead(data: DataConfig, batch_size: int, row_bytes: int) -> tuple[int, int]:
-    """How the loader works ahead within ``data.prefetch_mib``: in what pieces, and how many.
+    """The size and number of the pieces that the loader reads ahead within ``data.prefetch_mib``.
 
     Each thread of each worker makes a whole element at a time. Elements that are batches, of 1,024
     rows of 150 kB, would fill 10 GB in sixteen workers of four threads. Hence elements are pieces
@@ -296,5 +296,5 @@ def read_ahead(data: DataConfig, batch_size: int, row_bytes: int) -> tuple[int, 
 
 
 def to_device(batch: Row, sharding: Sharding) -> dict[str, jax.Array]:
-    """This process's rows of a batch to its devices, as one global array a leaf."""
+    """Move this process's rows of a batch to its devices, as one global array for each leaf."""
     return {k: jax.make_array_from_process_local_data(sharding, v) for k, v in batch.items()}

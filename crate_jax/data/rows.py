@@ -1,4 +1,4 @@
-"""What the loader loads: rows of arrays, whatever is in them."""
+"""The rows that the loader loads: arrays with any content."""
 
 import errno
 import functools
@@ -36,7 +36,7 @@ class FailingSystemError(OSError):
 
 
 def patiently(read: Callable[[], _Read], name: str) -> _Read:
-    """What `read` gives; where the system fails, after some more attempts.
+    """Call `read`, with some more attempts if the system fails.
 
     Errors of the system are `OSError` and `MemoryError`. A file that is not there is none: waiting
     brings no file back.

@@ -1,4 +1,4 @@
-"""Whether a classifier is right as often as it is confident."""
+"""Calibration: compare a classifier's confidence with its accuracy."""
 
 from typing import NamedTuple
 
@@ -8,7 +8,7 @@ BINS = 15
 
 
 class Calibration(NamedTuple):
-    """Of a split.
+    """The calibration of a classifier on a split.
 
     Attributes:
         ece: the expected calibration error, in [0, 1].

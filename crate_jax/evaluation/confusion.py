@@ -1,4 +1,4 @@
-"""Which classes are taken for which."""
+"""Confusion of classes: true against predicted."""
 
 import csv
 from collections.abc import Sequence
@@ -10,7 +10,7 @@ from crate_jax.files import written_aside
 
 
 def confusion_matrix(labels: np.ndarray, told: np.ndarray, classes: int) -> np.ndarray:
-    """How many images of each class (row) are told as each class (column), (Y, Y) int64."""
+    """Count the images of each class (row) that are given each class (column), (Y, Y) int64."""
     pairs = labels.astype(np.int64) * classes + told
     return np.bincount(pairs, minlength=classes * classes).reshape(classes, classes)
 

@@ -23,7 +23,7 @@ TINY = 1e-5  # added to a deviation, as big_vision does: a feature may be the sa
 
 
 class Features(NamedTuple):
-    """Of the rows of a split.
+    """The features of the rows of a split.
 
     Attributes:
         values: (n, F) float32.
@@ -60,7 +60,7 @@ def features_of(
 
 
 def of_task(task: Task) -> OfRows:
-    """What a task's model gives: `Task.features`."""
+    """The features of a task's model: `Task.features`."""
 
     def function(params: PyTree, extra: PyTree, batch: dict[str, Array]) -> dict[str, Array]:
         return {"values": task.features(params, extra, batch), "label": batch["label"]}

@@ -12,7 +12,7 @@ SHOTS, L2 = (1, 5, 10, 25), (1024.0,)
 
 
 def few(train: Features, shots: int, seed: int) -> Features:
-    """So many rows of each class, drawn by the seed.
+    """Draw so many rows of each class by the seed.
 
     Raises:
         ValueError: a class has fewer.

@@ -30,7 +30,7 @@ def neighbour_votes(
     temperature: float = TEMPERATURE,
     form: str = "dino",
 ) -> dict[int, Array]:
-    """What the k most similar training rows say of each test row, by class.
+    """Count the votes of the k most similar training rows for each class, for each test row.
 
         votes_c = Σ_{i ∈ nearest k, y_i = c} exp(cos(x, x_i) / T)           (dino)
         probabilities_c = Σ_{i ∈ nearest k, y_i = c} softmax(cos(x, ·) / T)_i      (dinov2)

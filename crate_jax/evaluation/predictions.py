@@ -1,4 +1,4 @@
-"""What a classifier tells of every image of a split, and the labels that ReaL found for them."""
+"""A classifier's predictions for each image of a split, and the labels that ReaL found for them."""
 
 import json
 from collections.abc import Iterable
@@ -17,7 +17,7 @@ from crate_jax.tasks.classify import Classify
 
 
 class Predictions(NamedTuple):
-    """Of the images of a split that can be read, in its order.
+    """The predictions for the images of a split that can be read, in its order.
 
     Attributes:
         classes: told, (n,) int32; of equal logits the lower class.

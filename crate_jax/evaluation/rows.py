@@ -1,4 +1,4 @@
-"""What a function gives of every row of a split, in order, whatever the devices."""
+"""Apply a function to every row of a split, in order, on any devices."""
 
 import functools
 from collections import defaultdict
@@ -16,7 +16,7 @@ OfRows = Callable[[PyTree, PyTree, dict[str, Array]], dict[str, Array]]
 
 
 class ByRow(NamedTuple):
-    """What `by_row` returns, on the host.
+    """The result of `by_row`, on the host.
 
     Attributes:
         arrays: by name, (n, …), of the rows that count, in the order of the split.
@@ -70,7 +70,7 @@ def by_row(
 
 
 def order_of_split(sharding: Sharding, rows: int) -> np.ndarray:
-    """Where the rows of a split lie in a batch, (B,): each process loaded every so-manyth.
+    """The places of the rows of a split in a batch, (B,): each process loaded every so-manyth row.
 
     Args:
         sharding: of the batch, over axis 0.

@@ -37,7 +37,7 @@ class AdaLN(nn.Module):
 
     @nn.compact
     def __call__(self, Z_BxNxd: Array, _: Array | None, c_Bxd: Array) -> tuple[Modulation, ...]:
-        """What `crate_jax.models.block.Block.modulation` takes and returns; each is (B, 1, d)."""
+        """Compute the arguments of `crate_jax.models.block.Block.modulation`; each is (B, 1, d)."""
         linear = Linear(6 * Z_BxNxd.shape[-1], self.dtype, init.zeros, init.zeros, name="linear")
         six = jnp.split(linear(jax.nn.silu(c_Bxd))[:, None], 6, axis=-1)
         return tuple(Modulation(gate, scale, shift) for shift, scale, gate in (six[:3], six[3:]))
@@ -92,7 +92,7 @@ class WhiteBoxDiffusion(nn.Module):
 
     @property
     def tap_names(self) -> tuple[str, ...]:
-        """What the layers can show, in the order of computation."""
+        """The names of the taps of the layers, in the order of computation."""
         return tap_names(self.attention_part, self.nonlinearity_part)
 
     def __call__(self, X_BxG: Array, t_B: Array) -> Array:

@@ -1,4 +1,4 @@
-"""How the tokens of a subspace attend to each other, as each kind of device does it fastest.
+"""Attention between the tokens of a subspace, by the fastest way on each kind of device.
 
 O = softmax(S) V, S = s V Vᵀ, s = p^{-1/2}. Nothing of size (N, N) is kept for the backward pass. It
 has V and two numbers for each row of scores, and computes the scores again. The numbers are the
@@ -102,7 +102,7 @@ def _refused_by_gpu(kernel: str, V_BxNxKxp: Array) -> str | None:
 
 
 def has_kernel(platform: str, V_BxNxKxp: Array, kernel: str) -> bool:
-    """Whether a kernel of ours does `attend_by` on "cuda" or "tpu": no score is in memory then."""
+    """True if a kernel of ours does `attend_by` on "cuda" or "tpu": no score is in memory then."""
     return platform in _with_kernel(V_BxNxKxp, None, kernel)
 
 
@@ -124,7 +124,7 @@ def _with_kernel(V_BxNxKxp: Array, mask: Array | None, kernel: str) -> frozenset
 @jax.tree_util.register_static
 @dataclasses.dataclass(frozen=True)
 class _Way:
-    """Who computes the forward pass, and the backward pass of the same program.
+    """One way to compute the forward pass, and the backward pass of the same program.
 
     Attributes:
         kernels: the platforms that have a kernel.
@@ -204,7 +204,7 @@ def _backward_by_platform(
 
 
 def _second_derivative(way: _Way, kept: tuple[Array, ...], of_result: Array) -> tuple[Array, ...]:
-    """Of a function of V and dO alone: what was kept of the scores follows from V."""
+    """Differentiate in V and dO again: the saved numbers of the scores follow from V."""
     del way
     V_BxNxKxp, largest_BxKxN, total_BxKxN, dO_BxNxKxp = kept
 
@@ -266,7 +266,7 @@ def _product(axes: str, X: Array, Y: Array) -> Array:
 
 
 def _images_at_a_time(V_BxNxKxp: Array, mask: Array | None) -> int:
-    """How many images a CPU takes at a time, so that their scores stay in the cache in between."""
+    """The number of images that a CPU takes at a time, so that their scores stay in the cache."""
     B, N, K, _ = V_BxNxKxp.shape
     if mask is not None or placement.is_shared(V_BxNxKxp) or placement.rows_over(V_BxNxKxp) != ():
         return B

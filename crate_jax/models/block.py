@@ -74,7 +74,7 @@ class Part(NamedTuple):
 
 
 class Context(NamedTuple):
-    """What all blocks of a stack see besides the tokens.
+    """The arguments that all blocks of a stack share, besides the tokens.
 
     Attributes:
         mask: which token may see which, as `crate_jax.models.derivatives.attend` takes it.
@@ -226,7 +226,7 @@ class Block(nn.Module):
 
 
 def tap_names(attention: Part, nonlinearity: Part | None) -> tuple[str, ...]:
-    """What a block of these parts can show, in the order of computation (attention first)."""
+    """The names of the taps of a block of these parts, in order of computation, attention first."""
     second = () if nonlinearity is None else ("z_half", *nonlinearity.taps, nonlinearity.name)
     return (*attention.taps, attention.name, *second, "out")
 

@@ -25,7 +25,9 @@ _LEAST = 1e-12  # the least sum of squares so far that the official code divides
 
 
 class Sums(NamedTuple):
-    """What causal TSSA keeps of all tokens so far, of dtype `wide`; it does not grow with them.
+    """The running sums of causal TSSA over all tokens so far, of dtype `wide`.
+
+    Their size is constant.
 
     Attributes:
         squares_BxKxp: Σ V².
@@ -83,7 +85,7 @@ def attend_by_past_statistics(
 
 
 class PastSums(NamedTuple):
-    """What causal TSSA keeps of the tokens so far, however many there are.
+    """The cache of causal TSSA. Its size does not depend on the number of tokens.
 
     Attributes:
         sums: over them.

@@ -30,7 +30,7 @@ Pool = Callable[[Array], Array]
 def contract_and_broadcast(
     V_BxNxKxp: Array, R_BxmxKxp: Array, step_r_K: Array, step_x_K: Array
 ) -> tuple[Array, Array]:
-    """What CBSA makes of subspace tokens and their representatives: s_x Aᵀ SSA(R + s_r A V), and A.
+    """Apply CBSA to subspace tokens and their representatives: s_x Aᵀ SSA(R + s_r A V), and A.
 
     The contraction A = softmax(p^{-1/2} R Vᵀ) is the attention of each representative to the
     tokens. They move to what they see, attend to each other, SSA(R) = softmax(p^{-1/2} R Rᵀ) R, and

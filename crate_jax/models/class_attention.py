@@ -134,7 +134,7 @@ class ClassBlock(nn.Module):
 
 
 class ClassCost(NamedTuple):
-    """What a `ClassBlock` costs for one example.
+    """The cost of a `ClassBlock` for one example.
 
     Attributes:
         products: multiply-adds of its matrix products. Keys and values are of all tokens; the

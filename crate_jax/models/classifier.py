@@ -1,4 +1,4 @@
-"""What the image classifiers of the family share: images → tokens → blocks → one token → logits."""
+"""The frame of the family's image classifiers: images → tokens → blocks → one token → logits."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, ClassVar
@@ -56,7 +56,7 @@ class ImageClassifier(ImageFields, BlockModel):
 
     @nn.nowrap
     def pooled(self, Z_BxNxd: Array) -> Array:
-        """What the head reads, (B, d) float32, normalised by ``head_norm``."""
+        """The input of the head, (B, d) float32, normalised by ``head_norm``."""
         pooled_Bxd = Z_BxNxd[:, 0] if self.pool == "cls" else Z_BxNxd.mean(axis=1)
         return self.make_head_norm()(pooled_Bxd)
 
@@ -98,7 +98,7 @@ class ImageClassifier(ImageFields, BlockModel):
 
     @property
     def stages(self) -> list[tuple[int, int]]:
-        """Of a convolutional stem, `crate_jax.models.stem.stage_sizes`; [] of another embedding."""
+        """The convolutional stem as `crate_jax.models.stem.stage_sizes`; [] of another kind."""
         return []
 
     @property
@@ -117,7 +117,7 @@ class ImageClassifier(ImageFields, BlockModel):
 
     @property
     def kept_outside(self) -> int:
-        """What the convolutions give."""
+        """The values of the convolutions."""
         return sum(values for values, _ in self.stages)
 
     @property
@@ -197,7 +197,7 @@ class ImageClassifier(ImageFields, BlockModel):
         return self.with_layers(lambda: self._tokens(images_BxHxWxc, train, (), hidden)[0])
 
     def forward_head(self, Z_BxNxd: Array, *, pre_logits: bool = False) -> Array:
-        """What a call makes of the tokens of `forward_features`.
+        """Compute the result of a call from the tokens of `forward_features`.
 
         Args:
             Z_BxNxd: tokens of the last block.
@@ -232,7 +232,7 @@ class ImageClassifier(ImageFields, BlockModel):
         return_prefix_tokens: bool = False,
         intermediates_only: bool = False,
     ) -> Any:
-        """What comes out of some of the blocks, as timm's method of this name gives it.
+        """The tokens after some of the blocks, as timm's method of this name returns them.
 
         Args:
             images_BxHxWxc: as for a call.

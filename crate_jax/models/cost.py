@@ -1,4 +1,4 @@
-"""What a model costs, by formula: parameters, multiply-adds, memory.
+"""The cost of a model by formula: parameters, multiply-adds, memory.
 
 A layer costs what its two operators cost: `crate_jax.models.operator_cost`.
 """
@@ -43,7 +43,7 @@ def _layer(model: BlockModel) -> Cost:
 
 
 def _parts(model: BlockModel) -> list[Part]:
-    """What a layer is made of, and what computes its factors."""
+    """The parts of a layer, and the part that computes its factors."""
     modulation = model.block_fields().get("modulation")
     return [part for part in (model.attention_part, model.nonlinearity_part, modulation) if part]
 
@@ -101,7 +101,7 @@ def abstract_variables(model: BlockModel) -> Variables:
 
 
 def has_formula(model: object) -> bool:
-    """Whether the functions here know what a model computes."""
+    """True if the functions here know the operators of a model."""
     return isinstance(model, BlockModel) and all(part.name in COSTS for part in _parts(model))
 
 

@@ -19,7 +19,7 @@ from crate_jax.models.parameters import parameter
 
 
 def places_of(tokens_BxN: Array, pad_token: int) -> Array:
-    """Where tokens lie in the table of positions (B, N): counted from pad + 1, padding left out.
+    """The places of tokens in the table of positions (B, N): counted from pad + 1, without padding.
 
     Padding lies at the place ``pad_token``, which is nobody else's. Source: RoBERTa's code.
 
@@ -119,7 +119,7 @@ class CrateBert(BertFields, LanguageModel):
         return Part("ista", functools.partial(ISTA, self.eta, self.lmbda, self.dtype))
 
     def embed(self) -> TokenEmbedding:
-        """Of tokens, positions and the type, normalised."""
+        """Embed tokens, positions and the type, and normalise the sum."""
         return BertEmbedding(
             self.vocab_size,
             self.context_length + self.pad_token + 1,
@@ -136,7 +136,7 @@ class CrateBert(BertFields, LanguageModel):
         return places_of(tokens_BxN, self.pad_token)
 
     def mask(self, tokens_BxN: Array, before: Array | int, length: int) -> Array:
-        """Whatever is no padding is seen; and padding by itself."""
+        """The mask: tokens attend to all that is no padding, and padding to itself."""
         del before
         real_Bx1x1xN = (tokens_BxN != self.pad_token)[:, None, None]
         return real_Bx1x1xN | jnp.eye(length, dtype=bool)[None, None]

@@ -86,7 +86,7 @@ class CrateMae(MaeFields, ImageClassifier):
 
     @nn.nowrap
     def positions(self, _: int, d: int) -> Array:
-        """What is added to the class token and the patches, (N, d)."""
+        """The positions that are added to the class token and the patches, (N, d)."""
         return fixed_positions(self.position_grid, self.grid, d)
 
     def embed(self, train: bool) -> nn.Module:
@@ -165,7 +165,7 @@ class CrateMae(MaeFields, ImageClassifier):
 
     @property
     def decoder_tap_names(self) -> tuple[str, ...]:
-        """What the layers of the decoder can show, in the order of computation."""
+        """The names of the taps of the decoder's layers, in the order of computation."""
         return tap_names_of(self.attention_part)
 
     @nn.nowrap
@@ -180,10 +180,10 @@ class CrateMae(MaeFields, ImageClassifier):
 
     @property
     def head_again(self) -> int:
-        """Those of the decoder's layers."""
+        """Multiply-adds of the decoder's layers that the backward pass computes again."""
         return self.decoder_depth * decoder_cost(self).again[self.remat]
 
     @property
     def kept_outside(self) -> int:
-        """What the decoder's layers keep."""
+        """The values that the decoder's layers save."""
         return self.decoder_depth * decoder_cost(self).kept[self.remat]

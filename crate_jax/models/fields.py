@@ -17,7 +17,7 @@ DType = str | type | np.dtype
 
 @dataclasses.dataclass(eq=False, repr=False)
 class ModelFields:
-    """What every model has that is a stack of blocks."""
+    """The fields of every model that is a stack of blocks."""
 
     USUAL: ClassVar[Mapping[str, object]] = {}  # what `create_model` takes where nothing is said
 
@@ -51,7 +51,7 @@ class ModelFields:
 
 @dataclasses.dataclass(eq=False, repr=False)
 class _Classifier:
-    """What an image classifier takes and gives. It stands before `ModelFields` by position."""
+    """The input and output of an image classifier. It stands before `ModelFields` by position."""
 
     image_size: Size = option(..., "pixels: a side, or height and width", low=1, lengths=(1, 2))
     patch_size: Size = option(..., "pixels, likewise; divides image_size", low=1, lengths=(1, 2))
@@ -62,7 +62,7 @@ class _Classifier:
 
 @dataclasses.dataclass(eq=False, repr=False)
 class ImageFields(ModelFields, _Classifier):
-    """What every image classifier has. Sizes in pixels are a side, or (height, width)."""
+    """The fields of every image classifier. Sizes in pixels are a side, or (height, width)."""
 
     USUAL: ClassVar[Mapping[str, object]] = {"image_size": 224, "num_classes": 1000}
 
@@ -74,7 +74,7 @@ class ImageFields(ModelFields, _Classifier):
 
 @dataclasses.dataclass(eq=False, repr=False)
 class _Text:
-    """What a model of text takes and gives. It stands before `ModelFields` by position."""
+    """The input and output of a model of text. It stands before `ModelFields` by position."""
 
     context_length: int = option(..., "T, the most tokens that it sees at once", low=1)
     vocab_size: int = option(..., "V, how many tokens there are to choose from", low=1)
@@ -82,14 +82,14 @@ class _Text:
 
 @dataclasses.dataclass(eq=False, repr=False)
 class LanguageFields(ModelFields, _Text):
-    """What every model of text has."""
+    """The fields of every model of text."""
 
     tied: bool = option(True, "whether the head reads with the table of the embedding")
 
 
 @dataclasses.dataclass(eq=False, repr=False)
 class SubspaceFields(ModelFields):
-    """What every model with MSSA has."""
+    """The fields of every model with MSSA."""
 
     attention_kernel: str = option(
         "auto",
@@ -172,7 +172,7 @@ class VitFields(ImageFields):
 
 @dataclasses.dataclass(eq=False, repr=False)
 class SparseTextFields(SubspaceFields, LanguageFields):
-    """What every model of text has that makes its tokens sparse."""
+    """The fields of every model of text that makes its tokens sparse."""
 
     eta: float = option(0.1, "step size of ISTA", above=0)
     lmbda: float = option(0.1, "sparsity weight of ISTA", low=0)

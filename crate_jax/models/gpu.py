@@ -31,7 +31,7 @@ OLDEST = 8.0  # compute capability of the GPUs for which Triton has bfloat16; tr
 
 
 def is_new_enough() -> bool:
-    """Whether the GPUs of the mesh around run the kernels; True where none like them is here.
+    """True if the GPUs of the mesh around run the kernels, or if no such GPUs are here.
 
     A mesh says what they are called, and not how old they are: those here do, which are called so.
     """
@@ -181,7 +181,7 @@ class _Group:
         return (pl.ds(first, count), pl.ds(0, length)), mask
 
     def over_others(self, body: Callable[[Array | int, Any], Any], start: Any) -> Any:
-        """What a function of the first row of a piece and a carry comes to, over all pieces."""
+        """Fold a function of the first row of a piece and a carry over all pieces."""
         pieces = pl.cdiv(self.N, self.others)
         if pieces == 1:
             return body(0, start)

@@ -43,7 +43,7 @@ class Steps(nn.Module):
 
 
 class DepthCode(nn.Module):
-    """What tells the depths t = 1, …, L apart: c (L, d).
+    """The code that distinguishes the depths t = 1, …, L: c (L, d).
 
     512 sines and cosines of t → Linear → RMSNorm → GELU → RMSNorm → Linear → RMSNorm. Both linear
     maps start at zero.

@@ -1,4 +1,4 @@
-"""What a model takes for images, and what is wrong with others in one line."""
+"""Check images for a model, and describe the fault of wrong ones in one line."""
 
 import jax
 import jax.numpy as jnp
@@ -60,7 +60,7 @@ def check_masked(masked: object, shape: tuple[int, int]) -> None:
 
 
 def _remedy(got: Shape, shape: tuple[int, int, int]) -> str:
-    """How images of one shape become images of another."""
+    """The remedy that turns images of one shape into images of another."""
     H, W, c = shape
     if c == 1 and got[-2:] == (H, W) and len(got) in (2, 3):
         return f"Add the axes that lack: images.reshape(-1, {H}, {W}, 1)."

@@ -10,7 +10,7 @@ FORMATS = ("NHWC", "NLC")
 
 
 def chosen_layers(indices: int | Sequence[int] | None, depth: int) -> list[int]:
-    """Which of the layers 0 … L − 1 are asked for, in the order in which they are.
+    """The chosen layers among 0 … L − 1, in the order in which they are asked for.
 
     Args:
         indices: layers, of which a negative one counts from the last; a number n: the last n; None:

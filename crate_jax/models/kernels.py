@@ -1,4 +1,4 @@
-"""What the kernels of GPUs and of TPUs share: types of results, and scores in one unit for all.
+"""Shared code of the kernels of GPUs and TPUs: types of results, and scores in one unit for all.
 
 Inside of a kernel scores are in the unit that costs least there. What it keeps of them is natural,
 so that any other kernel, and XLA's functions, can go on with it. The letters are those of
@@ -17,7 +17,7 @@ def like(X: Array, shape: tuple[int, ...], dtype: Any) -> jax.ShapeDtypeStruct:
 
 
 def to_natural(largest_BxKxN: Array, total_BxKxN: Array, unit: float) -> tuple[Array, Array]:
-    """Of each row of scores the largest, max S, and the sum of e^(S − max S).
+    """Of each row of scores in natural units: the largest, max S, and the sum of e^(S − max S).
 
     The largest is rounded anew, and the sum makes up for it: scores of a hundred would else be off
     by 1e-5.

@@ -1,4 +1,4 @@
-"""What the models of text share: token ids → tokens → blocks → logits of a token for each place."""
+"""The frame of the models of text: token ids → tokens → blocks → logits at each place."""
 
 import functools
 from collections.abc import Callable, Iterable
@@ -79,18 +79,18 @@ class LanguageModel(LanguageFields, BlockModel):
 
     @nn.nowrap
     def embed(self) -> TokenEmbedding:
-        """Of tokens and positions; to be made in a compact method."""
+        """Embed tokens and positions. Call it in a compact method."""
         sizes = (self.vocab_size, self.context_length, self.width)
         return TokenEmbedding(*sizes, self.dtype, name="embedding")
 
     @nn.nowrap
     def places(self, tokens_BxN: Array, before: Array | int) -> Array:
-        """Where tokens lie in the table of positions, (N,) or (B, N), behind so many others."""
+        """The places of tokens in the table of positions, (N,) or (B, N), behind so many others."""
         return jnp.arange(tokens_BxN.shape[1], dtype=jnp.int32) + before
 
     @nn.nowrap
     def mask(self, tokens_BxN: Array, before: Array | int, length: int) -> Array | None:
-        """Which token may see which of so many, as `crate_jax.models.derivatives.attend` has it."""
+        """The mask between so many tokens, for `crate_jax.models.derivatives.attend`."""
         places_N = jnp.arange(tokens_BxN.shape[1], dtype=jnp.int32) + before
         return (places_N[:, None] >= jnp.arange(length, dtype=jnp.int32)[None])[None, None]
 
@@ -223,7 +223,7 @@ class LanguageModel(LanguageFields, BlockModel):
 
     @nn.nowrap
     def layer_past(self, batch_size: int) -> dict[str, Any]:
-        """What the attention of a layer keeps, by name, before the first token; {}: nothing."""
+        """The cache of a layer's attention, by name, before the first token; {} if it has none."""
         if self.attention_part.name != "mssa":
             return {}
         return {"subspace_tokens": no_subspace_tokens(self, batch_size)}

@@ -45,7 +45,7 @@ from crate_jax.models.steering import STEERING, Steering, steered
 
 
 class Attended(NamedTuple):
-    """What an attention step makes.
+    """The result of an attention step.
 
     Attributes:
         update: of the tokens (B, N, d), before the residual.

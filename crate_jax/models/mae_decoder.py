@@ -79,7 +79,7 @@ class Decoder(nn.Module):
 
 
 def pixels_of(model: Any) -> int:
-    """How many values a patch of a model has."""
+    """The number of values of a patch of a model."""
     return math.prod(pair(model.patch_size)) * model.in_channels
 
 
@@ -106,12 +106,12 @@ def decoder_of(model: Any, train: bool, taps: tuple[str, ...] = ()) -> Decoder:
 
 
 def tap_names_of(attention: Part) -> tuple[str, ...]:
-    """What the layers of a decoder can show, in the order of computation."""
+    """The names of the taps of a decoder's layers, in the order of computation."""
     return (DICTIONARY.name, "z_half", *attention.taps, attention.name, "out")
 
 
 class DecoderCost(NamedTuple):
-    """What a layer of the decoder costs for one example.
+    """The cost of a layer of the decoder for one example.
 
     Attributes:
         products: multiply-adds of its matrix products.

@@ -1,4 +1,4 @@
-"""What a block takes that differs by depth, and what may be computed for its halves."""
+"""The arguments of a block that differ by depth, and factors that are computed for its halves."""
 
 from typing import NamedTuple
 
@@ -6,7 +6,7 @@ from jax import Array
 
 
 class PerLayer(NamedTuple):
-    """What differs by depth; a stack takes each of them with the layers on axis 0.
+    """The arguments that differ by depth. A stack takes each of them with the layers on axis 0.
 
     Attributes:
         drop_path: rate of stochastic depth, a scalar: the share of the examples that skip a half
@@ -19,7 +19,7 @@ class PerLayer(NamedTuple):
 
 
 class Modulation(NamedTuple):
-    """What is computed for one half of a block; each array broadcasts to tokens (B, N, d).
+    """The factors of one half of a block; each array broadcasts to tokens (B, N, d).
 
     Attributes:
         gate: the factor g of the half.

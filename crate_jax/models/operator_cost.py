@@ -1,4 +1,4 @@
-"""What the operators of a layer cost, by formula: multiply-adds, and what the backward pass keeps.
+"""The cost of a layer's operators, by formula: multiply-adds, and the values saved for backward.
 
 Each operator has a row here, by the name that it has in a block; a new operator is a new row.
 """
@@ -12,7 +12,7 @@ from crate_jax.models.stacked import BlockModel
 
 
 class Cost(NamedTuple):
-    """What an operator of one layer costs, for one example.
+    """The cost of an operator of one layer, for one example.
 
     Attributes:
         products: multiply-adds of its matrix products with weights.

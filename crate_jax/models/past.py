@@ -1,4 +1,4 @@
-"""What attention keeps of the tokens so far, so that those that follow need nothing else of them.
+"""The cache of attention. Tokens that follow need nothing else of the tokens so far.
 
 It lies in the collection `PAST` of a model's variables, a value for each layer. A module that finds
 its own there takes the tokens of a call for those that follow, and puts the grown one back.
@@ -16,7 +16,7 @@ PAST = "past"
 
 
 class SubspaceTokens(NamedTuple):
-    """Of MSSA: the subspace tokens so far, with room for a whole context.
+    """The cache of MSSA: the subspace tokens so far, with room for a whole context.
 
     A token is query, key and value at once, so that one array is all of it.
 
@@ -36,6 +36,6 @@ class SubspaceTokens(NamedTuple):
 
 
 def no_subspace_tokens(model: Any, batch_size: int) -> SubspaceTokens:
-    """Of one layer of a model, before the first token of so many texts."""
+    """The empty cache of one layer of a model, for so many texts."""
     room = (batch_size, model.context_length, model.num_heads, model.subspace_dim)
     return SubspaceTokens(jnp.zeros(room, model.dtype), jnp.int32(0))

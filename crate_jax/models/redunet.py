@@ -33,7 +33,7 @@ class ReduNet(NamedTuple):
 
 
 class Passed(NamedTuple):
-    """What goes through a network.
+    """The values that go through a network.
 
     Attributes:
         features: after the last layer, in the shape of the examples, each of length one.
@@ -89,7 +89,7 @@ def build(
 
 
 def apply(net: ReduNet, X: Array) -> Passed:
-    """What a network makes of examples of unknown classes; see `build` for their shapes."""
+    """Apply a network to examples of unknown classes; see `build` for their shapes."""
 
     def layer(V_mxFxC: Array, built: ReduLayer) -> tuple[Array, tuple[Array, Array]]:
         V_mxFxC, guess_mxJ = apply_layer(built, V_mxFxC, eta=net.eta, lmbda=net.lmbda)

@@ -40,12 +40,12 @@ class Released:
 
     @property
     def name(self) -> str:
-        """What `load_pretrained` calls it: the model, a dot and the tag."""
+        """The name for `load_pretrained`: the model, a dot and the tag."""
         return f"{self.model}.{self.tag}"
 
     @property
     def by_program(self) -> bool:
-        """Whether a program can download it."""
+        """True if a program can download it."""
         return self.file.startswith(HUB) and not self.dead
 
 

@@ -13,7 +13,7 @@ from crate_jax.options import is_legal, option, option_of, unknown
 
 
 def values_of(name: str) -> dict[str, object]:
-    """What a name stands for: the defaults of its family, and the fields of its row."""
+    """The values behind a name: the defaults of its family, and the fields of its row."""
     variant = find(name)
     defaults = {
         field.name: field.default
@@ -25,7 +25,7 @@ def values_of(name: str) -> dict[str, object]:
 
 @dataclasses.dataclass(kw_only=True)
 class ModelConfig:
-    """Which model, and what differs from its row in `VARIANTS`.
+    """The model of a run, and its differences from its row in `VARIANTS`.
 
     ``ModelConfig(name=…)`` is the section of that model's family and has the family's fields. A
     field left at None keeps the variant's value.

@@ -1,4 +1,4 @@
-"""Where the named models come from: papers, code, published results; see `released` for weights.
+"""The sources of the named models: papers, code, published results; see `released` for weights.
 
 One table, which docs/zoo.md is made from. Nothing here imports JAX, and nothing here is computed.
 """
@@ -9,7 +9,7 @@ import fnmatch
 
 @dataclasses.dataclass(frozen=True)
 class Source:
-    """Where a group of models comes from.
+    """The source of a group of models.
 
     Attributes:
         title: what the group is called.
@@ -196,7 +196,7 @@ RESULTS |= {
 
 
 def source_of(model: str) -> Source:
-    """Where a named model comes from.
+    """The source of a named model.
 
     Raises:
         KeyError: the table does not say; every named model has one row of `SOURCES`.

@@ -1,4 +1,4 @@
-"""What the models of the family share: an embedding → a stack of blocks → a reading."""
+"""The frame of all models of the family: an embedding → a stack of blocks → a reading."""
 
 import dataclasses
 from collections.abc import Callable, Iterable, Mapping
@@ -64,7 +64,7 @@ class BlockModel(ModelFields, nn.Module):
 
     @property
     def first_products(self) -> int:
-        """Of these the ones whose input needs no gradient: nothing before it is trained."""
+        """Multiply-adds of the embedding whose input needs no gradient: the input is not trained."""
         return 0
 
     @property
@@ -74,7 +74,7 @@ class BlockModel(ModelFields, nn.Module):
 
     @property
     def head_again(self) -> int:
-        """Of these the ones that the backward pass computes again, by ``remat``."""
+        """Multiply-adds of the head that the backward pass computes again, by ``remat``."""
         return 0
 
     @property
@@ -110,12 +110,12 @@ class BlockModel(ModelFields, nn.Module):
 
     @nn.nowrap
     def shared_context(self) -> Context:
-        """What all blocks see besides the tokens, parameters of the model among it."""
+        """The arguments that all blocks share besides the tokens, with parameters of the model."""
         return Context()
 
     @nn.nowrap
     def per_layer(self) -> PerLayer:
-        """What differs by depth; a model may make it of parameters of its own."""
+        """The arguments that differ by depth. A model may make them of parameters of its own."""
         return PerLayer(self.drop_path_rates())
 
     @property
@@ -148,12 +148,12 @@ class BlockModel(ModelFields, nn.Module):
 
     @property
     def tap_names(self) -> tuple[str, ...]:
-        """What the layers can show, in the order of computation."""
+        """The names of the taps of the layers, in the order of computation."""
         return tap_names(self.attention_part, self.nonlinearity_part)
 
     @nn.compact
     def with_layers(self, compute: Callable[[], Any]) -> Any:
-        """What a function returns that makes layers; Flax has one method of a module make them.
+        """Call a function that makes layers. Flax allows only one method of a module to make them.
 
         Raises:
             ValueError: a field breaks a rule.

@@ -35,7 +35,7 @@ class Steer:
 
 
 class Steering(NamedTuple):
-    """What is set of one array of a layer; the axes are the array's own, behind (B, N).
+    """The values to set in one array of a layer; the axes are the array's own, behind (B, N).
 
     Attributes:
         is_set: where.

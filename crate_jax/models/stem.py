@@ -104,7 +104,7 @@ def stage_widths(patch_size: tuple[int, int], width: int) -> list[int]:
 def stage_sizes(
     input_shape: tuple[int, int, int], patch_size: tuple[int, int], width: int
 ) -> list[tuple[int, int]]:
-    """Of every stage the values that it gives for an image, and their multiply-adds."""
+    """The number of values that every stage gives for an image, and their multiply-adds."""
     H, W, before = input_shape
     found = []
     for i, channels in enumerate(stage_widths(patch_size, width), start=1):

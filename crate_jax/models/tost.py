@@ -24,7 +24,7 @@ BANDS = 32  # waves a side, of the positions
 
 
 def fourier_positions(grid: tuple[int, int]) -> np.ndarray:
-    """Where the cells of a grid are, as waves: P rows of 2 · `BANDS` values, float32.
+    """Encode the places of the cells of a grid as waves: P rows of 2 · `BANDS` values, float32.
 
     Row i of R is at y = 2π i/R, i counted from 1, and columns likewise. Value j of y is sin(y/t_j)
     for even j and cos(y/t_j) for odd j, with t_j = 10⁴ to the power of 2⌊j/2⌋/`BANDS`. The values
@@ -109,12 +109,12 @@ class ToST(TostFields, ImageClassifier):
 
     @property
     def stages(self) -> list[tuple[int, int]]:
-        """Of the stem."""
+        """The stages of the stem."""
         return stage_sizes(self.input_shape, pair(self.patch_size), self.width)
 
     @property
     def class_block(self) -> ClassCost:
-        """What a block of class attention costs."""
+        """The cost of a block of class attention."""
         inner = self.num_heads * self.subspace_dim
         return class_cost(self.num_patches + 1, self.width, inner, self.mlp_ratio * self.width)
 
@@ -125,12 +125,12 @@ class ToST(TostFields, ImageClassifier):
 
     @property
     def head_again(self) -> int:
-        """Those of class attention."""
+        """Multiply-adds of class attention that the backward pass computes again."""
         return self.class_layers * self.class_block.again[self.remat]
 
     @property
     def kept_outside(self) -> int:
-        """Those of the stem and of class attention."""
+        """The values that the stem and class attention save."""
         return super().kept_outside + self.class_layers * self.class_block.kept[self.remat]
 
     def pooled(self, Z_BxNxd: Array) -> Array:

@@ -59,7 +59,7 @@ class TostLM(TostLMFields, LanguageModel):
 
     @property
     def out_init(self) -> Callable[..., Array]:
-        """Of the last linear map of either half, as GPT-2's: N(0, 0.02²/(2L))."""
+        """The initialiser of the last linear map of either half, as GPT-2's: N(0, 0.02²/(2L))."""
         return init.normal(0.02 * (2 * self.depth) ** -0.5)
 
     def block_fields(self) -> dict[str, Any]:

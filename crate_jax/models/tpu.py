@@ -35,13 +35,13 @@ OLDEST = 4  # generation of the TPUs for which Mosaic compiles
 
 
 def is_new_enough() -> bool:
-    """Whether the TPUs of the mesh around run the kernels; True where there are none."""
+    """True if the TPUs of the mesh around run the kernels, or if there are none."""
     found = re.match(r"TPU v(\d+)", placement.device_kind())
     return not found or int(found[1]) >= OLDEST
 
 
 def takes(V_BxNxKxp: Array) -> bool:
-    """Whether the kernels take such tokens: bfloat16 or float32, of an image that fits.
+    """True if the kernels take such tokens: bfloat16 or float32, of an image that fits.
 
     And of float32 only where products have one pass or all, by `jax_default_matmul_precision`.
     """
@@ -58,7 +58,7 @@ def _allowed() -> int:
 
 
 def _limit(V_BxNxKxp: Array) -> int:
-    """What the compiler is allowed: twice what it needs, where there is as much."""
+    """The memory that the compiler may use: twice its need, if there is as much."""
     return min(2 * _memory(V_BxNxKxp), _allowed())
 
 

@@ -67,7 +67,7 @@ class Group:
         return jax.lax.fori_loop(0, self.count, step, None)
 
     def blocks(self, body: Callable[[Any, Any], Any], start: Any = None) -> Any:
-        """What a function of the place of a block of tokens and a carry comes to, over all.
+        """Fold a function of the place of a block of tokens and a carry over all blocks.
 
         Where there is one block, the carry is None.
         """
@@ -211,7 +211,7 @@ def _product(X: Array, Y: Array, axis_of_X: int, axis_of_Y: int) -> Array:
 
 
 def precision(dtype: Any) -> jax.lax.Precision | None:
-    """Of products of a dtype, as JAX is set; None: Mosaic has none like it."""
+    """The precision of products of a dtype, as JAX is set; None if Mosaic has none like it."""
     asked = jax.config.values["jax_default_matmul_precision"]
     if dtype == jnp.bfloat16 or asked in (None, "default", "fastest", "bfloat16"):
         return jax.lax.Precision.DEFAULT

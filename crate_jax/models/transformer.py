@@ -1,4 +1,4 @@
-"""What a ViT has in the place of MSSA and ISTA: pure functions, then their modules.
+"""The operators of a ViT, in the place of MSSA and ISTA: pure functions, then their modules.
 
 The letters are those of `crate_jax.models.layers`.
 """

@@ -38,7 +38,7 @@ _EPSILON, _LEAST = 1e-8, 1e-24
 
 
 def attend_by_statistics(V_BxNxKxp: Array, tau_K: Array) -> tuple[Array, Array]:
-    """What TSSA makes of subspace tokens: −Π_nk V_nk / (1 + s_k), and Π.
+    """Apply TSSA to subspace tokens: −Π_nk V_nk / (1 + s_k), and Π.
 
     Π_nk = softmax over the subspaces k of τ_k Σ_p V²_nkp / Σ_m V²_mkp, and s_kp = Σ_n Π_nk V²_nkp /
     Σ_n Π_nk. It is the direction of a gradient step on a bound of R^c: s are the second moments of
@@ -132,7 +132,7 @@ class Weights(NamedTuple):
 
 
 def read_weights(attention: Any, d: int) -> Weights:
-    """Those of a module with the fields of `TSSA`."""
+    """Read the weights of a module with the fields of `TSSA`."""
     U_dxKxp, b_Kxp = read_bases(attention, d), None
     K, p = attention.num_heads, attention.head_dim
     if attention.subspace_bias:

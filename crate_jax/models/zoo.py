@@ -1,4 +1,4 @@
-"""How to build the named models, and what a file says of a model."""
+"""Build the named models, and describe a model for a file."""
 
 import dataclasses
 import fnmatch
@@ -107,7 +107,7 @@ def family_of(model: object) -> str:
 
 
 def has_family(model: object) -> bool:
-    """Whether `family_of` knows the model."""
+    """True if `family_of` knows the model."""
     return isinstance(model, tuple(CLASSES.values()))
 
 

@@ -40,7 +40,7 @@ class _Reader:
         return ValueError(f"an equation must {rule}; got {self.text}. Mend it.")
 
     def row(self) -> str:
-        """What follows, up to a closing brace."""
+        """Parse the text up to a closing brace."""
         parts = []
         while self.tokens and self.tokens[0] != "}":
             parts.append(self.scripted())

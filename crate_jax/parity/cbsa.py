@@ -84,7 +84,7 @@ class MSSA(crate.MSSA):
 
 
 def _attention(model: Crate) -> tuple[Callable[[], nn.Module], tuple[str, ...]]:
-    """What makes the attention of the model, and its taps."""
+    """Compute the attention of the model, and its taps."""
     sizes = (model.width, model.num_heads, model.subspace_dim)
     if model.attention == "mssa":
         return functools.partial(MSSA, *sizes), MSSA.TAPS

@@ -1,4 +1,4 @@
-"""What `compare` found, for people: a table for the terminal and a page with a plot."""
+"""The result of `compare` for people: a table for the terminal and a page with a plot."""
 
 from crate_jax.analysis.figures.canvas import INK, Picture, drawing, inline_svg, new_figure
 from crate_jax.files import Json
@@ -48,7 +48,7 @@ def _cells(row: Difference) -> tuple[str, ...]:
 
 
 def verdict(found: Comparison) -> list[str]:
-    """What it comes to, in a few lines."""
+    """The verdict of a comparison, in a few lines."""
     low = found.dtype != "float32"
     worst = {
         kind: max((r.relative for r in found.rows if r.kind == kind), default=0.0)

@@ -84,7 +84,7 @@ class PreNorm(nn.Module):
         self.fn = fn
 
     def forward(self, Z: Tensor):
-        """What the step returns for LN(Z)."""
+        """Apply the step to LN(Z)."""
         return self.fn(self.norm(Z))
 
 
@@ -128,7 +128,7 @@ class Transformer(nn.Module):
 
 
 class Frame(Twin):
-    """What CRATE and the models in its frame share: the class token, positions and the head.
+    """The shared parts of CRATE and models in its frame: the class token, positions and the head.
 
     Args:
         num_patches: N.

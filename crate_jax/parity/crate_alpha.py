@@ -62,7 +62,7 @@ class PreNorm(nn.Module):
         self.fn = fn
 
     def forward(self, Z: Tensor):
-        """What the step returns for LN(Z)."""
+        """Apply the step to LN(Z)."""
         return self.fn(self.norm(Z))
 
 

@@ -22,7 +22,7 @@ RATIO = 0.75  # of the patches that are hidden
 
 
 def hidden_places(patches: int) -> np.ndarray:
-    """Which patches of every image are hidden in a comparison, (P,) bool: three quarters of them.
+    """The patches that a comparison hides in every image, (P,) bool: three quarters of them.
 
     They are the same in all images, so that both frameworks need nothing but the images.
     """
@@ -73,7 +73,7 @@ class Layer(nn.Module):
         self.layers = nn.ModuleList([halves])
 
     def halves(self) -> tuple[Callable[[Tensor], Any], ...]:
-        """What is done first, and then."""
+        """The first half, and the second."""
         first, second = self.layers[0]  # type: ignore[misc]
         return first, second
 
@@ -212,7 +212,7 @@ class TorchCrateMae(Twin):
         return super().targets(labels) if self.hidden is None else torch.tensor(labels)
 
     def loss(self, logits: Tensor, targets: Tensor) -> Tensor:
-        """Of pixels and images (B, H, W, c) `error`, normalised; of an encoder `Twin.loss`."""
+        """The loss: of pixels and images (B, H, W, c) `error`, normalised; else `Twin.loss`."""
         if self.hidden is None:
             return super().loss(logits, targets)
         X = self.cut(targets.permute(0, 3, 1, 2))

@@ -65,13 +65,13 @@ class Difference:
 
     @property
     def within(self) -> bool:
-        """Whether it is in tolerance; a NaN is not."""
+        """True if it is in tolerance; a NaN is not."""
         return self.relative <= self.tolerance
 
 
 @dataclasses.dataclass(frozen=True)
 class Comparison:
-    """All that `compare` found.
+    """The results of `compare`.
 
     Attributes:
         dtype: of our computation.
@@ -100,7 +100,7 @@ class Comparison:
 
     @property
     def loss_tolerance(self) -> float:
-        """What the relative difference of a loss may be."""
+        """The tolerance of the relative difference of a loss."""
         return TOLERANCES["losses"] if self.dtype == "float32" else LOW_PRECISION_LOSS
 
     @property

@@ -1,4 +1,4 @@
-"""What the models of text share in PyTorch: the skeleton that nanoGPT names, and causal MSSA."""
+"""Shared parts of the models of text in PyTorch: nanoGPT's skeleton, and causal MSSA."""
 
 from collections.abc import Iterable, Sequence
 from typing import Any

@@ -45,7 +45,7 @@ class Positions(nn.Module):
 
 
 class Halves(nn.Module):
-    """What both kinds of block have: an attention and an MLP, each with a LayerNorm and γ (d,)."""
+    """Shared parts of both kinds of block: attention and MLP, each with a LayerNorm and γ (d,)."""
 
     def __init__(self, model: ToST, attention: nn.Module):
         super().__init__()

@@ -1,4 +1,4 @@
-"""What a PyTorch model must offer to be compared with one of ours, and the optimizer it lacks."""
+"""The interface of a PyTorch model that is compared with ours, and the optimizer PyTorch lacks."""
 
 import abc
 from collections.abc import Iterable, Sequence

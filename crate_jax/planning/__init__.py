@@ -1,1 +1,1 @@
-"""What a run would need on machines that are not here."""
+"""Plans of runs on hardware that you do not have."""

@@ -60,7 +60,7 @@ _KINDS = {
 
 
 def share_of_peak(flops: float, devices: Iterable[Any]) -> float:
-    """What share of the published peak of all devices so many operations a second are.
+    """The share of so many operations a second in the published peak of all devices.
 
     The peak is that of bfloat16.
 
@@ -78,7 +78,7 @@ def share_of_peak(flops: float, devices: Iterable[Any]) -> float:
 
 @dataclasses.dataclass(frozen=True)
 class Joined:
-    """What groups of devices add up, gather or exchange in a step.
+    """The values that groups of devices add up, gather or exchange in a step.
 
     Attributes:
         kind: "all-reduce", "all-gather", "reduce-scatter", "all-to-all" or "collective-permute".

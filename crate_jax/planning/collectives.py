@@ -1,4 +1,4 @@
-"""What the devices of a compiled program send each other, read from its text."""
+"""The communication between the devices of a compiled program, read from its text."""
 
 import dataclasses
 import math
@@ -62,7 +62,7 @@ def collectives(program: str, devices: int) -> Counter[Collective]:
 
 
 def _works_meanwhile(inside: Computation, start: Instruction) -> bool:
-    """Whether a computation has work between an operation's start and its end."""
+    """True if a computation has work between an operation's start and its end."""
     names = list(inside)
     ends = [x.name for x in inside.users[start.name] if x.opcode.endswith("-done")]
     if not start.opcode.endswith("-start") or not ends:
@@ -92,7 +92,7 @@ def _collective(x: Instruction, outer: Instruction, devices: int, overlaps: bool
 
 
 def _group(text: str, devices: int) -> tuple[int, int]:
-    """How many devices a collective joins, and how far apart, in any of XLA's spellings."""
+    """The number of devices that a collective joins, and their distance, in XLA's spellings."""
     if mesh := re.search(
         r"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\((.*?)\))? \{(.*?)\}", text
     ):

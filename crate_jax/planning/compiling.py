@@ -29,7 +29,7 @@ _KEPT_AS = 2  # what is kept of a program changed so often
 
 @dataclasses.dataclass(frozen=True)
 class Compiled:
-    """What a compiler made of a program.
+    """The result of a compiler for a program.
 
     Attributes:
         text: the optimised program; empty where it was refused.
@@ -112,7 +112,7 @@ def _folder() -> Path:
 
 
 def _key(topology: Topology, lowered: Lowered) -> str:
-    """Of all that the compiler's work depends on."""
+    """The key of all that the compiler's work depends on."""
     flags = [os.environ.get(name, "") for name in ("XLA_FLAGS", "LIBTPU_INIT_ARGS")]
     options = repr(sorted(topology.options.items()))
     about = [str(_KEPT_AS), topology.name, topology.compiler, *flags, options]
@@ -120,7 +120,7 @@ def _key(topology: Topology, lowered: Lowered) -> str:
 
 
 def _watched(work: Callable[[], Any], say: Callable[[str], None]) -> Any:
-    """What a function gives, called in a thread: a compiler does not listen to Ctrl-C."""
+    """Call a function in a thread: a compiler does not listen to Ctrl-C."""
     done: queue.Queue[tuple[Any, BaseException | None]] = queue.Queue()
 
     def call() -> None:

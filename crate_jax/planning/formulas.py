@@ -1,4 +1,4 @@
-"""What a training step needs, by formula: memory, and what its devices send each other."""
+"""The needs of a training step, by formula: memory, and the communication of its devices."""
 
 import dataclasses
 import math
@@ -19,7 +19,7 @@ from crate_jax.training.state import TrainState
 
 @dataclasses.dataclass(frozen=True)
 class Need:
-    """What the formulas give for a step.
+    """The results of the formulas for a step.
 
     Attributes:
         memory: bytes of a device by kind, see `crate_jax.planning.memory.memory_bytes`.
@@ -49,7 +49,7 @@ def need(
     platform: str,
     chip: Chip | None = None,
 ) -> Need:
-    """What a step of a run needs with a model in place of its own.
+    """Compute the needs of a step of a run with a model in place of its own.
 
     Args:
         run: reads its mesh and the optimizer's config.
@@ -134,11 +134,11 @@ def gathered_bytes(model: ImageClassifier, state: TrainState, micro_batches: int
 
 
 def _split_values(tree: PyTree) -> int:
-    """How many values the leaves have that no device holds whole."""
+    """Count the values of the leaves that no device holds whole."""
     leaves = jax.tree.leaves(tree)
     return sum(x.size for x in leaves if x.sharding.shard_shape(x.shape) != x.shape)
 
 
 def values(tree: PyTree) -> int:
-    """How many values all leaves have together."""
+    """Count the values of all leaves together."""
     return sum(leaf.size for leaf in jax.tree.leaves(tree))

@@ -42,7 +42,7 @@ class Array:
 
     @property
     def values(self) -> int:
-        """How many values it has, without padding."""
+        """The number of its values, without padding."""
         return math.prod(self.shape)
 
 
@@ -76,7 +76,7 @@ class Instruction:
                 yield from _NAME.findall(names)
 
     def attribute(self, pattern: str) -> str | None:
-        """What the first group of a pattern finds behind the operands."""
+        """The first group of a pattern, searched behind the operands."""
         found = re.search(pattern, self.text)
         return found[1] if found else None
 
@@ -101,7 +101,7 @@ class Computation(dict[str, Instruction]):
 
     @functools.cached_property
     def users(self) -> dict[str, list[Instruction]]:
-        """Who takes what an instruction makes."""
+        """The instructions that take the result of an instruction."""
         found: dict[str, list[Instruction]] = {name: [] for name in self}
         for user in self.values():
             for operand in dict.fromkeys(user.operands):
@@ -139,7 +139,7 @@ class Program:
                     todo += [(called, times) for called in instruction.called()]
 
     def trips(self, loop: Instruction) -> int:
-        """How often a loop runs; 1 where the program does not say.
+        """The number of rounds of a loop; 1 if the program does not say.
 
         Some compilers write it down. Else it is what the condition compares its counter with, which
         starts from 0 in every loop of JAX's scan.
@@ -195,7 +195,7 @@ def _instruction(text: str, name: str, is_root: bool) -> Instruction:
 
 
 def _closing(text: str) -> int:
-    """Where the bracket ends that a text starts with."""
+    """Find the end of the bracket that a text starts with."""
     depth = 0
     for at in re.finditer(r"[()]", text):
         depth += 1 if at[0] == "(" else -1

@@ -1,4 +1,4 @@
-"""What a device holds at the height of a training step, by formula.
+"""The memory of a device at the height of a training step, by formula.
 
 The height is in the backward pass: the activations of all layers are still there, and the gradients
 of all layers have their room already. What comes besides is known of programs that XLA's compilers
@@ -133,7 +133,7 @@ def _copies(optim: OptimConfig, model: BlockModel, state: TrainState, platform: 
 
 
 def _has_kernel(run: Run, model: BlockModel) -> bool:
-    """Whether a kernel for TPUs computes the attention, so that no score lies in memory."""
+    """True if a kernel for TPUs computes the attention, so that no score lies in memory."""
     if model.attention_part.name != "mssa" or model.backward != "derived":
         return False
     if isinstance(model, LanguageModel):  # no kernel knows a mask
@@ -149,7 +149,7 @@ def _has_kernel(run: Run, model: BlockModel) -> bool:
 
 
 def _is_split(state: TrainState) -> bool:
-    """Whether a device holds but a part of the parameters."""
+    """True if a device holds only a part of the parameters."""
     leaves = jax.tree.leaves(state.params)
     return any(x.sharding.shard_shape(x.shape) != x.shape for x in leaves)
 

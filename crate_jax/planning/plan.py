@@ -1,4 +1,4 @@
-"""What a run would need on machines that are not here: memory, computation, communication, time.
+"""Plan a run on hardware that you do not have: memory, computation, communication, time.
 
 Two sources that check each other. Formulas say what the state, the activations and the collectives
 of a step must come to. And the step itself is compiled, and asked: by the compiler of the hardware
@@ -213,7 +213,7 @@ def _lower(run: Run, model: ImageClassifier) -> tuple[TrainState, Batch, Lowered
 
 
 def _by_formula(run: Run, model: ImageClassifier, state: TrainState, need: formulas.Need) -> Json:
-    """What no compiler was asked for."""
+    """The part of a plan that no compiler was asked for."""
     return {
         "model": run.config.model.name,
         "mesh": dict(run.mesh.shape),
@@ -228,7 +228,7 @@ def _by_formula(run: Run, model: ImageClassifier, state: TrainState, need: formu
 
 
 def _beside(need: formulas.Need) -> Json:
-    """What the formulas give for a program that was compiled."""
+    """The results of the formulas for a program that was compiled."""
     return {
         "memory_by_formula": sum(need.memory.values()),
         "gradient_bytes_by_formula": need.gradient_bytes,

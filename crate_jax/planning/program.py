@@ -1,4 +1,4 @@
-"""What an optimised program moves through the large memory of a device, operation by operation.
+"""The bytes that an optimised program moves through the large memory of a device, by operation.
 
 Every operand and every result counts once, if it lies in that memory (HBM) and not in one inside
 the chip. Tiles are padded, and the padding moves too. Of a stacked array the slice counts that an
@@ -60,7 +60,7 @@ class Operation:
 
     @property
     def bytes(self) -> int:
-        """What it moves in one run of the program."""
+        """The bytes that it moves in one run of the program."""
         return self.trips * (self.reads + self.writes)
 
 
@@ -79,7 +79,7 @@ def account(text: str, *, spaces: Iterable[int] = (0,)) -> list[Operation]:
 
 
 def copies(operations: Iterable[Operation], values: int) -> int:
-    """How many copies of arrays of so many values or more one run of a program makes."""
+    """Count the copies of arrays of so many values or more in one run of a program."""
     return sum(x.trips for x in operations if x.is_copy and x.values >= values)
 
 
@@ -214,7 +214,10 @@ def _target(x: Instruction) -> str | None:
 
 
 def _made(x: Instruction, inside: Computation) -> tuple[Array, ...]:
-    """What an instruction makes; of the first half of an asynchronous one what the second gives."""
+    """The result of an instruction.
+
+    The first half of an asynchronous one has the result of the second.
+    """
     if (_target(x) or "").startswith("__cublas"):
         return x.results[:1]  # what follows is room to work in
     if not x.opcode.endswith("-start"):

@@ -1,4 +1,4 @@
-"""What a plan found, as lines for people."""
+"""The result of a plan, as lines for people."""
 
 from collections.abc import Iterator
 
@@ -6,7 +6,7 @@ from crate_jax.files import Json
 
 
 def table(found: Json) -> str:
-    """What `plan` or `plan_on` found.
+    """The result of `plan` or `plan_on`.
 
     What formulas give and what a compiler gives stand apart.
     """

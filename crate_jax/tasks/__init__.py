@@ -1,4 +1,4 @@
-"""What a model is trained for: batch, model and loss."""
+"""Training tasks: batch, model and loss."""
 
 from crate_jax.tasks.classify import Classify
 from crate_jax.tasks.masked_autoencoding import MaskedAutoencoding

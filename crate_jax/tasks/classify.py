@@ -93,7 +93,7 @@ class Classify(Task):
     def reopen(
         cls, config: TrainConfig, *splits: tuple[str, bool], facts: Json
     ) -> tuple[Self, tuple[Rows, ...]]:
-        """Where the facts name classes, the model has those, and labels are numbered by name.
+        """Take the classes that the facts name: the model has those, and names number the labels.
 
         A split may have them in another order, or some of them only.
 
@@ -160,7 +160,7 @@ class Classify(Task):
         return sums_of_labels(self.logits(params, extra, batch), batch["label"], batch["mask"])
 
     def logits(self, params: Params, extra: Extra, batch: Batch) -> Array:
-        """Of all classes (B, Y), float32, in evaluation mode."""
+        """The logits of all classes (B, Y), float32, in evaluation mode."""
         variables = {"params": params, **dict(extra)}
         return self.model.apply(variables, self.normalized(batch["image"]), train=False)
 
@@ -169,7 +169,7 @@ class Classify(Task):
         return {name: totals[name] / totals["examples"] for name in ("loss", "top1", "top5")}
 
     def features(self, params: Params, extra: Extra, batch: Batch) -> Array:
-        """What the head reads, (B, d): the pooled token, normalised."""
+        """The input of the head, (B, d): the pooled token, normalised."""
         if not gives_features(self.model):
             return super().features(params, extra, batch)
         return pooled_token(*self.inside(params, extra, batch))
@@ -188,7 +188,7 @@ class Classify(Task):
         return layer_scalars(layerwise(*self.inside(params, extra, batch))), {}
 
     def normalized(self, images: Array) -> Array:
-        """What the model takes: stored pixels normalised, floats as they are.
+        """The input of the model: stored pixels normalised, floats as they are.
 
         Raises:
             ValueError: images are neither.

@@ -1,4 +1,4 @@
-"""What SimDINO trains for: views of an image agree, and those of many images fill the space.
+"""The losses of SimDINO: views of an image agree, and those of many images fill the space.
 
 Features are unit vectors z of p values. s_v is the student's of view v of an image, t_v the
 teacher's. Views 0 and 1 are global crops; the teacher sees them alone. All is computed in float32.
@@ -18,7 +18,7 @@ from crate_jax.tasks.task import Scalars
 
 
 def compression(s_BxVxp: Array, t_Bx2xp: Array) -> Array:
-    """How far the views agree: c = 1/(2V − 2) Σ_{i<2} Σ_{j≠i} mean_B ⟨t_i, s_j⟩.
+    """Measure the agreement of the views: c = 1/(2V − 2) Σ_{i<2} Σ_{j≠i} mean_B ⟨t_i, s_j⟩.
 
     The paper has ½‖t − s‖² in the place of −⟨t, s⟩, which is as much but for a constant.
 
@@ -65,7 +65,7 @@ def expansion(F_BxVxp: Array, *, eps: float, group_size: int = 0) -> Array:
 
 
 def masked_agreement(s_BxPxp: Array, t_BxPxp: Array, masked_BxP: Array) -> Array:
-    """How far hidden patches agree: the mean over B crops of ⟨t, s⟩, averaged over those hidden.
+    """Measure the agreement of hidden patches: the mean of ⟨t, s⟩ over those hidden, then B crops.
 
     A crop of which none is hidden counts as 0.
 
@@ -97,7 +97,7 @@ def mean_cosine(F_Bxp: Array) -> Array:
 
 
 def effective_rank(F_Bxp: Array) -> Array:
-    """How many directions unit vectors use: 1 where they have collapsed, at most min(B, p).
+    """The number of directions that unit vectors use: 1 if they have collapsed, at most min(B, p).
 
     The exponential of an entropy of the shares λ of the eigenvalues of FᵀF: Rényi's of order two,
     −log Σ λ², which needs no factorisation: (tr FᵀF)² / ‖FᵀF‖². That of Shannon's, of
@@ -143,7 +143,7 @@ class Coding:
 
     @classmethod
     def from_config(cls, config: SimDinoConfig, batch_size: int) -> Self:
-        """That of a config's section.
+        """Read the values of a config's section.
 
         Raises:
             ValueError: the batch cannot be cut into its groups.

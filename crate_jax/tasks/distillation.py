@@ -62,7 +62,7 @@ def resized(params: Params, model: ImageClassifier, other: ImageClassifier) -> P
 
 
 class Seen(NamedTuple):
-    """What a network makes of V views of B images.
+    """The outputs of a network for V views of B images.
 
     Attributes:
         features: of the head (B, V, p), unit vectors, float32.
@@ -181,7 +181,7 @@ class Network:
         return self._projected(variables, normed)
 
     def step_flops(self, local_crops: int) -> float:
-        """Of a training step for one image; 0: there is no formula."""
+        """The operations of a training step for one image; 0 if there is no formula."""
         if not has_formula(self.model):
             return 0.0
         d, h, p = self.model.width, self.head.hidden, self.head.features
@@ -220,7 +220,7 @@ class Network:
 
 
 def momentum_at(step: Array, ends: tuple[float, float], *, total_steps: int) -> Array:
-    """How much of itself a teacher keeps: half a cosine; a float32 scalar.
+    """The momentum of a teacher: half a cosine; a float32 scalar.
 
     Args:
         step: optimizer steps done before this one, int32.

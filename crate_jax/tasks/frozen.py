@@ -9,12 +9,12 @@ from crate_jax.models.classifier import ImageClassifier
 
 
 def gives_features(model: object) -> bool:
-    """Whether `pooled_token` and `mean_patch` know a model: the image classifiers of the family."""
+    """True if `pooled_token` and `mean_patch` know a model: the image classifiers of the family."""
     return isinstance(model, ImageClassifier)
 
 
 def pooled_token(model: Any, variables: Any, images_BxHxWxc: Array) -> Array:
-    """What a head reads: the pooled token behind the last norm.
+    """The input of a head: the pooled token behind the last norm.
 
     Args:
         model: an `ImageClassifier`, with a head or without.

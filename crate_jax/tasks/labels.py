@@ -82,7 +82,7 @@ def sums_of_labels(logits_BxY: Array, labels_B: Array, mask_B: Array) -> Scalars
 
 
 def rank_of_label(logits_BxY: Array, labels_B: Array) -> Array:
-    """How many classes come before the label's: (B,) int32, 0 for a hit.
+    """Count the classes that come before the label's: (B,) int32, 0 for a hit.
 
     Of equal logits the lower class comes first. One that is not a number comes before all others,
     and as the label's own is never a hit, however many count as one. It is counted, not sorted: a

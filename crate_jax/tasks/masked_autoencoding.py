@@ -107,7 +107,7 @@ class MaskedAutoencoding(Task):
 
     @property
     def kept(self) -> int:
-        """How many patches of an image the model sees."""
+        """The number of patches of an image that the model sees."""
         return int(self.model.num_patches * (1 - self.ratio) + 1e-6)  # 0.1 of ten is not 0.999…
 
     def on_device(self, batch: Batch, key: Array) -> Batch:
@@ -172,7 +172,7 @@ class MaskedAutoencoding(Task):
     def _told(
         self, params: Params, images: Array, masked_BxP: Array, key: Array | None = None
     ) -> Array:
-        """What the model says of all patches (B, P, k); with a key, in training mode."""
+        """The model's prediction for all patches (B, P, k); with a key, in training mode."""
         how: Any = dict(train=False) if key is None else dict(train=True, rngs={"dropout": key})
         inputs = ({"params": params}, images, masked_BxP)
         return self.model.apply(*inputs, method="reconstruct", **how)
@@ -180,7 +180,7 @@ class MaskedAutoencoding(Task):
     def _errors(
         self, params: Params, images: Array, masked_BxP: Array, key: Array | None = None
     ) -> tuple[Array, Array]:
-        """Of each image the mean squared error over hidden patches; and that of their means."""
+        """The mean squared error over the hidden patches of each image, and that of their means."""
         told_BxPxk = self._told(params, images, masked_BxP, key)
         X_BxPxk = patchify(images.astype(jnp.float32), self._patch)
         return hidden_errors(told_BxPxk, X_BxPxk, masked_BxP, normalize=self.normalize)

@@ -1,4 +1,4 @@
-"""Which patches of an image are hidden, and how they are told."""
+"""Masks of patches, and the targets for hidden patches."""
 
 import jax
 import jax.numpy as jnp
@@ -7,7 +7,7 @@ from jax import Array
 
 
 def hidden_patches(noise_BxP: Array, kept: int | Array) -> Array:
-    """Where patches are hidden: of each image all but those of the least noise.
+    """Hide patches: in each image all but those of the least noise.
 
     Ranks are counted, not sorted: a sort would gather the noise of the whole batch on every device.
 
@@ -42,7 +42,7 @@ def check_shares(least: float, most: float) -> None:
 
 
 def masks_of_one_view(key: Array, shape: tuple[int, int], *, least: float, most: float) -> Array:
-    """Which patches of two views of an image are hidden: a share of one, and none of the other.
+    """Hide a share of the patches of one of two views of an image, and none of the other.
 
     Args:
         key: draws the view, its share, and the patches, for each image anew.
@@ -95,7 +95,7 @@ def own_noise(images_BxHxWxc: Array, patches: int) -> Array:
 def hidden_errors(
     told_BxPxk: Array, X_BxPxk: Array, masked_BxP: Array, *, normalize: bool
 ) -> tuple[Array, Array]:
-    """Of each image the mean squared error over the pixels of its hidden patches (B,), twice.
+    """The mean squared error over the pixels of the hidden patches of each image (B,), twice.
 
     Args:
         told_BxPxk: what a model says of all patches.

@@ -93,7 +93,7 @@ class Mcr2(Task):
     def reopen(
         cls, config: TrainConfig, *splits: tuple[str, bool], facts: Json
     ) -> tuple[Self, tuple[Rows, ...]]:
-        """Where the facts name labels, those of the rows are numbered by name."""
+        """Number the labels of the rows by name, if the facts name labels."""
         # Here, because a machine that only trains on arrays has none of the libraries.
         from crate_jax.data.images.views import repeated
 

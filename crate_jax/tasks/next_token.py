@@ -96,7 +96,7 @@ class NextToken(Task):
         return task, tuple(opened)
 
     def tokenizer(self, facts: Json) -> Any:
-        """That of the config, which must be that of the facts; None: it is not known.
+        """The tokenizer of the config, which must be that of the facts; None if it is not known.
 
         Raises:
             ValueError: it is another one, or there is none of that name.

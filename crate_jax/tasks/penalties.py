@@ -1,4 +1,4 @@
-"""What a training loss may pay for besides its task: skew bases, and layers that code badly.
+"""Penalties that a training loss has besides its task: skew bases, and layers that code badly.
 
 Both follow the theory. Its derivation takes U and D for orthonormal, which training does not keep
 them; and a layer is a step on the sparse rate reduction, which the task alone does not ask for.
@@ -38,7 +38,7 @@ class Penalties:
 
     @classmethod
     def from_config(cls, config: PenaltyConfig) -> Self:
-        """Those of a config's section."""
+        """Read the values of a config's section."""
         return cls(
             orthogonality=config.orthogonality,
             srr=config.srr,
@@ -61,11 +61,11 @@ class Penalties:
 
     @property
     def taps(self) -> tuple[str, ...]:
-        """What a model must show of its layers."""
+        """The taps of a model's layers that the penalties need."""
         return ("out",) if self.srr else ()
 
     def __call__(self, params: Params, seen: dict[str, Array], key: Array) -> tuple[Array, Scalars]:
-        """What is added to the loss, a float32 scalar, and each penalty before its weight.
+        """The addition to the loss, a float32 scalar, and each penalty before its weight.
 
         Args:
             params: of the model.
@@ -94,7 +94,7 @@ class Penalties:
 
 
 def orthogonality(params: PyTree) -> Array:
-    """How far the bases U and the dictionaries D are from orthonormal.
+    """Measure the distance of the bases U and the dictionaries D from orthonormal ones.
 
     For every parameter of the blocks that is called U or D, as a matrix X (d, m) of each layer, all
     subspaces of U side by side: ‖XᵀX − I‖², the squares summed; where m > d, which no orthonormal
@@ -124,7 +124,7 @@ def orthogonality(params: PyTree) -> Array:
 
 
 def srr_penalty(Z_BxNxd: Array, U_dxKxp: Array, *, lmbda: float, eps: float) -> Array:
-    """What is left of the sparse rate reduction, for each token: (R^c(Z; U) − R(Z) + λ ‖Z‖₁) / N.
+    """The rest of the sparse rate reduction, for each token: (R^c(Z; U) − R(Z) + λ ‖Z‖₁) / N.
 
     ‖Z‖₁ is there for ‖Z‖₀, which has no gradient.
     Source: arXiv 2306.01129, equation 1, negated; as a regulariser, OpenReview CAC74VuMWX.

@@ -43,7 +43,7 @@ def normalize(images_BxHxWxc: Array, *, mean: tuple[float, ...], std: tuple[floa
 
 
 def normalized(images: Array, *, mean: tuple[float, ...], std: tuple[float, ...]) -> Array:
-    """What a model takes: stored pixels by `normalize`, floats as they are.
+    """The input of a model: stored pixels by `normalize`, floats as they are.
 
     Raises:
         ValueError: images are neither.

@@ -64,7 +64,7 @@ class Embedder:
         return normalized(flat, mean=self.mean, std=self.std)
 
     def variables(self, params: Params, extra: Extra) -> Variables:
-        """Those of the model."""
+        """The variables of the model."""
         own = {name: group for name, group in params.items() if name != "head"}
         return {"params": own, **dict(extra)}
 

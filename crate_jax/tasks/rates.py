@@ -164,7 +164,7 @@ def _exact_half_logdet(G_xnxn: np.ndarray) -> np.ndarray:
 
 
 def cosines(Z_Bxp: Array, Pi_BxJ: Array) -> tuple[Array, Array]:
-    """Of pairs of rows of different classes: the sum of their |cosines|, and how many there are.
+    """The sum of the |cosines| of pairs of rows of different classes, and the number of pairs.
 
     Args:
         Z_Bxp: features; one of norm zero has cosine 0 with all.

@@ -99,7 +99,7 @@ class SimDino(Task):
         return task, opened
 
     def step_flops(self) -> float:
-        """Of student and teacher, of the models that have a formula."""
+        """The operations of a step of student and teacher, for models that have a formula."""
         return self.network.step_flops(self.local_crops)
 
     def blank(self) -> Batch:
@@ -156,7 +156,7 @@ class SimDino(Task):
         return extra | {"teacher": followed(extra["teacher"], student, momentum)}
 
     def features(self, params: Params, extra: Extra, batch: Batch) -> Array:
-        """What a head of the teacher would read (B, d), float32; of views, that of the first."""
+        """The input of a teacher's head (B, d), float32; of several views, that of the first."""
         return self._seen(extra, batch).pooled[:, 0]
 
     def sums(self, params: Params, extra: Extra, batch: Batch) -> Scalars:
@@ -171,7 +171,7 @@ class SimDino(Task):
         return {"knn": totals["knn"] / totals["examples"]}
 
     def inspect(self, params: Params, extra: Extra, batch: Batch) -> tuple[Scalars, Images]:
-        """How far the teacher's features collapse; the two global views, side by side."""
+        """Measure the collapse of the teacher's features; draw both global views side by side."""
         beside = jnp.concatenate([*self._views(batch)[:8].swapaxes(0, 1)], axis=2)
         return collapse(self._seen(extra, batch).features[:, 0]), {"views": beside}
 
@@ -181,7 +181,7 @@ class SimDino(Task):
 
     @property
     def network(self) -> Network:
-        """What student and teacher are."""
+        """The network of student and teacher."""
         head = ProjectionHead(self.head_hidden, self.head_features, self.model.dtype)
         return Network(self.model, head, self.mean, self.std, self.local_size)
 
@@ -190,5 +190,5 @@ class SimDino(Task):
         return batch["image"][:, None] if "image" in batch else batch["global"]
 
     def _seen(self, extra: Extra, batch: Batch) -> Seen:
-        """What the teacher makes of the first view."""
+        """The outputs of the teacher for the first view."""
         return self.network.see(extra["teacher"], self._views(batch)[:, :1])

@@ -1,4 +1,4 @@
-"""What a task is: the one room that knows batch, model and loss.
+"""Tasks: the one room that knows batch, model and loss.
 
 Loop, evaluation, checkpoints, progress line and plan speak to this protocol. A new objective is one
 class that follows it, and one row in `crate_jax.tasks.TASKS`.
@@ -135,7 +135,7 @@ class Task(Protocol):
         return cls.open(config, *splits)
 
     def facts(self, rows: Rows) -> Json:
-        """What outputs mean, and on which rows they are trained, as JSON values by name.
+        """The meaning of the outputs, and the rows they are trained on, as JSON values by name.
 
         Every checkpoint records them. A run goes on only where those that it recorded are the same.
         All tasks state ``examples``, and the ``listing`` of stores that have one: it changes with
@@ -176,7 +176,7 @@ class Task(Protocol):
         return {**extra, **others} if others else extra
 
     def on_device(self, batch: Batch, key: Array) -> Batch:
-        """What happens to a whole batch before it is cut into micro-batches: mixing, masks.
+        """Change a whole batch before it is cut into micro-batches: mixing, masks.
 
         Args:
             batch: as the loader hands it out.
@@ -235,7 +235,7 @@ class Task(Protocol):
         ...
 
     def features(self, params: Params, extra: Extra, batch: Batch) -> Array:
-        """What k-NN and probes read of each row, in evaluation mode.
+        """The features of each row for k-NN and probes, in evaluation mode.
 
         Args:
             params: the averaged ones, if the state keeps any.
@@ -272,7 +272,7 @@ class Task(Protocol):
         )
 
     def inspect(self, params: Params, extra: Extra, batch: Batch) -> tuple[Scalars, Images]:
-        """What one looks at while it trains: measures of the layers, pictures, collapse.
+        """Measures and pictures for people during training: the layers, pictures, collapse.
 
         Args:
             params: of the state, not averaged.

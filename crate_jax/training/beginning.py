@@ -1,4 +1,4 @@
-"""What a run begins with: parameters of its seed, or the weights of a file or of another run."""
+"""The start of a run: parameters of its seed, or the weights of a file or of another run."""
 
 import dataclasses
 from typing import Any

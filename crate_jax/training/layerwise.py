@@ -1,4 +1,4 @@
-"""What the optimizer does tensor by tensor and layer by layer: clipping, and rates.
+"""Rules of the optimizer for single tensors and layers: clipping, and rates.
 
 Names of the parameter tree decide. Layers that are stacked on axis 0 of a leaf below ``blocks``, or
 below a name that ends in it, count as so many tensors.
@@ -122,7 +122,7 @@ def _names(path: tuple[object, ...]) -> Path:
 
 
 def _is_stacked(path: Path) -> bool:
-    """Whether the leaf has layers on axis 0."""
+    """True if the leaf has layers on axis 0."""
     return any(part == BLOCKS or part.endswith(f"_{BLOCKS}") for part in path[:-1])
 
 

@@ -146,7 +146,7 @@ def _run(run: Run, checkpointer: Checkpointer, workdir: Path, profile: Profile) 
 
 
 def _explained(error: Exception, run: Run, checkpointer: Checkpointer) -> Exception:
-    """What an error of XLA means to who started the run; the error itself where it is a bug."""
+    """Explain an error of XLA to the person who started the run; a bug stays as it is."""
     reason = first_line(error)
     if lacks_memory(error):
         return ValueError(

@@ -71,7 +71,7 @@ def _official_readme(optim: OptimConfig, epochs: float, steps_per_epoch: int) ->
 def decay_mask(
     params: PyTree, no_decay: tuple[str, ...] = (), decay_only: tuple[str, ...] = ()
 ) -> PyTree:
-    """Which parameters decay: those with a part of their path in `decay_only`, or all if it is ().
+    """Choose the parameters that decay: those with a part of their path in `decay_only`; () is all.
 
     Those with a part of their path in `no_decay` do not. Names, not ranks, decide: layers are
     stacked, so a norm's scale has two axes.

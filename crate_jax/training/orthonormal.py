@@ -56,7 +56,7 @@ def nearest(X: Array) -> Array:
 
 
 def _chosen(params: PyTree, names: tuple[str, ...]) -> PyTree:
-    """Which leaves have one of the names: 0, `_STACKED` or `_SHARED`."""
+    """Mark the leaves that have one of the names: 0, `_STACKED` or `_SHARED`."""
     leaves, treedef = jax.tree.flatten_with_path(params)
     names_of = (jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in leaves)
     kinds = [_SHARED if "block" in name.split("/") else _STACKED for name in names_of]

@@ -49,7 +49,7 @@ InspectProgram = Callable[[Params, Extra, Batch], tuple[Scalars, Images]]
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """What a config says, made.
+    """The objects that a config describes.
 
     Attributes:
         config: validated.
@@ -73,12 +73,12 @@ class Run:
 
     @property
     def key(self) -> Array:
-        """Of everything that is random."""
+        """The key of all randomness."""
         return jax.random.key(self.config.seed)
 
     @property
     def ema(self) -> bool:
-        """Whether averaged parameters are kept."""
+        """True if averaged parameters are kept."""
         return self.config.optim.ema_decay > 0
 
 

@@ -19,7 +19,7 @@ from crate_jax.tasks.task import Extra, Params, Task
 
 @flax.struct.dataclass
 class TrainState:
-    """What changes from step to step.
+    """The state that changes from step to step.
 
     Attributes:
         step: optimizer steps done, int32 scalar.

@@ -1,4 +1,4 @@
-"""What surrounds a run: the directory that belongs to it, and the signals that stop it."""
+"""The surroundings of a run: its own directory, and the signals that stop it."""
 
 import json
 import os
@@ -124,7 +124,7 @@ class StopSignal:
             signal.signal(number, handler)
 
     def at(self, step: int) -> str | None:
-        """Why to stop after this step, or None. Every process asks after every step."""
+        """The reason to stop after this step, or None. Every process asks after every step."""
         return "SIGTERM" if self._reached and self._reached(step) else self._name
 
     def _request(self, number: int, frame: FrameType | None) -> None:

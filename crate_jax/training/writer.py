@@ -1,4 +1,4 @@
-"""Where metrics are kept: ``metrics.jsonl`` and TensorBoard's event files."""
+"""The files of metrics: ``metrics.jsonl`` and TensorBoard's event files."""
 
 import json
 from collections.abc import Mapping

@@ -37,12 +37,12 @@ class LabelledImages:
 
     @property
     def name(self) -> str:
-        """What errors and logs call the rows."""
+        """The name of the rows in errors and logs."""
         return self.source.name
 
     @property
     def shapes(self) -> Mapping[str, jax.ShapeDtypeStruct]:
-        """Of one row: "image" (H, W, c) uint8 and "label" () int32."""
+        """The shapes of one row: "image" (H, W, c) uint8 and "label" () int32."""
         return {
             "image": jax.ShapeDtypeStruct(self.pipeline.image_shape, np.uint8),
             "label": jax.ShapeDtypeStruct((), np.int32),
@@ -55,7 +55,7 @@ class LabelledImages:
 
     @property
     def class_names(self) -> tuple[str, ...]:
-        """Of every class, where they are known: those of the model, if the source has any."""
+        """The names of the classes, if known: those of the model, if the source has any."""
         return (self.classes or self.source.class_names) if self.source.class_names else ()
 
     @property
@@ -65,7 +65,7 @@ class LabelledImages:
 
     @functools.cached_property
     def _labels(self) -> Sequence[int]:
-        """Of each class of the source, its label in rows."""
+        """The label in rows of each class of the source."""
         if not (self.classes and self.source.class_names):
             return range(self.source.num_classes)
         numbers = {name: number for number, name in enumerate(self.classes)}
@@ -115,7 +115,7 @@ class LabelledImages:
         return {**self.views(example["image"], rng, name), "label": label}
 
     def views(self, image: bytes | np.ndarray, rng: np.random.Generator, name: str) -> Row:
-        """What a row shows of an image.
+        """The views of an image that a row shows.
 
         Args:
             image: as it is stored.

@@ -43,7 +43,7 @@ def _is_size(value: Argument) -> bool:
 
 
 def _is_between(low: float, high: float, *, above_low: bool = False) -> Callable[[Argument], bool]:
-    """Whether a number, finite, in [low, high] or (low, high]."""
+    """True for a finite number in [low, high] or (low, high]."""
 
     def check(value: Argument) -> bool:
         is_number = type(value) in (int, float) and math.isfinite(value)
@@ -57,7 +57,7 @@ def _is_level(value: Argument) -> bool:
 
 
 def _is_one_or_each(check: Callable[[Argument], bool]) -> Callable[[Argument], bool]:
-    """Whether one passes a check, or one for each channel."""
+    """True if one value passes a check, or one value for each channel."""
 
     def checks(value: Argument) -> bool:
         return check(value) or (
@@ -118,7 +118,7 @@ RULES: dict[str, tuple[Callable[[Argument], bool], str]] = {
 
 
 def _broken_rule(name: str, arguments: dict[str, Argument], channels: int | None) -> str | None:
-    """What is wrong with the arguments of a transform, or None."""
+    """The rule that the arguments of a transform break, or None."""
     for key, value in arguments.items():
         holds, rule = RULES.get(f"{name}.{key}") or RULES[key]
         if not holds(value):

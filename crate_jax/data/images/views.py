@@ -24,7 +24,7 @@ class RepeatedImages(LabelledImages):
 
     @property
     def shapes(self) -> Mapping[str, jax.ShapeDtypeStruct]:
-        """Of one row: "image" (V, H, W, c) uint8 and "label" () int32."""
+        """The shapes of one row: "image" (V, H, W, c) uint8 and "label" () int32."""
         shape = (self.count, *self.pipeline.image_shape)
         return {**super().shapes, "image": jax.ShapeDtypeStruct(shape, np.uint8)}
 

@@ -1,1 +1,1 @@
-"""Where examples are kept: files, folders, tar, TFRecord, TFDS, digits."""
+"""Stores of examples: files, folders, tar, TFRecord, TFDS, digits."""

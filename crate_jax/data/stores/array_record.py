@@ -126,7 +126,7 @@ class Readers:
 
 
 def _explained(error: RuntimeError, path: str) -> OSError | ValueError:
-    """What array_record says, as an error of the system or of the file's contents."""
+    """Turn an error of array_record into an error of the system or of the file's contents."""
     text = (str(error).splitlines() or ["no reason"])[0]
     if found := re.match(r"\w+\(\) failed: ([^;]*)", text):
         return OSError(_CODES.get(found[1], errno.EIO), found[1], path)

@@ -1,4 +1,4 @@
-"""What a store gives: a split's examples, and what is known of its classes."""
+"""The content of a store: a split's examples, and the known facts about its classes."""
 
 import dataclasses
 import hashlib

@@ -1,4 +1,4 @@
-"""Which features of a TFDS data set are the image and the label, and how they are read."""
+"""Find the image and the label among the features of a TFDS data set, and their decoders."""
 
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping
@@ -72,7 +72,7 @@ def make_parser(data: DataConfig, features: Feature) -> ExampleParser:
 
 
 def _stored(feature: Feature) -> Any:
-    """How TFDS stores a feature; arrays of any size are flat, with their shape beside them.
+    """The stored form of a TFDS feature. Arrays of any size are flat, with their shape beside them.
 
     TFDS's parser for NumPy takes their shape for known but for one side.
     """
@@ -87,7 +87,7 @@ def _stored(feature: Feature) -> Any:
 def check_features(
     data: DataConfig, features: Feature, num_classes: int | None
 ) -> tuple[int, tuple[str, ...]]:
-    """How many classes a data set has, and their names, where its image and label can be read.
+    """Check that image and label can be read; return the number and names of the classes.
 
     Args:
         data: reads dataset, image_key and label_key.
@@ -124,7 +124,7 @@ def check_features(
 
 
 def _check_keys(data: DataConfig, flat: Mapping[str, Feature]) -> None:
-    """Whether image and label are there; if not, the message lists what is, and the flags."""
+    """Check that image and label exist. The error lists the features and the flags."""
     flags = []
     for field, key, fits in (
         ("image_key", data.image_key, (_is_pixels,)),
@@ -155,7 +155,7 @@ def _flat(features: Feature, prefix: str = "") -> Iterator[tuple[str, Feature]]:
 
 
 def _is_pixels(feature: Feature) -> bool:
-    """Whether one image: encoded, or an array (H, W) or (H, W, c)."""
+    """True for one image: encoded, or an array (H, W) or (H, W, c)."""
     from tensorflow_datasets.core import features as tfds
 
     rank, dtype = _rank_and_type(feature)
@@ -178,7 +178,7 @@ def _is_integer(feature: Feature) -> bool:
 
 
 def _rank_and_type(feature: Feature) -> tuple[int, str]:
-    """Of an array how many axes and which dtype; of what is none, (−1, "object")."""
+    """The number of axes and the dtype of an array; (−1, "object") of anything else."""
     shape, dtype = getattr(feature, "shape", None), getattr(feature, "np_dtype", None)
     if not isinstance(shape, tuple) or dtype is None or isinstance(dtype, dict):
         return -1, "object"

@@ -158,7 +158,10 @@ def _open_splits(source_dir: str) -> dict[str, Source]:
 
 
 def _name_and_version(name: str | None, classes: tuple[str, ...]) -> tuple[str, str]:
-    """What the data set is called; a name of TFDS's own would bring TFDS's own classes with it."""
+    """The name and version of the data set.
+
+    A name of TFDS's own would bring TFDS's own classes with it.
+    """
     from tensorflow_datasets.core import registered
 
     name, _, version = (name or "").partition(":")
@@ -177,7 +180,7 @@ def _name_and_version(name: str | None, classes: tuple[str, ...]) -> tuple[str, 
 
 
 def _check_target(folder: Path, planned: set[str]) -> None:
-    """Whatever data files are there must be among those that are planned."""
+    """Check that all data files in the target are among the planned ones."""
     found = {p.name for p in folder.glob("*array_record*")} if folder.is_dir() else set()
     if odd := sorted(found - planned):
         raise ValueError(

@@ -29,7 +29,7 @@ def _remote(path: str) -> Any:
 
 
 def is_folder(path: str) -> bool:
-    """Whether there is a folder at a path."""
+    """True if there is a folder at a path."""
     return _remote(path).isdir(path) if is_remote(path) else os.path.isdir(path)
 
 
@@ -115,7 +115,10 @@ def _walk(folder: str, prefix: str, above: tuple[str, ...]) -> Iterator[str]:
 
 
 def _is_dir(entry: os.DirEntry[str]) -> bool:
-    """Whether a folder; a link that leads nowhere may have been one, whose files would be lost."""
+    """True for a folder, or a link that leads nowhere.
+
+    Such a link may have led to a folder, whose files would be lost.
+    """
     if entry.is_symlink() and not os.path.exists(entry.path):
         raise FileNotFoundError(
             f"{entry.path} must lead somewhere; {os.readlink(entry.path)} is not there. Mend or "

@@ -149,7 +149,7 @@ def _index(path: str) -> dict[str, np.ndarray]:
 
 
 class _Contents:
-    """What is in a tar file, and in the tar files within it.
+    """The members of a tar file, and of the tar files within it.
 
     Attributes:
         files: name to (first byte, length).

@@ -76,7 +76,7 @@ def _open_split(builder: Builder, data: DataConfig, split: str, num_classes: int
 
 
 def _fingerprint(builder: Builder) -> str:
-    """What `crate_jax.data.stores.prepare` wrote beside its files; "" for those of others."""
+    """The fingerprint that `crate_jax.data.stores.prepare` wrote; "" for files of others."""
     path = Path(str(builder.data_path)) / FINGERPRINT
     return path.read_text() if path.is_file() else ""
 

@@ -21,7 +21,7 @@ _HEAD, _FOOT = 12, 4  # bytes before and after those of a record
 
 
 class FileInstruction(Protocol):
-    """Which records of a file belong to a split, as TFDS says it."""
+    """The records of a file that belong to a split, as TFDS states them."""
 
     filename: str
     skip: int
@@ -105,7 +105,7 @@ def open_tfrecords(
 
 
 def index_records(path: str) -> np.ndarray:
-    """Where the bytes of each record begin and how many they are: (n, 2) int64.
+    """Find the first byte and the length of each record: (n, 2) int64.
 
     Ends where the file does, or where a length is not what its checksum says.
     """

@@ -1,4 +1,4 @@
-"""Where texts come from: files, folders of files, and the topics that come with Python."""
+"""Sources of texts: files, folders of files, and the topics that come with Python."""
 
 from collections.abc import Callable, Iterator, Mapping
 
@@ -11,7 +11,7 @@ COPIED = 80  # letters of a paragraph that no two topics have by chance
 
 
 def file_texts(data: DataConfig, split: str) -> Iterator[str]:
-    """Of ``data_dir/split``, a file or a folder with files anywhere below it, in order of paths.
+    """The texts of ``data_dir/split``, a file or a folder with files anywhere below, by path.
 
     Raises:
         FileNotFoundError: it does not exist.
@@ -37,7 +37,7 @@ def file_texts(data: DataConfig, split: str) -> Iterator[str]:
 
 
 def topic_texts(data: DataConfig, split: str) -> Iterator[str]:
-    """Of Python's own documentation, the topics of `help`, in order of names.
+    """The topics of `help`, from Python's own documentation, in order of names.
 
     What ``test`` holds is no part of ``train``: topics that have a paragraph in common stay
     together, for many are copied from others.

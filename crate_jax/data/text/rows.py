@@ -25,7 +25,7 @@ class Tokens(Protocol):
     def __len__(self) -> int: ...
 
     def read(self, start: int, length: int) -> np.ndarray:
-        """So many from a place on, or as many as there are."""
+        """Read so many tokens from a place on, or all that are left."""
         ...
 
 
@@ -92,7 +92,7 @@ class TextRows:
 
     @property
     def shapes(self) -> Mapping[str, jax.ShapeDtypeStruct]:
-        """Of one row: "tokens" and "targets" (T,), and "bytes" () of the targets' text, int32.
+        """One row's shapes: "tokens", "targets" (T,), and "bytes" () of the targets' text, int32.
 
         A target of `NOT_COUNTED` is none. Bytes that are not known are 0.
         """

@@ -56,12 +56,12 @@ class Learned:
 
     @property
     def digest(self) -> str:
-        """As of `Bytes`."""
+        """See `Bytes`."""
         return hashlib.sha256(self._stated.encode()).hexdigest()[:16]
 
     @property
     def size(self) -> int:
-        """As of `Bytes`."""
+        """See `Bytes`."""
         return max(self.inner.get_vocab().values()) + 1
 
     @functools.cached_property
@@ -79,11 +79,11 @@ class Learned:
         return lengths
 
     def encode(self, text: str) -> np.ndarray:
-        """As of `Bytes`."""
+        """See `Bytes`."""
         return np.array(self.inner.encode(text, add_special_tokens=False).ids, np.int32)
 
     def decode(self, tokens: Sequence[int]) -> str:
-        """As of `Bytes`."""
+        """See `Bytes`."""
         return self.inner.decode(list(tokens), skip_special_tokens=True)
 
 
