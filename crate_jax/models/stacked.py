@@ -64,7 +64,7 @@ class BlockModel(ModelFields, nn.Module):
 
     @property
     def first_products(self) -> int:
-        """Multiply-adds of the embedding whose input needs no gradient: the input is not trained."""
+        """Multiply-adds of the embedding whose input needs no gradient: nothing trains it."""
         return 0
 
     @property
