@@ -151,3 +151,10 @@ def test_a_container_file_names_what_exists(path):
     assert name(path) in text
     # What the build of the package reads must be in the image.
     assert {project["readme"], *project["license-files"], "setup.py"} <= set(text.split())
+
+
+def test_the_first_page_says_what_each_extra_is_for():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    table = re.findall(r"^\| (`.*`) \| .+ \|$", (ROOT / "docs/start.md").read_text(), re.M)
+    named = {extra for cell in table for extra in re.findall(r"`([a-z0-9-]+)`", cell)}
+    assert set(project["optional-dependencies"]) <= named
