@@ -1,4 +1,4 @@
-"""Buckets: paths ``gs://…`` and ``s3://…``, by fsspec and by epath, and what their services say.
+"""Buckets: paths ``gs://…`` and ``s3://…``, by fsspec and by epath, and their services' errors.
 
 pathlib knows no bucket. epath's paths have its methods (``exists``, ``iterdir``, ``read_text``, …),
 so that a run's folder is one kind of path for all code that uses it. Orbax takes them too.
@@ -34,7 +34,7 @@ _STATUS = re.compile(
 
 
 class ServiceError(OSError):
-    """A bucket's service fails or refuses; nothing is said of what it holds.
+    """The failure or refusal of a bucket's service. It says nothing about the bucket's content.
 
     Args:
         path: what it was asked for.
@@ -85,7 +85,7 @@ def _of(path: Path) -> Any:
 
 
 def bucket_path(text: str, name: str) -> Path:
-    """A path in a bucket; it answers to what pathlib's does, but for links.
+    """A path in a bucket. It has pathlib's methods, except those for links.
 
     Args:
         text: ``gs://BUCKET/…`` or ``s3://BUCKET/…``.
@@ -160,7 +160,7 @@ def is_of_service(error: BaseException) -> bool:
 
 @contextlib.contextmanager
 def answered(path: Path) -> Iterator[None]:
-    """Tell a service's errors as one that names a path; others stay as they are.
+    """Turn a service's errors into one that names a path; others stay as they are.
 
     Raises:
         ServiceError: the service fails or refuses.
@@ -174,7 +174,7 @@ def answered(path: Path) -> Iterator[None]:
 
 
 def read(path: Path) -> bytes:
-    """An object as it is at one moment, even if another process writes it again meanwhile.
+    """Read an object as it is at one moment, even if another process writes it again meanwhile.
 
     epath reads in two steps, and fails where the object has changed between them.
     """
@@ -182,7 +182,7 @@ def read(path: Path) -> bytes:
 
 
 def create(path: Path, data: bytes) -> bool:
-    """Write an object only where there is none; returns whether it was written.
+    """Write an object only if there is none; return whether it was written.
 
     Of several that try at once one succeeds, for the service decides: ``if-none-match`` of S3,
     generation 0 of Google.

@@ -30,7 +30,7 @@ _Recipe = TypeVar("_Recipe")
 
 @dataclasses.dataclass(kw_only=True)
 class TrainConfig:
-    """One run, whole: what `training.loop.train` takes and what a workdir records."""
+    """The whole config of one run: `training.loop.train` takes it, and a workdir records it."""
 
     name: str = option("digits", "of the recipe; the default workdir is runs/<name>", identity=True)
     task: str = option("classify", "what is learnt, one of crate_jax.tasks.TASKS", identity=True)
@@ -171,7 +171,7 @@ def validate(config: TrainConfig) -> TrainConfig:
 
 
 def _check_schedule(optim: OptimConfig) -> None:
-    """Refuse what the schedule would not read, and a warm-up that goes down."""
+    """Refuse fields that the schedule would not read, and a warm-up that goes down."""
     for name in ("end_lr", "warmup_lr", "cooldown_epochs"):
         if optim.schedule == "official_readme" and getattr(optim, name):
             raise ValueError(

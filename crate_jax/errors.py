@@ -53,7 +53,7 @@ def of_the_system(error: BaseException) -> bool:
 
 
 def judged(function: Callable[_Arguments, _Result]) -> Callable[_Arguments, _Result]:
-    """A function whose errors say for good whether they are mistakes.
+    """Wrap a function, so that its errors carry the judgement whether they are mistakes.
 
     For what Grain calls: where it raises such an error again, in another process, the trace has
     other frames.
@@ -71,7 +71,7 @@ def judged(function: Callable[_Arguments, _Result]) -> Callable[_Arguments, _Res
 
 
 def first_line(error: BaseException, most: int = 200) -> str:
-    """The first line of what an error says, or its type where it says nothing."""
+    """The first line of an error's message, or its type if it has no message."""
     lines = str(error).strip().splitlines()
     return lines[0][:most] if lines else type(error).__name__
 

@@ -1,4 +1,4 @@
-"""Paths as a person writes them, files written whole or not at all, and how many may be open."""
+"""Paths as a person writes them, files that are written whole or not at all, and open files."""
 
 import contextlib
 import os
@@ -44,7 +44,7 @@ def expanded(path: str | os.PathLike[str], name: str) -> str:
 
 
 def located(path: str | os.PathLike[str], name: str, *, absolute: bool = False) -> Path:
-    """A path as one writes it, as pathlib's; that of a bucket as epath's, with the same methods.
+    """A path as a person writes it, as pathlib's; a bucket's as epath's, with the same methods.
 
     Args:
         path: local, ``gs://…`` or ``s3://…``; ``~`` is the home directory.

@@ -57,7 +57,7 @@ def lacks_memory(error: Exception) -> bool:
 
 
 def check_settings() -> None:
-    """Refuse settings of JAX that no run and no command can work under.
+    """Refuse settings of JAX under which no run and no command can work.
 
     Raises:
         ValueError: a setting forbids what every set-up does.
@@ -95,7 +95,7 @@ def check_shared_memory(need: int) -> None:
 
 
 def check_memory(need: int, what: str, remedy: str) -> None:
-    """Refuse what this machine can never hold; the system would end the process without a word.
+    """Refuse arrays that this machine cannot hold; the system would end the process without a word.
 
     Args:
         need: bytes.

@@ -1,4 +1,4 @@
-"""The sparse rate reduction: what a CRATE layer descends, as pure functions of arrays.
+"""The sparse rate reduction, the objective of a CRATE layer, as pure functions of arrays.
 
 The paper keeps tokens as the columns of Z (d x N); here they are the rows of ``Z`` (..., N, d), so
 the paper's ``U_kᵀ Z`` is ``Z @ U[:, k]``. An x in a name stands for the axes in front. Every

@@ -1,4 +1,4 @@
-"""A field of a configuration, whole in one place: default, comment, legal values, and its part."""
+"""The declaration of a config field in one place: default, comment, legal values, and its part."""
 
 import dataclasses
 import difflib
@@ -149,14 +149,14 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
 
 
 def listed(names: Iterable[object], most: int = 6) -> str:
-    """Names in a line: all of a few, else the first and how many there are."""
+    """Names in one line: all if they are few, else the first ones and their number."""
     words = [str(name) for name in names]
     rest = f", … ({len(words)} in all)" if len(words) > most else ""
     return ", ".join(words[:most]) + rest
 
 
 def difference(old: Sequence[object], new: Sequence[object]) -> str:
-    """In what a list of names differs from an older one, in words; "" where they are equal."""
+    """The difference of a list of names to an older one, in words; "" if they are equal."""
     before, after = set(old), set(new)
     lost, more = [n for n in old if n not in after], [n for n in new if n not in before]
     if lost or more:
@@ -170,7 +170,7 @@ def difference(old: Sequence[object], new: Sequence[object]) -> str:
 
 
 def unknown(path: str, part: str, known: Iterable[str], owner: str = "") -> KeyError:
-    """The error of a dotted path with a part that names no field where it stands."""
+    """The error for a dotted path with a part that names no field."""
     whose = f" of {owner}" if owner else ""
     return KeyError(f"{path} must name a field{whose}. {did_you_mean(part, known)}")
 

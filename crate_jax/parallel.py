@@ -31,7 +31,7 @@ _QUESTIONS = itertools.count()  # of `all_agree`
 
 
 class LostProcess(RuntimeError):
-    """A run of several processes cannot go on without one of them; started again, it does."""
+    """A run of several processes has lost one of them. It stops, and can be started again."""
 
 
 def start_processes(config: ParallelConfig) -> bool:
@@ -192,12 +192,12 @@ def _across_slices(sizes: tuple[int, ...], devices: Devices, slices: int) -> np.
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
-    """Every device holds the whole array."""
+    """The sharding in which every device holds the whole array."""
     return NamedSharding(mesh, PartitionSpec())
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """Examples, on axis 0, are spread over all devices."""
+    """The sharding that spreads examples, on axis 0, over all devices."""
     return NamedSharding(mesh, PartitionSpec(AXES))
 
 
@@ -216,7 +216,7 @@ def on_mesh(mesh: Mesh, function: Callable[_Arguments, _Result]) -> Callable[_Ar
 
 
 def place(array: ArrayLike, sharding: Sharding) -> jax.Array:
-    """An array that every process has whole, as one global array.
+    """Turn an array that every process has whole into one global array.
 
     Args:
         array: equal on all processes, on the host or a local device.
@@ -265,7 +265,7 @@ def state_shardings(abstract_state: PyTree, mesh: Mesh) -> Shardings:
 
 
 def check_shares(abstract_state: PyTree, shardings: Shardings, mesh: Mesh) -> None:
-    """Refuse an ``fsdp`` that splits little of a state.
+    """Refuse an ``fsdp`` that splits only little of a state.
 
     Raises:
         ValueError: a device would hold a tenth of the whole more than 1/fsdp of it.

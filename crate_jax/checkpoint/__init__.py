@@ -1,1 +1,1 @@
-"""The checkpoints of a run: what is kept, what proves it whole, and how it is read back."""
+"""The checkpoints of a run: saving, checking and reading them."""

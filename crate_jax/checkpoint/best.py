@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 @dataclasses.dataclass(frozen=True)
 class Best:
-    """By what checkpoints are compared.
+    """The metric by which checkpoints are compared.
 
     Attributes:
         metric: its full name, such as ``test/top1``.

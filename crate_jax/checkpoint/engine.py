@@ -1,4 +1,4 @@
-"""Orbax's manager as this project uses it: which steps it keeps, and what it believes."""
+"""Orbax's manager as this project uses it: the steps that it keeps, and the metrics it trusts."""
 
 from pathlib import Path
 
@@ -13,7 +13,7 @@ from crate_jax.checkpoint.record import METRICS, read_from_disk
 
 
 class Manager(ocp.CheckpointManager):
-    """Orbax's, but damaged metrics neither count nor keep it from opening a directory.
+    """Orbax's manager. Damaged metrics do not count, and it can still open their directory.
 
     Args:
         directory: of the steps.

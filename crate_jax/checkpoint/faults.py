@@ -13,7 +13,7 @@ from crate_jax.machine import lacks_memory
 
 
 class DamagedStepError(ValueError):
-    """A step is not what was saved; another may be whole."""
+    """A step differs from the one that was saved; another step may be whole."""
 
 
 class OtherTreeError(ValueError):
@@ -37,7 +37,7 @@ _NUMBER = re.compile(r"\[OS error (\d+)")  # in the words of tensorstore
 
 @contextlib.contextmanager
 def damages(told: Callable[[Exception], DamagedStepError]) -> Iterator[None]:
-    """Tell errors of reading a damaged step as what `told` makes of them; others stay as they are.
+    """Turn errors of reading a damaged step into those that `told` makes; others stay as they are.
 
     Orbax raises bare Exceptions, KeyErrors and JSON errors, and AttributeErrors too.
 
@@ -65,7 +65,7 @@ def damages(told: Callable[[Exception], DamagedStepError]) -> Iterator[None]:
 
 @contextlib.contextmanager
 def refusals(told: Callable[[Exception], OSError]) -> Iterator[None]:
-    """Tell errors of writing as what `told` makes of them; bugs stay what they are.
+    """Turn errors of writing into those that `told` makes; bugs stay as they are.
 
     tensorstore raises ValueErrors as well as OSErrors.
     """

@@ -1,4 +1,4 @@
-"""The folder of a run's checkpoints: what is swept up there, and what is set aside."""
+"""The folder of a run's checkpoints: unfinished saves are removed, damaged steps set aside."""
 
 import os
 import shutil
@@ -34,7 +34,7 @@ def check_path(workdir: Path) -> None:
 
 
 def checkpoints_of(workdir: str | Path) -> Path:
-    """The folder of a run's checkpoints, in a bucket only where that can be reached.
+    """The folder of a run's checkpoints. A bucket must be reachable.
 
     Raises:
         ValueError: it cannot.
@@ -45,7 +45,7 @@ def checkpoints_of(workdir: str | Path) -> Path:
 
 
 def sweep(directory: Path, step: int | str | None) -> None:
-    """Remove what unfinished saves of a step have left, as far as that can be done.
+    """Remove the remains of unfinished saves of a step, as far as that can be done.
 
     Orbax's own sweep fails the next save where it cannot, and a failed save's writers may go on
     for a while. What is left unfinished harms nobody; the next run sweeps again.
@@ -84,14 +84,14 @@ def set_aside(directory: Path, steps: list[int]) -> None:
 
 
 def damage(directory: Path, step: int, steps: list[int], reason: str) -> str:
-    """The line about a step that is damaged, with those that may be used instead."""
+    """The line about a damaged step. It names the steps that may be used instead."""
     others = ", ".join(str(other) for other in steps if other != step)
     remedy = f"Use another step: {others}." if others else "Train anew."
     return f"checkpoint must be readable; step {step} in {directory} is not ({reason}). {remedy}"
 
 
 def no_checkpoint(directory: Path) -> FileNotFoundError:
-    """The error of a reader who finds none."""
+    """The error for a reader of a run without a checkpoint."""
     return FileNotFoundError(
         f"workdir must hold a checkpoint; {directory.parent} has none. "
         f"Train first: python -m crate_jax train --workdir={directory.parent}"

@@ -55,7 +55,7 @@ class Lease:
         self._beats.start()
 
     def check(self) -> None:
-        """Refuse to go on where another process has followed this one.
+        """Refuse to go on if another process has followed this one.
 
         Raises:
             ValueError: one has.
@@ -94,7 +94,7 @@ def introduction() -> Json:
 
 
 def described(note: Any) -> str:
-    """The process that signed, in words; it may have had no time to."""
+    """A description of the process that signed; it may have had no time to sign."""
     try:
         return f"process {note['process']} on {note['host']} since {note['since']}"
     except (KeyError, TypeError):

@@ -66,7 +66,7 @@ class Owner:
 
 
 def own_together(workdir: Path) -> Owner | Lease | None:
-    """Make all processes of this run owners: process 0 holds the lock, or none goes on.
+    """Make all processes of this run owners: process 0 takes the lock, or all of them stop.
 
     Returns:
         The owner on process 0, which releases it; None on the others.

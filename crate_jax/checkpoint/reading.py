@@ -18,7 +18,7 @@ from crate_jax.parallel import PyTree
 def restore_params(
     workdir: str | Path, abstract_params: PyTree, step: str | int = "latest"
 ) -> tuple[PyTree, int]:
-    """`restore_trained` for a run that has nothing but parameters."""
+    """`restore_trained` for a run that has only parameters."""
     params, _, number = restore_trained(workdir, abstract_params, (), step)
     return params, number
 
@@ -64,7 +64,7 @@ def _on_a_device(x: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
 
 
 def read_params(workdir: str | Path, step: str | int) -> tuple[PyTree, Json]:
-    """`read_trained` without what the state holds besides."""
+    """`read_trained` without the other variables of the state."""
     params, _, record = read_trained(workdir, step)
     return params, record
 

@@ -1,4 +1,4 @@
-"""Orbax in ``s3://…``: it knows ``gs://…`` itself, and of tensorstore's drivers not that of S3.
+"""Orbax in ``s3://…``: it knows ``gs://…`` itself, but not tensorstore's driver of S3.
 
 Everything else that Orbax does in a bucket of Google it does in any bucket that epath knows.
 """
@@ -14,7 +14,7 @@ _SCHEME = "s3:/"  # epath's paths have lost a slash where Orbax has normalised t
 
 
 def teach_orbax(path: Path) -> None:
-    """Let Orbax find arrays by tensorstore's driver if a path is in S3; what it does else stays.
+    """Let Orbax find arrays in S3 by tensorstore's driver; nothing else changes.
 
     It has one function that says where arrays are, which takes no path but local ones and Google's.
 

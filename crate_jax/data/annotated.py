@@ -1,4 +1,4 @@
-"""Pictures with masks of what they show: a plain folder, and a folder as VOC's.
+"""Pictures with masks of their objects: a plain folder, and a folder as VOC's.
 
 A folder as VOC's has ``JPEGImages/NAME.jpg``, ``SegmentationClass/NAME.png`` with a class for each
 pixel, and the names of a split in ``ImageSets/Segmentation/SPLIT.txt``.
@@ -21,7 +21,7 @@ GREY, PALETTE = 0, 3  # colour types of a PNG
 
 
 class Picture(NamedTuple):
-    """An image, unread.
+    """An image that has not been read yet.
 
     Attributes:
         path: of its file.

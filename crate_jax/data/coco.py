@@ -83,7 +83,7 @@ def _content(annotations: str) -> Json:
 def _check_rows(
     rows: Sequence[Json], rules: Mapping[str, "Rule"], kind: str, annotations: str
 ) -> None:
-    """Refuse images or objects that lack a value, have one that cannot be, or an id twice.
+    """Refuse images or objects with a missing or impossible value, or an id that occurs twice.
 
     Raises:
         ValueError: one does.

@@ -120,7 +120,7 @@ def eval_batches(
 
 
 def check_bad_share(rows: Rows, data: DataConfig, bad: int) -> None:
-    """Refuse a data set of which too much is bad.
+    """Refuse a data set with too many bad examples.
 
     Args:
         rows: the data set.

@@ -28,11 +28,11 @@ _log = logging.getLogger("crate_jax")
 
 
 class BadExampleError(ValueError):
-    """A stored example does not decode or is not what it should be; ``data.on_bad_example``."""
+    """A stored example does not decode or breaks a rule; ``data.on_bad_example`` decides."""
 
 
 class FailingSystemError(OSError):
-    """A disk, network or machine fails: what cannot be read may be good, and is not skipped."""
+    """A disk, network or machine fails. The example may be good, and is not skipped."""
 
 
 def patiently(read: Callable[[], _Read], name: str) -> _Read:
@@ -109,7 +109,7 @@ class Rows(Protocol):
 
 
 def good_row(rows: Rows, index: int, rng: np.random.Generator, *, skip: bool) -> tuple[Row, bool]:
-    """The row at an index or, if that one is bad and may be skipped, the next good one.
+    """The row at an index. If it is bad and may be skipped, the next good row.
 
     Every attempt draws the same random numbers. What replaces a bad row is then a function of
     index and generator, as any row is.

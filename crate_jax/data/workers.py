@@ -1,4 +1,4 @@
-"""The loader's worker processes: what they need of the program, and how they end."""
+"""The loader's worker processes: their needs, and their end."""
 
 import multiprocessing
 import os
@@ -31,7 +31,7 @@ def end_with_parent(worker_index: int, worker_count: int) -> None:
 
 
 def make_ready(workers: int, need: int) -> None:
-    """Do what Grain needs of a program that starts workers.
+    """Do the work that Grain needs before a program starts workers.
 
     It reads an absl flag, also where a program uses none. And it leaves batches that workers have
     ready when they end to Python's resource tracker, which frees them, but says so.

@@ -27,7 +27,7 @@ def require_pycocotools() -> None:
 
 
 def require_objects(annotations: Json, images: Collection[int]) -> None:
-    """Refuse images of which nothing can be scored.
+    """Refuse images without anything to score.
 
     Args:
         annotations: what a file of COCO's annotations holds.

@@ -24,7 +24,7 @@ class Calibration(NamedTuple):
 
 
 def calibration(confidence: np.ndarray, hits: np.ndarray, bins: int = BINS) -> Calibration:
-    """The expected calibration error, and what it is made of.
+    """The expected calibration error, and its parts.
 
         ECE = Σ_b n_b / n · |accuracy_b − confidence_b|
 

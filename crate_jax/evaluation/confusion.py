@@ -16,7 +16,7 @@ def confusion_matrix(labels: np.ndarray, told: np.ndarray, classes: int) -> np.n
 
 
 def per_class_accuracy(matrix_YxY: np.ndarray) -> list[float | None]:
-    """The share of each class's images that is told right; None: there are none."""
+    """The share of each class's images that is classified right; None without images."""
     hits, images = matrix_YxY.diagonal(), matrix_YxY.sum(axis=1)
     return [h / n if n else None for h, n in zip(hits.tolist(), images.tolist(), strict=True)]
 

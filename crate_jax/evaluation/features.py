@@ -1,4 +1,4 @@
-"""Frozen features of a split, and the file that keeps them for the next question."""
+"""Frozen features of a split, and the file that stores them for the next time."""
 
 import dataclasses
 import hashlib
@@ -69,7 +69,7 @@ def of_task(task: Task) -> OfRows:
 
 
 def of_pixels(params: PyTree, extra: PyTree, batch: dict[str, Array]) -> dict[str, Array]:
-    """The stored pixels themselves in [0, 1], row by row: what no model has seen."""
+    """The stored pixels in [0, 1], row by row: the features of no model."""
     del params, extra
     images = batch["image"]
     values = images.reshape(len(images), -1).astype(jnp.float32)
@@ -100,7 +100,7 @@ def renumbered(train: Features, test: Features) -> tuple[Features, Features]:
 
 
 def weights_fingerprint(task: Task, params: PyTree, extra: PyTree) -> str:
-    """Another one for another task, model or preparation of pixels, and other weights."""
+    """A fingerprint of the task, the model, its weights and the preparation of pixels."""
     plain = (bool, int, float, str, tuple, type(None))
     fields = [
         {

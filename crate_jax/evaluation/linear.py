@@ -82,7 +82,7 @@ Predict = Callable[[np.ndarray, np.ndarray, np.ndarray, Sequence[float]], np.nda
 def logistic(
     X_NxF: np.ndarray, labels_N: np.ndarray, tests_MxF: np.ndarray, choices: Sequence[float]
 ) -> np.ndarray:
-    """The classes (R, M) that scikit-learn's logistic regression tells, for each C."""
+    """The classes (R, M) predicted by scikit-learn's logistic regression, for each C."""
     from sklearn.linear_model import LogisticRegression
     from threadpoolctl import threadpool_limits
 
@@ -104,7 +104,7 @@ def sgd(
     epochs: int,
     batch_size: int,
 ) -> np.ndarray:
-    """The classes (R, M) that softmax regression by SGD tells, all rates in one program.
+    """The classes (R, M) predicted by softmax regression with SGD, all rates in one program.
 
     Weights start at zero. Momentum is 0.9, nothing decays, and the rate of a choice r falls from
     r·B/256 to 0 along a cosine. Every epoch has another order; rows that fill no batch are left out

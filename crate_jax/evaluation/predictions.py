@@ -35,7 +35,7 @@ class Predictions(NamedTuple):
 def predictions(
     task: Classify, params: PyTree, extra: PyTree, batches: Iterable[dict[str, Array]], mesh: Mesh
 ) -> Predictions:
-    """Predictions of a whole split; no logits leave their device.
+    """Predict a whole split; the logits stay on their device.
 
     Args:
         task: of the model.
@@ -101,7 +101,7 @@ def read_real(path: str | Path, *, images: int, classes: int) -> list[list[int]]
 
 
 def real_accuracy(found: Predictions, real: list[list[int]]) -> dict[str, float]:
-    """``real``, the share of images told as one of their labels, and ``real_examples``.
+    """``real``, the share of images whose prediction is one of their labels, and ``real_examples``.
 
     An image without labels does not count.
 

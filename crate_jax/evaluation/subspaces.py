@@ -1,4 +1,4 @@
-"""Classes of features by the subspace, or on the side of the planes, that training rows span."""
+"""Classify features by the nearest subspace of training rows, or by planes between classes."""
 
 import math
 from typing import Any

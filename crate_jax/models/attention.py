@@ -50,7 +50,7 @@ def attend_by(kernel: str, V_BxNxKxp: Array, mask: Array | None = None) -> Array
 
 
 def keep_merged(X_BxNxKxp: Array, name: str) -> Array:
-    """X, which the backward pass may keep by a name, with its subspaces side by side.
+    """X under a name by which the backward pass may save it, with its subspaces side by side.
 
     So a projection writes them. A TPU pads the last two axes of an array to 8 x 128.
     """

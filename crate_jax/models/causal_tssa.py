@@ -1,4 +1,4 @@
-"""Causal TSSA: a token sees itself and the tokens before it, by running sums over them.
+"""Causal TSSA: a token attends to itself and the tokens before it, by running sums over them.
 
 The sums are all that a layer keeps of a text. The letters are those of `crate_jax.models.tssa`.
 """
@@ -49,7 +49,7 @@ def no_sums(batch: int, num_heads: int, head_dim: int, dtype: DTypeLike = jnp.fl
 def attend_by_past_statistics(
     V_BxNxKxp: Array, tau_K: Array, bias_NxK: Array, past: Sums
 ) -> tuple[Array, Array, Sums]:
-    """TSSA's `attend_by_statistics`, where a token sees itself and the tokens before it alone.
+    """TSSA's `attend_by_statistics`, for a token that attends to itself and those before it.
 
     All sums over the tokens are running sums: with q_n = Σ_{m≤n} V²_m, Π_nk = softmax over k of
     τ_k Σ_p (V²_nkp / q_nkp + b_nk), and s_nkp = Σ_{m≤n} Π_mk V²_mkp / Σ_{m≤n} Π_mk. The memberships

@@ -1,4 +1,4 @@
-"""Class attention: blocks in which the class token alone looks at the tokens.
+"""Class attention: in its blocks only the class token attends to the tokens.
 
 They stand after the layers, and the class token joins there. Source: CaiT, arXiv 2103.17239, in the
 form of XCiT, which arXiv 2412.17810 takes. The letters are those of `crate_jax.models.layers`.

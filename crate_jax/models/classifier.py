@@ -21,7 +21,7 @@ def pair(size: int | Sequence[int]) -> tuple[int, int]:
 
 
 def of_images(model: object) -> "ImageClassifier":
-    """The model itself, which must classify images.
+    """Check that a model classifies images, and return it.
 
     Raises:
         ValueError: it does not.
@@ -35,7 +35,7 @@ def of_images(model: object) -> "ImageClassifier":
 
 
 class ImageClassifier(ImageFields, BlockModel):
-    """A stack of blocks between an embedding and a head; a model says which.
+    """A stack of blocks between an embedding and a head; each model names its blocks.
 
     A model is a `BlockModel` that also gives `embed`, and overrides what differs of `pooled`,
     `make_head_norm` and `make_head`. A model of ``num_classes=0`` has no head: its logits are what
@@ -93,7 +93,7 @@ class ImageClassifier(ImageFields, BlockModel):
 
     @property
     def num_tokens(self) -> int:
-        """N: the patches and what comes before them."""
+        """N: the patches and the tokens before them."""
         return self.first_patch + self.num_patches
 
     @property
@@ -149,7 +149,7 @@ class ImageClassifier(ImageFields, BlockModel):
     def forward(
         self, images_BxHxWxc: Array, *, train: bool, taps: str | Iterable[str] = ()
     ) -> tuple[Array, dict[str, Array]]:
-        """Classify images, and return what the layers computed on the way.
+        """Classify images, and return the taps of the layers.
 
         Args:
             images_BxHxWxc: as for a call.
@@ -175,7 +175,7 @@ class ImageClassifier(ImageFields, BlockModel):
     def forward_features(
         self, images_BxHxWxc: Array, *, train: bool, hidden: tuple[Array, Array] | None = None
     ) -> Array:
-        """Tokens as they come out of the last block; no norm follows in the blocks.
+        """The tokens after the last block; no norm follows in the blocks.
 
         The last LayerNorm belongs to the head and acts on the one token that `forward_head` reads.
         timm's method of this name has normalised every token of a ViT by it: with ``pool`` cls its

@@ -64,7 +64,7 @@ def gradient_parts(model: BlockModel) -> int:
 
 
 def sample_input(model: Any) -> Array:
-    """One blank example, as a call takes it; what `init` needs.
+    """One blank example, as a call takes it; `init` needs it.
 
     A module that is none of ours says its `input_shape` alone, and takes float32.
     """
@@ -132,13 +132,13 @@ def step_flops(model: BlockModel) -> int:
 
 
 def activation_bytes(model: BlockModel) -> int:
-    """Bytes per example that a model keeps for the backward pass, by formula."""
+    """Bytes per example that a model saves for the backward pass, by formula."""
     outside = jnp.dtype(model.dtype).itemsize * model.kept_outside
     return model.depth * layer_bytes(model) + outside
 
 
 def layer_bytes(model: BlockModel) -> int:
-    """Bytes per example that a layer keeps for the backward pass, by formula.
+    """Bytes per example that a layer saves for the backward pass, by formula.
 
     Without recomputation a layer keeps what `crate_jax.models.block.KEPT` names, and its input.
     With remat "dots" it keeps its input and the products with weights; with "full", its input

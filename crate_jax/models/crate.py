@@ -72,7 +72,7 @@ class Crate(CrateFields, ImageClassifier):
     mlp_ratio: ClassVar[int] = 4  # hidden units over the width, of an MLP in the place of ISTA
 
     def check_fields(self) -> None:
-        """Refuse switches of an operator that is not there, and λ = 0 where it is learned."""
+        """Refuse switches of an operator that the model does not have, and a learned λ of 0."""
         if self.attention != "mssa" and self.tied_output:
             raise ValueError(
                 f"model.tied_output must be False where model.attention is {self.attention}; got "

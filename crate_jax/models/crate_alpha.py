@@ -29,7 +29,7 @@ def odl_code(Y_BxNxd: Array, D_dxm: Array, *, eta: float, lmbda: float) -> Array
 
 
 def odl(Y_BxNxd: Array, D_dxm: Array, D1_dxm: Array, *, eta: float, lmbda: float) -> Array:
-    """Two steps of ISTA in an overcomplete dictionary, and the tokens that the code stands for.
+    """Two steps of ISTA in an overcomplete dictionary, and the tokens that the code decodes to.
 
     A¹ = ReLU(η Dᵀ Y − η λ), the step from A⁰ = 0; A² = ReLU(A¹ − η Dᵀ(D A¹ − Y) − η λ); D₁ A².
     With tokens as rows Dᵀ Y is ``Y @ D`` and D A is ``A @ D.T``.

@@ -1,4 +1,4 @@
-"""CRATE-BERT: CRATE in the place of RoBERTa's layers; every token sees all that are no padding."""
+"""CRATE-BERT: RoBERTa with CRATE's layers; every token attends to all that are no padding."""
 
 import functools
 from collections.abc import Callable

@@ -93,7 +93,7 @@ class TiedCrossMSSA(nn.Module):
 
 
 class Depict(nn.Module):
-    """The decoder: from patch tokens to how well each of them fits each class.
+    """The decoder: from patch tokens to their similarity with each class.
 
     "self": three layers Z ← Z + TiedMSSA(LN(Z)) on the patches and the embeddings of the classes
     together. "cross": three such layers on the patches alone, then three in which the embeddings

@@ -24,12 +24,12 @@ BACKWARD = ("derived", "autodiff")
 
 
 def wide(dtype: DTypeLike) -> DTypeLike:
-    """In what norms, scores and softmax are computed: float32, and float64 for float64 alone."""
+    """The dtype of norms, scores and softmax: float32, and float64 for float64 alone."""
     return jnp.float64 if dtype == jnp.float64 else jnp.float32
 
 
 def plain(number: float) -> float:
-    """A number that leaves arrays their dtype, as NumPy's do not."""
+    """A number that does not change the dtype of arrays, as NumPy's numbers do."""
     return number.item() if isinstance(number, np.generic) else number
 
 
@@ -116,7 +116,7 @@ def _normalise_backward_on_gpu(X: Array, mean: Array, inverse: Array, dY: Array,
 
 
 def of_type(gradient: Array, argument: Array) -> Array:
-    """The gradient as `jax.custom_vjp` has to return it: in the type of what it belongs to.
+    """The gradient in the type of its array, as `jax.custom_vjp` has to return it.
 
     In a `jax.shard_map` an argument may be one and the same along axes of the mesh along which the
     gradient still varies, since each device knows its own rows alone: their sum is the gradient.

@@ -102,7 +102,7 @@ def with_class_token(
 
 
 def hide(Z_BxPxd: Array, hidden: tuple[Array, Array] | None) -> Array:
-    """Patches, before positions are added, of which some are replaced.
+    """Replace some of the patches, before positions are added.
 
     Args:
         Z_BxPxd: patches.

@@ -100,7 +100,7 @@ class SubspaceFields(ModelFields):
 
     @property
     def kernel(self) -> str | None:
-        """By whom MSSA is computed; None: by the plain function, which JAX differentiates."""
+        """The program that computes MSSA; None for the plain function, which JAX differentiates."""
         return self.attention_kernel if self.backward == "derived" else None
 
 

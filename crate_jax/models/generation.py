@@ -1,4 +1,4 @@
-"""Text that a causal model continues, token by token."""
+"""Continue texts by a causal model, token by token."""
 
 import functools
 from collections.abc import Sequence
@@ -93,7 +93,7 @@ def _check(
 
 
 def _check_tokens(tokens_BxN: Array, vocab_size: int) -> None:
-    """Refuse what is no text to continue; of what is traced by shape and dtype alone."""
+    """Refuse arrays that are no text; traced ones are checked by shape and dtype alone."""
     shape, dtype = tokens_BxN.shape, tokens_BxN.dtype
     if len(shape) != 2 or shape[1] < 1 or not jnp.issubdtype(dtype, jnp.integer):
         raise ValueError(

@@ -45,7 +45,7 @@ def is_new_enough() -> bool:
 
 
 def attend(V_BxNxKxp: Array, *, interpret: bool = False) -> tuple[Array, Array, Array]:
-    """O = softmax(s V Vᵀ) V in every subspace, and what is kept of the scores.
+    """O = softmax(s V Vᵀ) V in every subspace, and the saved numbers of the scores.
 
     Args:
         V_BxNxKxp: bfloat16 or float16, p up to `LONGEST_SUBSPACE`. Products are added up, and the
@@ -166,7 +166,7 @@ class _Group:
         return triton.load(ref.at[at], mask=mask, other=0.0)
 
     def write(self, ref: Any, first: Array | int, values: Array) -> None:
-        """Write rows, but for those beyond the tokens."""
+        """Write rows, except those beyond the tokens."""
         count = values.shape[0]
         there = first + upto(count) < self.N
         if values.ndim == 1:

@@ -10,7 +10,7 @@ from crate_jax.models.parameters import Params, variables_of
 
 
 def new_head(model: ImageClassifier, key: Array) -> Params:
-    """The parameters of a model's head, as they start."""
+    """The initial parameters of a model's head."""
 
     def init(key: Array) -> Params:
         return model.init(key, model.sample_input(), train=False)["params"]["head"]

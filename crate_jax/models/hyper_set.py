@@ -102,7 +102,7 @@ class HyperSet(HyperSetFields, ImageClassifier):
         return Part("tied_mlp", functools.partial(TiedMLP, self.mlp_ratio * self.width, self.dtype))
 
     def block_fields(self) -> dict[str, Any]:
-        """A descent and an ascent, in steps that are computed."""
+        """A descent and an ascent, with computed step sizes."""
         steps = Part("steps", functools.partial(Steps, self.dtype))
         return {"sign": -1, "residual": True, "norm": "none", "modulation": steps}
 

@@ -1,4 +1,4 @@
-"""A model and its parameters for images of another size than those that it was made for."""
+"""A model and its parameters, changed to another image size."""
 
 from typing import Any
 
@@ -17,7 +17,7 @@ def at_image_size(
     *,
     positions: str = "right",
 ) -> tuple[ImageClassifier, Params]:
-    """The same layers for images of another size: learned positions are resized, nothing else is.
+    """The same layers for images of another size: only learned positions are resized.
 
     It computes with JAX alone, so it runs under `jax.jit` and is differentiable. A model with fixed
     positions computes those of the new grid, or resizes them too where the way is another.

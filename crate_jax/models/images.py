@@ -8,7 +8,7 @@ Shape = tuple[int, ...]
 
 
 def check_images(images: object, shape: tuple[int, int, int]) -> None:
-    """Refuse what is no batch of normalised images.
+    """Refuse arrays that are no batch of normalised images.
 
     Args:
         images: what a model was given, an array or a tracer of one.
@@ -37,7 +37,7 @@ def check_images(images: object, shape: tuple[int, int, int]) -> None:
 
 
 def check_masked(masked: object, shape: tuple[int, int]) -> None:
-    """Refuse what does not say of every patch whether it is hidden.
+    """Refuse an array that does not say for every patch whether it is hidden.
 
     Args:
         masked: what a model was given, an array or a tracer of one; None: nothing is hidden.

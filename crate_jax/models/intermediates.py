@@ -1,4 +1,4 @@
-"""Tokens of some layers, arranged as other libraries hand them out."""
+"""Tokens of some layers, in the arrangement of other libraries."""
 
 from collections.abc import Sequence
 

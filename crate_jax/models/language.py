@@ -96,7 +96,7 @@ class LanguageModel(LanguageFields, BlockModel):
 
     @nn.nowrap
     def make_head_norm(self) -> nn.Module | None:
-        """The LayerNorm before the head; None: there is none."""
+        """The LayerNorm before the head; None if there is none."""
         return None
 
     @nn.nowrap
@@ -112,7 +112,7 @@ class LanguageModel(LanguageFields, BlockModel):
 
     @property
     def num_tokens(self) -> int:
-        """N: those of a whole context."""
+        """N: the tokens of a whole context."""
         return self.context_length
 
     @property
@@ -148,7 +148,7 @@ class LanguageModel(LanguageFields, BlockModel):
     def forward(
         self, tokens_BxN: Array, *, train: bool, taps: str | Iterable[str] = ()
     ) -> tuple[Array, dict[str, Array]]:
-        """Logits as of a call, and what the layers computed on the way.
+        """The logits of a call, and the taps of the layers.
 
         Args:
             tokens_BxN: as for a call.
@@ -171,7 +171,7 @@ class LanguageModel(LanguageFields, BlockModel):
         return self.with_layers(compute)
 
     def forward_features(self, tokens_BxN: Array, *, train: bool) -> Array:
-        """Tokens (B, N, d) as they come out of the last block, in the model's dtype.
+        """The tokens (B, N, d) after the last block, in the model's dtype.
 
         Args:
             tokens_BxN: as for a call.
@@ -183,7 +183,7 @@ class LanguageModel(LanguageFields, BlockModel):
         return self.with_layers(lambda: self._tokens(tokens_BxN, self.embed(), train, ())[0])
 
     def forward_head(self, Z_BxNxd: Array, *, pre_logits: bool = False) -> Array:
-        """Logits (B, N, V) of the tokens of `forward_features`; or what the head reads of them.
+        """Logits (B, N, V) of the tokens of `forward_features`; or the head's input.
 
         Args:
             Z_BxNxd: tokens of the last block, all of them or some.
@@ -195,7 +195,7 @@ class LanguageModel(LanguageFields, BlockModel):
         return self.with_layers(lambda: self.logits_of(Z_BxNxd, self.embed(), pre_logits))
 
     def extend(self, tokens_BxN: Array) -> Array:
-        """The logits (B, V) of what comes next, behind the tokens so far and these.
+        """The logits (B, V) of the next token, behind the tokens so far and these.
 
         Each layer computes these tokens alone: what it needs of those so far lies in the collection
         `crate_jax.models.past.PAST`, which must be given and mutable. So a text grows as
@@ -230,7 +230,7 @@ class LanguageModel(LanguageFields, BlockModel):
 
     @nn.nowrap
     def empty_past(self, batch_size: int) -> dict[str, Any]:
-        """The collection `crate_jax.models.past.PAST` before the first token of so many texts.
+        """The empty cache, `crate_jax.models.past.PAST`, for so many texts.
 
         Raises:
             ValueError: the model is not causal, or its attention keeps nothing.

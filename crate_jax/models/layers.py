@@ -127,7 +127,7 @@ def mssa(
 def mssa_of(
     module: Any, Y_BxNxd: Array, *weights: Any, mask: Array | None, taps: Collection[str]
 ) -> Attended:
-    """`mssa` of tokens and weights, in a module that says who computes it, ``kernel``.
+    """`mssa` of tokens and weights, in a module whose ``kernel`` chooses the program.
 
     Where ``attention`` is among the taps, no kernel does. What the module has in the collections
     `PAST` and `STEERING` counts, and its past grows by these tokens.
@@ -204,7 +204,7 @@ def times(X: Array, W: Array, axes: int = 1) -> Array:
 
 
 def relu(X: Array) -> Array:
-    """max(X, 0); of it the backward pass keeps a byte an entry."""
+    """max(X, 0); the backward pass saves one byte for each entry."""
     return jnp.where(keep(X > 0, "active"), X, jnp.zeros((), X.dtype))
 
 

@@ -1,4 +1,4 @@
-"""The decoder of CRATE-MAE, which undoes what an encoder of CRATE does, layer by layer."""
+"""The decoder of CRATE-MAE. It undoes an encoder of CRATE, layer by layer."""
 
 import functools
 import math

@@ -1,4 +1,4 @@
-"""The parameters of modules: how they start, and how the equations get them."""
+"""The parameters of modules: their first values, and their form in the equations."""
 
 import dataclasses
 from collections.abc import Callable, Mapping
@@ -53,7 +53,7 @@ def read(
     shape: tuple[int, ...],
     dtype: DTypeLike,
 ) -> Array:
-    """A parameter of a module as the equations take it: cast, and whole on every device.
+    """Read a parameter of a module for the equations: cast, and whole on every device.
 
     The parameter itself is float32, and devices may share it. It is gathered here because the
     compiler, left to itself, splits the product as the weight is split, and then the activations of

@@ -29,7 +29,7 @@ class SubspaceTokens(NamedTuple):
     length: Array
 
     def grown(self, V_BxNxKxp: Array) -> "SubspaceTokens":
-        """With N more tokens, for which there must be room."""
+        """The cache with N more tokens, for which there must be room."""
         V_BxTxKxp = placement.beside(self.V_BxTxKxp, V_BxNxKxp)
         V_BxTxKxp = jax.lax.dynamic_update_slice_in_dim(V_BxTxKxp, V_BxNxKxp, self.length, axis=1)
         return SubspaceTokens(V_BxTxKxp, self.length + V_BxNxKxp.shape[1])

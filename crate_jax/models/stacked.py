@@ -15,7 +15,7 @@ from crate_jax.options import option_of
 
 
 class BlockModel(ModelFields, nn.Module):
-    """A stack of blocks; a kind of model says what goes in and what is read.
+    """A stack of blocks; each kind of model adds its input and its reading.
 
     A model is a subclass with the fields of its family (`crate_jax.models.fields`) that gives
     `attention_part` and `nonlinearity_part`, and overrides what differs of `block_fields`,
@@ -33,7 +33,7 @@ class BlockModel(ModelFields, nn.Module):
     WITHOUT_EXAMPLES: ClassVar[tuple[str, ...]] = ()
 
     def __init_subclass__(cls, **options: Any) -> None:
-        """Mark what a subclass overrides of the helpers of its bases as the helpers are marked.
+        """Mark a subclass's helpers as the helpers of its bases are marked.
 
         Flax would record what they return, modules among it, under ``capture_intermediates``.
         """
@@ -54,7 +54,7 @@ class BlockModel(ModelFields, nn.Module):
 
     @property
     def num_tokens(self) -> int:
-        """N, the tokens that a block sees of one example."""
+        """N, the tokens of one example in a block."""
         raise TypeError("a kind of model must say how many tokens it has")
 
     @property
@@ -87,7 +87,7 @@ class BlockModel(ModelFields, nn.Module):
 
     @nn.nowrap
     def sample_input(self) -> Array:
-        """One blank example, (1, …), as a call takes it; what `init` needs."""
+        """One blank example, (1, …), as a call takes it; `init` needs it."""
         raise TypeError("a kind of model must say what it takes")
 
     @nn.nowrap
@@ -185,7 +185,7 @@ class BlockModel(ModelFields, nn.Module):
         taps: str | Iterable[str] = (),
         context: Context | None = None,
     ) -> tuple[Array, dict[str, Array]]:
-        """Embedded tokens through the stack; to be called within `with_layers`.
+        """Run embedded tokens through the stack. Call it within `with_layers`.
 
         Args:
             Z_BxNxd: tokens.

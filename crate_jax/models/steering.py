@@ -1,4 +1,4 @@
-"""Steering: a coordinate inside a layer is set to a value for every token, whatever the tokens are.
+"""Steering: set a coordinate inside a layer to a value, for every token.
 
 What is set lies in the collection `STEERING` of a model's variables, beside its parameters, so that
 a program compiled once takes any coordinate and any value.
@@ -47,7 +47,7 @@ class Steering(NamedTuple):
 
 
 def steered(X: Array, steering: Steering | None) -> Array:
-    """X (B, N, …) with what is set of it."""
+    """X (B, N, …) with the set coordinates."""
     if steering is None:
         return X
     is_set, value = (x[None, None] for x in steering)
@@ -55,7 +55,7 @@ def steered(X: Array, steering: Steering | None) -> Array:
 
 
 def steering(model: Any, *steers: Steer) -> dict[str, Any]:
-    """The collection that sets coordinates of a model; to be put beside its parameters.
+    """The collection that sets coordinates of a model. Put it beside the model's parameters.
 
     ``model.apply({"params": params} | steering(model, Steer("code", 3, 17, 2.0)), …)``.
 

@@ -1,4 +1,4 @@
-"""The switches of the theory: what CRATE could have been, each with its equation.
+"""The switches of the theory: choices that CRATE's derivation leaves open, with their equations.
 
 CRATE makes choices that its derivation does not force. `TiedMSSA` has the output projection that
 the gradient of R^c asks for, and `IteratedISTA` takes more steps, another threshold, or step sizes
@@ -111,7 +111,7 @@ def learned_sizes(module: nn.Module, start: StepSizes) -> StepSizes:
 
 
 class TiedMSSA(nn.Module):
-    """MSSA whose output goes back by the bases that it came by: s Σ_k U_k SSA_k.
+    """MSSA whose output is tied to its bases: s Σ_k U_k SSA_k.
 
     That is the direction of the gradient of R^c, of which MSSA keeps all but the factor
     p/(N ε²); a learned scalar s, ``step``, stands for it. There is no W_out and no bias. With

@@ -1,4 +1,4 @@
-"""ToST for text: causal TSSA, whose sums over the tokens so far are all that it keeps of them."""
+"""ToST for text: causal TSSA, whose cache is running sums over the tokens so far."""
 
 import functools
 from collections.abc import Callable

@@ -89,7 +89,7 @@ def _padded(rows: int, columns: int, number: int) -> int:
 
 
 def attend(V_BxNxKxp: Array, *, interpret: bool = False) -> tuple[Array, Array, Array]:
-    """O = softmax(s V Vᵀ) V in every subspace, and what is kept of the scores.
+    """O = softmax(s V Vᵀ) V in every subspace, and the saved numbers of the scores.
 
     Args:
         V_BxNxKxp: tokens that the kernel `takes`. The softmax and all sums are float32.

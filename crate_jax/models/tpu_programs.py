@@ -1,4 +1,4 @@
-"""The programs of the TPU kernels of MSSA's attention, and the groups in which they take subspaces.
+"""The programs of the TPU kernels of MSSA's attention, and their groups of subspaces.
 
 A program has the tokens of one image in the core's own memory, as the projection wrote them:
 (N, K p). It takes a few subspaces at a time. Their scores are computed with the rows of A as
@@ -33,7 +33,7 @@ LONGEST = 4096  # tokens, up to which one of those does
 
 
 class Group:
-    """The subspaces of an image that are taken at a time, and the blocks of their scores.
+    """The subspaces of an image that are computed together, and the blocks of their scores.
 
     Attributes:
         N: tokens.

@@ -122,7 +122,7 @@ def tssa(
 
 
 class Weights(NamedTuple):
-    """The parameters of TSSA, as `tssa` has them."""
+    """The parameters of TSSA, as arguments of `tssa`."""
 
     U_dxKxp: Array
     b_Kxp: Array | None

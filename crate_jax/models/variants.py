@@ -12,7 +12,7 @@ from crate_jax.options import did_you_mean
 
 @dataclasses.dataclass(frozen=True)
 class Variant:
-    """A named model: its family, and the fields that the name stands for."""
+    """A named model: its family, and the values of its fields."""
 
     family: str
     fields: Mapping[str, object]

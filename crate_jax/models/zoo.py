@@ -46,7 +46,7 @@ def list_models(pattern: str = "*") -> list[str]:
 
 
 def create_model(name: str, **overrides: object) -> Model:
-    """Build a model by name; it holds no parameters yet.
+    """Build a model by name; it has no parameters yet.
 
     Args:
         name: one of `list_models`.
@@ -112,7 +112,7 @@ def has_family(model: object) -> bool:
 
 
 def architecture(model: Model) -> Json:
-    """The family and the fields that decide what a model computes, as JSON values.
+    """The family and the fields that decide a model's results, as JSON values.
 
     What says only how to compute it (dropout, dtype, backward, attention_kernel, remat,
     scan_unroll) is left out.
@@ -130,7 +130,7 @@ def architecture(model: Model) -> Json:
 
 
 def from_architecture(fields: object) -> Model:
-    """The model of `architecture`, from values that came out of a file.
+    """Build the model of `architecture`, from values that came out of a file.
 
     A file without a family is older than the second one. A field with a default may be missing.
 

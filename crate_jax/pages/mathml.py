@@ -47,7 +47,7 @@ class _Reader:
         return f"<mrow>{''.join(parts)}</mrow>"
 
     def scripted(self) -> str:
-        """One thing with what is raised and lowered beside it."""
+        """One item with its subscript and superscript."""
         base, scripts = self.atom(), {}
         while self.tokens and self.tokens[0] in ("^", "_"):
             where = self.tokens.pop(0)
@@ -60,7 +60,7 @@ class _Reader:
         return base
 
     def atom(self) -> str:
-        """One thing."""
+        """One item."""
         if not self.tokens or self.tokens[0] == "}":
             raise self.fault("have something after ^, _ and a command")
         token = self.tokens.pop(0)

@@ -1,4 +1,4 @@
-"""From a template of this folder to a page."""
+"""Render a template of this folder as a page."""
 
 from typing import TYPE_CHECKING, Any
 
@@ -9,7 +9,7 @@ if TYPE_CHECKING:
 
 
 def render(template: str, **context: Any) -> str:
-    """A template with its values; every value is escaped, unless it says that it is markup.
+    """A rendered template; every value is escaped, unless it says that it is markup.
 
     Templates know `crate_jax.pages.mathml.mathml` as the filter ``math``, and ``markup`` for
     figures.

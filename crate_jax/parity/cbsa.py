@@ -21,7 +21,7 @@ from crate_jax.parity.twin import Twin
 
 
 class CBSA(nn.Module):
-    """W_out [O_1; …; O_K] + b_out: representatives of the tokens settle it among themselves.
+    """W_out [O_1; …; O_K] + b_out, by attention among representatives of the tokens.
 
     With W_k = U_kᵀ Z and R_k the means of W_k over the cells of the grid of tokens:
 
@@ -75,7 +75,7 @@ class CBSA(nn.Module):
 
 
 class MSSA(crate.MSSA):
-    """CRATE's, whose output projection has another name here."""
+    """CRATE's MSSA, whose output projection has another name here."""
 
     def __init__(self, width: int, num_heads: int, head_dim: int):
         super().__init__(width, num_heads, head_dim)

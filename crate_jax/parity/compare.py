@@ -1,4 +1,4 @@
-"""Our model beside PyTorch's on the same weights and inputs: where they differ, and by how much.
+"""Compare our model with PyTorch's on the same weights and inputs, tensor by tensor.
 
 Differences are relative to the largest entry of PyTorch's float32 array, the yardstick. Loss and
 training step are handed in, because they stand above this file.
@@ -61,7 +61,7 @@ def compare(
     reference_params: Params | None = None,
     rounds: int = 5,
 ) -> Comparison:
-    """Run both frameworks on the same inputs and compare all that they compute.
+    """Run both frameworks on the same inputs and compare all tensors, gradients and losses.
 
     Forward pass layer by layer, logits, gradients of the twin's loss, a few full-batch steps of
     AdamW and of Lion, and the time of a forward pass. Gradients and steps are of training mode: a
@@ -115,7 +115,7 @@ def compare(
 
 @dataclasses.dataclass(frozen=True)
 class _Reference:
-    """PyTorch's side: what examples are called, the weights by official name, and a batch."""
+    """PyTorch's side: the name of the examples, the weights by official name, and a batch."""
 
     model: BlockModel
     examples: str
@@ -127,7 +127,7 @@ class _Reference:
     def of(
         cls, model: BlockModel, params: Params, images: np.ndarray, labels: np.ndarray
     ) -> "_Reference":
-        """PyTorch's side of our parameters and batch."""
+        """Build PyTorch's side of our parameters and batch."""
         twin = from_flax_model(model)  # it refuses a model without a twin before one without names
         x, y = twin.inputs(images), twin.targets(labels)
         return cls(model, twin.EXAMPLES, to_state_dict(params, model), x, y)

@@ -244,7 +244,7 @@ _OFFICIAL: dict[str, object] = {
 
 
 def check_official(model: Crate, attentions: Sequence[str]) -> None:
-    """Refuse what the official code behind a twin does not have.
+    """Refuse a model that the official code behind a twin does not have.
 
     Args:
         model: ours.

@@ -13,7 +13,7 @@ from crate_jax.parity.twin import Twin
 
 
 class MSSA(crate.MSSA):
-    """CRATE's, without the bias."""
+    """CRATE's MSSA without the bias."""
 
     def __init__(self, width: int, num_heads: int, head_dim: int):
         super().__init__(width, num_heads, head_dim)

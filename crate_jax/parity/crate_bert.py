@@ -48,7 +48,7 @@ class MSSA(nn.Module):
 
 
 class NormedISTA(ISTA):
-    """CRATE's, of normalised tokens."""
+    """CRATE's ISTA, of normalised tokens."""
 
     def __init__(self, width: int, eta: float, lmbda: float):
         super().__init__(width, eta, lmbda)

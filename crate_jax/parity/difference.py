@@ -1,4 +1,4 @@
-"""Two arrays compared, and all that a comparison found; what is in tolerance."""
+"""Compare two arrays; the results of a whole comparison, and its tolerances."""
 
 import dataclasses
 import math

@@ -1,4 +1,4 @@
-"""One framework at a time: what a model computes in JAX, and in PyTorch, under the same names.
+"""Run one framework at a time: a model in JAX, and in PyTorch, with the same names.
 
 `crate_jax.parity.compare` puts them side by side. Parameters may be given as variables, with the
 running statistics beside them. Tensors and times are of evaluation mode, by the running statistics.
@@ -29,7 +29,7 @@ Arrays = dict[str, np.ndarray]
 
 
 def without_chance(model: BlockModel) -> BlockModel:
-    """The model without dropout and stochastic depth, which no two frameworks draw alike."""
+    """The model without dropout and stochastic depth: no two frameworks draw them alike."""
     rates: dict[str, Any] = {n: 0.0 for n in ("dropout", "drop_path") if hasattr(model, n)}
     return model.clone(**rates)
 

@@ -48,7 +48,7 @@ class Penalties:
         )
 
     def check(self, model: object) -> None:
-        """Refuse a penalty on what a model does not have.
+        """Refuse a penalty on parts that a model does not have.
 
         Raises:
             ValueError: srr, of a model without subspaces.

@@ -1,4 +1,4 @@
-"""Stored pixels to what a model takes, on the device, and back."""
+"""Stored pixels to the input of a model, on the device, and back."""
 
 import jax.numpy as jnp
 import numpy as np

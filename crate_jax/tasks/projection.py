@@ -1,4 +1,4 @@
-"""From images to the features that a loss is about: a backbone, and a head behind it."""
+"""Images to the features of a loss: a backbone, and a head behind it."""
 
 import dataclasses
 from typing import Any
@@ -36,7 +36,7 @@ class Projection(nn.Module):
 
 @dataclasses.dataclass(frozen=True)
 class Embedder:
-    """A model without classes, and a head, whose parameters lie where those of its own would.
+    """A model without classes, and a head, whose parameters take the place of a classifier's head.
 
     Attributes:
         model: a Flax module with ``input_shape``, from normalised images to what a head reads.

@@ -23,7 +23,7 @@ def mcr2_loss(
     gamma2: float = 1.0,
     regularizer: float = 0.0,
 ) -> tuple[Array, dict[str, Array]]:
-    """−γ₂ R(Z; γ₁) + R^c(Z; Π) + λ/2 ‖Z‖², in nats: what MCR² descends.
+    """The loss of MCR², in nats: −γ₂ R(Z; γ₁) + R^c(Z; Π) + λ/2 ‖Z‖².
 
     Source: arXiv 2006.08558 and its code, whose eps is ε²; of λ arXiv 2406.01909.
 
@@ -117,7 +117,7 @@ def _log_diagonal(L_xnxn: Array) -> Array:
 
 
 def class_sums(Z_Bxp: Array, Pi_BxJ: Array) -> dict[str, Array]:
-    """Sums of which `metrics_of_sums` is a function, once they are added up over batches.
+    """Sums for `metrics_of_sums`, to be added up over batches.
 
     Args:
         Z_Bxp: features.
@@ -199,7 +199,7 @@ def unit(Z_xp: Array) -> Array:
 
 
 def largest_regularizer(N: int, share: float | Array, *, p: int, eps: float) -> Array:
-    """Up to which λ the classes of every maximum are orthogonal: p (√r − 1) / (N (√r + 1) ε²).
+    """The largest λ with orthogonal classes at every maximum: p (√r − 1) / (N (√r + 1) ε²).
 
     Of R − R^c − λ/2 ‖Z‖². Source: arXiv 2406.01909.
 

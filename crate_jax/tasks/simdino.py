@@ -119,7 +119,7 @@ class SimDino(Task):
         return extra | {"teacher": teacher} | kept(others)
 
     def on_device(self, batch: Batch, key: Array) -> Batch:
-        """With ``masked`` (B, 2, P), which patches of the global views the student does not see."""
+        """Add ``masked`` (B, 2, P): the patches of global views hidden from the student."""
         if not self.coding.patch_weight:
             return batch
         shape = (len(batch["label"]), self.model.num_patches)
@@ -160,7 +160,7 @@ class SimDino(Task):
         return self._seen(extra, batch).pooled[:, 0]
 
     def sums(self, params: Params, extra: Extra, batch: Batch) -> Scalars:
-        """``knn``, how often the bank votes for the label, and ``examples``."""
+        """``knn``, the number of labels that the bank votes for, and ``examples``."""
         query_Bxd = unit(self.features(params, extra, batch))
         voted_B = nearest_class(query_Bxd, extra["bank"], k=self.neighbours)
         right = jnp.sum(batch["mask"], where=voted_B == batch["label"])

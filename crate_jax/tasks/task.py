@@ -27,7 +27,7 @@ CLASSES = "classes"  # which of a task's facts names the outputs of a classifier
 
 
 class Inside(NamedTuple):
-    """A stack of layers that one looks into, and what goes in.
+    """A stack of layers to look into, and its input.
 
     Attributes:
         model: a `crate_jax.models.stacked.BlockModel`.
@@ -80,7 +80,7 @@ class Task(Protocol):
 
     @classmethod
     def check_unread(cls, config: TrainConfig) -> None:
-        """Refuse a field of `unread` that is on: it would have no effect.
+        """Refuse a field of `unread` that is set: it would have no effect.
 
         Raises:
             ValueError: one is.
@@ -120,7 +120,7 @@ class Task(Protocol):
     def reopen(
         cls, config: TrainConfig, *splits: tuple[str, bool], facts: Json
     ) -> tuple[Self, tuple[Rows, ...]]:
-        """`open` for what was trained already: outputs mean what its facts say, not the data.
+        """`open` for a trained model: the outputs mean what its facts say, not the data.
 
         Args:
             config: of the run.

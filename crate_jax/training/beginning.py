@@ -16,7 +16,7 @@ from crate_jax.training.state import TrainState, init_sharded, replace_params
 
 
 def first_state(run: Run, facts: Json) -> tuple[TrainState, Shardings, list[str]]:
-    """The state of step 0, its shardings, and what of ``init_weights`` was made to fit.
+    """The state of step 0, its shardings, and the changes that fitted ``init_weights``.
 
     Args:
         run: of `set_up`.

@@ -48,7 +48,7 @@ def clip_each(clip: float) -> optax.GradientTransformation:
 
 
 def scale_by_layer(layer_decay: float, patch_scale: float = 1.0) -> optax.GradientTransformation:
-    """Multiply updates by the factors of `layer_rates`; to be chained behind the learning rate.
+    """Multiply updates by the factors of `layer_rates`. Chain it behind the learning rate.
 
     Raises:
         ValueError: of the parameters; see `layer_rates`.

@@ -49,14 +49,14 @@ class Mirror:
                 fetch(self._workdir / name, self.folder / name)
 
     def changed(self) -> None:
-        """Files have grown: store them in the background if that is due; `flush` tells failures."""
+        """Store the changed files in the background if that is due; `flush` reports failures."""
         if not self._temporary or time.monotonic() < self._due:
             return
         if self._under_way is None or self._under_way.done():
             self._under_way = self._pool.submit(self._store)
 
     def flush(self) -> None:
-        """Store what has changed, and wait for it.
+        """Store the changes, and wait for it.
 
         Raises:
             OSError: the bucket does not take it.
@@ -65,7 +65,7 @@ class Mirror:
             self._pool.submit(self._store).result()
 
     def close(self) -> None:
-        """Store what has changed, and remove the folder.
+        """Store the changes, and remove the folder.
 
         Raises:
             OSError: the bucket does not take it.

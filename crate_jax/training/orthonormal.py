@@ -13,7 +13,7 @@ _STACKED, _SHARED = 1, 2  # whether a parameter has the layers on axis 0, or all
 
 
 def orthonormal(names: tuple[str, ...]) -> optax.GradientTransformation:
-    """Project what an update leads to onto orthonormal columns; to be chained last.
+    """Project the updated parameters onto orthonormal columns. Chain it last.
 
     A parameter (L, d, …) is a matrix (d, m) for each layer, its last axes side by side. So are the
     first ones of W_out (L, K, p, d), whose last is the longest: (K p, d). A parameter that all

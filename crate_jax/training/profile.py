@@ -11,7 +11,7 @@ from crate_jax.parallel import PyTree
 
 
 class Profile:
-    """Records what devices and host do from the first to the last of some steps.
+    """Record devices and host from the first to the last of some steps.
 
     Process 0 writes a trace below ``plugins/profile`` of the workdir, where TensorBoard's profiler
     and xprof look for it. Its devices may still be at the step before the first one when it begins.
@@ -44,7 +44,7 @@ class Profile:
             self._running = True
 
     def after(self, step: int, result: PyTree) -> None:
-        """A step has been handed to the devices; the last one is waited for."""
+        """A step has been handed to the devices. Wait for the last one."""
         if self._running and step >= self._last:
             jax.block_until_ready(result)
             self._stop()

@@ -89,7 +89,7 @@ def set_up(
     devices: Devices | None = None,
     facts: Json | None = None,
 ) -> Run:
-    """Open data and build task and optimizer: all that can fail before anything is computed.
+    """Open data and build task and optimizer. Mistakes fail here, before any computation.
 
     Args:
         config: checked here, once.
@@ -260,7 +260,7 @@ def place_on_mesh(run: Run, tree: PyTree) -> PyTree:
 
 
 def evaluate_split(run: Run, params: Params, extra: Extra) -> dict[str, float]:
-    """Exact metrics of the evaluation split, and how fast they were measured.
+    """Exact metrics of the evaluation split, and the speed of the evaluation.
 
     Args:
         run: with "eval" rows.

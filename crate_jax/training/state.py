@@ -1,4 +1,4 @@
-"""The state of a run: everything that a step reads and writes, and how it starts."""
+"""The state of a run: everything that a step reads and writes, and its first values."""
 
 import dataclasses
 import functools

@@ -49,7 +49,7 @@ def check_workdir(config: TrainConfig, workdir: Path) -> None:
 
 
 def check_facts(recorded: Json, found: Json, workdir: Path) -> None:
-    """Refuse rows that are not those a run was trained on; see `crate_jax.tasks.task.Task.facts`.
+    """Refuse rows other than those of the run's training; see `crate_jax.tasks.task.Task.facts`.
 
     Args:
         recorded: by the run's checkpoints; what an older version did not record is not compared.
@@ -83,7 +83,7 @@ def write_config(config: TrainConfig, workdir: Path, *, enabled: bool = True) ->
 
 
 class Stopped(KeyboardInterrupt):
-    """A run was told to stop; its state is saved, and the same command goes on with it."""
+    """A run was told to stop. Its state is saved, and the same command continues it."""
 
 
 class StopSignal:

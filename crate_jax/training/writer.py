@@ -58,7 +58,7 @@ class MetricsWriter:
         self._events.write_images(step, images)
 
     def flush(self) -> None:
-        """Wait until all that was written is in the workdir.
+        """Wait until all values are in the workdir.
 
         Raises:
             OSError: the bucket does not take it.

@@ -23,7 +23,7 @@ NETPBM = re.compile(rb"P[2356]" + 3 * rb"(?:\s+(?:#[^\n]*\n\s*)*)(\d+)")
 
 
 class EncodedImage:
-    """The bytes of an image, decoded when and as far as its pixels are asked for.
+    """The bytes of an image. Only the pixels that are asked for are decoded.
 
     Grey images become RGB by repetition, colour images grey by luma; transparency is dropped and
     the EXIF orientation ignored, as the usual ImageNet pipelines do. Of 16 bits the upper 8 count,

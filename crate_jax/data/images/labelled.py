@@ -142,7 +142,7 @@ def open_labelled_images(
     classes: Sequence[str] = (),
     labelled: bool = True,
 ) -> LabelledImages:
-    """The images of a split; one row is made at once, so that what does not fit fails here.
+    """Open the images of a split. One row is made at once, so a misfit fails here.
 
     Args:
         data: says where the images are and what is done to them.

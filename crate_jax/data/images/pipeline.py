@@ -1,4 +1,4 @@
-"""From one stored image to the pixels of a row: decode and transform."""
+"""The way from a stored image to the pixels of a row: decode and transform."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -14,7 +14,7 @@ from crate_jax.data.rows import BadExampleError
 
 @dataclasses.dataclass(frozen=True)
 class Pipeline:
-    """From a stored image to the pixels that a row holds; see `make_pipeline`.
+    """The way from a stored image to the pixels of a row; see `make_pipeline`.
 
     Attributes:
         transforms: applied in order.

@@ -12,7 +12,7 @@ from crate_jax.data.rows import Row
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RepeatedImages(LabelledImages):
-    """Each image as often as one wants, augmented anew each time; a `crate_jax.data.rows.Rows`.
+    """Each image several times, augmented anew each time; a `crate_jax.data.rows.Rows`.
 
     A row holds all views of an image, so that they meet in a batch on any number of processes.
 

@@ -1,4 +1,4 @@
-"""array_record files with random access, of which only so many are open at once."""
+"""array_record files with random access and a limited number of open files."""
 
 import collections
 import dataclasses
@@ -75,7 +75,7 @@ def open_array_records(
 
 
 class Readers:
-    """Readers of files, by path; of those that were used least lately, the file is closed.
+    """Readers of files, by path. The file of the reader that was used least lately is closed.
 
     Threads may share them. A copy in another process has readers of its own.
 

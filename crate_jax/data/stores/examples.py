@@ -57,7 +57,7 @@ class Source:
 
 
 def check_same_classes(source: Source, other: Source) -> None:
-    """A label must mean the same in two splits.
+    """Check that a label means the same in two splits.
 
     Raises:
         ValueError: the classes differ, in number or, where they are known, in name.
@@ -74,7 +74,7 @@ def check_same_classes(source: Source, other: Source) -> None:
 
 
 def check_known_classes(source: Source, classes: Sequence[str]) -> None:
-    """The classes of a split must be among those that a model tells apart.
+    """Check that the classes of a split are among those of a model.
 
     Args:
         source: of the split; where its classes have no names, they must be as many.
@@ -98,7 +98,7 @@ def check_known_classes(source: Source, classes: Sequence[str]) -> None:
 
 
 def listing_of(what: str, *parts: np.ndarray | str) -> str:
-    """A short digest of what decides which examples lie where, and of what it is."""
+    """A short digest of the names, labels or files of the examples, in their order."""
     digest = hashlib.sha256()
     for part in parts:
         data = part.encode() if isinstance(part, str) else part.tobytes()

@@ -19,7 +19,7 @@ FILE_NAME = "file_name"  # of the image, where `prepare` or TFDS has kept it
 
 @dataclasses.dataclass(frozen=True)
 class ExampleParser:
-    """From the bytes of an example to its image, label and file name; nothing else is decoded.
+    """Turn the bytes of an example into image, label and file name; nothing else is decoded.
 
     Attributes:
         image_key: name of the feature; of one within another, ``a/b``.

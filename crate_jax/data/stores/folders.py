@@ -1,4 +1,4 @@
-"""Image files in folders, one folder a class, or anywhere for whoever reads no labels."""
+"""Image files in folders: one folder a class, or anywhere for tasks without labels."""
 
 import dataclasses
 from collections.abc import Callable

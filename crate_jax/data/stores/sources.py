@@ -1,4 +1,4 @@
-"""One split of whatever data set a config names; one row of `STORES` for each kind of store."""
+"""Open one split of the data set that a config names; `STORES` has a row for each kind of store."""
 
 from collections.abc import Callable, Sequence
 
@@ -33,7 +33,7 @@ def open_source(
     num_classes: int | None,
     labelled: bool = True,
 ) -> Source:
-    """Open one split; nothing is read but what is needed to count and find its examples.
+    """Open one split; only what is needed to count and find its examples is read.
 
     Args:
         data: reads dataset, data_dir, image_key, label_key, download, on_bad_example, check_crc and

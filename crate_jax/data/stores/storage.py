@@ -133,7 +133,7 @@ def file_size(path: str) -> int:
 
 
 def file_state(path: str) -> tuple[int, str]:
-    """Bytes of a file, and what changes whenever it is written again."""
+    """The bytes of a file, and a mark that changes whenever it is written again."""
     if not is_remote(path):
         stat = os.stat(path)
         return stat.st_size, f"{stat.st_mtime_ns} {stat.st_ctime_ns}"
@@ -151,7 +151,7 @@ def open_binary(path: str) -> BinaryIO:
 
 
 def read_bytes(path: str, start: int = 0, length: int | None = None) -> bytes:
-    """Part of a file, or all of it; shorter where the file ends.
+    """Read part of a file, or all of it; the result is shorter if the file ends.
 
     The file is opened for each read: a data set of a thousand shards would else reach the limit of
     open files, and copies in worker processes have no file to share.
@@ -204,7 +204,7 @@ def cached_index(
     index_dir: str | None,
     build: Callable[[], dict[str, np.ndarray]],
 ) -> dict[str, np.ndarray]:
-    """Arrays that are costly to find out, kept in a file for the next time.
+    """Arrays that take long to compute, saved in a file for the next time.
 
     The file lies in `index_dir`; else beside the data; else, where that is read-only or a bucket,
     in the user's cache folder. It is used as long as the data files are as they were.

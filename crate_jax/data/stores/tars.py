@@ -60,7 +60,7 @@ class TarImages:
 
 
 def tar_splits(folder: str) -> dict[str, str]:
-    """The splits that the tar files of a folder are, and their paths.
+    """The splits of a folder of tar files, and their paths.
 
     Raises:
         ValueError: two files are the same split.
@@ -211,7 +211,7 @@ class _Contents:
                 self.read(within, place, below)
 
     def follow_links(self) -> dict[str, str]:
-        """Let names that are links be the files they lead to; the links that lead to none."""
+        """Give linked names the files that they lead to; return the links that lead to none."""
         lost = {}
         for name, target in self.links.items():
             seen = {name}

@@ -20,7 +20,7 @@ Builder = Any  # tfds.core.DatasetBuilder, which takes seconds to import
 
 
 class UnknownDatasetError(KeyError):
-    """TFDS knows no data set of that name; `known` are those that it knows."""
+    """TFDS has no data set of that name; `known` are the names that it has."""
 
     def __init__(self, name: str, known: list[str]):
         super().__init__(name)
@@ -38,7 +38,7 @@ def open_tfds(
 
 
 def open_digits(data: DataConfig, split: str, **_: object) -> Source:
-    """A split of scikit-learn's digits, which are prepared where they are not."""
+    """A split of scikit-learn's digits, which are prepared if they are not there."""
     import tensorflow_datasets as tfds
 
     from crate_jax.data.stores.digits import Digits
@@ -167,7 +167,7 @@ class TfdsExamples:
 
 
 def _prepared(make: Callable[..., Builder], data: DataConfig, report: TextIO) -> Builder:
-    """The builder that `make` makes, prepared, or the reason why there is none.
+    """Make the builder with `make` and prepare it, or give the reason why there is none.
 
     TFDS reports on stdout, which belongs to the command's own result: it goes to `report`.
     """

@@ -182,7 +182,7 @@ def open_text(
 
 
 def tokenizer_of(text: TextConfig) -> Tokenizer | None:
-    """The tokenizer of a config; None: it is not known.
+    """The tokenizer of a config; None if it is not known.
 
     Raises:
         ValueError: as `open_tokenizer`.
