@@ -32,38 +32,52 @@ _Recipe = TypeVar("_Recipe")
 class TrainConfig:
     """The whole config of one run: `training.loop.train` takes it, and a workdir records it."""
 
-    name: str = option("digits", "of the recipe; the default workdir is runs/<name>", identity=True)
-    task: str = option("classify", "what is learnt, one of crate_jax.tasks.TASKS", identity=True)
+    name: str = option(
+        "digits", "name of the recipe; the default workdir is runs/<name>", identity=True
+    )
+    task: str = option("classify", "task, one of crate_jax.tasks.TASKS", identity=True)
     seed: int = option(
-        0, "of parameters, data order, augmentation and dropout", low=0, below=2**32, identity=True
+        0,
+        "seed of parameters, data order, augmentation and dropout",
+        low=0,
+        below=2**32,
+        identity=True,
     )
     batch_size: int = option(128, "examples per optimizer step, all devices", low=1, identity=True)
     eval_batch_size: int = option(256, "examples per evaluation step over all devices", low=1)
     total_epochs: float = option(1.0, "length of the run, epochs", above=0)
-    total_steps: int | None = option(None, "in optimizer steps; overrides total_epochs", low=1)
+    total_steps: int | None = option(
+        None, "length of the run, optimizer steps; overrides total_epochs", low=1
+    )
     init_weights: str | None = option(None, "file or run to start from; unset: scratch", path=True)
     init_fit: tuple[str, ...] = option(
-        (), "what of init_weights may differ: head, image_size, patch_size, in_channels, …"
+        (), "parts of init_weights that may differ: head, image_size, patch_size, …"
     )
     init_method: str = option(
         "right",
-        "how kernels and positions of init_weights are resized; crate_alpha: as its official "
+        "resizing of init_weights' kernels and positions; crate_alpha: as its official "
         "fine-tuning; official_maps: positions as behind the published attention maps",
         choices=("right", "crate_alpha", "official_maps"),
     )
     log_every_steps: int = option(50, "steps between two lines of metrics", low=1)
     log_objective_every_steps: int = option(
         0,
-        "steps between looks into the model (objective by layer, reconstructions); 0: never",
+        "steps between measures of the layers and pictures (objective, reconstructions); 0: never",
         low=0,
     )
     profile_steps: str | None = option(None, "first:last, profiled for TensorBoard; unset: none")
-    eval_every_steps: int = option(0, "steps; 0: at the end only", low=0)
-    checkpoint_every_steps: int = option(0, "steps; 0: at each evaluation and at the end", low=0)
+    eval_every_steps: int = option(0, "steps between evaluations; 0: at the end only", low=0)
+    checkpoint_every_steps: int = option(
+        0, "steps between checkpoints; 0: at each evaluation and at the end", low=0
+    )
     keep_latest: int = option(2, "newest checkpoints kept", low=1)
-    keep_best: int = option(1, "checkpoints kept besides, the best by the task's headline", low=0)
+    keep_best: int = option(
+        1, "best checkpoints kept besides, by the task's headline metric", low=0
+    )
     on_failed_save: str = option(
-        "stop", "continue: say so, and try again at the next save", choices=("stop", "continue")
+        "stop",
+        "continue reports it, and tries again at the next save",
+        choices=("stop", "continue"),
     )
     model: ModelConfig = dataclasses.field(default_factory=ModelConfig)
     data: DataConfig = dataclasses.field(default_factory=DataConfig)

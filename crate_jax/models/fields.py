@@ -24,10 +24,14 @@ class ModelFields:
     width: int = option(..., "d, the length of a token", low=1)
     depth: int = option(..., "L, the number of layers", low=1)
     num_heads: int = option(..., "K, the number of subspaces", low=1)
-    head_dim: int | None = option(None, "p, of a subspace; width / num_heads if unset", low=1)
-    dropout: float = option(0.0, "share dropped while training", low=0, below=1, how=True)
+    head_dim: int | None = option(
+        None, "p, the dimension of a subspace; width / num_heads if unset", low=1
+    )
+    dropout: float = option(
+        0.0, "share of entries dropped while training", low=0, below=1, how=True
+    )
     dtype: DType = option(
-        np.float32, "of the computation", choices=("float32", "bfloat16"), how=True
+        np.float32, "dtype of the computation", choices=("float32", "bfloat16"), how=True
     )
     backward: str = option(
         "derived",
@@ -37,7 +41,7 @@ class ModelFields:
     )
     remat: str = option(
         "none",
-        "what the backward pass computes again; dots: all but matrix products",
+        "values that the backward pass computes again; dots: all but matrix products",
         choices=("none", "dots", "full"),
         how=True,
     )
@@ -53,8 +57,10 @@ class ModelFields:
 class _Classifier:
     """The input and output of an image classifier. It stands before `ModelFields` by position."""
 
-    image_size: Size = option(..., "pixels: a side, or height and width", low=1, lengths=(1, 2))
-    patch_size: Size = option(..., "pixels, likewise; divides image_size", low=1, lengths=(1, 2))
+    image_size: Size = option(..., "pixels of a side, or height and width", low=1, lengths=(1, 2))
+    patch_size: Size = option(
+        ..., "pixels of a side, or height and width; divides image_size", low=1, lengths=(1, 2)
+    )
     num_classes: int = option(
         ..., "Y, the number of logits; of the data set if unset; 0: no head, features", low=0
     )
@@ -67,7 +73,7 @@ class ImageFields(ModelFields, _Classifier):
     USUAL: ClassVar[Mapping[str, object]] = {"image_size": 224, "num_classes": 1000}
 
     pool: str = option(
-        "cls", "the token that the head reads, or their mean", choices=("cls", "mean")
+        "cls", "input of the head: the class token, or the mean", choices=("cls", "mean")
     )
     in_channels: int = option(3, "channels; 1 (grey) or 3 (RGB) for decoded images", low=1)
 
@@ -76,15 +82,15 @@ class ImageFields(ModelFields, _Classifier):
 class _Text:
     """The input and output of a model of text. It stands before `ModelFields` by position."""
 
-    context_length: int = option(..., "T, the most tokens that it sees at once", low=1)
-    vocab_size: int = option(..., "V, how many tokens there are to choose from", low=1)
+    context_length: int = option(..., "T, the largest number of tokens at once", low=1)
+    vocab_size: int = option(..., "V, the number of different tokens", low=1)
 
 
 @dataclasses.dataclass(eq=False, repr=False)
 class LanguageFields(ModelFields, _Text):
     """The fields of every model of text."""
 
-    tied: bool = option(True, "whether the head reads with the table of the embedding")
+    tied: bool = option(True, "whether the head uses the table of the embedding")
 
 
 @dataclasses.dataclass(eq=False, repr=False)
@@ -93,7 +99,7 @@ class SubspaceFields(ModelFields):
 
     attention_kernel: str = option(
         "auto",
-        "by whom MSSA is computed; auto: by a kernel where the device has one",
+        "program that computes MSSA; auto: a kernel if the device has one",
         choices=("auto", "xla", "pallas", "cudnn"),
         how=True,
     )
@@ -117,11 +123,13 @@ class CrateFields(SubspaceFields, ImageFields):
         "ista", "the second half of a layer; none: there is none", choices=("ista", "mlp", "none")
     )
     attention_sign: str = option(
-        "plus", "of the attention's step; minus: CRATE-N", choices=("plus", "minus")
+        "plus", "sign of the attention's step; minus: CRATE-N", choices=("plus", "minus")
     )
-    tied_output: bool = option(False, "of MSSA: U and a scalar step in place of W_out; CRATE-T")
+    tied_output: bool = option(
+        False, "whether MSSA has U and a scalar step in place of W_out; CRATE-T"
+    )
     threshold: str = option(
-        "relu", "of ISTA; soft: the code may be negative", choices=("relu", "soft")
+        "relu", "threshold of ISTA; soft: the code may be negative", choices=("relu", "soft")
     )
     ista_steps: int = option(1, "steps of ISTA in a layer", low=1)
     step_sizes: str = option(
@@ -131,11 +139,11 @@ class CrateFields(SubspaceFields, ImageFields):
     )
     stem: str = option(
         "patches",
-        "how images become tokens; convolutions: stages of stride two with BatchNorm",
+        "embedding of images; convolutions: stages of stride two with BatchNorm",
         choices=("patches", "convolutions"),
     )
     representatives: Size = option(
-        8, "of cbsa: cells of the grid, a side, or down and across", low=1, lengths=(1, 2)
+        8, "cbsa's cells of the grid, a side, or down and across", low=1, lengths=(1, 2)
     )
 
 
@@ -147,11 +155,13 @@ class AlphaFields(SubspaceFields, ImageFields):
     eta: float = option(0.1, "step size of ISTA", above=0)
     lmbda: float = option(0.1, "sparsity weight of ISTA", low=0)
     nonlinearity: str = option("odl", "the second half of a layer", choices=("odl", "ista"))
-    overcompleteness: int = option(4, "of odl: atoms of the dictionary over the width", low=1)
-    decoupled: bool = option(True, "of odl: whether the code is read with a dictionary of its own")
+    overcompleteness: int = option(4, "atoms of odl's dictionary over the width", low=1)
+    decoupled: bool = option(True, "whether odl decodes the code with a dictionary of its own")
     residual: bool = option(True, "whether the second half's output is added to the tokens")
     layer_scale: float | None = option(None, "start of learned factors on both halves", above=0)
-    drop_path: float = option(0.0, "stochastic depth of the last layer", low=0, below=1, how=True)
+    drop_path: float = option(
+        0.0, "rate of stochastic depth at the last layer", low=0, below=1, how=True
+    )
 
 
 @dataclasses.dataclass(eq=False, repr=False)
@@ -164,7 +174,9 @@ class VitFields(ImageFields):
     mlp_ratio: int = option(4, "hidden units of the MLP over the width", low=1)
     registers: int = option(0, "learned tokens behind the class token, without positions", low=0)
     layer_scale: float | None = option(None, "start of learned factors on both halves", above=0)
-    drop_path: float = option(0.0, "stochastic depth of the last layer", low=0, below=1, how=True)
+    drop_path: float = option(
+        0.0, "rate of stochastic depth at the last layer", low=0, below=1, how=True
+    )
     drop_path_uniform: bool = option(
         False, "whether every layer has drop_path; else it grows from 0 at the first", how=True
     )
@@ -207,10 +219,10 @@ class TostLMFields(LanguageFields):
 class BertFields(SparseTextFields):
     """CRATE-BERT, arXiv 2311.13110."""
 
-    dropout: float = option(0.1, "share dropped while training", low=0, below=1, how=True)
-    pad_token: int = option(
-        1, "the token that fills a text up; positions count from behind it", low=0
+    dropout: float = option(
+        0.1, "share of entries dropped while training", low=0, below=1, how=True
     )
+    pad_token: int = option(1, "id of padding; positions count from the next one", low=0)
 
 
 @dataclasses.dataclass(eq=False, repr=False)
@@ -231,12 +243,15 @@ class TostFields(SubspaceFields, ImageFields):
     layer_scale: float = option(1.0, "start of the learned factors on all halves", above=0)
     class_layers: int = option(2, "blocks of class attention after the layers", low=1)
     tokens_norm: bool = option(
-        True, "whether their second LayerNorm takes all tokens, or the class token alone"
+        True,
+        "whether the second LayerNorm of class attention takes all tokens, or its class token",
     )
     representatives: Size = option(
-        8, "of cbsa: cells of the grid, a side, or down and across", low=1, lengths=(1, 2)
+        8, "cbsa's cells of the grid, a side, or down and across", low=1, lengths=(1, 2)
     )
-    drop_path: float = option(0.0, "stochastic depth of every layer", low=0, below=1, how=True)
+    drop_path: float = option(
+        0.0, "rate of stochastic depth at every layer", low=0, below=1, how=True
+    )
 
 
 @dataclasses.dataclass(eq=False, repr=False)
@@ -252,7 +267,7 @@ class MaeFields(SubspaceFields, ImageFields):
     )
     position_size: Size = option(
         0,
-        "pixels of images whose positions are resized, as officially; 0: computed for image_size",
+        "image size whose positions are resized, as officially; 0: computed for image_size",
         low=0,
         lengths=(1, 2),
     )
