@@ -6,7 +6,10 @@ It is ``python -m crate_jax train``, for those who have a clone.
 
 import sys
 
-from crate_jax.cli.train import train
+from crate_jax.interrupts import heed
 
 if __name__ == "__main__":
+    heed()
+    from crate_jax.cli.train import train  # after that: it imports JAX
+
     train(sys.argv[1:])

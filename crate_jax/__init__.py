@@ -1,60 +1,30 @@
-"""CRATE, the white-box transformer of sparse rate reduction, in JAX and Flax."""
+"""CRATE, the white-box transformer of sparse rate reduction, in JAX and Flax.
 
-from crate_jax import analysis, objective
-from crate_jax.interop import (
-    ModelCard,
-    Preprocessing,
-    export_model,
-    list_pretrained,
-    load_pretrained,
-    load_variables,
-    load_weights,
-    preprocessing,
-    save_weights,
-)
-from crate_jax.models.crate import Crate
-from crate_jax.models.crate_alpha import CrateAlpha
-from crate_jax.models.crate_bert import CrateBert
-from crate_jax.models.crate_causal import CrateCausal, CrateLM
-from crate_jax.models.crate_mae import CrateMae
-from crate_jax.models.generation import generate
-from crate_jax.models.heads import reset_classifier
-from crate_jax.models.hyper_set import HyperSet
-from crate_jax.models.steering import Steer, steering
-from crate_jax.models.tost import ToST
-from crate_jax.models.tost_lm import TostLM
-from crate_jax.models.vit import ViT
-from crate_jax.models.zoo import create_model, list_models
+The names of `crate_jax.api` are imported when the first of them is asked for. A command can so heed
+Ctrl-C before JAX is imported, which takes seconds.
+"""
+
+import importlib
+import importlib.util
+from typing import TYPE_CHECKING, Any
+
 from crate_jax.version import VERSION
+
+if TYPE_CHECKING:
+    from crate_jax.api import *  # noqa: F403
+    from crate_jax.api import __all__ as __all__
 
 __version__ = VERSION
 
-__all__ = [
-    "Crate",
-    "CrateAlpha",
-    "CrateBert",
-    "CrateCausal",
-    "CrateLM",
-    "CrateMae",
-    "HyperSet",
-    "ModelCard",
-    "Preprocessing",
-    "Steer",
-    "ToST",
-    "TostLM",
-    "ViT",
-    "analysis",
-    "create_model",
-    "export_model",
-    "generate",
-    "list_models",
-    "list_pretrained",
-    "load_pretrained",
-    "load_variables",
-    "load_weights",
-    "objective",
-    "preprocessing",
-    "reset_classifier",
-    "save_weights",
-    "steering",
-]
+
+def __getattr__(name: str) -> Any:
+    if name.startswith("__") and name != "__all__":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    # A module alone, where it is one: others of the package ask for it while they are imported.
+    if importlib.util.find_spec(f"{__name__}.{name}"):
+        return importlib.import_module(f"{__name__}.{name}")
+    return getattr(importlib.import_module("crate_jax.api"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *importlib.import_module("crate_jax.api").__all__})

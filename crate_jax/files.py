@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from crate_jax.buckets import bucket_path, is_remote, store
+from crate_jax.interrupts import ASIDE
 
 # As many open files as a process asks for, where the system allows any number.
 MOST_OPEN_FILES = 65_536
@@ -154,6 +155,7 @@ def written_aside(path: str | Path) -> Iterator[Path]:
         return
     check_writable(path)
     aside = _aside(path)
+    ASIDE.add(str(aside))
     try:
         yield aside
         with aside.open("rb") as file:
@@ -161,6 +163,7 @@ def written_aside(path: str | Path) -> Iterator[Path]:
         os.replace(aside, path)
     finally:
         aside.unlink(missing_ok=True)
+        ASIDE.discard(str(aside))
 
 
 def raise_open_files() -> int:

@@ -16,6 +16,7 @@ ROOT = Path(__file__).parent.parent
 # Lowest first: a file imports only from floors below its own.
 FLOORS = [
     "version",
+    "interrupts",
     "errors",
     "streams",
     "buckets",
@@ -41,6 +42,7 @@ FLOORS = [
     "checkpoint",
     "evaluation",
     "interop",
+    "api",
     "training",
     "parity",
     "planning",

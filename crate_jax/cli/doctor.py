@@ -120,6 +120,7 @@ def _state(lacks: bool) -> str:
 def _try_training() -> Json:
     """Train a tiny model on digits in a folder that goes again: data, step, test, checkpoint."""
     from crate_jax.training.loop import train
+    from crate_jax.training.workdir import Stopped
 
     batch = 16 * jax.device_count()
     with tempfile.TemporaryDirectory(prefix="crate_jax_") as folder:
@@ -135,6 +136,8 @@ def _try_training() -> Json:
         start = time.perf_counter()
         try:
             train(config, f"{folder}/run")
+        except Stopped:  # its checkpoint goes with the folder
+            raise KeyboardInterrupt from None
         except Exception as error:  # whatever it is, it is what one asked the doctor for
             return {"works": False, "error": explained(error) or first_line(error)}
         return {"works": True, "training_s": round(time.perf_counter() - start, 1)}

@@ -8,6 +8,7 @@ from crate_jax.cli.arguments import Subparsers, path
 from crate_jax.cli.following import follow, say
 from crate_jax.cli.looking import LATEST, NAMED_STEPS, add_looking, check_looking, open_runs
 from crate_jax.files import Json, check_folder, located
+from crate_jax.interrupts import answered
 
 if TYPE_CHECKING:  # imported where they are used
     from crate_jax.checkpoint.manager import Checkpointer
@@ -79,6 +80,7 @@ def _watch(args: argparse.Namespace, output: Path) -> Json:
     except KeyboardInterrupt:
         if not newest:
             raise
+        answered()
     newest[0].write(refresh=False)
     return _result(newest[0], output, pages=pages)
 

@@ -15,6 +15,7 @@ import absl.flags
 import absl.logging
 import jax
 
+from crate_jax import interrupts
 from crate_jax.cli.mistakes import complain, text
 from crate_jax.errors import is_mistake
 from crate_jax.files import Json, cache_folder, expanded, raise_open_files
@@ -47,10 +48,12 @@ def run_command(command: Callable[[], Json], *, kept: bool = False) -> int:
     quiet_libraries()
     raise_open_files()
     try:
-        result = command()
+        with interrupts.raising():
+            result = command()
     except KeyboardInterrupt as error:
-        complain(str(error) or "interrupted; what was saved before is intact")
-        return TRY_AGAIN if error.args else 130
+        complain(str(error) or interrupts.LINE)
+        interrupts.told()
+        return TRY_AGAIN if error.args else interrupts.INTERRUPTED
     except LostProcess as error:
         complain(str(error))
         _leave(TRY_AGAIN)

@@ -12,6 +12,7 @@ from crate_jax.cli.following import EVERY_S, follow, say
 from crate_jax.cli.runs import open_trained, restored
 from crate_jax.config import from_dict
 from crate_jax.files import Json, check_folder, located
+from crate_jax.interrupts import answered
 
 if TYPE_CHECKING:  # imported where they are used
     from crate_jax.checkpoint.manager import Checkpointer
@@ -40,6 +41,7 @@ def watch(args: argparse.Namespace) -> Json:
     except KeyboardInterrupt:
         if not watcher.evaluated:
             raise
+        answered()
     finally:
         watcher.close()
     told = {"workdir": args.workdir, "output": str(folder / NAME)}

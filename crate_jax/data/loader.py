@@ -20,6 +20,7 @@ from crate_jax.config import DataConfig
 from crate_jax.data.rows import BadExampleError, Row, Rows, good_row
 from crate_jax.data.workers import end_with_parent, make_ready
 from crate_jax.errors import judged
+from crate_jax.interrupts import kept_from_children
 
 # Most batches made ahead, however small they are, and how many more are on the devices.
 MAX_AHEAD, ON_DEVICE = 32, 2
@@ -214,13 +215,10 @@ class Batches:
         threads = min(data.num_threads, ahead)
         made = stream.batch(piece).to_iter_dataset(grain.ReadOptions(threads, ahead))
         if data.num_workers:
-            make_ready(
-                data.num_workers, loaders * data.num_workers * IN_TRANSIT * piece * row_bytes
-            )
-            made = made.mp_prefetch(
-                grain.MultiprocessingOptions(data.num_workers, per_worker_buffer_size=1),
-                worker_init_fn=end_with_parent,
-            )
+            need = loaders * data.num_workers * IN_TRANSIT * piece * row_bytes
+            make_ready(data.num_workers, need)
+            options = grain.MultiprocessingOptions(data.num_workers, per_worker_buffer_size=1)
+            made = made.mp_prefetch(options, worker_init_fn=end_with_parent)
         if piece < batch_size:
             made = grain.experimental.RebatchIterDataset(made, batch_size)
         made = made.map(self._without_bad)
@@ -230,7 +228,7 @@ class Batches:
             made = grain.experimental.ThreadPrefetchIterDataset(
                 made, prefetch_buffer_size=ON_DEVICE
             )
-        self._iterator = iter(made)
+        self._iterator, self._to_start = iter(made), bool(data.num_workers)
 
     def __iter__(self) -> "Batches":
         return self
@@ -238,7 +236,9 @@ class Batches:
     def __next__(self) -> dict[str, Any]:
         start = time.perf_counter()
         try:
-            return next(self._iterator)
+            with kept_from_children(self._to_start):  # Grain starts its workers at the first
+                self._to_start = False
+                return next(self._iterator)
         finally:
             self.waited_s += time.perf_counter() - start
 

@@ -9,6 +9,7 @@ from absl import flags
 from command import ROOT
 
 import crate_jax
+from crate_jax import __main__ as entry
 from crate_jax.cli import main as cli
 from crate_jax.cli import recipes as recipes_module
 from crate_jax.cli.flags import config_flag, parse_config
@@ -122,4 +123,4 @@ def test_the_version_stands_in_one_place():
     assert f"\nversion: {VERSION}\n" in (ROOT / "CITATION.cff").read_text()
     script = project["project"]["scripts"]["crate_jax"]
     module, _, name = script.partition(":")
-    assert getattr(importlib.import_module(module), name) is cli.main
+    assert getattr(importlib.import_module(module), name) is entry.main
