@@ -11,13 +11,12 @@ from crate_jax.interop.load import load_fitted
 from crate_jax.interop.pictures import Preprocessing, standard
 from crate_jax.interop.tree import tree_of
 from crate_jax.models import released
-from crate_jax.models.classifier import pair
-from crate_jax.models.fields import Size, fields_of
+from crate_jax.models.fields import fields_of
 from crate_jax.models.parameters import Params, Variables
 from crate_jax.models.released import HUB, Released, find_released, of_address
 from crate_jax.models.stacked import BlockModel
 from crate_jax.models.variants import VARIANTS, find
-from crate_jax.models.zoo import altered, create_model, family_of, from_architecture
+from crate_jax.models.zoo import altered, create_model, from_architecture
 
 
 def list_pretrained(pattern: str = "*") -> list[str]:
@@ -152,17 +151,13 @@ def _load(
     """The model with what differs, and weights made to fit it."""
     model = altered(trained, overrides)
     names = {"num_classes": "head"}
-    differ = [names.get(field, field) for field in overrides if _differs(field, trained, model)]
+    differ = [
+        names.get(field, field)
+        for field in overrides
+        if getattr(model, field) != getattr(trained, field)
+    ]
     loaded = load_fitted(path, model, fit=[each for each in differ if each in FITS])
     return model, {"params": loaded.params, **loaded.extra} if loaded.extra else loaded.params
-
-
-def _differs(field: str, one: BlockModel, other: BlockModel) -> bool:
-    """Whether two models of a family differ in a field; a model without classes needs no head."""
-    a, b = getattr(one, field), getattr(other, field)
-    if fields_of(family_of(one))[field].type == Size:
-        a, b = pair(a), pair(b)
-    return a != b and not (field == "num_classes" and b == 0)
 
 
 def _by_hand(row: Released) -> str:
