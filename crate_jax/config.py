@@ -65,6 +65,9 @@ class TrainConfig:
         "steps between measures of the layers and pictures (objective, reconstructions); 0: never",
         low=0,
     )
+    loggers: tuple[str, ...] = option(
+        (), "programs that collect runs, beside the run's own files: wandb, trackio"
+    )
     profile_steps: str | None = option(None, "first:last, profiled for TensorBoard; unset: none")
     eval_every_steps: int = option(0, "steps between evaluations; 0: at the end only", low=0)
     checkpoint_every_steps: int = option(

@@ -147,6 +147,7 @@ CHOICES = {
 UNRULED = {
     "name",
     "profile_steps",
+    "loggers",
     "task",
     "init_weights",
     "init_fit",
@@ -450,6 +451,7 @@ def unusual():
         init_fit=("head",),
         init_method="crate_alpha",
         log_every_steps=1,
+        loggers=("trackio",),
         profile_steps="2:3",
         log_objective_every_steps=2,
         eval_every_steps=3,

@@ -127,7 +127,7 @@ ROOMS = {
         *["torch_reference", "runs", "difference", "compare", "comparison"],
     ],
     "training": [
-        *["tensorboard", "mirror", "writer", "progress", "workdir"],
+        *["tensorboard", "mirror", "writer", "loggers", "progress", "workdir"],
         *["orthonormal", "layerwise", "optimizer", "state", "step"],
         *["run", "loop"],
     ],

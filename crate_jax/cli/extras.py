@@ -19,6 +19,8 @@ USES = {
     "plot": "curves of layers while a run trains",
     "report": "report, figure, compare --html",
     "export": "export",
+    "wandb": "--config.loggers=wandb",
+    "trackio": "--config.loggers=trackio",
     "segment": "segment --annotations",
 }
 

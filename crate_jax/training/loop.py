@@ -23,7 +23,7 @@ import jax
 from crate_jax.checkpoint.best import Best
 from crate_jax.checkpoint.manager import Checkpointer
 from crate_jax.checkpoint.reading import FACTS, read_facts
-from crate_jax.config import TrainConfig, to_dict
+from crate_jax.config import TrainConfig, to_dict, validate
 from crate_jax.data.loader import Batches
 from crate_jax.errors import first_line
 from crate_jax.files import Json, located
@@ -32,6 +32,7 @@ from crate_jax.parallel import LostProcess, Shardings, replicated
 from crate_jax.planning.chips import share_of_peak
 from crate_jax.tasks.task import Scalars
 from crate_jax.training.beginning import first_state
+from crate_jax.training.loggers import check_loggers
 from crate_jax.training.profile import Profile
 from crate_jax.training.progress import Reporter
 from crate_jax.training.run import (
@@ -95,6 +96,7 @@ def train(config: TrainConfig, workdir: str | Path) -> Json:
     """
     start = time.perf_counter()
     workdir, profile = located(workdir, "workdir"), Profile(config.profile_steps)
+    check_loggers(validate(config).loggers)
     run = set_up(config, "train", "eval", workdir=workdir)
     checkpointer = open_checkpoints(run, workdir)
     try:

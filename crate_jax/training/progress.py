@@ -12,11 +12,12 @@ import numpy as np
 from crate_jax.config import TrainConfig
 from crate_jax.files import Json
 from crate_jax.streams import tolerant
+from crate_jax.training.loggers import Loggers, open_loggers
 from crate_jax.training.writer import MetricsWriter
 
 
 class Reporter:
-    """All that a run says of itself, to its files and to whoever watches.
+    """All that a run says of itself, to its files, to ``config.loggers`` and to whoever watches.
 
     Args:
         workdir: existing directory, or in a bucket.
@@ -51,10 +52,11 @@ class Reporter:
         self._counted, self._waited_s, self._watch = first, 0.0, Stopwatch()
         self._shown = dict.fromkeys(("loss", headline))  # in this order, each once
         self._progress = Progress(total_steps, sys.stderr if enabled else None)
-        self._writer = None
+        self._writer, self._loggers = None, Loggers({}, self.say)
         if first >= total_steps:
             self._progress.say(f"{workdir} is complete at step {first}. Nothing to do.")
         elif enabled:
+            self._loggers = open_loggers(config, workdir, self.say)
             self._writer = MetricsWriter(workdir, start_step=first)
         for note in record.get("notes", ()):
             self.say(note)
@@ -71,6 +73,7 @@ class Reporter:
         with contextlib.suppress(OSError) if kind else contextlib.nullcontext():
             if self._writer is not None:
                 self._writer.close()
+        self._loggers.close(self.summary, failed=kind is not None)
 
     def flush(self) -> None:
         """Wait until all that was written is in the workdir, as it must be before a checkpoint.
@@ -127,6 +130,7 @@ class Reporter:
             self._write(step, {name: float(value) for name, value in scalars.items()})
         if images and self._writer is not None:
             self._writer.write_images(step, images)
+            self._loggers.images(step, images)
 
     def tested(self, step: int, metrics: Mapping[str, float]) -> dict[str, float]:
         """The evaluation split was measured; returns its metrics under their full names."""
@@ -151,6 +155,7 @@ class Reporter:
     def _write(self, step: int, values: Mapping[str, float]) -> None:
         if self._writer is not None:
             self._writer.write(step, values)
+            self._loggers.scalars(step, values)
 
 
 class Stopwatch:

@@ -79,12 +79,18 @@ class EventWriter:
         self._file.write(b"".join(checked))
 
 
+def as_bytes(picture: np.ndarray) -> np.ndarray:
+    """A picture of uint8, or of floats in [0, 1], as uint8."""
+    if picture.dtype == np.uint8:
+        return picture
+    return np.round(255 * np.clip(picture, 0, 1)).astype(np.uint8)
+
+
 def _image(picture: np.ndarray) -> bytes:
     """Summary.Image: height, width, number of channels, and the picture as PNG."""
     import cv2  # here: runs without pictures do without it
 
-    if picture.dtype != np.uint8:
-        picture = np.round(255 * np.clip(picture, 0, 1)).astype(np.uint8)
+    picture = as_bytes(picture)
     height, width, channels = picture.shape
     _, png = cv2.imencode(".png", picture[..., ::-1])  # OpenCV's order is BGR
     sizes = b"".join(
