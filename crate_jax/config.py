@@ -192,7 +192,7 @@ def _check_schedule(optim: OptimConfig) -> None:
     for name in ("end_lr", "warmup_lr", "cooldown_epochs"):
         if optim.schedule == "official_readme" and getattr(optim, name):
             raise ValueError(
-                f"optim.{name} must be 0 where optim.schedule is official_readme; got "
+                f"optim.{name} must be 0 if optim.schedule is official_readme; got "
                 f"{getattr(optim, name)}. Set --config.optim.{name}=0, or choose the schedule "
                 "cosine."
             )
@@ -203,7 +203,7 @@ def _check_schedule(optim: OptimConfig) -> None:
         )
     if optim.warmup_lr and not optim.warmup_epochs:
         raise ValueError(
-            f"optim.warmup_lr must be 0 where optim.warmup_epochs is 0; got {optim.warmup_lr}. "
+            f"optim.warmup_lr must be 0 if optim.warmup_epochs is 0; got {optim.warmup_lr}. "
             "Set --config.optim.warmup_lr=0."
         )
 
@@ -212,12 +212,12 @@ def _check_mcr2(mcr2: Mcr2Config) -> None:
     """Refuse views that are none, and factors that the theory of λ does not know."""
     if mcr2.mode == "self_supervised" and mcr2.views < 2:
         raise ValueError(
-            "mcr2.views must be at least 2 where mcr2.mode is self_supervised; got "
+            "mcr2.views must be at least 2 if mcr2.mode is self_supervised; got "
             f"{mcr2.views}. Set --config.mcr2.views."
         )
     if mcr2.regularizer and (mcr2.gamma1, mcr2.gamma2) != (1, 1):
         raise ValueError(
-            "mcr2.gamma1 and mcr2.gamma2 must be 1 where mcr2.regularizer is set; got "
+            "mcr2.gamma1 and mcr2.gamma2 must be 1 if mcr2.regularizer is set; got "
             f"{mcr2.gamma1} and {mcr2.gamma2}. Set --config.mcr2.regularizer=0, or these to 1."
         )
 

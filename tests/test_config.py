@@ -413,7 +413,7 @@ def test_the_official_schedule_takes_no_end(field):
     with pytest.raises(ValueError) as caught:
         validate(config)
     assert str(caught.value) == (
-        f"optim.{field} must be 0 where optim.schedule is official_readme; got 1e-06. "
+        f"optim.{field} must be 0 if optim.schedule is official_readme; got 1e-06. "
         f"Set --config.optim.{field}=0, or choose the schedule cosine."
     )
     setattr(config.optim, field, 0.0)
@@ -424,7 +424,7 @@ def test_the_official_schedule_takes_no_end(field):
     ("optim", "rule"),
     [
         (dict(warmup_epochs=5, warmup_lr=0.2, lr=0.1), "at most optim.lr; got 0.2 and 0.1. Set "),
-        (dict(warmup_lr=1e-6), "0 where optim.warmup_epochs is 0; got 1e-06. Set "),
+        (dict(warmup_lr=1e-6), "0 if optim.warmup_epochs is 0; got 1e-06. Set "),
     ],
 )
 def test_a_warm_up_goes_up_from_its_start(optim, rule):

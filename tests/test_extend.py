@@ -37,7 +37,7 @@ def test_the_model_of_the_page_is_one_of_thirty_lines(registered, capsys):
     with pytest.raises(ValueError, match=r"model\.share must be > 0; got 0\."):
         build_model(ModelConfig(name="mean_crate_tiny", share=0.0))
     assert main(["summary", "mean_crate_tiny"]) == 2  # it has no row in operator_cost.py
-    message = "error: towards_mean must have a formula of what it costs; it has none. Add it to"
+    message = "error: towards_mean must have a formula of its cost; it has none. Add it to"
     assert capsys.readouterr().err.startswith(message)
 
 

@@ -27,7 +27,7 @@ def teach_orbax(path: Path) -> None:
         _teach()
     except (ImportError, AttributeError) as error:
         raise ValueError(
-            f"orbax-checkpoint must be a version whose arrays can be led to s3://; got "
+            f"orbax-checkpoint must be a version that can store arrays in s3://; got "
             f"{version('orbax-checkpoint')}. Install 0.12.8, or use gs:// or a folder."
         ) from error
 

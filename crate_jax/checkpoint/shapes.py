@@ -46,8 +46,8 @@ def check_fits(directory: Path, step: int, wanted: PyTree, *, part: bool) -> Non
     odd = next((path for path in sorted(ours | theirs) if ours.get(path) != theirs.get(path)), None)
     if odd is not None:
         raise OtherTreeError(
-            f"checkpoint must hold what is to be restored; step {step} in {directory} has {odd} "
-            f"{theirs.get(odd, 'not at all')}, wanted is {ours.get(odd, 'none')}. Use the config "
+            f"checkpoint must have the arrays of this config; step {step} in {directory} has {odd} "
+            f"{theirs.get(odd, 'not at all')}, expected {ours.get(odd, 'none')}. Use the config "
             "and the data that the run was trained with."
         )
 

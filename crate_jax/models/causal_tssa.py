@@ -117,7 +117,7 @@ class CausalTSSA(TSSA):
             ValueError: there is a mask.
         """
         if mask is not None:
-            raise ValueError("mask must be None for causal TSSA; got one. It has the order alone.")
+            raise ValueError("mask must be None for causal TSSA; got one. It masks by order alone.")
         Y_BxNxd, N = Y_BxNxd.astype(self.dtype), Y_BxNxd.shape[1]
         weights = read_weights(self, Y_BxNxd.shape[-1])
         b_KxT = parameter(self, "b_place", init.zeros, (self.num_heads, self.context_length))

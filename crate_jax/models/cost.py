@@ -30,7 +30,7 @@ def _layer(model: BlockModel) -> Cost:
     halves = 1 + (model.nonlinearity_part is not None)
     if unknown := [part.name for part in parts if part.name not in COSTS]:
         raise ValueError(
-            f"{unknown[0]} must have a formula of what it costs; it has none. Add it to COSTS in "
+            f"{unknown[0]} must have a formula of its cost; it has none. Add it to COSTS in "
             "crate_jax/models/operator_cost.py."
         )
     found = [COSTS[part.name](model) for part in parts]

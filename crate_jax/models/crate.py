@@ -75,19 +75,19 @@ class Crate(CrateFields, ImageClassifier):
         """Refuse switches of an operator that the model does not have, and a learned λ of 0."""
         if self.attention != "mssa" and self.tied_output:
             raise ValueError(
-                f"model.tied_output must be False where model.attention is {self.attention}; got "
+                f"model.tied_output must be False if model.attention is {self.attention}; got "
                 "True. It is a switch of mssa."
             )
         if self.nonlinearity != "ista":
             for field, value in dict(threshold="relu", ista_steps=1, step_sizes="fixed").items():
                 if (got := getattr(self, field)) != value:
                     raise ValueError(
-                        f"model.{field} must be {value} where model.nonlinearity is "
+                        f"model.{field} must be {value} if model.nonlinearity is "
                         f"{self.nonlinearity}; got {got}. It is a switch of ista."
                     )
         if self.step_sizes != "fixed" and not self.lmbda > 0:
             raise ValueError(
-                f"model.lmbda must be > 0 where model.step_sizes is {self.step_sizes}, which "
+                f"model.lmbda must be > 0 if model.step_sizes is {self.step_sizes}, which "
                 f"learns its logarithm; got {self.lmbda}. Set model.lmbda."
             )
 

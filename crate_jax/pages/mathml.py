@@ -37,7 +37,7 @@ class _Reader:
         self.tokens, self.text = tokens, text
 
     def fault(self, rule: str) -> ValueError:
-        return ValueError(f"an equation must {rule}; got {self.text}. Mend it.")
+        return ValueError(f"an equation must {rule}; got {self.text}. Correct it.")
 
     def row(self) -> str:
         """Parse the text up to a closing brace."""

@@ -57,7 +57,7 @@ def before_training(run: Run, facts: Json) -> tuple[Params, Extra]:
         if not (run.config.init_weights and is_mistake(error)):
             raise
         raise ValueError(
-            f"init_weights must still be there to know what the run began with; got "
+            f"init_weights must still be there to restore the start of the run; got "
             f"{run.config.init_weights} ({error}). Put it back, or do without."
         ) from error
     return jax.device_get((state.params, state.extra))

@@ -114,7 +114,7 @@ def set_up(
     distributed = workdir is not None and start_processes(config.parallel)
     if "train" in splits and config.init_fit and not config.init_weights:
         raise ValueError(
-            f"init_weights must be set where init_fit is; got none to fit {config.init_fit} to. "
+            f"init_weights must be set if init_fit is; got none to fit {config.init_fit} to. "
             "Set --config.init_weights=FILE_OR_RUN, or --config.init_fit=()."
         )
     mesh = make_mesh(config.parallel.mesh, devices)

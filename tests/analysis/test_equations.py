@@ -75,5 +75,5 @@ def test_mathml_by_hand():
 
 @pytest.mark.parametrize("text", ["x^", "{x", "x}", r"\frac{1}"])
 def test_equations_that_are_none(text):
-    with pytest.raises(ValueError, match=r"^an equation must .*; got .*\. Mend it\.$"):
+    with pytest.raises(ValueError, match=r"^an equation must .*; got .*\. Correct it\.$"):
         mathml(text)

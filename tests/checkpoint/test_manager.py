@@ -377,11 +377,11 @@ def test_unreadable_step(tmp_path, damage):
 @pytest.mark.parametrize(
     "change, odd",
     [
-        ({"params": {"w": F32_5}}, "params/w float32(4,), wanted is float32(5,)"),
-        ({"params": {"w": F16_4}}, "params/w float32(4,), wanted is float16(4,)"),
-        ({"step": {}}, "step int32(), wanted is none"),
-        ({"more": F32_5}, "more not at all, wanted is float32(5,)"),
-        ({"params": {"v": F32_5}}, "params/v not at all, wanted is float32(5,)"),
+        ({"params": {"w": F32_5}}, "params/w float32(4,), expected float32(5,)"),
+        ({"params": {"w": F16_4}}, "params/w float32(4,), expected float16(4,)"),
+        ({"step": {}}, "step int32(), expected none"),
+        ({"more": F32_5}, "more not at all, expected float32(5,)"),
+        ({"params": {"v": F32_5}}, "params/v not at all, expected float32(5,)"),
     ],
     ids=["shape", "dtype", "leaf missing", "leaf more", "other name"],
 )
@@ -390,7 +390,7 @@ def test_another_tree_is_no_damage(tmp_path, change, odd):
     checkpointer = write(tmp_path, [0.1, 0.2])
     before, tree = listing(tmp_path), small_abstract() | change
     message = (
-        f"checkpoint must hold what is to be restored; step 2 in {tmp_path / FOLDER} has {odd}. "
+        f"checkpoint must have the arrays of this config; step 2 in {tmp_path / FOLDER} has {odd}. "
         "Use the config and the data that the run was trained with."
     )
     reads = [lambda: checkpointer.restore(2, tree), lambda: checkpointer.restore_newest(tree)]

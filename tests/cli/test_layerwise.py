@@ -168,7 +168,7 @@ def test_a_run_that_began_from_weights(run, tmp_path, capsys):
     assert main([*arguments, str(begun), "--initial"]) == 2
     out, err = capsys.readouterr()
     assert out == "" and err.count("\n") == 1
-    assert f"init_weights must still be there to know what the run began with; got {other}" in err
+    assert f"init_weights must still be there to restore the start of the run; got {other}" in err
     assert set(measured([open_specimen(str(begun), examples=4)], ["rate"])) == {"test", "train"}
 
 

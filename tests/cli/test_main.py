@@ -269,7 +269,7 @@ def test_a_mistake_about_a_recipe_is_one_line(refuse_training, tmp_path):
     line = refuse_training(tmp_path / "run", recipe="imagenet1k.py:larg")
     assert "got larg. Did you mean large?" in line
     line = refuse_training(tmp_path / "run", recipe="finetune.py:pets")
-    assert "init_weights must be set where init_fit is" in line
+    assert "init_weights must be set if init_fit is" in line
 
 
 def test_unprepared_data_says_how_to_prepare_and_downloads_nothing(refuse_training, tmp_path):

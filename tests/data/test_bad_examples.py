@@ -191,7 +191,7 @@ def test_label_out_of_range(crops, label, workers):
     examples = [{"image": c, "label": label if i == 3 else i % 2} for i, c in enumerate(crops)]
     source = Source("mine/train", examples, num_classes=2)
     data = config(num_workers=workers)
-    message = rf"mine/train\[3\] must have a label of 0 … 1; got {label}\. Mend it\."
+    message = rf"mine/train\[3\] must have a label of 0 … 1; got {label}\. Correct it\."
     with pytest.raises(ValueError, match=message):
         train(source, data, 3)
     rows, skipped = train(source, config(on_bad_example="skip", num_workers=workers), 3)

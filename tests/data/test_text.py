@@ -117,9 +117,7 @@ def test_a_tokenizer_without_the_token_that_ends_a_text(learned):
 
 
 def test_bytes_end_a_text_by_a_token_without_a_name():
-    message = (
-        r"^text\.end_token must be left as it is where text\.tokenizer is bytes.*; got </s>\. "
-    )
+    message = r"^text\.end_token must be left as it is if text\.tokenizer is bytes.*; got </s>\. "
     with pytest.raises(ValueError, match=message):
         open_tokenizer("bytes", "</s>")
     unknown = parse_config("openwebtext", ["--config.text.tokenizer="])
@@ -128,9 +126,7 @@ def test_bytes_end_a_text_by_a_token_without_a_name():
 
 def test_a_missing_library_is_told(monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "tokenizers", None)
-    message = (
-        r"^text\.tokenizer must be bytes where the package tokenizers is missing; got gpt2\. I"
-    )
+    message = r"^text\.tokenizer must be bytes if the package tokenizers is missing; got gpt2\. I"
     with pytest.raises(ValueError, match=message):
         open_tokenizer("gpt2", END)
 

@@ -155,10 +155,10 @@ def test_weights_of_a_switch_come_back_and_official_files_refuse_it(switches, tm
 @pytest.mark.parametrize(
     ("fields", "rule"),
     [
-        (dict(attention="mhsa", tied_output=True), "model.tied_output must be False where"),
-        (dict(nonlinearity="mlp", ista_steps=2), "model.ista_steps must be 1 where"),
-        (dict(nonlinearity="mlp", threshold="soft"), "model.threshold must be relu where"),
-        (dict(step_sizes="shared", lmbda=0.0), "model.lmbda must be > 0 where"),
+        (dict(attention="mhsa", tied_output=True), "model.tied_output must be False if"),
+        (dict(nonlinearity="mlp", ista_steps=2), "model.ista_steps must be 1 if"),
+        (dict(nonlinearity="mlp", threshold="soft"), "model.threshold must be relu if"),
+        (dict(step_sizes="shared", lmbda=0.0), "model.lmbda must be > 0 if"),
     ],
 )
 def test_switches_that_do_not_go_together(fields, rule):

@@ -377,12 +377,12 @@ def test_a_backbone_goes_from_classes_to_features_and_back(tmp_path):
     [
         (
             dict(mode="self_supervised"),
-            "mcr2.views must be at least 2 where mcr2.mode is self_supervised; got 1. Set "
+            "mcr2.views must be at least 2 if mcr2.mode is self_supervised; got 1. Set "
             "--config.mcr2.views.",
         ),
         (
             dict(regularizer=0.01, gamma1=2.0),
-            "mcr2.gamma1 and mcr2.gamma2 must be 1 where mcr2.regularizer is set; got 2.0 and 1.0. "
+            "mcr2.gamma1 and mcr2.gamma2 must be 1 if mcr2.regularizer is set; got 2.0 and 1.0. "
             "Set --config.mcr2.regularizer=0, or these to 1.",
         ),
         (

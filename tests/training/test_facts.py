@@ -182,8 +182,8 @@ def test_a_run_that_does_not_say_its_classes_is_no_damaged_one(run, root, capsys
     assert found["loss"] == pytest.approx(run[1]["test/loss"])
     assert found["fitted"] == ["classes by number: the weights name none"]
     line = refused(capsys, "evaluate", f"--workdir={workdir}", "--split=bees")
-    assert "checkpoint must hold what is to be restored; step 2 in" in line
-    assert "has params/head/bias float32(3,), wanted is float32(1,). Use the config and" in line
+    assert "checkpoint must have the arrays of this config; step 2 in" in line
+    assert "has params/head/bias float32(3,), expected float32(1,). Use the config and" in line
 
 
 def without_facts(workdir, tmp_path):
@@ -284,7 +284,7 @@ def test_a_run_of_a_larger_model_is_not_set_aside(run, root, tmp_path):
         shutil.copytree(root / "train", tmp_path / split)
         write_split(tmp_path, split, {"dog": "cat"})
     message = (
-        r"has \w+/.*head/bias float32\(3,\), wanted is float32\(4,\)\. Use the config and the d"
+        r"has \w+/.*head/bias float32\(3,\), expected float32\(4,\)\. Use the config and the d"
     )
     with pytest.raises(ValueError, match=message):
         train(config(tmp_path, total_steps=4), workdir)

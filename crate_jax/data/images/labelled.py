@@ -110,7 +110,9 @@ class LabelledImages:
         label = int(example["label"])
         if not 0 <= label < self.source.num_classes:
             last = self.source.num_classes - 1
-            raise BadExampleError(f"{name} must have a label of 0 … {last}; got {label}. Mend it.")
+            raise BadExampleError(
+                f"{name} must have a label of 0 … {last}; got {label}. Correct it."
+            )
         label = np.array(self._labels[label], np.int32)
         return {**self.views(example["image"], rng, name), "label": label}
 

@@ -132,7 +132,7 @@ def _broken_rule(name: str, arguments: dict[str, Argument], channels: int | None
         if channels and type(levels) is tuple and len(levels) not in (1, channels):
             return f"{key} must have a level for each of {channels} channels; got {levels}"
     if arguments.get("value") == "noise" and np.any(arguments["deviation"]):
-        return f"deviation must be 0 where value is 'noise'; got {arguments['deviation']}"
+        return f"deviation must be 0 if value is 'noise'; got {arguments['deviation']}"
     return None
 
 
@@ -177,6 +177,6 @@ def parse_transforms(spec: str, field: str, *, channels: int | None = None) -> l
         arguments = dict(list(bound.arguments.items())[2:])
         broken = _broken_rule(call.func.id, arguments, channels)
         if broken:
-            raise ValueError(f"{field}: in {part}, {broken}. Mend it.")
+            raise ValueError(f"{field}: in {part}, {broken}. Correct it.")
         transforms.append(functools.partial(function, **arguments))
     return transforms

@@ -116,7 +116,7 @@ def check_features(
         )
     if num_classes is None:
         raise ValueError(
-            f"model.num_classes must be set where labels are integers; {data.label_key} of "
+            f"model.num_classes must be set if labels are integers; {data.label_key} of "
             f"{data.dataset} is a {_kind(label)}, which does not say how many classes there are. "
             "Set --config.model.num_classes (with --model: --model-kwargs num_classes=…)."
         )

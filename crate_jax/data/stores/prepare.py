@@ -215,8 +215,8 @@ def _keep_fingerprint(folder: Path, fingerprint: str) -> None:
     if path.exists() or any(folder.glob("*array_record*")):
         if not path.exists() or path.read_text() != fingerprint:
             raise ValueError(
-                f"{folder} must be of the source as it is now; its files were prepared from "
-                "another. Remove it, or name another --to."
+                f"{folder} must hold files of this source; they were prepared from another. "
+                "Remove it, or name another --to."
             )
         return
     with written_aside(path) as aside:

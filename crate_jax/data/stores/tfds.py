@@ -209,7 +209,7 @@ def _prepared(make: Callable[..., Builder], data: DataConfig, report: TextIO) ->
             if error.filename is None:  # of the network, say
                 raise
             raise OSError(
-                f"data.data_dir must take what TFDS prepares; {target} does not ({error}). Mend "
+                f"data.data_dir must accept the files of TFDS; {target} does not ({error}). Mend "
                 "it, or set --config.data.data_dir to another folder."
             ) from error
     except ImportError as error:

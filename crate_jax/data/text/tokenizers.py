@@ -105,7 +105,7 @@ def open_tokenizer(name: str, end_token: str) -> Tokenizer:
     if name == BYTES:
         if end_token != TextConfig.end_token:
             raise ValueError(
-                "text.end_token must be left as it is where text.tokenizer is bytes, which end a "
+                "text.end_token must be left as it is if text.tokenizer is bytes, which end a "
                 f"text by a token without a name; got {end_token}. Leave it out."
             )
         return Bytes()
@@ -113,7 +113,7 @@ def open_tokenizer(name: str, end_token: str) -> Tokenizer:
         import tokenizers
     except ModuleNotFoundError as error:
         raise ValueError(
-            f"text.tokenizer must be bytes where the package tokenizers is missing; got {name}. "
+            f"text.tokenizer must be bytes if the package tokenizers is missing; got {name}. "
             "Install it: pip install 'crate-jax[text]'."
         ) from error
     path = os.path.join(name, "tokenizer.json") if os.path.isdir(name) else name

@@ -112,7 +112,7 @@ def test_arguments_that_do_not_fit(part, options):
 
 SIZES = "a positive whole number of pixels, or (height, width), of at most 134217728 in all"
 KERNELS = "interpolation must be one of bilinear, bicubic"
-NOISE = "deviation must be 0 where value is 'noise'"
+NOISE = "deviation must be 0 if value is 'noise'"
 FILLS = "a level in 0 … 255, or one for each channel"
 DEVIATIONS = "in [0, 255], or one for each channel"
 LEVELS = "a level in 0 … 255, one for each channel, or 'noise'"
@@ -161,7 +161,7 @@ LEVELS = "a level in 0 … 255, one for each channel, or 'noise'"
 def test_arguments_that_break_a_rule(part, problem):
     with pytest.raises(ValueError) as caught:
         parse_transforms(part, "data.train_transforms")
-    assert str(caught.value) == f"data.train_transforms: in {part}, {problem}. Mend it."
+    assert str(caught.value) == f"data.train_transforms: in {part}, {problem}. Correct it."
 
 
 def test_every_argument_has_a_rule_that_its_default_keeps():

@@ -257,7 +257,7 @@ def test_integer_labels_have_the_models_classes(tmp_path):
         return Classify.open(TrainConfig(model=model, data=data), ("train", True))[0]
 
     assert open_run(5).model.num_classes == 5
-    message = r"model\.num_classes must be set where labels are integers; label of set is a Scalar"
+    message = r"model\.num_classes must be set if labels are integers; label of set is a Scalar"
     with pytest.raises(ValueError, match=message):
         open_run(None)
 

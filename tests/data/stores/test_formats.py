@@ -594,9 +594,7 @@ def test_prepare_does_not_go_on_with_another_source(tmp_path, photographs, chang
     elif change == "no record":
         (folder / FINGERPRINT).unlink()
         del before[FINGERPRINT]
-    message = (
-        r"x/1\.0\.0 must be of the source as it is now; its files were prepared from another\."
-    )
+    message = r"x/1\.0\.0 must hold files of this source; they were prepared from another\."
     if change == "shards":
         message = r"x/1\.0\.0 must hold nothing else; got x-train"
     with pytest.raises(ValueError, match=message):

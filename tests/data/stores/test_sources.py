@@ -459,7 +459,7 @@ def test_integer_labels_need_a_number_of_classes(tmp_path):
     )
     png = cv2.imencode(".png", np.zeros((4, 4, 3), np.uint8))[1].tobytes()
     write_tfds(tmp_path, "ages", "1.0.0", features, {"train": [{"image": png, "label": 7}]})
-    message = r"model\.num_classes must be set where labels are integers; label of ages is a Scalar"
+    message = r"model\.num_classes must be set if labels are integers; label of ages is a Scalar"
     with pytest.raises(ValueError, match=message):
         open_split("ages", tmp_path, classes=None)
     assert open_split("ages", tmp_path, classes=100).num_classes == 100
