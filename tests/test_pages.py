@@ -24,8 +24,11 @@ PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").glob("**/*.md")])
 BLOCK = re.compile(
     r"^(?:<!-- (?P<mark>[^\n]*) -->\n)?```(?P<kind>\w+)\n(?P<code>.*?)^```$", re.M | re.S
 )
-# Registers a model in tables of this process, which must go again.
-OWN_TEST = {"docs/extend.md": "tests/test_extend.py"}
+# One registers a model in tables of this process, which must go again; one is checked by value.
+OWN_TEST = {
+    "docs/extend.md": "tests/test_extend.py",
+    "docs/from_other_libraries.md": "tests/test_other_libraries.py",
+}
 # The program of these tests in place of whichever is called python; a training is three steps.
 PRELUDE = f"""
 python() {{
