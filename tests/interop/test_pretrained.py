@@ -9,6 +9,7 @@ import jax
 import numpy as np
 import pytest
 from command import ROOT
+from command import TINY as FLAGS
 from weights import assert_equal_trees, random_params
 
 import crate_jax
@@ -305,8 +306,8 @@ def test_weights_state_how_a_command_prepares_pictures(tmp_path, tiny_model, tin
     assert pictures.standard(tost).interpolation == "bilinear"
 
 
-def test_no_import_and_no_default_run_touches_the_network(tmp_path):
-    program = """
+# Runs a command in a process that ends where it asks for an address or connects to one.
+CLOSED = """
 import sys
 def heard(event, arguments):
     beyond = event == "socket.connect" and isinstance(arguments[1], tuple)
@@ -320,16 +321,25 @@ crate_jax.preprocessing("crate_alpha_base_patch16_224")
 if sys.argv[1:]:
     sys.exit(main(sys.argv[1:]))
 """
-    from command import TINY as FLAGS
 
-    command = [sys.executable, "-c", program]
+
+def closed(*arguments):
+    """A command of this package, or none, where there is no network and nobody may ask for it."""
+    environment = os.environ | {"HF_ENDPOINT": "http://127.0.0.1:1"}
+    command = [sys.executable, "-c", CLOSED, *arguments]
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+
+
+def test_no_import_touches_the_network(tmp_path):
+    done = closed()
+    assert done.returncode == 0, done.stderr[-2000:]
+    done = closed("convert", "--from=hf://a/b/c.npz", f"--to={tmp_path}/x.npz")
+    assert done.returncode == 1 and "socket." in done.stderr  # a download would have been heard
+
+
+@pytest.mark.slow
+def test_no_default_run_touches_the_network(tmp_path):
     run = ["train", "--config=digits", *FLAGS, "--config.total_steps=1", f"--workdir={tmp_path}/r"]
-    done = subprocess.run([*command, *run], cwd=ROOT, capture_output=True, text=True)
+    done = closed(*run)
     assert done.returncode == 0, done.stderr[-2000:]
     assert json.loads(done.stdout.splitlines()[-1])["step"] == 1
-    load = ["convert", "--from=hf://a/b/c.npz", f"--to={tmp_path}/x.npz"]
-    environment = os.environ | {"HF_HUB_CACHE": str(tmp_path), "HF_ENDPOINT": "http://127.0.0.1:1"}
-    done = subprocess.run(
-        [*command, *load], cwd=ROOT, env=environment, capture_output=True, text=True
-    )
-    assert "socket." in done.stderr  # the hook hears what a download asks for
