@@ -88,10 +88,10 @@ def _described(device: Json) -> str:
 
 
 def _caches() -> dict[str, str]:
-    """Where programs, indices and data sets are kept, and how much lies there."""
+    """Where programs, indices, weights and data sets are kept, and how much lies there."""
     folders = {
         "compiled programs": jax.config.values["jax_compilation_cache_dir"],
-        "indices of data": cache_folder(),
+        "indices of data, weights": cache_folder(),
         "data sets (TFDS)": os.environ.get("TFDS_DATA_DIR", "~/tensorflow_datasets"),
     }
     return {

@@ -6,6 +6,7 @@ import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from crate_jax.buckets import answered, is_remote
 from crate_jax.files import Json, located, written_aside
 from crate_jax.interop.addresses import fetched, is_address
 from crate_jax.interop.contents import is_run
@@ -44,8 +45,9 @@ class ModelCard:
 
 
 def names_folder(path: str | os.PathLike[str]) -> bool:
-    """Whether a path to write to means a folder: it ends in a slash, or is one."""
-    return os.fspath(path).endswith("/") or located(path, "weights").is_dir()
+    """Whether a path to write to means a folder: it ends in a slash, or is one of this machine."""
+    text = os.fspath(path)
+    return text.endswith("/") or (not is_remote(text) and located(text, "weights").is_dir())
 
 
 def open_folder(path: str | os.PathLike[str]) -> Path:
@@ -164,10 +166,11 @@ def read_config(path: str | os.PathLike[str]) -> Json:
     if is_address(text) and not (text.startswith(HUB) and not parse(text).file):
         return {}
     file = fetched(text) / CONFIG
-    if not file.is_file():
-        return {}
     try:
-        config = json.loads(file.read_text("utf-8"))
+        with answered(file):
+            if not file.is_file():
+                return {}
+            config = json.loads(file.read_text("utf-8"))
     except ValueError:
         config = None
     if not isinstance(config, dict):

@@ -39,7 +39,9 @@ def save_weights(
             model's ``load_state_dict`` takes); ``.ckpt`` (that under ``state_dict``, as Lightning
             has it); or ``.pth.tar`` (likewise, every name behind ``module.``, as the official
             scripts read it). A layout of files that hold more than one network puts the state dict
-            under the key where they have it. What is there is replaced at the end.
+            under the key where they have it. What is there is replaced at the end. A path that ends
+            in ``/``, or that of a folder of this machine, gets what a repository on the Hugging
+            Face hub needs: ``model.safetensors``, ``config.json`` and the model card ``README.md``.
         params: the parameter tree; of a model with running statistics its variables, {"params": …,
             "batch_stats": …}. Arrays of any kind that this process holds whole, in the boxes of
             Flax's partitioning or not.
@@ -53,7 +55,8 @@ def save_weights(
     Raises:
         ValueError: the kind of file or the layout is not known, PyTorch is missing, the tree is not
             that of the model (every fault is named), or names of classes are not as many as the
-            model's outputs, or the kind of file does not hold them.
+            model's outputs, or the kind of file does not hold them. Or a preprocessing or a card is
+            given for a file, or the folder is a run.
         FileNotFoundError: there is no such folder.
     """
     if names_folder(path):

@@ -113,7 +113,9 @@ SOURCES = (
         "hyperset_*",
         "2502.11646",
         "huyunzhe/hyper-set, MIT",
-        "Its names count the patches of a side: 16 of them, of 14 pixels each.",
+        "Its names count the patches of a side: 16 of them, of 14 pixels each. The authors' "
+        "weights are in Yunzhe/Hyper-SET on the Hugging Face hub. The names of its files are not "
+        "known here.",
     ),
 )
 
