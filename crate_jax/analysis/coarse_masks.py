@@ -13,7 +13,7 @@ VOID = 255  # in VOC's masks: the seams of objects, which count as nothing
 
 
 def class_attention(W_BxNxKxp: Array, *, definition: str = "paper") -> Array:
-    """How much the class token attends to each patch, a map for each head.
+    """Compute the attention of the class token to each patch, a map for each head.
 
     ``paper``: the softmax over the patches of ⟨w_i, w_cls⟩, without a scale. ``official_code``:
     that over all N tokens of p^-½ ⟨w_i, w_cls⟩, whose entry of the class token is then left out, so

@@ -11,7 +11,9 @@ from crate_jax.models.crate_mae import CrateMae
 
 @dataclasses.dataclass(frozen=True)
 class DecoderLayers:
-    """What measures ask of a model, answered for a decoder. Nothing is hidden from the encoder.
+    """A decoder with the interface that measures need of a model.
+
+    Nothing is hidden from the encoder.
 
     A layer is Z^{l+1/2} = D LN(Z^l), then Z^{l+1} = Z^{l+1/2} − MSSA(LN(Z^{l+1/2})): its attention
     comes last, and undoes a compression.
@@ -27,7 +29,7 @@ class DecoderLayers:
 
     @property
     def tap_names(self) -> tuple[str, ...]:
-        """What the layers can show."""
+        """The names of the taps of the layers."""
         return self.model.decoder_tap_names
 
     @property
@@ -37,7 +39,7 @@ class DecoderLayers:
 
     @property
     def depth(self) -> int:
-        """How many layers there are."""
+        """The number of layers."""
         return self.model.decoder_depth
 
     def block_fields(self) -> dict[str, Any]:

@@ -17,7 +17,7 @@ _HALF, _NEXT = "Z^{ℓ+1/2}", "Z^{ℓ+1}"
 
 
 class Equations(NamedTuple):
-    """What one part of a layer computes.
+    """The equations of one part of a layer.
 
     Attributes:
         title: of the part.
@@ -185,7 +185,7 @@ def _decoder(model: Any) -> Equations:
 
 
 def _name(part: str) -> str:
-    """What an equation calls a part."""
+    """The name of a part in the equations."""
     return {"bisoftmax": "attention", "tied_mlp": "MLP"}.get(part, part.upper())
 
 
@@ -194,7 +194,7 @@ def _sizes(model: Any) -> str:
 
 
 def _order(model: Any) -> str:
-    """Which tokens see which, where not all see all."""
+    """A sentence on the mask, if not all tokens attend to all."""
     return " A token sees itself and those before it." if getattr(model, "causal", False) else ""
 
 

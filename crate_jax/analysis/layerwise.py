@@ -84,7 +84,7 @@ def layerwise(
 
 
 def layer_scalars(values: dict[str, Array]) -> dict[str, Array]:
-    """What `layerwise` measured as scalars, ``objective/<measure>/layer00`` …."""
+    """The measures of `layerwise` as scalars, ``objective/<measure>/layer00`` …."""
     return {
         f"objective/{name}/layer{i:02d}": values_L[i]
         for name, values_L in values.items()

@@ -199,7 +199,7 @@ def second_eigenvector(
 
 
 def enlarge(mask_P: np.ndarray, grid: tuple[int, int], size: tuple[int, int]) -> np.ndarray:
-    """What patches say, for each pixel of an image (H, W): that of the patch it lies in.
+    """Enlarge values of patches to an image (H, W): each pixel has the value of its patch.
 
     Args:
         mask_P: a value for each patch, of any type.

@@ -1,4 +1,4 @@
-"""What every layer does to the objective, over a whole data set: means and deviations by image.
+"""Measure every layer's effect on the objective over a data set: means and deviations by image.
 
 `measure` runs a model batch by batch. The device computes the layers, the products and the sums;
 the host computes the determinants in double precision (`crate_jax.analysis.measures`). A layer has
@@ -97,7 +97,7 @@ def measure(
 
 
 def _coherences(model: Any, variables: Any, names: Collection[str]) -> dict[str, np.ndarray]:
-    """Those of the bases and of the dictionary of every layer (L,)."""
+    """The coherences of the bases and of the dictionary of every layer (L,)."""
     blocks = products.stacked_parameters(model, variables)
     U = blocks[model.attention_part.name].get("U", ())
     D = next((blocks[part]["D"] for part in ("ista", "odl") if part in blocks), ())
@@ -114,7 +114,7 @@ def _coherences(model: Any, variables: Any, names: Collection[str]) -> dict[str,
 
 
 class _Layers(NamedTuple):
-    """How one batch is measured."""
+    """The measures of one batch."""
 
     model: Any  # a BlockModel, or DecoderLayers
     names: frozenset[str]
@@ -158,7 +158,7 @@ class _Layers(NamedTuple):
         return "z_half" if first and "z_half" in self.model.tap_names else "out"
 
     def _taps(self, sparse: str | None) -> set[str]:
-        """What the forward pass must show."""
+        """The taps that the forward pass must return."""
         wanted = {self._after} | ({sparse, "z_half"} if sparse else set())
         if self.wants("rate_before", "subspace_rate_before", "compression"):
             wanted |= {"out", self.model.attention_part.name}

@@ -1,4 +1,4 @@
-"""What can be measured of a layer: the names, what each is, and which a model has."""
+"""The measures of a layer: their names, their titles, and those that a model has."""
 
 from typing import NamedTuple
 
@@ -44,7 +44,7 @@ TITLES = {
 
 
 def measured_of(model: BlockModel | DecoderLayers, *, definition: str = "paper") -> tuple[str, ...]:
-    """What `measure` can measure of a model, in the order of `TITLES`.
+    """The measures that `measure` can take of a model, in the order of `TITLES`.
 
     R needs tokens alone, so every model has it. R^c needs subspaces, and zeros and LASSO a sparse
     code: a model with other operators goes without them.
@@ -68,7 +68,7 @@ def measured_of(model: BlockModel | DecoderLayers, *, definition: str = "paper")
 
 
 def has_plain_halves(model: BlockModel | DecoderLayers) -> bool:
-    """Whether the attention's update is added or subtracted as it is, or times a learned factor."""
+    """True if the attention's update is added or subtracted as it is, or times a learned factor."""
     return "modulation" not in model.block_fields()
 
 
@@ -108,7 +108,7 @@ class Moments:
         self.count = total
 
     def result(self) -> Measured:
-        """Of all that was taken in."""
+        """The statistics of all values that were taken in."""
         if self.count < 2:
             return Measured(self.mean, np.full_like(self.mean, np.nan), self.count)
         return Measured(self.mean, np.sqrt(self.squares / (self.count - 1)), self.count)

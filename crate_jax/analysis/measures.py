@@ -84,7 +84,7 @@ def _rates_of_values(X_xNxd: Tokens, eps: float) -> np.ndarray:
 
 
 def _finite(X_xNxd: Tokens) -> tuple[np.ndarray, np.ndarray]:
-    """Which sets of tokens are finite (...); and the tokens, float64, zeros in those that are not.
+    """The sets of tokens that are finite (...); and the tokens, float64, with zeros in the others.
 
     LAPACK refuses a whole batch for one number that is not finite.
     """

@@ -10,7 +10,7 @@ ROUNDING = float(np.finfo(np.float32).eps) ** 2  # of squares: the features come
 
 
 class Shown(NamedTuple):
-    """What `foreground` returns, for J images.
+    """The result of `foreground`, for J images.
 
     Attributes:
         scores_JxP: of the first component, from 0 to 1.
@@ -125,7 +125,7 @@ def _stretched(S_nxc: np.ndarray) -> np.ndarray:
 
 
 def _at_edges(masks_JxP: np.ndarray, grid: tuple[int, int]) -> int:
-    """How many patches of masks lie along the edges of the images."""
+    """Count the patches of masks along the edges of the images."""
     edges_RxC = np.ones(grid, bool)
     edges_RxC[1:-1, 1:-1] = False
     return int((masks_JxP & edges_RxC.reshape(1, -1)).sum())

@@ -1,4 +1,4 @@
-"""What the device computes of the layers of a model: products and sums, under jit, in float32."""
+"""The device's part of the measures: products and sums of layers, under jit, in float32."""
 
 from typing import Any
 

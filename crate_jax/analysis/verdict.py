@@ -1,4 +1,4 @@
-"""Which layers compress, which sparsify, and which do not, in words."""
+"""A verdict on the layers in words: those that compress, those that sparsify, and the others."""
 
 from collections.abc import Mapping
 from typing import NamedTuple
@@ -11,7 +11,7 @@ ERRORS = 2.0  # standard errors from zero, within which a change is none
 
 
 class Judged(NamedTuple):
-    """What a half of a layer does to its objective.
+    """The verdict on a half of a layer and its objective.
 
     Attributes:
         change: mean over the images.
@@ -24,7 +24,7 @@ class Judged(NamedTuple):
 
 
 def judge(measured: Measured) -> list[Judged]:
-    """Of every layer: does a change, measured image by image, go down or up?
+    """Judge for every layer if a change, measured image by image, goes down or up.
 
     A change of one image, which has no deviation, counts as it is.
     """
@@ -85,7 +85,7 @@ def _descent(half: Judged) -> str:
 def _together(
     measured: Mapping[str, Measured], attention: list[Judged], second: list[Judged]
 ) -> list[str]:
-    """How many halves do what they are derived for, and where R^c rises with depth."""
+    """Count the halves that descend their objectives, and find the layers where R^c rises."""
     parts = []
     if attention:
         count = sum(half.sign == -1 for half in attention)

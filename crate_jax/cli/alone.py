@@ -12,7 +12,7 @@ from crate_jax.models.stacked import BlockModel
 
 
 class Alone(NamedTuple):
-    """What `open_alone` returns.
+    """The result of `open_alone`.
 
     Attributes:
         model: of images or of text.
@@ -30,7 +30,7 @@ class Alone(NamedTuple):
 
 
 class Frozen(NamedTuple):
-    """What `open_frozen` returns.
+    """The result of `open_frozen`.
 
     Attributes:
         model: of images.

@@ -1,4 +1,4 @@
-"""What several commands ask for: which run, which model, which examples."""
+"""Arguments that several commands share: the run, the model, the examples."""
 
 import argparse
 import ast
@@ -31,7 +31,7 @@ def path(text: str) -> str:
 
 
 def add_model_kwargs(parser: argparse.ArgumentParser) -> None:
-    """How a model differs from the named one."""
+    """Add the flag for differences from the named model."""
     parser.add_argument(
         "--model-kwargs",
         "--model_kwargs",
@@ -43,7 +43,7 @@ def add_model_kwargs(parser: argparse.ArgumentParser) -> None:
 
 
 def add_model(parser: argparse.ArgumentParser) -> None:
-    """Which model, and how the weights are made to fit it."""
+    """Add the flags that choose a model and fit weights to it."""
     parser.add_argument(
         "--model", metavar="NAME", help="of the zoo; which: crate_jax.list_models()"
     )
@@ -63,7 +63,7 @@ def add_model(parser: argparse.ArgumentParser) -> None:
 
 
 def add_data(parser: argparse.ArgumentParser) -> None:
-    """Which examples, and what happens to them."""
+    """Add the flags that choose examples and prepare them."""
     parser.add_argument(
         "--dataset", metavar="NAME", help="digits, folder, tar, synthetic, or TFDS's name"
     )
@@ -122,7 +122,7 @@ def resize_method(args: argparse.Namespace) -> str:
 
 
 def default_data(model: "ImageClassifier", args: argparse.Namespace) -> DataConfig:
-    """How images are prepared for --weights: as they state, or as is usual for --model."""
+    """Set the preparation of images for --weights: as they state, or as is usual for --model."""
     from crate_jax.interop.pretrained import prepared_for
 
     prepared = prepared_for(model, args.weights or "", args.model or "")
@@ -165,7 +165,7 @@ def saved_run(workdir: str | Path, step: str) -> tuple[TrainConfig, Json, int]:
 
 
 def saved_metrics(workdir: str | Path, number: int) -> dict[str, float]:
-    """What was measured at a checkpoint of a run; empty if it was not evaluated.
+    """The metrics of a run's checkpoint; empty if it was not evaluated.
 
     Raises:
         FileNotFoundError, ValueError: there is none, or it cannot be read.

@@ -109,7 +109,7 @@ def _check_compare(args: argparse.Namespace) -> None:
 
 
 def _compare(args: argparse.Namespace) -> "tuple[Comparison, Json]":
-    """What was found, and under which conditions."""
+    """The results, and the conditions of the comparison."""
     import jax
     import jax.numpy as jnp
 
@@ -175,7 +175,7 @@ def _compare(args: argparse.Namespace) -> "tuple[Comparison, Json]":
 
 
 def _result(found: "Comparison") -> Json:
-    """What was found, as JSON values."""
+    """The results as JSON values."""
     return {
         found.examples: found.images,
         "relative": {row.name: float(f"{row.relative:.3g}") for row in found.rows},

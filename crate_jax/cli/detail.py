@@ -1,4 +1,4 @@
-"""What `evaluate` says of a classifier beside its metrics: by class, by confidence, by ReaL."""
+"""The details of `evaluate` for a classifier: by class, by confidence, by ReaL."""
 
 import argparse
 import contextlib
@@ -26,12 +26,12 @@ def add_detail(parser: argparse.ArgumentParser) -> None:
 
 
 def asks_detail(args: argparse.Namespace) -> bool:
-    """Whether one of them is given."""
+    """True if one of these flags is given."""
     return bool(args.detail or args.confusion or args.real)
 
 
 def detail(args: argparse.Namespace, run: "Run", params: "Params", extra: "Extra") -> Json:
-    """What the flags ask for, exact over the evaluation split.
+    """Compute the results that the flags ask for, exact over the evaluation split.
 
     Raises:
         ValueError, FileNotFoundError: the ReaL file does not fit the split, or the CSV file's

@@ -88,7 +88,7 @@ def _described(device: Json) -> str:
 
 
 def _caches() -> dict[str, str]:
-    """Where programs, indices, weights and data sets are kept, and how much lies there."""
+    """The folders of programs, indices, weights and data sets, and their sizes."""
     folders = {
         "compiled programs": jax.config.values["jax_compilation_cache_dir"],
         "indices of data, weights": cache_folder(),
@@ -100,7 +100,7 @@ def _caches() -> dict[str, str]:
 
 
 def _size(folder: Path) -> str:
-    """What lies in a folder, in MiB; files that go while it is read count for nothing."""
+    """The size of a folder, in MiB; files that vanish meanwhile count as nothing."""
     if not folder.is_dir():
         return "empty"
     total = 0

@@ -16,7 +16,7 @@ if TYPE_CHECKING:  # they need matplotlib
 
 
 class Asked(NamedTuple):
-    """What a figure is asked to show.
+    """The request for a figure.
 
     Attributes:
         layer: counted from 1; None: the last, or all.
@@ -37,7 +37,7 @@ def objective(runs: list[Specimen], asked: Asked) -> "Picture":
 
 
 def halves(runs: list[Specimen], asked: Asked) -> "Picture":
-    """What each half of a layer does to its own objective: attention to R^c, ISTA to the LASSO."""
+    """The effect of each half of a layer: attention on R^c, ISTA on the LASSO."""
     del asked
     return _measures(runs, HALVES)
 
@@ -96,7 +96,7 @@ def atoms(runs: list[Specimen], asked: Asked) -> "Picture":
 
 
 def saliency(runs: list[Specimen], asked: Asked) -> "Picture":
-    """Where the class token looks, a map a head."""
+    """The attention of the class token, one map a head."""
     from crate_jax.analysis.figures import saliency as draw
 
     run = runs[0]
@@ -108,7 +108,7 @@ def saliency(runs: list[Specimen], asked: Asked) -> "Picture":
 
 
 def heads(runs: list[Specimen], asked: Asked) -> "Picture":
-    """What each head responds to: its mean map over the images of each class, or folder."""
+    """The mean map of each head over the images of each class, or folder."""
     from crate_jax.analysis.figures import heads_by_kind
 
     _, kinds = runs[0].shown
@@ -142,7 +142,7 @@ def segmentation(runs: list[Specimen], asked: Asked) -> "Picture":
 
 
 def operators(runs: list[Specimen], asked: Asked) -> "Picture":
-    """Where models of several operators look on the same images, such as MSSA and MHSA."""
+    """The attention of models with several operators, such as MSSA and MHSA, on one image set."""
     from crate_jax.analysis.figures import side_by_side
 
     images, _ = runs[0].shown
@@ -172,7 +172,7 @@ def curves(runs: list[Specimen], asked: Asked) -> "Picture":
 
 
 def confusion(runs: list[Specimen], asked: Asked) -> "Picture":
-    """Which classes the model takes for which."""
+    """The confusion of classes by the model."""
     from crate_jax.analysis.figures import confusion as draw
 
     del asked
@@ -229,7 +229,7 @@ def _measures(runs: list[Specimen], measures: Sequence[Measure]) -> "Picture":
 
 
 def _maps(run: Specimen, count: int | None, layer: int | None) -> tuple[np.ndarray, int]:
-    """Where heads look in a layer (B, K, rows, columns), and the layer's number."""
+    """The maps of the heads of a layer (B, K, rows, columns), and the layer's number."""
     from crate_jax.analysis.figures import class_token_maps
 
     model: Any = run.model
@@ -246,7 +246,7 @@ def _maps(run: Specimen, count: int | None, layer: int | None) -> tuple[np.ndarr
 
 
 def _subspace_tokens(run: Specimen, count: int | None, layer: int | None) -> tuple[np.ndarray, int]:
-    """Of the patches in a layer, heads one after the other (B, P, f), and the layer's number."""
+    """The subspace tokens of the patches, head by head (B, P, f), and the layer's number."""
     model: Any = run.model
     layer = _number_of(model, layer)
     W_BxNxKxp = run.look(["subspace_tokens"], run.rows_shown(count))["subspace_tokens"][layer - 1]

@@ -116,7 +116,7 @@ def export(args: argparse.Namespace) -> Json:
 
 
 def _output(args: argparse.Namespace) -> Output:
-    """Where the files go; what would be refused later is refused now.
+    """The folder of the output. Refuse now any path that would be refused later.
 
     Raises:
         ValueError, OSError: what the user can mend.
@@ -134,7 +134,7 @@ def _output(args: argparse.Namespace) -> Output:
 
 
 def _facts(args: argparse.Namespace, opened: Alone, program: "Exported") -> Json:
-    """What the program is, takes and returns."""
+    """The facts about the program, its inputs and its outputs."""
     import jax
 
     from crate_jax.models.zoo import architecture
@@ -158,7 +158,7 @@ def _facts(args: argparse.Namespace, opened: Alone, program: "Exported") -> Json
 
 
 def _identity(content: bytes, output: Output) -> Json:
-    """Which file the facts are of."""
+    """The file that the facts belong to."""
     digest = hashlib.sha256(content).hexdigest()
     return {"file": output.program.name, "bytes": len(content), "sha256": digest}
 
@@ -169,7 +169,7 @@ def _shape(array: Any) -> list[int | str]:
 
 
 def _preprocessing(opened: Alone) -> Json:
-    """What is done to a picture before the program, and by it."""
+    """The preprocessing of a picture: before the program, and within it."""
     from crate_jax.data.images.transform_spec import parse_transforms
 
     model: Any = opened.model
@@ -183,7 +183,7 @@ def _preprocessing(opened: Alone) -> Json:
 
 
 def _page(output: Output, facts: Json) -> str:
-    """How the program is called."""
+    """The page on the use of the program."""
     taken, returned = facts["input"], facts["output"]
     of_images, classes = "preprocessing" in facts, facts["model"].get("num_classes", 0)
     order = ", RGB" if taken["shape"][-1] == 3 else ""
@@ -205,7 +205,7 @@ def _page(output: Output, facts: Json) -> str:
 
 
 def _compared(opened: Alone, content: bytes, of_images: bool) -> Json:
-    """How far outputs of the written program are from the model's, on random inputs."""
+    """The difference of the written program's outputs from the model's, on random inputs."""
     import jax
     import numpy as np
 

@@ -57,7 +57,7 @@ def joined(arguments: list[str]) -> list[str]:
 
 
 def _is_switch(name: str) -> bool:
-    """Whether a flag stands for a field that is True or False, whatever model it is of."""
+    """True if a flag stands for a field that is True or False, in any model."""
     path = name.replace("-", "_").partition("config.")[2]
     section, _, field = path.partition(".")
     if section == "model":

@@ -1,4 +1,4 @@
-"""What `knn` and `probe` share: features of both splits, of the model and of what it must beat."""
+"""Shared parts of `knn` and `probe`: features of both splits, of the model and its baselines."""
 
 import argparse
 import contextlib
@@ -168,7 +168,7 @@ def _kept(
     runs: "dict[str, Run]",
     compute: "Callable[[], tuple[Features, Features]]",
 ) -> "tuple[Features, Features]":
-    """What --features holds, or what is computed and, with the flag, written there."""
+    """The features in the file of --features, or new ones; with the flag they are written there."""
     from crate_jax.evaluation.features import (
         fingerprint,
         load_features,

@@ -1,4 +1,4 @@
-"""What commands that look inside a run ask for, and how they open it."""
+"""The arguments of commands that look inside a run, and the way they open it."""
 
 import argparse
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""What figures and pages measure of the layers of runs, and how it is called."""
+"""The measures that figures and pages take of the layers of runs, and their names."""
 
 from collections.abc import Mapping, Sequence
 

@@ -12,5 +12,5 @@ def complain(message: str) -> int:
 
 
 def text(error: BaseException) -> str:
-    """What an error says; str() of a KeyError would quote it."""
+    """The message of an error; str() of a KeyError would quote it."""
     return str(error.args[0]) if isinstance(error, KeyError) and error.args else str(error)

@@ -98,7 +98,7 @@ def convert(args: argparse.Namespace) -> Json:
 
 
 def _said_of(args: argparse.Namespace, model: "BlockModel") -> Json:
-    """What a folder for the hub states besides its weights: preprocessing and model card."""
+    """The files of a hub folder besides its weights: preprocessing and model card."""
     from crate_jax.interop import ModelCard, find_run, is_run
     from crate_jax.interop.addresses import fetched
     from crate_jax.interop.pictures import of_data
@@ -137,7 +137,7 @@ def add_summary(subparsers: Subparsers) -> None:
 
 
 def summary(args: argparse.Namespace) -> Json:
-    """What a model costs, by formula."""
+    """Print the cost of a model, by formula."""
     from crate_jax.models import cost
     from crate_jax.models.classifier import ImageClassifier
     from crate_jax.models.language import LanguageModel
@@ -185,7 +185,7 @@ def add_plan(subparsers: Subparsers) -> None:
 
 
 def plan(args: argparse.Namespace) -> Json:
-    """What a training step needs on a mesh of machines that are not here."""
+    """Estimate a training step on hardware that you do not have."""
     if not (args.mesh or args.topology):
         raise ValueError("plan must get --mesh, --topology or both. See --help.")
     import jax

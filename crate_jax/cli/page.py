@@ -1,4 +1,4 @@
-"""What stands on the page of `report`, section by section."""
+"""The content of the page of `report`, section by section."""
 
 import datetime
 import re
@@ -130,7 +130,7 @@ class Page:
             self.left_out.append("Training: the run has no metrics.jsonl with scalars.")
 
     def _objective(self) -> None:
-        """What was measured of the layers."""
+        """The section on the measures of the layers."""
         try:
             found = measured(self.runs)
         except NotThere as error:
@@ -161,7 +161,7 @@ class Page:
         self._decoder()
 
     def _decoder(self) -> None:
-        """What was measured of the layers of decoders, where there are any."""
+        """The section on the measures of a decoder's layers, if there is one."""
         found = of_decoders(self.runs)
         if panels := self._panels(found, COMPRESSION + HALVES, "decoder"):
             text = (
@@ -202,7 +202,7 @@ class Page:
         return tables
 
     def _verdicts(self, found: Found) -> list[tuple[str, list[str]]]:
-        """What the layers do, in words, trained, on the test split."""
+        """The verdicts on the trained layers, in words, on the test split."""
         labels = list(found) if len(self.runs) > 1 else ["test"]
         said = [(label, verdict(found[label])) for label in labels]
         return [(label, [x.replace("R^c", "Rᶜ") for x in lines]) for label, lines in said if lines]
@@ -287,7 +287,7 @@ def linked(output: Path) -> set[str]:
 
 
 def _version() -> str:
-    """Of this package."""
+    """The version of this package."""
     try:
         return version("crate-jax")
     except PackageNotFoundError:

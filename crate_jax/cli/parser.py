@@ -17,7 +17,7 @@ _HELP = ("-h", "--help")
 
 
 def program() -> str:
-    """How this program was called: as a module, or by the script that pip installs."""
+    """The name by which this program was called: a module, or the script that pip installs."""
     name = Path(sys.argv[0]).name
     return name if name == "crate_jax" else "python -m crate_jax"
 
@@ -33,7 +33,7 @@ class Parser(argparse.ArgumentParser):
         super().__init__(*args, allow_abbrev=False, **kwargs)
 
     def add_argument(self, *names: Any, **kwargs: Any) -> argparse.Action:
-        """As argparse's, with the other spelling of each name."""
+        """Add an argument as argparse does, with the other spelling of each name."""
         others = [_other_spelling(name) for name in names if str(name).startswith("--")]
         return super().add_argument(*names, *(n for n in others if n not in names), **kwargs)
 
@@ -122,7 +122,7 @@ def _shown(action: argparse.Action) -> bool:
 
 
 def _invocation(action: argparse.Action) -> str:
-    """How a flag or an argument is written."""
+    """The form of a flag or an argument."""
     if isinstance(action, argparse.BooleanOptionalAction):
         return f"--[no-]{action.option_strings[0][2:]}"
     value = action.metavar or _kind(action)
@@ -143,7 +143,7 @@ def _kind(action: argparse.Action) -> str:
 
 
 def _words(action: argparse.Action) -> str:
-    """What a flag does; the words that it takes, where they are few and not said."""
+    """The help of a flag, with its legal words if they are few and not in it."""
     text, words = action.help or "", [*map(str, action.choices or ())]
     untold = [word for word in words if word not in text]
     if untold and len(" ".join(words)) < WIDTH - _TEXT:

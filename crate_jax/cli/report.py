@@ -96,7 +96,7 @@ def _written(args: argparse.Namespace, output: Path, *, refresh: bool = False) -
 
 
 def _result(page: "Page", output: Path, *, pages: int) -> Json:
-    """What the command says: the page, and the measures of the first run on its test split."""
+    """The result of the command: the page, and the measures of the first run on its test split."""
     found = page.measures
     return {
         "step": page.runs[0].step,

@@ -1,4 +1,4 @@
-"""What every command has in common: how it ends, and where compiled programs are kept."""
+"""The shared frame of every command: its end, and the folder of compiled programs."""
 
 import json
 import logging

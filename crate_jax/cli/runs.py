@@ -37,7 +37,7 @@ def add_source(parser: argparse.ArgumentParser) -> None:
 
 
 class Opened(NamedTuple):
-    """What `open_trained` returns.
+    """The result of `open_trained`.
 
     Attributes:
         run: with "eval" rows.
@@ -61,7 +61,7 @@ def open_trained(
     task: str | None = None,
     change: Callable[[TrainConfig], None] | None = None,
 ) -> Opened:
-    """What the flags of `add_source`, `add_model` and `add_data` name, on its evaluation split.
+    """Open the run or weights of `add_source`, `add_model` and `add_data`, on its evaluation split.
 
     Args:
         args: of the command.
@@ -144,7 +144,7 @@ def _config_of_model(args: argparse.Namespace) -> TrainConfig:
 
 
 def _stated_facts(args: argparse.Namespace) -> Json:
-    """What --weights says of its outputs, unless they are to be new."""
+    """The facts of --weights about its outputs, unless they are to be new."""
     from crate_jax.interop import read_class_names
     from crate_jax.tasks.task import CLASSES
 
@@ -167,7 +167,7 @@ def _load_weights(args: argparse.Namespace, run: "Run") -> "tuple[Params, Extra,
 
 
 def _by_number(facts: Json, run: "Run") -> list[str]:
-    """That labels are taken as they are, where the weights or the data do not name the classes."""
+    """A notice that labels are taken as they are, if weights or data do not name the classes."""
     from crate_jax.tasks.task import CLASSES
 
     if not getattr(run.task.model, "num_classes", 0):

@@ -1,4 +1,4 @@
-"""What `segment` does with one image after the other."""
+"""The work of `segment` on one image after the other."""
 
 import argparse
 import functools
@@ -33,7 +33,7 @@ NO_TOKENS = (ATTENTION, "membership", "contraction")  # taps of maps
 
 
 class Found(NamedTuple):
-    """What is found in one image.
+    """The objects that are found in one image.
 
     Attributes:
         picture: which.
@@ -111,7 +111,7 @@ class Reader:
         return tokens.reshape(len(tokens), -1)[len(tokens) - self.grid[0] * self.grid[1] :]
 
     def maps(self, pixels: np.ndarray, definition: str = "") -> Array:
-        """How much the class token attends to each patch (K, P); attention needs no definition."""
+        """The attention of the class token to each patch (K, P); attention needs no definition."""
         seen, patches = self._layer(pixels), self.grid[0] * self.grid[1]
         if self.tap == ATTENTION:
             return seen[:, 0, -patches:]  # registers may stand before them
@@ -151,7 +151,7 @@ class Reader:
 def found_in(
     method: str, pictures: Sequence[Picture], reader: Reader, how: Json
 ) -> Iterator[Found]:
-    """What a method finds, image by image; "pca" reads all of them before the first comes out."""
+    """Find objects by a method, image by image; "pca" reads all images before the first result."""
     if method == "pca":
         features = [reader.patches(reader.pixels(picture)) for picture in pictures]
         shown = foreground(np.stack(features), reader.grid, **how)
@@ -259,7 +259,7 @@ def _labels(path: str, size: tuple[int, int]) -> np.ndarray:
 
 
 def _head(head: int | None, heads: int) -> slice:
-    """Which heads are asked for.
+    """The heads that are asked for.
 
     Raises:
         ValueError: a tap without heads, or that has fewer.

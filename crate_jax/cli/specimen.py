@@ -57,7 +57,7 @@ class Specimen:
 
     @property
     def config(self) -> TrainConfig:
-        """Of the run."""
+        """The config of the run."""
         return self.run.config
 
     @functools.cached_property
@@ -67,12 +67,12 @@ class Specimen:
 
     @property
     def model(self) -> Any:
-        """Whose layers are looked at, computing in float32."""
+        """The model whose layers are measured, computing in float32."""
         return self._one.model
 
     @property
     def variables(self) -> Any:
-        """Of the model."""
+        """The variables of the model."""
         return self._one.variables
 
     @functools.cached_property
@@ -124,7 +124,7 @@ class Specimen:
 
     @property
     def of_images(self) -> bool:
-        """Whether examples are images."""
+        """True if examples are images."""
         return "image" in self.batch
 
     @functools.cached_property
@@ -159,14 +159,14 @@ class Specimen:
 
     @property
     def class_names(self) -> Sequence[str]:
-        """Of the outputs; () where they have none."""
+        """The names of the classes of the outputs; () if they have none."""
         from crate_jax.tasks.task import CLASSES
 
         return self.run.task.facts(self.run.rows["eval"]).get(CLASSES) or ()
 
     @property
     def shows(self) -> str:
-        """Where the images for pictures come from."""
+        """The source of the images for pictures."""
         data = self.config.data
         return self.folder or f"{data.data_dir or data.dataset}/{data.eval_split}"
 
@@ -219,7 +219,7 @@ class Specimen:
         return counts, list(self.class_names or map(str, range(Y)))
 
     def facts(self) -> list[tuple[str, str]]:
-        """What a reader must know of the run, by name."""
+        """The facts about the run that a reader needs, by name."""
         import jax
 
         config = self.config

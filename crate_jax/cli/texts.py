@@ -1,4 +1,4 @@
-"""What `compare` gives to a model of text: random token ids."""
+"""The inputs of `compare` for a model of text: random token ids."""
 
 import argparse
 from typing import TYPE_CHECKING

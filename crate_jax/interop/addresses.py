@@ -1,4 +1,4 @@
-"""Where weights may be named to lie: on this machine, in a bucket, on the hub, on the web."""
+"""The addresses of weights: on this machine, in a bucket, on the hub, on the web."""
 
 import hashlib
 import os
@@ -40,7 +40,7 @@ def fetched(path: str | os.PathLike[str], name: str = "weights") -> Path:
 
 
 def is_address(path: str | os.PathLike[str]) -> bool:
-    """Whether `fetched` asks the network for a path that is in no cache."""
+    """True if `fetched` asks the network for a path that is in no cache."""
     return os.fspath(path).startswith((HUB, *WEB))
 
 

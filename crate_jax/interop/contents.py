@@ -1,4 +1,4 @@
-"""What lies in a file or in a run's folder: arrays by its own names, whatever program wrote it.
+"""The content of a file or of a run's folder: arrays by its own names, from any program.
 
 A file is recognised by its content; its suffix counts for nothing.
 """
@@ -30,7 +30,7 @@ NO_TREE = Tree({}, None)
 
 
 class Contents(NamedTuple):
-    """What a file or run holds.
+    """The content of a file or run.
 
     Attributes:
         arrays: by official name, or by path in our tree (``blocks/ista/D``), without wrappers.
@@ -78,7 +78,7 @@ def _read(path: Path, tree: Tree, which: str) -> Contents:
 
 
 def _read_here(path: Path, tree: Tree, which: str) -> Contents:
-    """What a file of this machine holds."""
+    """Read the content of a file of this machine."""
     if (part := re.search(r"-\d+-of-(\d+)\.\w+$", path.name)) and int(part[1]) > 1:
         raise ValueError(
             f"{path} must hold all weights; it is one of {int(part[1])} pieces. Name their folder, "
@@ -88,7 +88,7 @@ def _read_here(path: Path, tree: Tree, which: str) -> Contents:
 
 
 def _read_file(path: Path, kind: str, tree: Tree, which: str) -> Contents:
-    """What a file of a kind holds; of an index, its pieces hold."""
+    """Read the content of a file of a kind; of an index, the content of its pieces."""
     arrays: Arrays = {}
     if kind == "index":
         parts = [_read_file(each, kind_of(each), tree, which) for each in pieces(path)]
@@ -189,7 +189,7 @@ def find_run(path: str | Path) -> tuple[Path, str]:
 
 
 def is_run(path: Path) -> bool:
-    """Whether a folder is a run of ours, or one of its steps: ours have a record beside the state.
+    """True if a folder is a run of ours, or one of its steps: ours have a record beside the state.
 
     A folder for checkpoints that holds nothing else that is known counts as one.
     """

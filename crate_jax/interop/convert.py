@@ -52,7 +52,7 @@ def find_layout(model: BlockModel, name: str | None = None, *, torch: bool = Fal
 
 
 def _agree(layout: Layout, model: BlockModel) -> bool:
-    """Whether the model's fields have the values that the layout implies."""
+    """True if the model's fields have the values that the layout implies."""
     return all(getattr(model, field) in told.values for field, told in layout.implies.items())
 
 

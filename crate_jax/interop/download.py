@@ -45,7 +45,7 @@ def client_for(what: str) -> None:
 
 
 def shelf(*parts: str) -> Path:
-    """Where a file of the network may be put by hand: below the cache, by its address.
+    """The path below the cache where a file of the network may be put by hand, by its address.
 
     Files of the web are kept there too; those of the hub are in the hub's own cache.
     """
@@ -139,7 +139,7 @@ def _part(place: Path, mark: str, size: int | None) -> Path:
 
 
 def _bar(**told: Any) -> Any:
-    """How far a download is: on a terminal alone, and where it takes a while."""
+    """The progress bar of a download: on a terminal alone, and if it takes a while."""
     from tqdm import tqdm
 
     return tqdm(delay=BAR_AFTER_S, disable=None, file=sys.stderr, leave=False, **told)
@@ -261,7 +261,7 @@ def told(address: str, url: str, place: Path) -> Iterator[None]:
 
 
 def _of_network(error: Exception) -> bool:
-    """Whether an error is about the network, and not about this machine's files."""
+    """True if an error is about the network, and not about this machine's files."""
     package = type(error).__module__.partition(".")[0]
     return package in ("huggingface_hub", "httpx", "httpx2") or (
         isinstance(error, OSError) and (error.errno is None or isinstance(error, ConnectionError))

@@ -149,7 +149,7 @@ def _check(
 
 
 def _inputs(model: BlockModel, pixels: str) -> jax.ShapeDtypeStruct:
-    """What the program takes; B and N are symbols."""
+    """The inputs of the program; B and N are symbols."""
     if isinstance(model, ImageClassifier):
         (B,) = jax.export.symbolic_shape("B")
         return jax.ShapeDtypeStruct((B, *model.input_shape), jnp.dtype(pixels))

@@ -1,4 +1,4 @@
-"""What is wrong with weights, in one line: every entry, whose weights they are, what to do."""
+"""Describe the fault of weights in one line: every entry, the model they belong to, the remedy."""
 
 import functools
 import re

@@ -9,7 +9,7 @@ from crate_jax.interop.layouts.layout import Arrays
 
 
 def is_float(array: np.ndarray) -> bool:
-    """Whether an array is of floats; NumPy's archives hand back bfloat16 as two bytes, untyped."""
+    """True for an array of floats; NumPy's archives return bfloat16 as two bytes, untyped."""
     return array.dtype == np.dtype("V2") or jnp.issubdtype(array.dtype, jnp.floating)
 
 

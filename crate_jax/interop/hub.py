@@ -15,7 +15,7 @@ _MINE = "Set HF_HOME to a folder that you may write to."
 
 
 class Address(NamedTuple):
-    """What an address names.
+    """The parts of an address.
 
     Attributes:
         text: as it was written.
@@ -31,7 +31,7 @@ class Address(NamedTuple):
 
     @property
     def by_hand(self) -> Path:
-        """Where it may be put by hand."""
+        """The path at which it may be put by hand."""
         at = "" if self.revision == "main" else "@" + self.revision.replace("/", "_")
         return shelf("hf", self.repository + at, *filter(None, self.file.split("/")))
 
@@ -47,7 +47,7 @@ class Address(NamedTuple):
         return f"{_endpoint() or constants.ENDPOINT}/{self.repository}/tree/{self.revision}"
 
     def of(self, file: str) -> "Address":
-        """That of a file of the same repository and revision."""
+        """The address of a file of the same repository and revision."""
         at = "" if self.revision == "main" else f"@{self.revision}"
         return Address(f"{HUB}{self.repository}/{file}{at}", self.repository, file, self.revision)
 
@@ -104,7 +104,7 @@ def _file(address: Address, *, say: bool = True) -> Path:
 
 
 def _say(address: Address, licence: str) -> None:
-    """Where a file came from, and under which licence."""
+    """Print the source of a file, and its licence."""
     LOGGER.warning("fetched %s from %s; licence: %s", address.text, address.url, licence)
 
 
@@ -172,6 +172,6 @@ def _folder(address: Address) -> Path:
 
 
 def _whole(first: Path) -> bool:
-    """Whether the pieces that a file names, if it is an index, are there."""
+    """True if the pieces that a file names, if it is an index, are there."""
     names = piece_names(first) if first.suffix == ".json" else ()
     return all((first.parent / name).is_file() for name in names)

@@ -27,7 +27,7 @@ _ARCHITECTURE, _PREPROCESSING, _NAMES = "architecture", "preprocessing", "class_
 
 @dataclasses.dataclass(frozen=True)
 class ModelCard:
-    """What a model card says besides what is known from the model.
+    """The facts of a model card that the model does not tell.
 
     Attributes:
         title: its headline; "": the class of the model.
@@ -45,7 +45,7 @@ class ModelCard:
 
 
 def names_folder(path: str | os.PathLike[str]) -> bool:
-    """Whether a path to write to means a folder: it ends in a slash, or is one of this machine."""
+    """True if a path to write to means a folder: it ends in a slash, or is one of this machine."""
     text = os.fspath(path)
     return text.endswith("/") or (not is_remote(text) and located(text, "weights").is_dir())
 

@@ -1,4 +1,4 @@
-"""Which program wrote a file, by its content; what a file is that holds no weights."""
+"""Find the program that wrote a file, by its content, and the nature of a file without weights."""
 
 import difflib
 import re
@@ -27,7 +27,7 @@ _WHOLE = "a whole PyTorch, safetensors or .npz file, or Flax's msgpack, or the f
 
 
 def kind_of(path: Path) -> str:
-    """Which program wrote a file: "torch", "npz", "safetensors", "msgpack", or "index".
+    """Find the program that wrote a file: "torch", "npz", "safetensors", "msgpack", or "index".
 
     Raises:
         ValueError: it is of no kind that is known; what it seems to be is said.
@@ -79,7 +79,7 @@ def _zip_names(path: Path, head: bytes) -> list[str]:
 
 
 def unreadable(path: str | Path, error: Exception) -> OSError | None:
-    """That the system could not read a file, as the error to raise; None: it is about the file."""
+    """The error that says that the system could not read a file; None if it is about the file."""
     if not of_the_system(error):
         return None
     said = getattr(error, "strerror", None) or first_line(error)
@@ -93,7 +93,7 @@ def not_whole(path: str | Path, what: str, ended: str, remedy: str = "") -> str:
 
 
 def _broken(path: str | Path) -> str:
-    """Why a file is not whole, and what to do."""
+    """The reason why a file is not whole, and the remedy."""
     path = Path(path)
     beside = [path.with_name(path.name + suffix) for suffix in _PARTIAL]
     if path.suffix.lower() in _PARTIAL or any(each.exists() for each in beside):

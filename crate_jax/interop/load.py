@@ -114,7 +114,7 @@ def load_variables(
 
 
 class Loaded(NamedTuple):
-    """What `load_fitted` returns.
+    """The result of `load_fitted`.
 
     Attributes:
         params: the parameter tree.

@@ -61,7 +61,7 @@ class Known:
         self.dotted = {path.replace("/", "."): path for path in own}  # a tree flattened with dots
 
     def __call__(self, name: str) -> bool:
-        """Whether a name is known as it stands."""
+        """True if a name is known as it stands."""
         own = name in self.own or name in self.dotted or (self.own and name.startswith("head/"))
         return bool(own or _official()[0].fullmatch(name))
 
@@ -80,7 +80,7 @@ class Known:
 
 @functools.cache
 def _official() -> tuple[re.Pattern[str], re.Pattern[str]]:
-    """What matches the names of all official layouts, and what they leave aside."""
+    """Patterns of the names of all official layouts, and of the entries they leave aside."""
     layouts = [layout for family in LAYOUTS.values() for layout in family]
     names = "|".join(layout.names for layout in layouts)
     aside = "|".join(f"(?:{layout.left_out})" for layout in layouts if layout.left_out)
@@ -132,7 +132,7 @@ def left_aside(names: Iterable[str]) -> str:
 
 
 class Found(NamedTuple):
-    """What `unwrap` finds.
+    """The result of `unwrap`.
 
     Attributes:
         state: leaves by their names as they stand; those of a tree by path, a/b/c.
@@ -198,7 +198,7 @@ def unwrap(content: object, path: object, known: Known) -> Found:
 
 
 def no_choice(path: object, which: str) -> str:
-    """What to say where the set of weights that is wanted is not one of a file's."""
+    """The error for a set of weights that is not in the file."""
     return f"{path} must hold weights under {which}; it has none. Leave which out, or name another."
 
 
@@ -212,11 +212,11 @@ def flat(tree: Mapping, before: str = "") -> Iterator[tuple[str, object]]:
 
 
 def _has_known(tree: Mapping, known: Known, *, deep: bool) -> bool:
-    """Whether a parameter is known, less PyTorch's parts; with ``deep``, less all that wrap it."""
+    """True if a parameter is known, less PyTorch's parts; with ``deep``, less all wrappers."""
     names = [name for name, leaf in flat(tree) if is_array(leaf) and name not in known.beside]
     return any(known(form) for name in names for form in _forms(name)[: None if deep else 2])
 
 
 def is_array(leaf: object) -> bool:
-    """Whether a leaf is a tensor or an array, or stands for one."""
+    """True if a leaf is a tensor or an array, or stands for one."""
     return hasattr(leaf, "shape")

@@ -1,4 +1,4 @@
-"""What PyTorch files hold beside tensors: values of harmless classes, read without these classes.
+"""The plain values in PyTorch files: harmless classes are read without these classes.
 
 PyTorch unpickles only what it is told to allow. It is told stand-ins, never the classes themselves:
 NumPy's own ``dtype``, for one, takes a state that makes bytes out of a file be followed as

@@ -1,4 +1,4 @@
-"""How a picture becomes what a model takes: size, crop, filter, mean and deviation."""
+"""The preprocessing of a picture for a model: size, crop, filter, mean and deviation."""
 
 import dataclasses
 import fnmatch
@@ -96,7 +96,7 @@ class Preprocessing:
 
 
 def from_json(values: object, where: object) -> Preprocessing:
-    """What `Preprocessing.to_json` wrote.
+    """Read the result of `Preprocessing.to_json`.
 
     Args:
         values: read from a file.
@@ -117,7 +117,7 @@ def from_json(values: object, where: object) -> Preprocessing:
 
 
 def standard(model: BlockModel, name: str = "", crop_share: float = 0.875) -> Preprocessing:
-    """How pictures are prepared for a model, where its weights do not say.
+    """The usual preprocessing of pictures for a model whose weights state none.
 
     CRATE's and CRATE-α's authors resize the shorter side to 256 pixels, cut out the central 224 and
     use the statistics of ImageNet, and ToST's do so by bicubic resizing. CRATE-α's JAX code
@@ -145,7 +145,7 @@ def standard(model: BlockModel, name: str = "", crop_share: float = 0.875) -> Pr
 
 
 def of_data(data: DataConfig, model: BlockModel) -> Preprocessing:
-    """How a run evaluates.
+    """The preprocessing of a run's evaluation.
 
     Raises:
         ValueError: its transforms are neither one ``resize`` nor ``resize_shorter|center_crop``.

@@ -73,7 +73,7 @@ def load_pretrained(name: str, **overrides: object) -> tuple[BlockModel, Params 
 
 
 def preprocessing(name: str) -> Preprocessing:
-    """How pictures are prepared for a model's weights.
+    """The preprocessing of pictures for a model's weights.
 
     A folder that `save_weights` wrote states it. Of a named model it is that of the authors'
     evaluation, as far as it is known: see `crate_jax.interop.pictures.standard`.
@@ -100,7 +100,7 @@ def preprocessing(name: str) -> Preprocessing:
 def prepared_for(
     model: BlockModel, weights: str | os.PathLike[str] = "", name: str = ""
 ) -> Preprocessing:
-    """How pictures are prepared for a model and its weights: as these state, or as is usual.
+    """The preprocessing for a model and its weights: the one that they state, or the usual one.
 
     Args:
         model: of images. Its size is taken where the weights state another.
@@ -122,7 +122,7 @@ def prepared_for(
 
 
 def _is_folder(name: str) -> bool:
-    """Whether a name is a folder's, here or on the hub."""
+    """True if a name is a folder's, here or on the hub."""
     text = os.fspath(name)
     return text.startswith(HUB) or "/" in text or located(text, "name").is_dir()
 
@@ -161,7 +161,7 @@ def _load(
 
 
 def _by_hand(row: Released) -> str:
-    """Why a program cannot download a file, and what to do."""
+    """The reason why a program cannot download a file, and the remedy."""
     why = "the link to it is dead" if row.dead else "its page asks for a browser"
     where = f"{row.note}, {row.file}" if row.note else row.file
     model = _released_model(row)

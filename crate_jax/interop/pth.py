@@ -66,7 +66,7 @@ def read(path: str | Path, known: Known) -> tuple[Arrays, list[str]]:
 
 
 def _open(path: str | Path) -> object:
-    """What `torch.save` wrote."""
+    """Open the content that `torch.save` wrote."""
     torch = _torch(path)
     if not Path(path).is_file():
         raise FileNotFoundError(f"{path} must be a file; got none there. Check the path.")
@@ -102,7 +102,7 @@ def _allowed(torch: ModuleType) -> Iterator[None]:
 
 
 def _refusal(path: str | Path, error: Exception) -> str:
-    """Why a file was not read: it wants to run something, or it is damaged or no PyTorch file."""
+    """The reason why a file was not read: it would run code, is damaged, or no PyTorch file."""
     text = str(error)
     if "DTensor" in text:
         return _sharded(path, "an entry")
@@ -138,7 +138,7 @@ def _unsafe(path: str | Path, wanted: str) -> str:
 
 
 def _globals(path: str | Path) -> set[str]:
-    """What the pickle in an archive names, module.name; nothing for an older or a damaged file."""
+    """The module.name entries of the pickle in an archive; none for an older or a damaged file."""
     try:
         with zipfile.ZipFile(path) as archive:
             name = next(name for name in archive.namelist() if name.endswith("data.pkl"))

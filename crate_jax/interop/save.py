@@ -111,12 +111,12 @@ def save_weights(
 
 
 def holds_class_names(path: str | Path) -> bool:
-    """Whether what `save_weights` writes to a path can name classes."""
+    """True if a file that `save_weights` writes to a path can name classes."""
     return names_folder(path) or Path(path).suffix.lower() in (".npz", ".safetensors")
 
 
 def _suffix(path: Path) -> str:
-    """Which of the known suffixes a name ends in."""
+    """The known suffix that a name ends in."""
     for suffix in SUFFIXES:
         if path.name.lower().endswith(suffix):
             return suffix

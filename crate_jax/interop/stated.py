@@ -1,4 +1,4 @@
-"""What a model goes without, and what the name of a file says of one."""
+"""The features that a model lacks, and the facts that the name of a file states."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -15,7 +15,7 @@ def optional(model: object) -> Mapping[str, tuple[str, ...]]:
 
 
 def lacking(model: object) -> dict[str, tuple[str, ...]]:
-    """Those that it goes without."""
+    """The entries that it lacks."""
     known = optional(model).items()
     return {field: groups for field, groups in known if getattr(model, field, None) == 0}
 

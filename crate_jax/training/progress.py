@@ -1,4 +1,4 @@
-"""What a run says of itself: a line for whoever watches, and its metrics files."""
+"""The output of a run: a live line for people, and its metrics files."""
 
 import contextlib
 import sys
@@ -181,7 +181,7 @@ class Stopwatch:
 
 
 class Progress:
-    """What a person watches: one live line on a terminal, plain lines when piped.
+    """The display for a person: one live line on a terminal, plain lines in a pipe.
 
     Args:
         total_steps: where the run ends.

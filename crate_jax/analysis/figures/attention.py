@@ -1,4 +1,4 @@
-"""Where the class token looks: maps of heads on images, and what each head responds to."""
+"""Maps of the class token's attention on images, and the mean response of each head."""
 
 import re
 from collections.abc import Mapping, Sequence
@@ -18,7 +18,7 @@ MOST_KINDS = 10
 
 
 def class_token_maps(seen: Mapping[str, np.ndarray], grid: tuple[int, int]) -> np.ndarray:
-    """Where heads look, (L, B, K, rows, columns), each map with a sum of one.
+    """The attention of the class token, (L, B, K, rows, columns), each map with a sum of one.
 
     It is the row of the class token in the attention. TSSA compares no tokens: there it is how far
     each token belongs to the subspace.
@@ -71,7 +71,7 @@ def saliency(
 
 @drawing
 def heads_by_kind(maps_BxKxRxC: np.ndarray, kind_of_B: Sequence[str], *, layer: int) -> Picture:
-    """What each head responds to: its mean map over the images of each kind.
+    """Draw the mean map of each head over the images of each kind.
 
     Below each map stands where the head looks more than on the average image: the largest excess of
     its mean map over that of all images, times the number of patches.
@@ -150,6 +150,6 @@ def show_map(axes, map_RxC: np.ndarray, *, largest: float | None = None) -> None
 
 
 def _entropy(maps: np.ndarray) -> np.ndarray:
-    """Of maps (…, R, C), in nats."""
+    """The entropy of maps (…, R, C), in nats."""
     flat = maps.reshape(*maps.shape[:-2], -1)
     return -(flat * np.log(np.maximum(flat, 1e-30))).sum(axis=-1)

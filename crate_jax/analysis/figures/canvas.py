@@ -1,4 +1,4 @@
-"""What all figures share: ink and colours, a sentence and a table beside each, and their files.
+"""The shared parts of all figures: ink and colours, a sentence and a table beside each, and files.
 
 A figure is read in light and in dark. Its ground is transparent. Its ink is a grey that has a
 contrast of 4.5 with white and with black; in a page it takes the colour of the text around it. Heat
@@ -94,7 +94,7 @@ def check_matplotlib() -> None:
 
 
 def _style() -> Callable[[], Any]:
-    """What makes the context in which figures are drawn and written."""
+    """Make the context in which figures are drawn and written."""
     try:
         import matplotlib
     except ImportError as error:

@@ -28,7 +28,7 @@ class Curve(NamedTuple):
 
 
 class Measure(NamedTuple):
-    """What is drawn in a panel.
+    """The measure that is drawn in a panel.
 
     Attributes:
         name: of the measure, as the curves have it.
@@ -94,7 +94,7 @@ def _line(axes, curve: Curve, i: int, label: str) -> None:
 
 
 def _sentence(label: str, mean_L: np.ndarray) -> str:
-    """What one curve does, in numbers."""
+    """Describe one curve in numbers."""
     ends = f"{label}: {number(mean_L[0])} in layer 1"
     if len(mean_L) < 2:
         return f"{ends}."

@@ -1,4 +1,4 @@
-"""What images are made of: shared principal components, coarse masks and objects as pictures."""
+"""Pictures of images: shared principal components, coarse masks and objects."""
 
 from collections.abc import Sequence
 

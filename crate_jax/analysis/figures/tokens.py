@@ -1,4 +1,4 @@
-"""What a layer is made of, and what it makes: tokens, subspaces and atoms as pictures."""
+"""Pictures of a layer's parts and of its output: tokens, subspaces and atoms."""
 
 import numpy as np
 

@@ -1,4 +1,4 @@
-"""What a run did: its curves, and which classes it takes for which."""
+"""Figures of a run: its curves, and its confusion of classes."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -61,7 +61,7 @@ def curves(
 
 @drawing
 def confusion(counts_YxY: np.ndarray, names: Sequence[str]) -> Picture:
-    """How often a class, a row, was taken for another one, a column; by share of the row.
+    """Draw the share of each class, a row, that was taken for another one, a column.
 
     Of more than twenty classes the twenty with the most mistakes are drawn.
 

@@ -19,7 +19,7 @@ _IMPLIED = {
 
 
 def _around(attention: str) -> Table:
-    """What both have around the embedding of the patches and an attention of this name."""
+    """The entries around the patches' embedding and an attention of this name."""
     return {
         "embedding/cls_token": ("cls_token", Leading(2)),
         "embedding/pos_embedding": ("pos_embedding", Leading(1)),

@@ -32,7 +32,7 @@ def _blocks(second: str) -> dict[str, tuple[str, Same]]:
 
 
 def causal_mask(tree: Tree) -> np.ndarray:
-    """Which token may see which, as a file holds it: ones on and below the diagonal."""
+    """The mask between tokens, as a file holds it: ones on and below the diagonal."""
     T = tree.shapes["embedding/positions"][0]
     return np.tril(np.ones((1, 1, T, T), np.float32))
 

@@ -32,7 +32,7 @@ def _width(tree: Tree) -> int:
 
 
 def _positions(tree: Tree) -> np.ndarray:
-    """As they are computed."""
+    """The positions as they are computed."""
     return np.array(grid_positions(tree.grid or (0, 0), _width(tree)))[None]
 
 

@@ -1,4 +1,4 @@
-"""How one of our arrays lies in another program: one class a form, used in both directions.
+"""The form of one of our arrays in another program: one class a form, used in both directions.
 
 Our linear maps are ``x @ W``, the input's axes first.
 """
@@ -156,5 +156,5 @@ class Copies(Same):
         return self.form.to_ours(first, shape)
 
     def tree_shape(self, official: Shape) -> Shape:
-        """Of one of them."""
+        """The shape of one of them."""
         return self.form.tree_shape((official[0] // self.count, *official[1:]))

@@ -1,4 +1,4 @@
-"""What a family's parameters are called in another program: one table, read in both directions.
+"""The names of a family's parameters in another program: one table, read in both directions.
 
 All layers are stacked on axis 0 here and apart there. How an array lies, a form says. No model and
 no file is known here.
@@ -18,7 +18,7 @@ Arrays = dict[str, np.ndarray]
 
 
 class Tree(NamedTuple):
-    """What a layout needs to know of a model.
+    """The facts about a model that a layout needs.
 
     Attributes:
         shapes: of its variables, by path: parameters as they are, and running statistics and the
@@ -134,12 +134,12 @@ class Layout:
         return name if bare else self.prefix + name
 
     def recognised(self, names: Iterable[str]) -> int:
-        """How many of the names are in the table."""
+        """Count the names that the table has."""
         known = re.compile("|".join(_regex(pattern) for pattern, _ in self.table.values()))
         return sum(known.fullmatch(name) is not None for name in names)
 
     def set_aside(self, names: Iterable[str]) -> list[str]:
-        """Which of the names are left aside."""
+        """The names that are left aside."""
         return [name for name in names if self.left_out and re.fullmatch(self.left_out, name)]
 
     def parameters(self, arrays: Mapping[str, np.ndarray], tree: Tree) -> Arrays:
@@ -167,12 +167,12 @@ class Layout:
         return found
 
     def of_other_grids(self, arrays: Mapping[str, np.ndarray], tree: Tree) -> list[str]:
-        """Which constants are those of another grid of patches."""
+        """The constants that belong to another grid of patches."""
         constants = self._constants(tree) if tree.grid is not None else {}
         return [k for k, v in constants.items() if k in arrays and arrays[k].shape != v.shape]
 
     def _copies(self, tree: Tree) -> Mapping[str, str]:
-        """Those that are no parameters of the model."""
+        """The entries that are no parameters of the model."""
         own = {pattern for path, (pattern, _) in self.table.items() if path in tree.shapes}
         return {name: of for name, of in self.copies.items() if name not in own}
 
@@ -189,7 +189,7 @@ class Layout:
         return {name: float(match[1]) for name, match in found.items() if match}
 
     def in_groups(self, names: Iterable[str], groups: Collection[str]) -> list[str]:
-        """Which of the names belong to these top-level groups of our tree."""
+        """The names that belong to these top-level groups of our tree."""
         patterns = [
             _regex(pattern)
             for path, (pattern, _) in self.table.items()

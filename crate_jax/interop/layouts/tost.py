@@ -6,7 +6,7 @@ from crate_jax.interop.layouts.stem import COUNTERS, stem
 
 
 def _halves(blocks: str, ours: str, first: str) -> Table:
-    """What every block has beside its attention, which is called ``first`` here."""
+    """The entries of every block besides its attention, which is called ``first`` here."""
     return {
         f"{ours}/{first}_norm/scale": (f"{blocks}.{{i}}.norm1.weight", Same()),
         f"{ours}/{first}_norm/bias": (f"{blocks}.{{i}}.norm1.bias", Same()),

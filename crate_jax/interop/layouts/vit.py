@@ -40,7 +40,7 @@ def _table(norm: str) -> Table:
 
 
 def _projection(head: str) -> Table:
-    """Of a head of three linear maps, a GELU after each of the first two."""
+    """The entries of a head of three linear maps, a GELU after each of the first two."""
     return {
         f"head/linear{i}/{ours}": (f"{head}.mlp.{2 * i}.{theirs}", form)
         for i in range(3)
@@ -49,7 +49,7 @@ def _projection(head: str) -> Table:
 
 
 def _mask_token(tree: Tree) -> np.ndarray:
-    """Of a backbone alone: zeros, as it starts."""
+    """The mask token of a backbone alone: zeros, its first value."""
     return np.zeros((1, tree.shapes["embedding/cls_token"][0]), np.float32)
 
 
