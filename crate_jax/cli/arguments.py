@@ -45,7 +45,7 @@ def add_model_kwargs(parser: argparse.ArgumentParser) -> None:
 def add_model(parser: argparse.ArgumentParser) -> None:
     """Add the flags that choose a model and fit weights to it."""
     parser.add_argument(
-        "--model", metavar="NAME", help="of the zoo; which: crate_jax.list_models()"
+        "--model", metavar="NAME", help="a model of the zoo; crate_jax.list_models() names them"
     )
     add_model_kwargs(parser)
     parser.add_argument(
@@ -53,12 +53,12 @@ def add_model(parser: argparse.ArgumentParser) -> None:
         nargs="+",
         default=[],
         metavar="WHAT",
-        help="what the weights may lack or have in another size: head, image_size, patch_size, "
+        help="parts that the weights may lack or have in another size: head, image_size, patch_size, "
         "in_channels, pool, eta, lmbda",
     )
     parser.add_argument(
         "--method",
-        help="of --fit: right (default), crate_alpha, official_maps",
+        help="resizing by --fit: right (default), crate_alpha, official_maps",
     )
 
 
@@ -67,13 +67,17 @@ def add_data(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--dataset", metavar="NAME", help="digits, folder, tar, synthetic, or TFDS's name"
     )
-    parser.add_argument("--data_dir", type=path, help="where the data set lies")
-    parser.add_argument("--split", metavar="NAME", help="default: the run's, or test")
+    parser.add_argument("--data_dir", type=path, help="folder of the data set")
+    parser.add_argument(
+        "--split", metavar="NAME", help="split to evaluate; default: the run's, or test"
+    )
     parser.add_argument("--image_key", help="TFDS's name of the image; default: image")
     parser.add_argument("--label_key", help="TFDS's name of the label; default: label")
     parser.add_argument("--batch_size", type=int, help="examples per step over all devices")
     parser.add_argument(
-        "--transforms", metavar="SPEC", help="as data.eval_transforms; default: the run's"
+        "--transforms",
+        metavar="SPEC",
+        help="transforms as data.eval_transforms; default: the run's",
     )
 
 

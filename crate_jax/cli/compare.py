@@ -49,14 +49,17 @@ def add_compare(subparsers: Subparsers) -> None:
     )
     add_data(parser)
     parser.add_argument(
-        "--dtype", choices=("float32", "bfloat16"), default="float32", help="of our computation"
+        "--dtype",
+        choices=("float32", "bfloat16"),
+        default="float32",
+        help="dtype of our computation",
     )
     parser.add_argument(
         "--train-steps",
         "--train_steps",
         type=int,
         default=10,
-        help="of each optimizer; default: 10; 0: none",
+        help="steps of each optimizer; default: 10; 0: none",
     )
     parser.add_argument(
         "--rate-scale",

@@ -25,19 +25,19 @@ def add_evaluate(subparsers: Subparsers) -> None:
     parser.add_argument(
         "--tokenizer",
         type=path,
-        help="of a text: bytes, a tokenizer.json, or the Hub's name",
+        help="tokenizer of a text: bytes, a tokenizer.json, or the Hub's name",
     )
     add_detail(parser)
     parser.add_argument(
         "--watch",
         action="store_true",
-        help="each checkpoint of --workdir as it comes, until the last",
+        help="evaluate each checkpoint of --workdir as it comes, until the last",
     )
     parser.add_argument(
-        "--interval", type=float, help=f"of --watch: seconds between looks; default {EVERY_S:g}"
+        "--interval", type=float, help=f"seconds between looks of --watch; default: {EVERY_S:g}"
     )
     parser.add_argument(
-        "--output", type=path, help="of --watch: a folder; default WORKDIR/evaluations"
+        "--output", type=path, help="folder for --watch; default: WORKDIR/evaluations"
     )
     parser.set_defaults(function=evaluate)
 

@@ -60,7 +60,7 @@ def add_export(subparsers: Subparsers) -> None:
         epilog="export --workdir=runs/digits --step=best",
     )
     add_source(parser)
-    parser.add_argument("--model", metavar="NAME", help="of the zoo, with --weights")
+    parser.add_argument("--model", metavar="NAME", help="a model of the zoo, with --weights")
     add_model_kwargs(parser)
     parser.add_argument(
         "--output",
@@ -70,7 +70,7 @@ def add_export(subparsers: Subparsers) -> None:
     parser.add_argument(
         "--pixels",
         choices=PIXELS,
-        help="what a model of images takes: uint8, 0 … 255 (the default); or float32, in [0, 1]",
+        help="input of a model of images: uint8, 0 … 255 (the default); or float32, in [0, 1]",
     )
     parser.add_argument(
         "--platforms",
@@ -78,7 +78,7 @@ def add_export(subparsers: Subparsers) -> None:
         choices=PLATFORMS,
         default=list(USUAL),
         metavar="NAME",
-        help=f"of {', '.join(PLATFORMS)}; default: {' '.join(USUAL)}",
+        help=f"platforms, of {', '.join(PLATFORMS)}; default: {' '.join(USUAL)}",
     )
     parser.set_defaults(function=export)
 

@@ -26,7 +26,9 @@ def add_config(subparsers: Subparsers) -> None:
         "config imagenet1k:small --config.optim.lr=1e-4 --json",
     )
     parser.add_argument("recipe", nargs="?", help="NAME[:VARIANT] or FILE.py[:VARIANT]")
-    parser.add_argument("--config", metavar="RECIPE", help=f"the same; default: {DEFAULT}")
+    parser.add_argument(
+        "--config", metavar="RECIPE", help=f"the recipe, as a flag; default: {DEFAULT}"
+    )
     parser.add_argument(
         "--section", help="these fields alone, such as optim; run: those in no section"
     )

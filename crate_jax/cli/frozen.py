@@ -38,8 +38,10 @@ def add_frozen(
     add_source(parser)
     add_model(parser)
     add_data(parser)
-    parser.add_argument("--train_split", metavar="NAME", help="default: the run's, or train")
-    parser.add_argument("--task", help="whose features, with --weights; default: classify")
+    parser.add_argument(
+        "--train_split", metavar="NAME", help="training split; default: the run's, or train"
+    )
+    parser.add_argument("--task", help="task of the features, with --weights; default: classify")
     parser.add_argument(
         "--features",
         type=path,
@@ -54,7 +56,7 @@ def add_frozen(
         help="also numbers of: pixels, random (weights)",
     )
     parser.add_argument(
-        "--seeds", nargs="+", type=int, default=[0], help="means over them; default: 0"
+        "--seeds", nargs="+", type=int, default=[0], help="seeds to average over; default: 0"
     )
     return parser
 

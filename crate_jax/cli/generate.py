@@ -32,28 +32,30 @@ def add_generate(subparsers: Subparsers) -> None:
         epilog="generate --workdir=runs/text --prompt='The white box'",
     )
     parser.add_argument("--workdir", type=path, help="a run, here or in a bucket")
-    parser.add_argument("--step", help="of --workdir: latest (default), best or a number")
+    parser.add_argument(
+        "--step", help="checkpoint of --workdir: latest (default), best or a number"
+    )
     parser.add_argument("--weights", type=path, help="a weights file (with --tokenizer)")
-    parser.add_argument("--model", metavar="NAME", help="of the zoo, unless --weights says")
+    parser.add_argument("--model", metavar="NAME", help="a model of the zoo, unless --weights says")
     add_model_kwargs(parser)
     parser.add_argument(
         "--tokenizer",
         type=path,
         help="bytes, a tokenizer.json, or a name on huggingface.co; default: the run's",
     )
-    parser.add_argument("--end-token", help="what it calls the end of a text; default: the run's")
+    parser.add_argument("--end-token", help="its token that ends a text; default: the run's")
     parser.add_argument("--prompt", default="", help="the text to continue; default: a new one")
     parser.add_argument(
-        "--tokens", type=int, default=200, help="how many are added, at most; default: 200"
+        "--tokens", type=int, default=200, help="largest number of added tokens; default: 200"
     )
     parser.add_argument(
         "--temperature",
         type=float,
         default=1.0,
-        help="default: 1; 0: the most likely token each time",
+        help="temperature; default: 1; 0: the most likely token each time",
     )
     parser.add_argument("--top-k", type=int, help="draw among so many of the most likely tokens")
-    parser.add_argument("--seed", type=int, default=0, help="of the draws; default: 0")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the draws; default: 0")
     parser.set_defaults(function=generate)
 
 

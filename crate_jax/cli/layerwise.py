@@ -27,7 +27,7 @@ def add_layerwise(subparsers: Subparsers) -> None:
     """The flags of `layerwise`."""
     parser = subparsers.add_parser(
         "layerwise",
-        help="what every layer does, in numbers: compression, sparsity",
+        help="measures of every layer: compression, sparsity",
         epilog="layerwise --workdir=runs/digits --geometry",
     )
     add_source(parser)
@@ -38,7 +38,7 @@ def add_layerwise(subparsers: Subparsers) -> None:
     )
     parser.add_argument("--decoder", action="store_true", help="the decoder of an autoencoder")
     parser.add_argument(
-        "--images", type=int, default=256, help="how many examples, at most; default: 256"
+        "--images", type=int, default=256, help="largest number of examples; default: 256"
     )
     parser.add_argument(
         "--definition", choices=DEFINITIONS, default=DEFINITIONS[0], help="default: paper"

@@ -29,7 +29,7 @@ def add_looking(parser: argparse.ArgumentParser, *, several: bool = False) -> No
         "--images", type=path, help="a folder for the pictures; default: the test split"
     )
     parser.add_argument(
-        "--examples", type=int, help=f"of each split, for measures; default: {EXAMPLES}"
+        "--examples", type=int, help=f"examples of each split, for measures; default: {EXAMPLES}"
     )
 
 

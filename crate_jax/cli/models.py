@@ -49,7 +49,7 @@ def add_convert(subparsers: Subparsers) -> None:
     )
     parser.add_argument(
         "--layout",
-        help="whose names to write: official for most families; frame_cbsa, frame_tssa or "
+        help="layout to write: official for most families; frame_cbsa, frame_tssa or "
         "frame_mssa for CBSA's frame; torch, jax or clipa for CRATE-α; timm, crate_baseline, "
         "dinov2, simdino or simdinov2 for ViT; transformers for CRATE-BERT; "
         "default: our own paths, and in PyTorch files the first that fits",
@@ -61,7 +61,7 @@ def add_convert(subparsers: Subparsers) -> None:
         "ones first, such as a teacher",
     )
     parser.add_argument(
-        "--license", help="of a FOLDER/, as the hub abbreviates it, such as mit or apache-2.0"
+        "--license", help="licence of a FOLDER/, as the hub abbreviates it, such as mit"
     )
     add_model(parser)
     parser.set_defaults(function=convert)
@@ -127,11 +127,13 @@ def add_summary(subparsers: Subparsers) -> None:
         help="the size of a model: parameters, multiply-adds, memory",
         epilog="summary crate_base_patch16_224\nsummary crate_tiny_patch16_224 --num_classes=10",
     )
-    parser.add_argument("model", help="of the zoo; crate_jax.list_models() names them")
+    parser.add_argument("model", help="a model of the zoo; crate_jax.list_models() names them")
     parser.add_argument("--image_size", type=int, nargs="+", help="pixels: a side, or two")
-    parser.add_argument("--num_classes", type=int, help="of a model of images")
-    parser.add_argument("--context_length", type=int, help="of a model of text, in tokens")
-    parser.add_argument("--vocab_size", type=int, help="of a model of text")
+    parser.add_argument("--num_classes", type=int, help="classes of a model of images")
+    parser.add_argument(
+        "--context_length", type=int, help="tokens that a model of text sees at once"
+    )
+    parser.add_argument("--vocab_size", type=int, help="vocabulary of a model of text")
     add_model_kwargs(parser)
     parser.set_defaults(function=summary)
 
@@ -167,7 +169,7 @@ def add_plan(subparsers: Subparsers) -> None:
     """The flags of `plan`; those of the recipe's fields are left to `parse_config`."""
     parser = subparsers.add_parser(
         "plan",
-        help="memory and time of a training step on hardware elsewhere",
+        help="memory and time of a training step on other hardware",
         epilog="plan --config=imagenet1k:base --mesh=data:256,fsdp:8\n"
         "plan --config=imagenet1k:base --topology=v5e:4x4",
     )
@@ -179,7 +181,7 @@ def add_plan(subparsers: Subparsers) -> None:
     )
     parser.add_argument("--mesh", help="such as data:256,fsdp:8; with --topology default: data:-1")
     parser.add_argument(
-        "--topology", help="what to compile for, such as v5e:4x4 or h100; default: CPU devices"
+        "--topology", help="hardware to compile for, such as v5e:4x4 or h100; default: CPU devices"
     )
     parser.set_defaults(function=plan)
 

@@ -20,14 +20,14 @@ def add_prepare(subparsers: Subparsers) -> None:
         dest="source",
         type=path,
         required=True,
-        help="holds a folder or a tar file for each split",
+        help="a folder that has a folder or a tar file for each split",
     )
     parser.add_argument(
         "--to",
         dest="target",
         type=path,
         required=True,
-        help="what data.data_dir will be; may be half done",
+        help="the new data.data_dir; may be half done",
     )
     parser.add_argument(
         "--name", help="what data.dataset will be, NAME or NAME:VERSION; ImageNet's own has one"

@@ -21,8 +21,8 @@ def add_knn(subparsers: Subparsers) -> None:
         "knn --workdir=runs/digits --k 10 20 --baselines pixels random",
     )
     parser.add_argument("--k", nargs="+", type=int, help="neighbours; default: 10 20 100 200")
-    parser.add_argument("--temperature", type=float, help="of the votes; default: 0.07")
-    parser.add_argument("--form", help="of the votes: dino (the default), or dinov2")
+    parser.add_argument("--temperature", type=float, help="temperature of the votes; default: 0.07")
+    parser.add_argument("--form", help="form of the votes: dino (the default), or dinov2")
     parser.set_defaults(function=knn)
 
 
@@ -50,14 +50,18 @@ def add_probe(subparsers: Subparsers) -> None:
         metavar="NAME",
         help="linear (default), fewshot, subspace, svm",
     )
-    parser.add_argument("--solver", help="of linear: auto (the default), lbfgs, or sgd")
-    parser.add_argument("--epochs", type=int, help="of --solver sgd; default: 100")
-    parser.add_argument("--shots", nargs="+", type=int, help="of fewshot; default: 1 5 10 25")
-    parser.add_argument("--l2", nargs="+", type=float, help="of fewshot; default: 1024")
+    parser.add_argument("--solver", help="solver of linear: auto (the default), lbfgs, or sgd")
+    parser.add_argument("--epochs", type=int, help="epochs of --solver sgd; default: 100")
     parser.add_argument(
-        "--components", type=int, help="of subspace, a class; default: all values, shared out"
+        "--shots", nargs="+", type=int, help="images a class for fewshot; default: 1 5 10 25"
     )
-    parser.add_argument("--C", type=float, help="of svm; default: 1")
+    parser.add_argument("--l2", nargs="+", type=float, help="penalty of fewshot; default: 1024")
+    parser.add_argument(
+        "--components",
+        type=int,
+        help="dimensions of subspace, a class; default: all values, shared out",
+    )
+    parser.add_argument("--C", type=float, help="C of svm, as scikit-learn's; default: 1")
     parser.set_defaults(function=probe)
 
 

@@ -17,7 +17,7 @@ def add_reconstruct(subparsers: Subparsers) -> None:
     """The flags of `reconstruct`."""
     parser = subparsers.add_parser(
         "reconstruct",
-        help="images: original, masked, and as an autoencoder tells them",
+        help="images: original, masked, and reconstructed by an autoencoder",
         epilog="reconstruct --workdir=runs/mae --output=mae.png",
     )
     add_source(parser)
@@ -31,7 +31,7 @@ def add_reconstruct(subparsers: Subparsers) -> None:
         "--not-normalized",
         "--not_normalized",
         action="store_true",
-        help="with --weights that tell pixels, not deviations in a patch",
+        help="for --weights that predict pixels, not deviations in a patch",
     )
     add_model(parser)
     add_data(parser)

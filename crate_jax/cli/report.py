@@ -27,7 +27,9 @@ def add_report(subparsers: Subparsers) -> None:
         "--output", type=path, help="a folder for index.html and data; default: WORKDIR/report"
     )
     parser.add_argument(
-        "--watch", action="store_true", help="write it anew at each new checkpoint, until Ctrl-C"
+        "--watch",
+        action="store_true",
+        help="write the page anew at each new checkpoint, until Ctrl-C",
     )
     parser.set_defaults(function=report)
 

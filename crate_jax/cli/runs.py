@@ -32,7 +32,9 @@ def add_source(parser: argparse.ArgumentParser) -> None:
         type=path,
         help="a run, here or in a bucket",
     )
-    parser.add_argument("--step", help="of --workdir: latest (default), best or a number")
+    parser.add_argument(
+        "--step", help="checkpoint of --workdir: latest (default), best or a number"
+    )
     parser.add_argument("--weights", type=path, help="in place of --workdir: a file; with --model")
 
 

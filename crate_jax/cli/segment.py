@@ -24,20 +24,20 @@ def add_segment(subparsers: Subparsers) -> None:
     """The flags of `segment`."""
     parser = subparsers.add_parser(
         "segment",
-        help="masks of objects that tokens show: pictures, AP, mIoU",
+        help="masks of objects from tokens: pictures, AP, mIoU",
         epilog="segment --workdir=runs/mine --images=photographs --objects=2\n"
         "segment --workdir=runs/mine --images=VOC2012 --method=coarse",
     )
     add_source(parser)
-    parser.add_argument("--model", metavar="NAME", help="of the zoo, with --weights")
+    parser.add_argument("--model", metavar="NAME", help="a model of the zoo, with --weights")
     add_model_kwargs(parser)
     parser.add_argument("--images", type=path, help="a folder of images, or one as VOC's")
     parser.add_argument("--annotations", type=path, help="a JSON file as COCO's; gives AP")
-    parser.add_argument("--split", metavar="NAME", help="of a folder as VOC's; default: val")
+    parser.add_argument("--split", metavar="NAME", help="split of a folder as VOC's; default: val")
     parser.add_argument("--method", choices=tuple(OWN), default="maskcut", help="default: maskcut")
-    parser.add_argument("--tap", help="whose tokens; default: subspace_tokens")
-    parser.add_argument("--layer", type=int, help="1 … L; default: L, for coarse L − 1")
-    parser.add_argument("--head", type=int, help="1 … K; default: all heads")
+    parser.add_argument("--tap", help="tap of the tokens; default: subspace_tokens")
+    parser.add_argument("--layer", type=int, help="layer, 1 … L; default: L, for coarse L − 1")
+    parser.add_argument("--head", type=int, help="head, 1 … K; default: all")
     parser.add_argument(
         "--size", type=int, help="pixels of a side for the model; default: about 480"
     )
@@ -45,25 +45,29 @@ def add_segment(subparsers: Subparsers) -> None:
         "--positions",
         choices=("right", "official_maps"),
         default="right",
-        help="how positions are resized",
+        help="resizing of positions",
     )
-    parser.add_argument("--objects", type=int, help="maskcut: at most; default: 3")
-    parser.add_argument("--tau", type=float, help="maskcut: patches are alike from it on")
+    parser.add_argument(
+        "--objects", type=int, help="maskcut: largest number of objects; default: 3"
+    )
+    parser.add_argument(
+        "--tau", type=float, help="maskcut: least similarity of an edge; default: 0.15"
+    )
     parser.add_argument("--similarity", choices=("cosine", "product"), help="maskcut")
     parser.add_argument(
         "--connected",
         action=argparse.BooleanOptionalAction,
         help="maskcut: an object is one connected piece (the default)",
     )
-    parser.add_argument("--share", type=float, help="coarse: of a map; default: 0.6")
+    parser.add_argument("--share", type=float, help="coarse: share of a map; default: 0.6")
     parser.add_argument("--share_of", choices=("entries", "mass"), help="coarse")
     parser.add_argument(
         "--definition",
         choices=("paper", "official_code"),
-        help="of coarse's map or pca's foreground",
+        help="definition of coarse's map or pca's foreground",
     )
-    parser.add_argument("--limit", type=int, help="the first images alone")
-    parser.add_argument("--pictures", type=int, default=20, help="how many to draw; default: 20")
+    parser.add_argument("--limit", type=int, help="number of images, from the first; default: all")
+    parser.add_argument("--pictures", type=int, default=20, help="number of pictures; default: 20")
     parser.add_argument(
         "--output", type=path, help="a folder; default: WORKDIR/segmentation, or here"
     )

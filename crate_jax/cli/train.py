@@ -79,6 +79,6 @@ def usage() -> str:
     )
     parser.add_argument("--flagfile", metavar="FILE", help="flags from a file, one a line")
     parser.add_argument(
-        "--verbosity", metavar="N", help="what the libraries log: -1 warnings, 0 all; default: -2"
+        "--verbosity", metavar="N", help="logs of the libraries: -1 warnings, 0 all; default: -2"
     )
     return parser.format_help()
