@@ -53,8 +53,8 @@ def add_model(parser: argparse.ArgumentParser) -> None:
         nargs="+",
         default=[],
         metavar="WHAT",
-        help="parts that the weights may lack or have in another size: head, image_size, patch_size, "
-        "in_channels, pool, eta, lmbda",
+        help="parts that the weights may lack or have in another size: head, image_size, "
+        "patch_size, in_channels, pool, eta, lmbda",
     )
     parser.add_argument(
         "--method",
