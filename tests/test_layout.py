@@ -17,6 +17,7 @@ ROOT = Path(__file__).parent.parent
 FLOORS = [
     "version",
     "interrupts",
+    "waiting",
     "errors",
     "streams",
     "buckets",

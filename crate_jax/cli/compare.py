@@ -24,6 +24,7 @@ from crate_jax.cli.arguments import (
 )
 from crate_jax.config import DataConfig
 from crate_jax.files import Json
+from crate_jax.waiting import counting
 
 if TYPE_CHECKING:  # imported where they are used
     from crate_jax.data.images.labelled import LabelledImages
@@ -90,7 +91,8 @@ def compare(args: argparse.Namespace) -> Json:
             raise
         raise ValueError("compare needs PyTorch. pip install 'crate-jax[torch]'") from None
     with written_aside(args.html) if args.html else contextlib.nullcontext() as aside:
-        found, conditions = _compare(args)
+        with counting("compare"):
+            found, conditions = _compare(args)
         sys.stdout.write(table(found))
         if aside is not None:
             aside.write_text(page(found, conditions), encoding="utf-8")

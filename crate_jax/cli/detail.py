@@ -46,6 +46,7 @@ def detail(args: argparse.Namespace, run: "Run", params: "Params", extra: "Extra
         write_confusion,
     )
     from crate_jax.evaluation.predictions import predictions, read_real, real_accuracy
+    from crate_jax.evaluation.sums import watched
     from crate_jax.tasks.task import CLASSES
     from crate_jax.training.run import evaluation_batches
 
@@ -53,7 +54,7 @@ def detail(args: argparse.Namespace, run: "Run", params: "Params", extra: "Extra
     rows, classes = run.rows["eval"], task.model.num_classes
     real = read_real(args.real, images=len(rows), classes=classes) if args.real else None
     with contextlib.closing(evaluation_batches(run)) as batches:
-        told = predictions(task, params, extra, batches, run.mesh)
+        told = predictions(task, params, extra, watched(batches, len(rows), "detail"), run.mesh)
     matrix = confusion_matrix(told.labels, told.classes, classes)
     names = task.facts(rows).get(CLASSES, ())
     found: Json = {}

@@ -13,6 +13,7 @@ from crate_jax.cli.runs import add_source
 from crate_jax.files import Json, check_folder, check_writable, located, written_aside
 from crate_jax.interop.export import PIXELS, PLATFORMS, USUAL
 from crate_jax.version import VERSION
+from crate_jax.waiting import counting
 
 if TYPE_CHECKING:  # imported where it is used, with flatbuffers
     from jax.export import Exported
@@ -100,7 +101,8 @@ def export(args: argparse.Namespace) -> Json:
     data: Any = opened.data
     how: Any = dict(pixels=args.pixels or PIXELS[0], platforms=args.platforms)
     how |= dict(mean=data.mean, std=data.std) if of_images else dict(mean=None, std=None)
-    program = make_program(opened.model, opened.variables, **how)
+    with counting("export"):
+        program = make_program(opened.model, opened.variables, **how)
     content = bytes(program.serialize())
     facts = _facts(args, opened, program) | _identity(content, output)
     output.program.parent.mkdir(parents=True, exist_ok=True)

@@ -7,6 +7,7 @@ from crate_jax.cli.drawings import FIGURES, HEEDED_BY, Asked
 from crate_jax.cli.looking import add_looking, check_looking, open_runs
 from crate_jax.cli.parser import beside
 from crate_jax.files import Json
+from crate_jax.waiting import counting
 
 
 def add_figure(subparsers: Subparsers) -> None:
@@ -40,7 +41,8 @@ def figure(args: argparse.Namespace) -> Json:
     check_output(output)
     check_looking(args)
     runs = open_runs(args, side=args.size)
-    picture = FIGURES[args.name](runs, Asked(args.layer, args.head))
+    with counting(f"figure {args.name}"):
+        picture = FIGURES[args.name](runs, Asked(args.layer, args.head))
     table = save(picture, output)
     steps = [run.step for run in runs]
     return {

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from crate_jax.cli.arguments import Subparsers, add_data, add_model, path
 from crate_jax.cli.runs import Opened, add_source, open_trained
 from crate_jax.files import Json
+from crate_jax.waiting import counted
 
 if TYPE_CHECKING:  # imported where they are used
     from crate_jax.evaluation.features import Features
@@ -87,7 +88,9 @@ def measured(args: argparse.Namespace, measure: Measure) -> Json:
         "seeds": args.seeds,
     }
     for prefix, splits_of in _sources(args, opened, runs):
-        by_seed = [measure(*splits_of(seed), seed) for seed in args.seeds]
+        what = f"{args.command} {prefix.rstrip('/')}".strip()
+        seeds = counted(args.seeds, what, len(args.seeds), "seeds")
+        by_seed = [measure(*splits_of(seed), seed) for seed in seeds]
         for name in by_seed[0]:
             values = [values[name] for values in by_seed]
             accuracy = name.endswith(ACCURACIES)
@@ -158,10 +161,12 @@ def _sources(
 def _features(function: Any, params: Any, extra: Any, run: "Run") -> "Features":
     """Features of a run's evaluation split."""
     from crate_jax.evaluation.features import features_of
+    from crate_jax.evaluation.sums import watched
     from crate_jax.training.run import evaluation_batches
 
     with contextlib.closing(evaluation_batches(run)) as batches:
-        return features_of(function, params, extra, batches, run.mesh)
+        seen = watched(batches, len(run.rows["eval"]), "features")
+        return features_of(function, params, extra, seen, run.mesh)
 
 
 def _kept(

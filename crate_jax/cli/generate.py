@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from crate_jax.cli.arguments import Subparsers, add_model_kwargs, named_model, path, saved_run
 from crate_jax.config import TextConfig
 from crate_jax.files import Json
+from crate_jax.waiting import counting
 
 if TYPE_CHECKING:  # imported where they are used
     from crate_jax.data.text.tokenizers import Tokenizer
@@ -72,16 +73,17 @@ def generate(args: argparse.Namespace) -> Json:
     prompt = tokenizer.encode(args.prompt)
     begin = prompt.tolist() or [tokenizer.end]
     drawn = args.temperature > 0
-    found = continue_texts(
-        model,
-        params,
-        jnp.asarray([begin], jnp.int32),
-        args.tokens,
-        key=jax.random.key(args.seed) if drawn else None,
-        temperature=args.temperature if drawn else 1.0,
-        top_k=args.top_k,
-    )
-    added = np.asarray(found)[0, len(begin) :].tolist()
+    with counting("generate"):
+        found = continue_texts(
+            model,
+            params,
+            jnp.asarray([begin], jnp.int32),
+            args.tokens,
+            key=jax.random.key(args.seed) if drawn else None,
+            temperature=args.temperature if drawn else 1.0,
+            top_k=args.top_k,
+        )
+        added = np.asarray(found)[0, len(begin) :].tolist()
     ended = tokenizer.end in added
     added = added[: added.index(tokenizer.end)] if ended else added
     text = tokenizer.decode([*prompt.tolist(), *added])

@@ -14,6 +14,7 @@ from crate_jax.cli.arguments import Subparsers, add_data, add_model
 from crate_jax.cli.examples import parts, split_examples
 from crate_jax.cli.runs import add_source, open_trained
 from crate_jax.files import Json
+from crate_jax.waiting import counted
 
 if TYPE_CHECKING:  # imported where they are used
     from crate_jax.tasks.task import Extra, Params
@@ -136,7 +137,8 @@ def measure_split(
     known = measured_of(model, definition=definition)
     names = [name for name in known if geometry or name not in GEOMETRY]
     batches = itertools.chain.from_iterable(map(parts, itertools.chain([first], examples)))
-    return measure(model, first.variables, batches, names, definition=definition)
+    of_images = counted(batches, "layerwise", images, "examples", size=len)
+    return measure(model, first.variables, of_images, names, definition=definition)
 
 
 def table(found: Mapping[str, Measured]) -> str:

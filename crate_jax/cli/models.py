@@ -18,6 +18,7 @@ from crate_jax.cli.arguments import (
 from crate_jax.cli.flags import parse_config
 from crate_jax.files import Json
 from crate_jax.streams import tolerant
+from crate_jax.waiting import counting
 
 if TYPE_CHECKING:  # imported where it is used, with JAX
     from crate_jax.models.stacked import BlockModel
@@ -77,18 +78,19 @@ def convert(args: argparse.Namespace) -> Json:
     method, to_folder = resize_method(args), names_folder(args.target)
     if args.license and not to_folder:
         raise ValueError("--license must go with --to FOLDER/. End the path in a slash.")
-    loaded = load_fitted(
-        args.source, named_model(args), fit=args.fit, method=method, which=args.which
-    )
+    with counting("read the weights"):
+        loaded = load_fitted(
+            args.source, named_model(args), fit=args.fit, method=method, which=args.which
+        )
     fitted, names = loaded.report, loaded.class_names
     variables = {"params": loaded.params, **loaded.extra}
     if names and not holds_class_names(args.target):
         fitted = [*fitted, f"left aside the names of {len(names)} classes, for a bare state dict"]
         names = ()
     said = _said_of(args, loaded.model) if to_folder else {}
-    save_weights(
-        args.target, variables, loaded.model, layout=args.layout, class_names=names, **said
-    )
+    how = dict(layout=args.layout, class_names=names, **said)
+    with counting("write the weights"):
+        save_weights(args.target, variables, loaded.model, **how)
     return {
         "from": args.source,
         "to": args.target,
@@ -200,10 +202,12 @@ def plan(args: argparse.Namespace) -> Json:
     jax.config.update("jax_platforms", "cpu")
     if args.topology:
         topology = find_topology(args.topology)
-        found = plan_on(config, args.mesh or "data:-1", topology, _say)
+        with counting("plan: lower and compile"):
+            found = plan_on(config, args.mesh or "data:-1", topology, _say)
     else:
         jax.config.update("jax_num_cpu_devices", mesh_size(args.mesh))
-        found = plan(config, args.mesh)
+        with counting("plan: lower and compile"):
+            found = plan(config, args.mesh)
     sys.stdout.write(table(found))
     return found
 

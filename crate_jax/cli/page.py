@@ -30,6 +30,7 @@ from crate_jax.cli.page_sections import PICTURES, Of
 from crate_jax.cli.specimen import NotThere, Specimen
 from crate_jax.files import Json, written_aside
 from crate_jax.pages import render
+from crate_jax.waiting import counting
 
 PAGE = "index.html"
 
@@ -60,11 +61,15 @@ class Page:
         """Measure and draw all sections; their data is written on the way."""
         if not is_remote(self._data):
             self._data.mkdir(parents=True, exist_ok=True)
-        self._training()
-        self._objective()
-        for of in PICTURES:
-            self._pictures(of)
-        self._inspected()
+        with counting("report", len(PICTURES) + 2, "sections") as add:
+            self._training()
+            self._objective()
+            add(1)
+            for of in PICTURES:
+                self._pictures(of)
+                add(1)
+            self._inspected()
+            add(1)
         if self.left_out:
             self._add("left-out", "What is left out", texts=self.left_out)
 

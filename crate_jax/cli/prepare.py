@@ -1,7 +1,6 @@
 """`prepare`: a data set in the format that is read fastest."""
 
 import argparse
-import sys
 
 from crate_jax.cli.arguments import Subparsers, path
 from crate_jax.files import Json
@@ -39,8 +38,4 @@ def prepare(args: argparse.Namespace) -> Json:
     """A folder or tar files as a TFDS data set of array_record files."""
     from crate_jax.data.stores.prepare import prepare
 
-    return prepare(args.source, args.target, name=args.name, say=_say)
-
-
-def _say(line: str) -> None:
-    sys.stderr.write(line + "\n")
+    return prepare(args.source, args.target, name=args.name)

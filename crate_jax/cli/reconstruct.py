@@ -9,6 +9,7 @@ from crate_jax.cli.arguments import Subparsers, add_data, add_model, path
 from crate_jax.cli.runs import add_source, open_trained
 from crate_jax.config import TrainConfig
 from crate_jax.files import Json, located
+from crate_jax.waiting import counting
 
 TASK, PICTURES = "masked_autoencoding", "reconstruction"
 
@@ -57,7 +58,8 @@ def reconstruct(args: argparse.Namespace) -> Json:
             config.eval_batch_size = math.ceil(SHOWN / jax.device_count()) * jax.device_count()
 
     opened = open_trained(args, "reconstruct", task=TASK, change=change)
-    _, images = inspect_split(opened.run, opened.params, opened.extra)
+    with counting("reconstruct"):
+        _, images = inspect_split(opened.run, opened.params, opened.extra)
     pictures, data = np.asarray(images[PICTURES]), opened.run.config.data
     output = args.output or str(located(args.workdir or ".", "--output") / f"{PICTURES}.png")
     draw_rows(np.asarray(pictures), output)

@@ -16,6 +16,7 @@ import absl.logging
 import jax
 
 from crate_jax import interrupts
+from crate_jax.cli.bars import shown
 from crate_jax.cli.mistakes import complain, text
 from crate_jax.errors import is_mistake
 from crate_jax.files import Json, cache_folder, expanded, raise_open_files
@@ -48,7 +49,7 @@ def run_command(command: Callable[[], Json], *, kept: bool = False) -> int:
     quiet_libraries()
     raise_open_files()
     try:
-        with interrupts.raising():
+        with interrupts.raising(), shown():
             result = command()
     except KeyboardInterrupt as error:
         complain(str(error) or interrupts.LINE)

@@ -17,6 +17,7 @@ from crate_jax.cli.arguments import (
 from crate_jax.cli.generate import TASK as NEXT_TOKEN
 from crate_jax.config import ModelConfig, TextConfig, TrainConfig
 from crate_jax.files import Json, located
+from crate_jax.waiting import counting
 
 if TYPE_CHECKING:  # imported where they are used
     from crate_jax.tasks.task import Extra, Params
@@ -212,7 +213,8 @@ def checkpoints(args: argparse.Namespace) -> Json:
     from crate_jax.checkpoint.folder import DAMAGED, FOLDER
     from crate_jax.checkpoint.reading import inspect
 
-    found = inspect(args.run)
+    with counting("read and check"):
+        found = inspect(args.run)
     words = {True: "intact", False: "DAMAGED", None: "readable, saved without a digest"}
     for row in found:
         metrics = "  ".join(f"{k} {v:.4f}" for k, v in sorted(row["metrics"].items()))

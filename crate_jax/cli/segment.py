@@ -8,6 +8,7 @@ from crate_jax.cli.alone import open_frozen
 from crate_jax.cli.arguments import Subparsers, add_model_kwargs, path
 from crate_jax.cli.runs import add_source
 from crate_jax.files import Json, located, written_aside
+from crate_jax.waiting import counted
 
 if TYPE_CHECKING:  # imported where they are used, with OpenCV
     from crate_jax.data.annotated import Picture
@@ -103,7 +104,8 @@ def segment(args: argparse.Namespace) -> Json:
     output.mkdir(parents=True, exist_ok=True)
     results: list[Json] = []
     fits: list[dict[int, float]] = []
-    for place, found in enumerate(found_in(args.method, pictures, reader, how)):
+    each = found_in(args.method, pictures, reader, how)
+    for place, found in enumerate(counted(each, "segment", len(pictures), "images")):
         rows, fit = results_of(found, reader.grid)
         results += rows
         fits += [fit] if fit is not None else []

@@ -1,14 +1,29 @@
 """Exact sums over a whole split."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import jax
 import numpy as np
 from jax import Array
 
+from crate_jax.waiting import counted
+
 # Of every name the total, or totals of the shape of the array that was added up.
 Totals = dict[str, Any]
+
+
+def watched(
+    batches: Iterable[dict[str, Array]], examples: int, what: str = "evaluate"
+) -> Iterator[dict[str, Array]]:
+    """The batches of a split, counted for whoever waits.
+
+    Args:
+        batches: of `crate_jax.data.loader.eval_batches`.
+        examples: of the split.
+        what: is done with them.
+    """
+    return counted(batches, what, examples, "examples", size=lambda batch: len(batch["mask"]))
 
 
 def add_up(

@@ -19,7 +19,7 @@ from jax.sharding import Mesh
 from crate_jax.config import TrainConfig, did_you_mean, validate
 from crate_jax.data.loader import Batches, check_bad_share, eval_batches, train_batches
 from crate_jax.data.rows import Rows
-from crate_jax.evaluation.sums import add_up
+from crate_jax.evaluation.sums import add_up, watched
 from crate_jax.files import Json
 from crate_jax.machine import check_settings
 from crate_jax.parallel import (
@@ -224,7 +224,7 @@ def make_evaluate(run: Run, step: SumsProgram) -> EvaluateProgram:
 
     def evaluate(params: Params, extra: Extra) -> dict[str, float]:
         with contextlib.closing(evaluation_batches(run)) as batches:
-            totals = add_up(functools.partial(step, params, extra), batches)
+            totals = add_up(functools.partial(step, params, extra), watched(batches, len(rows)))
         examples = int(totals["examples"])
         check_bad_share(rows, run.config.data, len(rows) - examples)
         return run.task.metrics(totals) | {"examples": examples}

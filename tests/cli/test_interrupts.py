@@ -13,11 +13,8 @@ import cv2
 import numpy as np
 import pytest
 from command import LIMIT_S, ROOT, TINY, environment
-from filelock import FileLock
 
 from crate_jax.cli import main as cli
-from crate_jax.cli.flags import parse_config
-from crate_jax.training.loop import train
 
 LINE = "error: interrupted; what was saved before is intact"
 # `python -m crate_jax`, with SIGINT from the process itself where it calls a function first; and a
@@ -73,22 +70,10 @@ COMMANDS = {
 }
 
 
-@pytest.fixture(scope="module")
-def trained():
-    """A run of two steps, made by the first of the tests' processes that asks for it."""
-    folder = Path(os.environ["CRATE_JAX_TESTS_SCRATCH"], "interrupts")
-    with FileLock(f"{folder}.lock"):
-        if not (folder / "run").exists():
-            flags = ["--config.total_steps=2", "--config.parallel.mesh=data:8"]
-            train(parse_config("digits", [*TINY, *flags]), folder / "making")
-            (folder / "making").rename(folder / "run")
-    return folder / "run"
-
-
 @pytest.fixture
-def here(trained, tmp_path):
+def here(tiny_run, tmp_path):
     """A folder with what the commands read, and `out` for what they write."""
-    shutil.copytree(trained, tmp_path / "run")
+    shutil.copytree(tiny_run, tmp_path / "run")
     png = cv2.imencode(".png", np.zeros((16, 16, 3), np.uint8))[1].tobytes()
     for name in ("train/a/1.png", "train/b/2.png"):
         (tmp_path / "images" / name).parent.mkdir(parents=True)

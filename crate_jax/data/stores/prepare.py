@@ -18,6 +18,7 @@ from crate_jax.data.stores import storage, tars
 from crate_jax.data.stores.examples import FINGERPRINT
 from crate_jax.data.stores.sources import STORES, Source, check_same_classes, open_source
 from crate_jax.files import Json, expanded, written_aside
+from crate_jax.waiting import Add, counting
 
 # Examples a file: about 140 MB of ImageNet, whose training split then has TFDS's 1,025 files.
 SHARD_EXAMPLES = 1250
@@ -107,12 +108,15 @@ def _write_splits(
     for split, paths in files.items():
         order = np.random.default_rng(0).permutation(len(sources[split]))
         shards = [order[i :: len(paths)] for i in range(len(paths))]
-        for i, (path, shard) in enumerate(zip(paths, shards, strict=True)):
-            if not path.exists():
-                _write_shard(path, sources[split], shard, features)
-                written += 1
-            if say:
-                say(f"{split}: file {i + 1} of {len(paths)}, {path.name}")
+        with counting(f"prepare {split}", len(order), "images") as add:
+            for i, (path, shard) in enumerate(zip(paths, shards, strict=True)):
+                if not path.exists():
+                    _write_shard(path, sources[split], shard, features, add)
+                    written += 1
+                else:
+                    add(len(shard))
+                if say:
+                    say(f"{split}: file {i + 1} of {len(paths)}, {path.name}")
         size = sum(path.stat().st_size for path in paths)
         lengths = [len(shard) for shard in shards]
         infos.append(tfds.core.SplitInfo(name=split, shard_lengths=lengths, num_bytes=size))
@@ -227,7 +231,7 @@ def _file_name(name: str, split: str, index: int, count: int) -> str:
     return f"{name}-{split}.array_record-{index:05d}-of-{count:05d}"
 
 
-def _write_shard(path: Path, source: Source, indices: np.ndarray, features: Any) -> None:
+def _write_shard(path: Path, source: Source, indices: np.ndarray, features: Any, add: Add) -> None:
     """One file, whole or not at all."""
     from array_record.python.array_record_module import ArrayRecordWriter
     from tensorflow_datasets.core.example_serializer import ExampleSerializer
@@ -245,5 +249,6 @@ def _write_shard(path: Path, source: Source, indices: np.ndarray, features: Any)
                     "file_name": os.path.basename(example.get("name", "")).encode(errors="replace"),
                 }
                 writer.write(serializer.serialize_example(record))
+                add(1)
         finally:
             writer.close()

@@ -21,6 +21,7 @@ from crate_jax.data.stores.examples import (
     pack_names,
     unpack_name,
 )
+from crate_jax.waiting import Add, counting
 
 _SHORTEST_END, _LONGEST_END = 1024, 2**20  # bytes of zeros
 _COMPRESSED = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")
@@ -124,7 +125,10 @@ def _index(path: str) -> dict[str, np.ndarray]:
     contents = _Contents()
     with storage.open_binary(path) as file:
         try:
-            contents.read(file, 0, "")
+            with counting(
+                f"index {posixpath.basename(path)}", storage.file_size(path), "bytes"
+            ) as add:
+                contents.read(file, 0, "", add)
         except tarfile.ReadError as error:
             if not contents.files:
                 raise ValueError(
@@ -166,10 +170,13 @@ class _Contents:
         self.inner: set[str] = set()
         self.whole = True
 
-    def read(self, file: IO[bytes], start: int, folder: str) -> None:
+    def read(self, file: IO[bytes], start: int, folder: str, add: Add = lambda more: None) -> None:
         """Take in the members of a tar that begins at a byte of the outermost, below a folder."""
         with tarfile.open(fileobj=file, mode="r:") as tar:
+            before = 0
             for member in tar:
+                add(member.offset - before)
+                before = member.offset
                 name = posixpath.normpath(folder + member.name.lstrip("/"))
                 if name.startswith("../"):
                     raise ValueError(f"{member.name} must lie within the tar file. Pack it again.")

@@ -16,6 +16,7 @@ import numpy as np
 from crate_jax.data.rows import patiently
 from crate_jax.data.stores import storage
 from crate_jax.data.stores.examples import Example
+from crate_jax.waiting import counted
 
 _HEAD, _FOOT = 12, 4  # bytes before and after those of a record
 
@@ -87,7 +88,8 @@ def open_tfrecords(
 
     def build() -> dict[str, np.ndarray]:
         with ThreadPoolExecutor(16) as pool:
-            found = list(pool.map(lambda f: patiently(lambda: index_records(f), f), files))
+            each = pool.map(lambda f: patiently(lambda: index_records(f), f), files)
+            found = list(counted(each, "index", len(files), "files"))
         counts = np.array([len(f) for f in found], np.int64)
         return {"records": np.concatenate(found), "counts": counts}
 
