@@ -17,7 +17,7 @@ from crate_jax.errors import first_line
 # Needed besides fsspec for each kind of bucket, and the extra of this project that brings it.
 PACKAGES = {"gs": "gcsfs", "gcs": "gcsfs", "s3": "s3fs"}
 EXTRAS = {"gs": "gcs", "s3": "s3"}
-# Where each kind of bucket is let in.
+# The authentication of each kind of bucket.
 _CREDENTIALS = {
     "gs": "gcloud auth application-default login, or the service account of the machine",
     "s3": "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, AWS_PROFILE, or the role of the machine",
@@ -26,7 +26,7 @@ ANSWER_S = 30  # Seconds in which a service must say whether there is a bucket.
 
 # Whose errors are about a service, never about what an object holds.
 _SERVICES = ("aiohttp", "aiobotocore", "botocore", "gcsfs", "google.api_core", "google.auth")
-# How tensorstore says the same.
+# tensorstore's words for the same.
 _STATUS = re.compile(
     r"\b(UNAVAILABLE|PERMISSION_DENIED|UNAUTHENTICATED|DEADLINE_EXCEEDED|ABORTED)\b"
     r"|HTTP response code: (401|403|408|429|5\d\d)"

@@ -10,7 +10,7 @@ from typing import ParamSpec, TypeVar
 _Arguments = ParamSpec("_Arguments")
 _Result = TypeVar("_Result")
 
-# What this package raises for users; see `is_mistake`.
+# The errors that this package raises for users; see `is_mistake`.
 _FOR_USERS = (ValueError, KeyError, OSError, FloatingPointError)
 _PACKAGE = __name__.partition(".")[0]
 _RECIPE = "<run_path>"  # what runpy calls a file that it runs
@@ -48,7 +48,7 @@ def of_the_system(error: BaseException) -> bool:
         found = found.__cause__ or found.__context__  # requests wraps the socket's three times
     if not isinstance(found, OSError) or found.errno in (None, *_OF_PROGRAMS):
         return False
-    # Of a path, EINVAL is the file system's; else it is about a program's numbers.
+    # EINVAL of a path is the file system's; else it is about a program's numbers.
     return found.errno != errno.EINVAL or found.filename is not None
 
 

@@ -12,7 +12,7 @@ from typing import Any
 from crate_jax.buckets import bucket_path, is_remote, store
 from crate_jax.interrupts import ASIDE
 
-# As many open files as a process asks for, where the system allows any number.
+# The number of open files that a process asks for if the system allows any number.
 MOST_OPEN_FILES = 65_536
 
 # Values that JSON can hold, by name: the record of a checkpoint, the result of a command.

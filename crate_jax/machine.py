@@ -13,11 +13,11 @@ from crate_jax.errors import first_line
 
 SHARED_MEMORY = "/dev/shm"  # through which the loader's workers hand over batches, on Linux
 
-# How XLA, CUDA and C++ say that memory is short.
+# Messages of XLA, CUDA and C++ for short memory.
 _NO_MEMORY = re.compile(r"RESOURCE_EXHAUSTED|OUT_OF_MEMORY|bad_alloc|[Oo]ut of memory")
-# How the loader of shared libraries does.
+# The same message of the loader of shared libraries.
 _NO_ROOM = re.compile(r"failed to map segment|[Cc]annot allocate memory")
-# How Grain says that the system ended a worker, and with which signal.
+# Grain's message that the system ended a worker, with the signal.
 _DEAD_WORKER = re.compile(r"Worker process was terminated unexpectedly with exit code -(\d+)")
 
 

@@ -19,7 +19,7 @@ GEOMETRY = (
 OFFICIAL = ("subspace_rate", "zeros")  # what the released script measures
 DEFINITIONS = ("paper", "official_code")
 
-# What each is called where people read it.
+# The names of the measures for people.
 TITLES = {
     "rate": "R(Z), nats",
     "subspace_rate": "R^c(Z; U), nats",

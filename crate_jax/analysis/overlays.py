@@ -7,7 +7,7 @@ import numpy as np
 
 from crate_jax.files import written_aside
 
-# Of the masks in turn, RGB: told apart by those who see few colours, too (Okabe & Ito).
+# Colours of the masks in turn, RGB: distinct also for colour-blind people (Okabe & Ito).
 COLOURS = np.array(
     [[230, 159, 0], [86, 180, 233], [0, 158, 115], [204, 121, 167], [213, 94, 0], [0, 114, 178]],
     np.float64,

@@ -21,5 +21,5 @@ class Best:
         return metrics[self.metric] if self.higher else -metrics[self.metric]
 
 
-# Of runs whose records do not say: they are older than the question.
+# For runs whose records do not state it: they are older than the field.
 UNSAID = Best("test/top1", higher=True)

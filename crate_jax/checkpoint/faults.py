@@ -30,7 +30,7 @@ _NEVER_REFUSAL = (
     *(*_NEVER_DAMAGE, TypeError, AttributeError, LookupError, ArithmeticError),
     *(AssertionError, NotImplementedError),
 )
-# What is not there, or not what it was: damage. Other numbers speak of the system.
+# Missing or changed files: damage. Other numbers speak of the system.
 _DAMAGE = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR)
 _NUMBER = re.compile(r"\[OS error (\d+)")  # in the words of tensorstore
 

@@ -23,7 +23,7 @@ from crate_jax.parallel import all_agree
 LOCK, MARKER, NOTE = ".owner.lock", ".owner.marker", ".owner.json"
 # Seconds: for an owner that may be about to end; for the other processes of the run.
 WAIT_S, TOGETHER_S, GOODBYE_S = 5.0, 3600, 10
-# What a file system without locks says.
+# The errors of a file system without locks.
 _NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOTSUP)
 
 _log = logging.getLogger("crate_jax")

@@ -19,7 +19,7 @@ if TYPE_CHECKING:  # imported where it is used, with flatbuffers
     from jax.export import Exported
 
 SUFFIX = ".stablehlo"
-# How far outputs of the program may be from the model's, relative to the largest.
+# The tolerance of the program's outputs against the model's, relative to the largest.
 TOLERANCE = {"float32": 1e-5, "bfloat16": 3e-2}
 
 PAGE = """\

@@ -48,7 +48,7 @@ def missing(
             wanted = Requirement(line)
         except InvalidRequirement:  # another package's metadata may be older than the rules
             continue
-        # What is wanted with the extra alone; the rest is installed with the package.
+        # The requirements of the extra alone; the rest is installed with the package.
         if wanted.marker is None or wanted.marker.evaluate({"extra": ""}):
             continue
         if not wanted.marker.evaluate({"extra": extra}):

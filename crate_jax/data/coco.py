@@ -159,7 +159,7 @@ def _is_polygon(value: Any) -> bool:
 
 
 Rule = tuple[Callable[[Any], bool], str]
-# What COCO's code reads of an image and of an object, and how it must be; see `_is_mask` too.
+# The values that COCO's code reads of an image and an object, with rules; see `_is_mask` too.
 RULES: dict[str, dict[str, Rule]] = {
     "images": {
         "id": (_is_whole, "a whole number"),

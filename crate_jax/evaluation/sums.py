@@ -9,7 +9,7 @@ from jax import Array
 
 from crate_jax.waiting import counted
 
-# Of every name the total, or totals of the shape of the array that was added up.
+# The total of every name, or totals of the shape of the array that was added up.
 Totals = dict[str, Any]
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 from crate_jax.interop.kinds import not_whole
 
 CONFIG = "config.json"  # of a repository on the hub
-# What transformers, accelerate, timm and diffusers call the weights in a folder.
+# The names of weights in a folder by transformers, accelerate, timm and diffusers.
 _STEMS = ("model", "pytorch_model", "diffusion_pytorch_model", "open_clip_pytorch_model")
 KNOWN_NAMES = (
     *(f"{stem}.safetensors{index}" for stem in _STEMS for index in ("", ".index.json")),

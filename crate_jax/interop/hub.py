@@ -118,7 +118,7 @@ def _fetch(address: Address, known_digest: str, known_size: int | None) -> Path:
     url = hf_hub_url(address.repository, address.file, **where)
     about = get_hf_file_metadata(url, timeout=ANSWER_S, endpoint=_endpoint())
     etag, size = about.etag or "", about.size
-    # Of large files the tag is the whole digest.
+    # The tag of a large file is the whole digest.
     digest = etag if re.fullmatch("[0-9a-f]{64}", etag) else known_digest
     if known_size not in (None, size) or not digest.startswith(known_digest):
         raise ValueError(

@@ -8,7 +8,7 @@ from pathlib import Path
 from crate_jax.buckets import is_remote
 from crate_jax.errors import first_line, of_the_system
 
-# What a file may be instead: how it begins, what that is, what to do.
+# Files of other kinds: their first bytes, their kind, the remedy.
 _OTHERS = (
     (rb"version https://git-lfs", "a pointer of Git LFS", "Fetch the file itself: git lfs pull."),
     (rb"(?i)\s*(<!doctype|<html|<\?xml|<head)", "a web page", "Download the file itself."),

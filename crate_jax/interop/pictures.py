@@ -12,7 +12,7 @@ from crate_jax.models.classifier import of_images, pair
 from crate_jax.models.stacked import BlockModel
 from crate_jax.options import is_of
 
-# How the authors' code evaluates, where that is known and differs from the ImageNet standard.
+# The authors' evaluation, if it is known and differs from the ImageNet standard.
 _FILTERS = {"tost_*": "bicubic"}
 
 

@@ -10,7 +10,7 @@ from crate_jax.errors import first_line
 from crate_jax.files import Json
 from crate_jax.interop.kinds import not_whole, unreadable
 
-# Of the model's configuration, and of the names of its classes: both hold JSON.
+# Keys of the model's configuration and of the names of its classes: both hold JSON.
 METADATA_KEY, NAMES_KEY = "crate_jax", "crate_jax.class_names"
 
 

@@ -16,7 +16,7 @@ from crate_jax.models.parameters import Params
 from crate_jax.models.stacked import BlockModel
 from crate_jax.models.zoo import architecture, has_family
 
-# How a file may be written, by the end of its name.
+# The format of a written file, by the end of its name.
 SUFFIXES = (".npz", ".safetensors", *pth.FORMS)
 
 

@@ -14,7 +14,7 @@ from crate_jax.models.cost import abstract_variables
 from crate_jax.models.parameters import Params, Variables, variables_of
 from crate_jax.models.stacked import BlockModel
 
-# Of patches, and of a convolutional stem.
+# The embedding of patches, and of a convolutional stem.
 PROJECTION, FIRST_STAGE = "embedding/projection/kernel", "embedding/stem/stage_0/kernel"
 
 # What the shapes of a parameter tree tell: the leaf, and the axes whose product it is. A model has
@@ -37,7 +37,7 @@ _SIZES: dict[str, dict[str, slice]] = {
     "vocab_size": {"embedding/tokens": slice(0, 1)},
     "positions in a text": {"embedding/positions": slice(0, 1)},
 }
-# Those that no fit can change.
+# Fields that no fit can change.
 LAYER_SIZES = ("width", "depth", "num_heads x head_dim", "atoms", "hidden")
 
 

@@ -112,7 +112,7 @@ def _with_kernel(V_BxNxKxp: Array, mask: Array | None, kernel: str) -> frozenset
         return frozenset()
     if placement.rows_over(V_BxNxKxp) is None:
         return frozenset()
-    # How many digits a float32 product has on a GPU is XLA's to know.
+    # XLA alone knows the precision of a float32 product on a GPU.
     on_gpu = V_BxNxKxp.dtype in _HALF and V_BxNxKxp.shape[-1] <= gpu.LONGEST_SUBSPACE
     fits = {
         "cuda": on_gpu and gpu.is_new_enough(),

@@ -34,7 +34,7 @@ def _layer(model: BlockModel) -> Cost:
             "crate_jax/models/operator_cost.py."
         )
     found = [COSTS[part.name](model) for part in parts]
-    # What comes after a half needs its last product, and the gradients of the factors need both.
+    # The part after a half needs its last product; the gradients of the factors need both.
     for i, cost in enumerate(found if scaled else found[:-1]):
         found[i] = cost._replace(last=0, outputs=cost.outputs + N * d * (cost.last > 0))
     kept = (1 + norms + scaled) * N * d

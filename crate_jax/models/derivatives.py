@@ -19,7 +19,7 @@ from jax.typing import DTypeLike
 from crate_jax import placement
 from crate_jax.models import gpu, gpu_norm
 
-# How a model's backward pass is had: "derived", written out; "autodiff", from JAX.
+# The kinds of a model's backward pass: "derived", written out; "autodiff", from JAX.
 BACKWARD = ("derived", "autodiff")
 
 

@@ -100,7 +100,7 @@ RELEASED += tuple(
         "large": "1xdEClU6xb5qSwxvDZROKfLac8mJ7R6vb",
     }.items()
 )
-# Whose files' licence nobody stated has that of the code here, and says so.
+# If nobody stated the licence of the files, the code's licence stands here, and says so.
 _MIT = "not stated; the code is MIT"
 _BY_README = "by the link in the authors' README"
 _CRATE, _SIMDINO = (
@@ -120,7 +120,7 @@ RELEASED += (
         )
     ),
 )
-# Of these the repository is known, and not the names of its files.
+# The repository of these is known, but not the names of its files.
 _WHOLE = "a repository; the name of its file is not known here"
 RELEASED += (
     Released(

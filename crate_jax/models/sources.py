@@ -184,7 +184,7 @@ RESULTS |= {
         "base": (80.9, 60.1, 61.8, 46.2),
     }.items()
 }
-# Of text: of the training's own kind, and zero-shot.
+# Results on text: of the training's own kind, and zero-shot.
 _TEXT = ("OpenWebText loss", "LAMBADA loss", "WikiText loss", "PTB loss")
 RESULTS |= {
     name: dict(zip(_TEXT, losses, strict=True))

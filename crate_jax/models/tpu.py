@@ -26,7 +26,7 @@ from crate_jax.models.tpu_programs import (
     precision,
 )
 
-# What a program may take of a core's own memory: three quarters of it, of TPU v4 all but 2 MiB.
+# The share of a core's own memory for a program: three quarters, of TPU v4 all but 2 MiB.
 _MEBIBYTES = {"TPU v5 lite": 96, "TPU v5": 48, "TPU v5p": 48, "TPU v6 lite": 96}
 _MEBIBYTES |= {"TPU v5e": 96, "TPU v6e": 96, "TPU7": 48, "TPU7x": 48}
 _LEAST = 14  # of TPU v4, whose cores have 16, and taken for granted of any other

@@ -33,7 +33,7 @@ from crate_jax.models.parameters import (
 )
 from crate_jax.models.subspaces import into_subspaces, out_of_subspaces
 
-# What the official code adds to the sum of Π, and the least sum of squares that it divides by.
+# The official code's addition to the sum of Π, and its least sum of squares as a divisor.
 _EPSILON, _LEAST = 1e-8, 1e-24
 
 

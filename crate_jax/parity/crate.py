@@ -236,7 +236,7 @@ class TorchCrate(Frame):
         super().__init__(num_patches, width, num_classes, pool, embedding, transformer)
 
 
-# What the official codes of CRATE and of its frame have, of the fields that may be otherwise.
+# The values of fields in the official codes of CRATE and of its frame.
 _OFFICIAL: dict[str, object] = {
     **{"attention_sign": "plus", "tied_output": False},
     **{"threshold": "relu", "ista_steps": 1, "step_sizes": "fixed"},

@@ -77,7 +77,7 @@ class TorchHyperSet(Twin):
         self.cls_token = nn.Parameter(torch.randn(1, 1, d))
         hidden = model.mlp_ratio * d
         self.enc = nn.ModuleList([Block(d, model.num_heads, model.subspace_dim, hidden)])
-        # What has no parameters keeps its place in the official names.
+        # A part without parameters keeps its place in the official names.
         code = [nn.Identity(), nn.Linear(CODES, d), nn.RMSNorm(d), nn.GELU()]
         code += [nn.RMSNorm(d), nn.Linear(d, d), nn.RMSNorm(d)]
         steps = nn.Sequential(nn.GELU(), nn.Linear(d, 2 * d))

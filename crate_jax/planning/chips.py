@@ -47,7 +47,7 @@ CHIPS = {
 }
 
 
-# What JAX calls them. Cards of the same name for other slots have other peaks, and are not here.
+# JAX's names. Cards of the same name for other slots have other peaks, and are not here.
 _KINDS = {
     "TPU v4": "v4",
     "TPU v5 lite": "v5e",

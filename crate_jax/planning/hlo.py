@@ -182,7 +182,7 @@ def _instruction(text: str, name: str, is_root: bool) -> Instruction:
     rest = rest[len(opcode) :]
     end = _closing(rest)
     written = rest[1 : end - 1]
-    # What a constant or a parameter has in its brackets is no operand.
+    # The brackets of a constant or a parameter hold no operand.
     plain = opcode in ("constant", "parameter")
     return Instruction(
         name=name,

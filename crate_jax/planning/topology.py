@@ -20,7 +20,7 @@ from crate_jax.errors import first_line
 from crate_jax.parallel import Devices
 from crate_jax.planning.chips import CHIPS, Chip
 
-# What libtpu knows, and the largest slice that can be had of it.
+# The chips that libtpu knows, and their largest slices.
 SLICES = {
     **{"v2": "16x16", "v3": "32x32", "v4": "16x16x16", "v5e": "16x16", "v5p": "16x16x24"},
     **{"v6e": "16x16", "tpu7x": "16x24x24"},

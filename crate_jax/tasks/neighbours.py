@@ -48,7 +48,7 @@ def nearest_class(
     cosine_BxM = jnp.where(labels_M[None] == EMPTY, -jnp.inf, cosine_BxM)
     cosine_Bxk, index_Bxk = jax.lax.top_k(cosine_BxM, min(k, len(labels_M)))
     label_Bxk = labels_M[index_Bxk]
-    # Of weights exp((cosine − 1) / τ) none overflows.
+    # No weight exp((cosine − 1) / τ) overflows.
     weight_Bxk = jnp.where(label_Bxk == EMPTY, 0, jnp.exp((cosine_Bxk - 1) / temperature))
     same_Bxkxk = label_Bxk[:, :, None] == label_Bxk[:, None, :]
     votes_Bxk = jnp.sum(weight_Bxk[:, None, :], axis=2, where=same_Bxkxk)

@@ -17,7 +17,7 @@ from crate_jax.parallel import PyTree
 
 EMBEDDING, BLOCKS = "embedding", "blocks"  # a group with both of them is a backbone
 TOKENS = ("mask_token", "register_tokens")  # of a backbone that lie outside its embedding
-# What turns pixels into tokens, below the embedding: not the class token, nor positions.
+# The parts that turn pixels into tokens, below the embedding: no class token, no positions.
 PATCH_PARTS = ("patch_norm", "projection", "token_norm", "stem")
 
 Path = tuple[str, ...]

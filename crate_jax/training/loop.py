@@ -61,7 +61,7 @@ from crate_jax.training.workdir import (
     write_config,
 )
 
-# What XLA calls errors that are the program's own: another try would end the same.
+# XLA's names of errors that are the program's own: another try would end the same.
 _OURS = ("INVALID_ARGUMENT", "UNIMPLEMENTED")
 
 

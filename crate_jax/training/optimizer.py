@@ -141,7 +141,7 @@ def make_optimizer(
         tx = optax.adamw(schedule, eps=optim.eps, **common)
     else:
         tx = optax.lion(schedule, **common)
-    # What is not asked for leaves no trace in the chain: its state has a place for each link, and
+    # A link that is not asked for is not in the chain: the state has a place for each link, and
     # older checkpoints have the places of their links.
     if optim.clip_each:
         tx = optax.chain(clip_each(optim.clip_each), tx)

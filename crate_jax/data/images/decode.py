@@ -16,7 +16,7 @@ MAX_PIXELS = 2**27
 TIFF = (b"II*\0", b"MM\0*")
 JPEG, PNG = b"\xff\xd8", b"\x89PNG\r\n\x1a\n"  # how files begin
 END = b"\xff\xd9"  # how a JPEG ends
-# How files of floats begin that OpenCV reads: PFM, Radiance.
+# The first bytes of files of floats that OpenCV reads: PFM, Radiance.
 FLOATS = (b"Pf", b"PF", b"#?")
 # Of PGM and PPM: width, height and the level that is white, with comments between them.
 NETPBM = re.compile(rb"P[2356]" + 3 * rb"(?:\s+(?:#[^\n]*\n\s*)*)(\d+)")

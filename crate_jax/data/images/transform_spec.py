@@ -73,7 +73,7 @@ def _is_one_or_two_sizes(value: Argument) -> bool:
     return len(value) == 2 and all(map(_is_size, value)) and value[0] * value[1] <= MAX_PIXELS
 
 
-# What each argument must be, for whichever transform takes it; some by transform.argument.
+# The rule of each argument, in every transform that takes it; some by transform.argument.
 _side_or_two = (
     _is_one_or_two_sizes,
     f"a positive whole number of pixels, or (height, width), of at most {MAX_PIXELS} in all",

@@ -20,7 +20,7 @@ from crate_jax.buckets import filesystem, is_remote
 from crate_jax.config import DataConfig
 from crate_jax.files import cache_folder, expanded, written_aside
 
-# Of what the arrays of an index mean; another number makes them all anew.
+# The version of an index's arrays; another number makes them all anew.
 INDEX_VERSION = 2
 
 

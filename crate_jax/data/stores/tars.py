@@ -26,7 +26,7 @@ from crate_jax.waiting import Add, counting
 _SHORTEST_END, _LONGEST_END = 1024, 2**20  # bytes of zeros
 _COMPRESSED = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")
 
-# What the files of ILSVRC 2012 are called, and what TFDS calls their splits.
+# The names of ILSVRC 2012's files, and TFDS's names of their splits.
 IMAGENET_SPLITS = {"ILSVRC2012_img_train": "train", "ILSVRC2012_img_val": "validation"}
 
 

@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator, Mapping
 from crate_jax.config import DataConfig, did_you_mean
 from crate_jax.data.stores import storage
 
-# Of the topics that come with Python one group in so many is for evaluation, from this one on.
+# One group in so many of Python's topics is for evaluation, from this one on.
 HELD_OUT, FIRST_HELD_OUT = 8, 4
 COPIED = 80  # letters of a paragraph that no two topics have by chance
 

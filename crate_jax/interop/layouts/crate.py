@@ -9,7 +9,7 @@ from crate_jax.interop.layouts.stem import COUNTERS, stem
 
 _LAYER = "transformer.layers.{i}"
 _SIGN = "the official names"
-# Of the operator and the switches of the theory whose other values these names do not tell.
+# Operators and switches of the theory: these names do not tell their other values.
 _IMPLIED = {
     field: Implied(_SIGN, (value,))
     for field, value in dict(
