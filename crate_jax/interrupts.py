@@ -24,7 +24,7 @@ ASIDE: set[str] = set()
 
 
 class _Heeded:
-    """What this process has heard.
+    """The signals that this process has received.
 
     Attributes:
         raising: whether a command runs, which a KeyboardInterrupt ends in good order.

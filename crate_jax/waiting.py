@@ -1,4 +1,4 @@
-"""How far long work is, for whoever waits: the work counts, and somebody else may show it.
+"""The progress of long work: the work counts, and other code may show it.
 
 Nothing here knows a terminal. A command sets who shows (`shown_by`); without one, counting costs
 nothing.

@@ -31,7 +31,7 @@ _log = logging.getLogger("crate_jax")
 
 
 class Lease:
-    """This process owns a workdir in a bucket from now on, until `release` or its end.
+    """The ownership of a workdir in a bucket by this process, until `release` or its end.
 
     Args:
         workdir: the run's folder in a bucket.

@@ -30,7 +30,7 @@ _log = logging.getLogger("crate_jax")
 
 
 class Owner:
-    """This process owns a workdir from now on, until `release` or its end.
+    """The ownership of a workdir by this process, until `release` or its end.
 
     Args:
         workdir: the run's directory, made if need be.

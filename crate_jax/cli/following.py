@@ -53,7 +53,7 @@ def say(line: str) -> None:
 def _look(
     workdir: str, wanted: "Callable[[Checkpointer], Iterable[int] | None]"
 ) -> list[int] | None:
-    """What is wanted of the checkpoints there are now; [] where there are none."""
+    """Choose the wanted ones of the checkpoints that are there now; [] if there are none."""
     from crate_jax.checkpoint.manager import Checkpointer
 
     try:

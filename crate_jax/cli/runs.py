@@ -1,4 +1,4 @@
-"""What commands open that read a run or a weights file; and `checkpoints`."""
+"""Open a run or a weights file for a command; and `checkpoints`."""
 
 import argparse
 import sys

@@ -61,7 +61,7 @@ def _check(args: argparse.Namespace) -> None:
 
 
 class _Watcher:
-    """Which checkpoints there are to evaluate, and what came out.
+    """The checkpoints to evaluate, and their results.
 
     Args:
         args: of the command.
@@ -178,7 +178,7 @@ def _end_line(path: Path) -> None:
 
 
 def _lines(path: Path) -> list[Json]:
-    """What a file of lines holds; one that a crash cut off does not count."""
+    """Read the lines of a file; a line that a crash cut off does not count."""
     found = []
     for text in path.read_text().splitlines() if path.exists() else ():
         try:
@@ -204,7 +204,7 @@ def _steps(workdir: str) -> list[int]:
 
 
 def _is_complete(reader: "Checkpointer", workdir: str) -> bool:
-    """Whether the newest checkpoint is that of the run's last step, as far as that is known."""
+    """True if the newest checkpoint is that of the run's last step, as far as that is known."""
     from crate_jax.checkpoint.reading import read_facts
     from crate_jax.tasks.task import length_of
 

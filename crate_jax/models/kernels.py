@@ -17,7 +17,7 @@ def like(X: Array, shape: tuple[int, ...], dtype: Any) -> jax.ShapeDtypeStruct:
 
 
 def to_natural(largest_BxKxN: Array, total_BxKxN: Array, unit: float) -> tuple[Array, Array]:
-    """Of each row of scores in natural units: the largest, max S, and the sum of e^(S − max S).
+    """Each row's largest score, max S, and the sum of e^(S − max S), in natural units.
 
     The largest is rounded anew, and the sum makes up for it: scores of a hundred would else be off
     by 1e-5.

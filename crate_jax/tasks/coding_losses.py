@@ -40,7 +40,7 @@ def official_gamma(p: int, n: int) -> float:
 
 
 def expansion(F_BxVxp: Array, *, eps: float, group_size: int = 0) -> Array:
-    """How far the images of each view fill the space: mean_V mean_G ½ logdet(I + p/(B ε) F_gᵀF_g).
+    """Measure the volume of each view's images: mean_V mean_G ½ logdet(I + p/(B ε) F_gᵀF_g).
 
     The F_g (m, p) are the features of one group of m images that follow one another. The official
     code has a group on each device, and divides by all B images nevertheless. With one group of

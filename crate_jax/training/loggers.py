@@ -1,4 +1,4 @@
-"""What a run says to programs that collect runs: Weights & Biases, Trackio; none unless asked for.
+"""Loggers for programs that collect runs: Weights & Biases, Trackio; none unless asked for.
 
 They stand beside the run's own files, which are whole without them. A logger that cannot begin
 stops a run before its first step. One that fails later is told once, and the run goes on.
@@ -97,7 +97,7 @@ LOGGERS: dict[str, Callable[[Any, Path, Json, str], Logger]] = {
 
 
 class Loggers:
-    """Those of a run, together.
+    """The loggers of a run, together.
 
     Args:
         opened: by name.
@@ -206,6 +206,6 @@ def _known_name(workdir: Path, name: str) -> str:
 
 @contextlib.contextmanager
 def _off_stdout() -> Iterator[None]:
-    """What a program prints goes to stderr: the last line of stdout is the command's result."""
+    """Print a program's output to stderr: the last line of stdout is the command's result."""
     with contextlib.redirect_stdout(sys.stderr):
         yield

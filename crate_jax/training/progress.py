@@ -17,7 +17,7 @@ from crate_jax.training.writer import MetricsWriter
 
 
 class Reporter:
-    """All that a run says of itself, to its files, to ``config.loggers`` and to whoever watches.
+    """The output of a run: to its files, to ``config.loggers`` and to people.
 
     Args:
         workdir: existing directory, or in a bucket.

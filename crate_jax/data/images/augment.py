@@ -239,7 +239,7 @@ def _fill(
     value: int | tuple[int, ...] | str,
     deviation: float | tuple[float, ...],
 ) -> np.ndarray | int | tuple[int, ...]:
-    """What stands in an erased window; see `random_erasing`."""
+    """The filling of an erased window; see `random_erasing`."""
     if isinstance(value, str):
         return rng.integers(0, 256, shape, np.uint8)
     if not np.any(deviation):

@@ -1,4 +1,4 @@
-"""What changes colours and not places: the operations of Pillow's ImageOps and ImageEnhance.
+"""Transforms of colours and not of places: the operations of Pillow's ImageOps and ImageEnhance.
 
 torchvision's augmentations are defined by these. Images are (H, W, c) uint8 with c = 1 or 3, and
 come out in the same shape.

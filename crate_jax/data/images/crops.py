@@ -32,7 +32,7 @@ class CroppedImages(LabelledImages):
 
     @property
     def shapes(self) -> Mapping[str, jax.ShapeDtypeStruct]:
-        """Of one row: "global" (2, H, W, c), "local" (n, h, w, c) if n > 0, and "label" ()."""
+        """One row's shapes: "global" (2, H, W, c), "local" (n, h, w, c) if n > 0, "label" ()."""
         several = {"global": (2, self.pipeline), "local": (self.count, self.local)}
         views = {
             name: jax.ShapeDtypeStruct((n, *pipeline.image_shape), np.uint8)

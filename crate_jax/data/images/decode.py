@@ -231,7 +231,7 @@ def _declared_size(data: bytes) -> tuple[int, int] | None:
 
 
 def _other_levels(data: bytes, *, decoded: bool) -> str | None:
-    """Of an image that is of neither 8 nor 16 bits: what it is of, in words.
+    """Describe the levels of an image that has neither 8 nor 16 bits.
 
     OpenCV takes some for pixels of 8 bits as they are, which would be all but black.
     """
