@@ -89,6 +89,16 @@ def test_a_file_of_the_hub_is_fetched_once(server, row, expected, caplog):
     assert Path(path).read_bytes() == GOLDEN.read_bytes()
 
 
+def test_one_call_gives_the_model_that_the_authors_have(server, row):
+    """Logits of the official code on the same weights and images."""
+    model, params = crate_jax.load_pretrained("toy")
+    with np.load(ROOT / "tests/golden/crate_alpha.npz") as golden:
+        images, logits = golden["images_nchw"].transpose(0, 2, 3, 1), golden["logits"]
+    found = model.apply({"params": params}, images, train=False)
+    np.testing.assert_allclose(found, logits, atol=1e-5)
+    assert [name for name, _ in server.gets] == ["crate_alpha_B16_in1k.npz"]
+
+
 def test_a_revision(server, row, expected):
     load_weights(ADDRESS, MODEL)
     server.requests.clear()
