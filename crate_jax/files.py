@@ -25,7 +25,7 @@ def expanded(path: str | os.PathLike[str], name: str) -> str:
     Everything else stays as it is: ``gs://…``, and ``$VARIABLES``, which are the shell's.
 
     Args:
-        path: of a flag, of a field of a config, or of a call.
+        path: the path of a flag, of a field of a config, or of a call.
         name: of that flag, field or argument, for the error.
 
     Raises:

@@ -29,7 +29,7 @@ class _Heeded:
     Attributes:
         raising: whether a command runs, which a KeyboardInterrupt ends in good order.
         told: whether the line is written.
-        answered: how many signals need nobody to end the process any more.
+        answered: the number of signals that need nobody to end the process any more.
         heard: how many signals Python's handler has had.
         sent: how many the thread has had, to which they come at once.
     """

@@ -109,7 +109,7 @@ def rate_reduction(Z: Array, U: Array, *, eps: float) -> Array:
         Rate in nats (...), float32.
 
     Raises:
-        ValueError: as `subspace_coding_rate`.
+        ValueError: see `subspace_coding_rate`.
     """
     compressed = subspace_coding_rate(Z, U, eps=eps)
     return coding_rate(placement.after(Z, compressed), eps=eps) - compressed
@@ -166,7 +166,7 @@ def sparse_rate_reduction(Z: Array, U: Array, *, lmbda: float, eps: float) -> Ar
         Objective in nats (...), float32.
 
     Raises:
-        ValueError: as `subspace_coding_rate`.
+        ValueError: see `subspace_coding_rate`.
     """
     nonzero = jnp.count_nonzero(Z, axis=(-2, -1)).astype(jnp.float32)
     return rate_reduction(Z, U, eps=eps) - jnp.asarray(lmbda, jnp.float32) * nonzero

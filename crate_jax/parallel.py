@@ -137,7 +137,7 @@ def make_mesh(spec: str = "data:-1", devices: Devices | None = None) -> Mesh:
 
     Args:
         spec: "axis:size,…"; an axis left out has size 1, and one size may be -1 for what is left.
-        devices: those to use; None: every device of every process.
+        devices: the devices to use; None: every device of every process.
 
     Returns:
         A mesh with both axes, of Auto type, as Flax linen needs.
@@ -248,7 +248,7 @@ def state_shardings(abstract_state: PyTree, mesh: Mesh) -> Shardings:
 
     Args:
         abstract_state: tree of arrays or `jax.ShapeDtypeStruct`.
-        mesh: of `make_mesh`.
+        mesh: the mesh of `make_mesh`.
 
     Returns:
         Tree of `NamedSharding`, same structure.

@@ -23,7 +23,7 @@ class Show(Protocol):
         Args:
             what: is done, in a word or some.
             total: how much there is to do; None: nobody knows.
-            unit: of the total, in the plural; "": a step that cannot be counted.
+            unit: the unit of the total, in the plural; "": a step that cannot be counted.
         """
         ...
 
@@ -69,9 +69,9 @@ def counted(
     Args:
         items: any.
         what: is done with them.
-        total: of all sizes; None: nobody knows.
-        unit: of the sizes, in the plural.
-        size: of an item.
+        total: the total of all sizes; None: nobody knows.
+        unit: the unit of the sizes, in the plural.
+        size: the size of an item.
     """
     with counting(what, total, unit) as add:
         for item in items:

@@ -20,7 +20,7 @@ class Equations(NamedTuple):
     """The equations of one part of a layer.
 
     Attributes:
-        title: of the part.
+        title: the title of the part.
         lines: an equation each.
         note: what the letters are, in words; "" where nothing is to be said.
     """

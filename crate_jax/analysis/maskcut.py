@@ -70,10 +70,10 @@ def maskcut(
         grid: patches (down, across).
         objects: at most, at least 1.
         tau: τ of `affinity`.
-        similarity: of `affinity`.
+        similarity: the similarity of `affinity`.
         connected: whether an object is a connected piece of its side (patches that share an edge),
             or all of it.
-        solver: of `second_eigenvector`.
+        solver: the solver of `second_eigenvector`.
 
     Returns:
         The objects in the order in which they were found; none, if the first cut separates nothing.
@@ -110,9 +110,9 @@ def check_choices(objects: int, tau: float, similarity: str) -> None:
     """Refuse what `maskcut` would refuse, before there are features.
 
     Args:
-        objects: as of `maskcut`.
-        tau: likewise.
-        similarity: likewise.
+        objects: see `maskcut`.
+        tau: see `maskcut`.
+        similarity: see `maskcut`.
 
     Raises:
         ValueError: one cannot be.

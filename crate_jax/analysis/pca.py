@@ -33,7 +33,7 @@ def principal_components(F_nxf: np.ndarray, count: int) -> tuple[np.ndarray, np.
 
     Args:
         F_nxf: features, any float dtype; computed in float64.
-        count: of the directions.
+        count: the number of the directions.
 
     Returns:
         Scores (n, count), and the share (count,) of the variance that each direction has; both are

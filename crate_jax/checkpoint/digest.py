@@ -43,7 +43,7 @@ def changed(tree: PyTree, expected: dict[str, int]) -> list[str]:
     """Paths of the arrays whose fingerprint is not the expected one.
 
     Args:
-        tree: as for `digest`, or a part of that tree under the same paths.
+        tree: the tree of `digest`, or a part of it under the same paths.
         expected: what `digest` gave.
     """
     return [path for path, value in digest(tree).items() if expected.get(path) != value]

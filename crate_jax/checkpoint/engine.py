@@ -16,7 +16,7 @@ class Manager(ocp.CheckpointManager):
     """Orbax's manager. Damaged metrics do not count, and it can still open their directory.
 
     Args:
-        directory: of the steps.
+        directory: the directory of the steps.
         best: which metric a step's metrics must hold.
         options: Orbax's.
     """

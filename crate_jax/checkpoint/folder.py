@@ -51,7 +51,7 @@ def sweep(directory: Path, step: int | str | None) -> None:
     for a while. What is left unfinished harms nobody; the next run sweeps again.
 
     Args:
-        directory: of the steps.
+        directory: the directory of the steps.
         step: which; "*" for all of them; None for none.
     """
     if jax.process_index() == 0:

@@ -110,7 +110,7 @@ class Checkpointer:
             step: optimizer steps done.
             state: pytree of global arrays; it may be donated as soon as this returns.
             record: JSON values, given back by `restore`.
-            metrics: of the evaluation at this very step, if there was one.
+            metrics: the metrics of the evaluation at this very step, if there was one.
 
         Raises:
             FileExistsError: the step is there already.
@@ -165,13 +165,13 @@ class Checkpointer:
         alone cannot read it gives the others a minute to say so too.
 
         Args:
-            abstract_state: as for `restore`.
+            abstract_state: see `restore`.
 
         Returns:
             The state, the record, and what is wrong with each step that was set aside.
 
         Raises:
-            OtherTreeError: as `restore`; none is renamed, for none is known to be damaged.
+            OtherTreeError: see `restore`; none is renamed, for none is known to be damaged.
             ValueError: no step can be read; none is renamed.
             jax.errors.JaxRuntimeError: this process cannot read a step, and another does not say
                 whether it can: it waits for this one within Orbax, or is lost.
@@ -204,7 +204,7 @@ class Checkpointer:
             The branches and the record.
 
         Raises:
-            OtherTreeError, ValueError: as `restore`.
+            OtherTreeError, ValueError: see `restore`.
         """
         some = ocp.args.PyTreeRestore(item=item, restore_args=restore_args, partial_restore=True)
         return self._restore(step, item, some, part=True)

@@ -72,8 +72,8 @@ def own_together(workdir: Path) -> Owner | Lease | None:
         The owner on process 0, which releases it; None on the others.
 
     Raises:
-        OSError: as `Owner`, on every process.
-        ValueError: as `check_path`, likewise.
+        OSError: see `Owner`, on every process.
+        ValueError: see `check_path`, likewise.
     """
     check_path(workdir)
     owner = failure = None

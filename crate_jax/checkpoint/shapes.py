@@ -27,8 +27,8 @@ def check_fits(directory: Path, step: int, wanted: PyTree, *, part: bool) -> Non
     """Check that the tree to restore has the names, shapes and dtypes that a step holds.
 
     Args:
-        directory: of the steps.
-        step: which.
+        directory: the directory of the steps.
+        step: the step.
         wanted: tree of `jax.ShapeDtypeStruct`.
         part: whether it is some branches of the tree.
 

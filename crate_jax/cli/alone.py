@@ -15,11 +15,11 @@ class Alone(NamedTuple):
     """The result of `open_alone`.
 
     Attributes:
-        model: of images or of text.
+        model: a model of images or of text.
         variables: what ``model.apply`` takes.
         data: how its images are normalised; None of a model of text.
         step: of a run's checkpoint; None: the weights are of a file.
-        class_names: of its outputs, in their order; () where none are known.
+        class_names: the names of its outputs, in their order; () where none are known.
     """
 
     model: BlockModel
@@ -33,7 +33,7 @@ class Frozen(NamedTuple):
     """The result of `open_frozen`.
 
     Attributes:
-        model: of images.
+        model: a model of images.
         variables: what ``model.apply`` takes.
         data: how its images are normalised.
         step: of a run's checkpoint; None: the weights are of a file.
@@ -49,7 +49,7 @@ def open_frozen(args: argparse.Namespace, command: str) -> Frozen:
     """`open_alone` of a model of images.
 
     Raises:
-        ValueError, KeyError, FileNotFoundError: what the user can mend.
+        ValueError, KeyError, FileNotFoundError: a mistake that the user can correct.
     """
     from crate_jax.models.classifier import of_images
 
@@ -62,12 +62,12 @@ def open_alone(args: argparse.Namespace, command: str) -> Alone:
     """The model of --workdir and --step, or of --weights and --model.
 
     Args:
-        args: of a command with the flags of `crate_jax.cli.runs.add_source`, --model and
-            --model-kwargs.
+        args: the arguments of a command with the flags of `crate_jax.cli.runs.add_source`, --model
+            and --model-kwargs.
         command: for errors.
 
     Raises:
-        ValueError, KeyError, FileNotFoundError: what the user can mend.
+        ValueError, KeyError, FileNotFoundError: a mistake that the user can correct.
     """
     from crate_jax.checkpoint.folder import FOLDER
     from crate_jax.interop import load_fitted

@@ -26,7 +26,7 @@ def folder_images(
 
     Args:
         folder: the folder.
-        config: of the run, whose evaluation prepares them.
+        config: the config of the run, whose evaluation prepares them.
         image_shape: (H, W, c) that must come out.
         resized: whether they are just resized to that, in the place of the run's preparation.
 

@@ -121,7 +121,7 @@ def _output(args: argparse.Namespace) -> Output:
     """The folder of the output. Refuse now any path that would be refused later.
 
     Raises:
-        ValueError, OSError: what the user can mend.
+        ValueError, OSError: a mistake that the user can correct.
     """
     given = located(args.output or f"{args.workdir or '.'}/export", "--output")
     if given.suffix == SUFFIX:

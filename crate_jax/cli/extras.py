@@ -31,7 +31,7 @@ def missing(
     """The packages of an extra that are not installed, or not in a version that is wanted.
 
     Args:
-        extra: of the package.
+        extra: the extra of the package.
         package: an installed one. Of another, nothing says what its extras are.
         seen: extras that are being looked at, by package: an extra may name another, and that one
             the first.

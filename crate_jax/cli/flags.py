@@ -72,7 +72,7 @@ def parse_config(recipe: str, fields: list[str]) -> TrainConfig:
     """The config of a recipe and of --config.FIELD=VALUE, as train.py takes them.
 
     Raises:
-        ValueError, KeyError, FileNotFoundError: as for `config_flag`, or a value cannot be read.
+        ValueError, KeyError, FileNotFoundError: see `config_flag`, or a value cannot be read.
     """
     argv, values = ["plan", f"--config={recipe}", *fields], absl.flags.FlagValues()
     config = config_flag(recipe, argv, values)

@@ -23,7 +23,7 @@ def follow(
     If there is no checkpoint yet, one line says at once what it waits for.
 
     Args:
-        workdir: of the run, which may not be there yet.
+        workdir: the workdir of the run, which may not be there yet.
         wanted: from the run's checkpoints to steps; None: it is at its end. Where it wants none, it
             is asked again after a pause.
         interval: seconds between two looks.

@@ -70,7 +70,7 @@ def measured(args: argparse.Namespace, measure: Measure) -> Json:
         measure: what is asked of features.
 
     Raises:
-        ValueError, KeyError, FileNotFoundError: what the user can mend.
+        ValueError, KeyError, FileNotFoundError: a mistake that the user can correct.
     """
     if args.task and args.workdir:
         raise ValueError("--task must go with --weights; a run knows its own. Leave it out.")

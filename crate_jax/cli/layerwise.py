@@ -110,10 +110,10 @@ def measure_split(
 
     Args:
         run: with "eval" rows.
-        params: of its task, on the host.
-        extra: likewise.
+        params: the parameters of its task, on the host.
+        extra: the extra of its task, on the host.
         images: how many examples, at most.
-        definition: of `crate_jax.analysis.measure`.
+        definition: the definition of `crate_jax.analysis.measure`.
         geometry: whether ranks, angles, entropy and coherence are measured too.
         decoder: whether to measure the layers of a decoder, in the place of the encoder's.
 

@@ -37,7 +37,7 @@ def check_looking(args: argparse.Namespace) -> None:
     """Refuse what can be refused before anything of --workdir is read, or is there.
 
     Raises:
-        ValueError, KeyError, OSError: what the user can mend.
+        ValueError, KeyError, OSError: a mistake that the user can correct.
     """
     if args.examples is not None and args.examples < 1:
         raise ValueError(
@@ -53,11 +53,11 @@ def open_runs(args: argparse.Namespace, *, side: int | None = None) -> list[Spec
     """--workdir at its --step, then the runs of --against at their latest checkpoints.
 
     Args:
-        args: of `add_looking`.
+        args: the arguments of `add_looking`.
         side: of --size, if the command has it.
 
     Raises:
-        ValueError, KeyError, FileNotFoundError: what the user can mend.
+        ValueError, KeyError, FileNotFoundError: a mistake that the user can correct.
     """
     how: dict[str, Any] = dict(examples=args.examples or EXAMPLES, images=args.images, side=side)
     runs = [open_specimen(args.workdir, args.step or LATEST, **how)]
@@ -86,7 +86,7 @@ def open_specimen(
     """A run's checkpoint, to be looked at.
 
     Raises:
-        ValueError, KeyError, FileNotFoundError: what the user can mend.
+        ValueError, KeyError, FileNotFoundError: a mistake that the user can correct.
     """
     import jax
 

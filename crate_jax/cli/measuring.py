@@ -43,7 +43,7 @@ def measured(runs: Sequence[Specimen], names: Sequence[str] = tuple(m.name for m
 
     Args:
         runs: one, measured on test and train and before training, or several, measured on test.
-        names: of the measures; those that a model does not have are left out.
+        names: the names of the measures; those that a model does not have are left out.
     """
     if len(runs) > 1:
         return {name: _of(run, names) for name, run in named(runs).items()}

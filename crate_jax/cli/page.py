@@ -44,9 +44,9 @@ class Page:
 
     Attributes:
         runs: likewise.
-        count: how many figures there are.
+        count: the number of figures.
         left_out: a sentence for each section that no run has.
-        measures: of the first run on its test split.
+        measures: the measures of the first run on its test split.
     """
 
     def __init__(self, runs: list[Specimen], output: Path):

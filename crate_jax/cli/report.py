@@ -47,7 +47,7 @@ def _check(args: argparse.Namespace, output: Path) -> None:
     """Refuse, before anything is opened or waited for, what would be refused later.
 
     Raises:
-        ValueError, OSError: what the user can mend.
+        ValueError, OSError: a mistake that the user can correct.
     """
     from crate_jax.analysis.figures import check_matplotlib
     from crate_jax.cli.page import linked

@@ -44,8 +44,8 @@ class Opened(NamedTuple):
 
     Attributes:
         run: with "eval" rows.
-        params: of its task.
-        extra: likewise.
+        params: the parameters of its task.
+        extra: the extra of its task.
         step: of a run's checkpoint; None: they are of a weights file.
         fitted: what was made to fit, one line each.
     """
@@ -67,14 +67,14 @@ def open_trained(
     """Open the run or weights of `add_source`, `add_model` and `add_data`, on its evaluation split.
 
     Args:
-        args: of the command.
+        args: the arguments of the command.
         command: for errors.
         task: what it must have been trained for; None: for whatever a run was, and a weights file
             for the default.
         change: writes what the command's own flags say into the config.
 
     Raises:
-        ValueError, KeyError, FileNotFoundError: what the user can mend.
+        ValueError, KeyError, FileNotFoundError: a mistake that the user can correct.
     """
     from crate_jax.training.run import set_up
 

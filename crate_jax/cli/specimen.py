@@ -35,14 +35,14 @@ class Specimen:
 
     Attributes:
         name: what pictures call it.
-        workdir: of the run.
+        workdir: the workdir of the run.
         step: of the checkpoint.
         run: with "eval" rows.
-        params: of its task.
-        extra: likewise.
+        params: the parameters of its task.
+        extra: the extra of its task.
         examples: how many examples measures take.
         folder: of images for pictures; None: the first of the evaluation split.
-        side: of the images for pictures, in pixels; None: as the model was trained.
+        side: the side of the images for pictures, in pixels; None: as the model was trained.
     """
 
     name: str

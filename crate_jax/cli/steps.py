@@ -77,9 +77,9 @@ def full_batch_steps(
     """Our training step on one batch at a constant rate, again and again.
 
     Args:
-        task: of the model, without anything random.
+        task: the task of the model, without anything random.
         params: to start from; of a model with running statistics its variables.
-        batch: of every step.
+        batch: the batch of every step.
         optim: whose rate stays as it is.
         steps: how many.
 

@@ -26,7 +26,8 @@ def train(arguments: list[str]) -> NoReturn:
     """Train what the flags say, and end the process as `run_command` does.
 
     Args:
-        arguments: of the command line: --config, --config.FIELD, --workdir, and absl's own.
+        arguments: the arguments of the command line: --config, --config.FIELD, --workdir, and
+            absl's own.
     """
     if set(_HELP) & set(arguments):
         sys.stdout.write(usage())

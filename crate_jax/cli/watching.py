@@ -28,7 +28,7 @@ def watch(args: argparse.Namespace) -> Json:
     An interruption ends it, too.
 
     Raises:
-        ValueError, KeyError, OSError: what the user can mend.
+        ValueError, KeyError, OSError: a mistake that the user can correct.
         KeyboardInterrupt: nothing was evaluated yet.
     """
     _check(args)
@@ -64,7 +64,7 @@ class _Watcher:
     """The checkpoints to evaluate, and their results.
 
     Args:
-        args: of the command.
+        args: the arguments of the command.
         folder: where lines and TensorBoard's events go.
 
     Attributes:
@@ -115,7 +115,7 @@ class _Split:
     """A run, opened on its evaluation split, and the files of what comes out.
 
     Args:
-        args: of the command.
+        args: the arguments of the command.
         folder: made here.
         step: the checkpoint that says what the run is.
 

@@ -24,7 +24,7 @@ class Picture(NamedTuple):
     """An image that has not been read yet.
 
     Attributes:
-        path: of its file.
+        path: the path of its file.
         name: below its folder, without the suffix.
         number: COCO's id; of other folders its place, from 1 on.
         labels: the file with a class for each pixel, if there is one.

@@ -59,7 +59,7 @@ def train_batches(
         rows: what to load.
         data: reads repeats, num_workers, num_threads, prefetch_mib, on_bad_example, max_bad_share.
         batch_size: rows per batch over all processes.
-        seed: of the order, and of the random numbers that `rows` gets.
+        seed: the seed of the order, and of the random numbers that `rows` gets.
         examples_seen: rows of the stream to leave out at its start.
         process_index: which process this is.
         process_count: how many share a batch; divides batch_size.
@@ -101,11 +101,11 @@ def eval_batches(
 
     Args:
         rows: what to load, without randomness that matters.
-        data: as for `train_batches`; nothing is repeated.
+        data: see `train_batches`; nothing is repeated.
         batch_size: rows per batch over all processes.
         process_index: which process this is.
         process_count: how many share a batch; divides batch_size.
-        sharding: as for `train_batches`.
+        sharding: see `train_batches`.
 
     Returns:
         As `train_batches`, and "mask" (b,) float32: 1 for a row, 0 for filling.

@@ -84,7 +84,7 @@ class Rows(Protocol):
     """Random access to rows of one shape: images with labels, crops, text.
 
     Attributes:
-        name: what errors and logs call the rows, such as ``digits/train``.
+        name: the name of the rows in errors and logs, such as ``digits/train``.
         shapes: shape and dtype of each array of a row.
     """
 
@@ -117,7 +117,7 @@ def good_row(rows: Rows, index: int, rng: np.random.Generator, *, skip: bool) ->
     Args:
         rows: the rows; after the last comes the first.
         index: of the row that is wanted.
-        rng: of its random choices.
+        rng: the random generator of its random choices.
         skip: whether a bad row may be replaced.
 
     Returns:

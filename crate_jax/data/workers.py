@@ -37,7 +37,7 @@ def make_ready(workers: int, need: int) -> None:
     ready when they end to Python's resource tracker, which frees them, but says so.
 
     Args:
-        workers: how many there will be.
+        workers: their number.
         need: bytes of shared memory that are filled at most.
 
     Raises:

@@ -25,9 +25,9 @@ def write_confusion(path: str | Path, matrix_YxY: np.ndarray, names: Sequence[st
     """Write a CSV file: a row a label, a column a prediction, with the names of both.
 
     Args:
-        path: of the file; its folder exists.
-        matrix_YxY: of `confusion_matrix`.
-        names: of the classes; numbers where there are none.
+        path: the path of the file; its folder exists.
+        matrix_YxY: the matrix of `confusion_matrix`.
+        names: the names of the classes; numbers where there are none.
     """
     named = list(names) or [str(number) for number in range(len(matrix_YxY))]
     with written_aside(path) as aside, aside.open("w", encoding="utf-8", newline="") as file:

@@ -41,10 +41,10 @@ def features_of(
 
     Args:
         function: `of_task`, `of_pixels` or the like: it gives ``values`` and ``label``.
-        params: of the task.
-        extra: likewise.
-        batches: of `crate_jax.data.loader.eval_batches`, on the mesh.
-        mesh: of the batches.
+        params: the parameters of the task.
+        extra: the extra of the task.
+        batches: the batches of `crate_jax.data.loader.eval_batches`, on the mesh.
+        mesh: the mesh of the batches.
 
     Raises:
         ValueError: there is no row, or a feature is not finite.
@@ -127,7 +127,7 @@ def save_features(
     """Write features to an npz file, whole or not at all.
 
     Args:
-        path: of the file; its folder exists.
+        path: the path of the file; its folder exists.
         splits: by name.
         weights: `weights_fingerprint` of what gave them.
         data: `fingerprint` of which examples they are of.

@@ -82,8 +82,8 @@ def fewshot(
 
     Args:
         train: of which some are drawn.
-        test: which are told.
-        seed: of the drawing.
+        test: the rows that are classified.
+        seed: the seed of the drawing.
         shots: rows of each class.
         l2: strengths of the ridge; all are told, none is chosen.
 

@@ -76,7 +76,7 @@ def knn(
 
     Args:
         train: whose labels vote.
-        test: which are told.
+        test: the rows that are classified.
         ks: each at least 1.
         temperature: at least `COLDEST`.
         form: one of `FORMS`.

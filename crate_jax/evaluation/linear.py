@@ -36,7 +36,7 @@ def linear_probe(
 
     Args:
         train: two classes at least.
-        test: which are told.
+        test: the rows that are classified.
         seed: of what is held out, and of the order of SGD.
         solver: ``lbfgs`` (scikit-learn's logistic regression), ``sgd``, or ``auto``: the first for
             small sets.
@@ -115,7 +115,7 @@ def sgd(
         labels_N: of them.
         tests_MxF: standardised by the same rows.
         choices: rates per 256 rows.
-        seed: of the orders.
+        seed: the seed of the orders.
         classes: Y.
         epochs: at least 1.
         batch_size: B; all rows if they are fewer.

@@ -38,11 +38,11 @@ def predictions(
     """Predict a whole split; the logits stay on their device.
 
     Args:
-        task: of the model.
-        params: of the task.
-        extra: likewise.
-        batches: of `crate_jax.data.loader.eval_batches`, on the mesh.
-        mesh: of the batches.
+        task: the task of the model.
+        params: the parameters of the task.
+        extra: the extra of the task.
+        batches: the batches of `crate_jax.data.loader.eval_batches`, on the mesh.
+        mesh: the mesh of the batches.
 
     Raises:
         ValueError: there is no image.
@@ -66,9 +66,9 @@ def read_real(path: str | Path, *, images: int, classes: int) -> list[list[int]]
     Source: Beyer et al., arXiv 2006.07159, real.json of ImageNet's 50,000 validation images.
 
     Args:
-        path: of the file.
-        images: of the split.
-        classes: of the model.
+        path: the path of the file.
+        images: the number of images of the split.
+        classes: the number of classes of the model.
 
     Raises:
         FileNotFoundError: there is no file.
@@ -106,8 +106,8 @@ def real_accuracy(found: Predictions, real: list[list[int]]) -> dict[str, float]
     An image without labels does not count.
 
     Args:
-        found: of the split.
-        real: of `read_real`.
+        found: the predictions of the split.
+        real: the labels of `read_real`.
 
     Raises:
         ValueError: no image has a label.

@@ -34,9 +34,9 @@ def by_row(
 
     Args:
         function: from (parameters, extra, batch) to arrays (B, …); pure, it runs under jit.
-        params: of a task, on the host or one device.
-        extra: likewise.
-        batches: of `crate_jax.data.loader.eval_batches`, on the mesh.
+        params: the parameters of a task, on the host or one device.
+        extra: the extra of a task, on the host or one device.
+        batches: the batches of `crate_jax.data.loader.eval_batches`, on the mesh.
         mesh: over which the rows of a batch are spread.
 
     Raises:
@@ -73,8 +73,8 @@ def order_of_split(sharding: Sharding, rows: int) -> np.ndarray:
     """The places of the rows of a split in a batch, (B,): each process loaded every so-manyth row.
 
     Args:
-        sharding: of the batch, over axis 0.
-        rows: of the batch, over all processes.
+        sharding: the sharding of the batch, over axis 0.
+        rows: the rows of the batch, over all processes.
     """
     owner = np.zeros(rows, np.int64)
     for device, (share, *_) in sharding.devices_indices_map((rows,)).items():

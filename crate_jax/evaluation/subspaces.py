@@ -15,14 +15,14 @@ def subspace_probe(
 
     Args:
         train: spans the subspaces.
-        test: which are told.
+        test: the rows that are classified.
         components: of each class; None: the values of a feature shared out among the classes.
 
     Returns:
         ``top1`` in [0, 1], and the ``components``.
 
     Raises:
-        ValueError: as `nearest_subspace`.
+        ValueError: see `nearest_subspace`.
     """
     if components is None:
         F, classes = train.values.shape[1], len(np.unique(train.labels))
@@ -36,7 +36,7 @@ def svm_probe(train: Features, test: Features, *, C: float = 1.0) -> dict[str, f
 
     Args:
         train: of two classes or more.
-        test: which are told.
+        test: the rows that are classified.
         C: of `linear_svm`.
 
     Returns:

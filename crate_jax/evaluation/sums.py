@@ -19,8 +19,8 @@ def watched(
     """The batches of a split, counted for whoever waits.
 
     Args:
-        batches: of `crate_jax.data.loader.eval_batches`.
-        examples: of the split.
+        batches: the batches of `crate_jax.data.loader.eval_batches`.
+        examples: the number of examples of the split.
         what: is done with them.
     """
     return counted(batches, what, examples, "examples", size=lambda batch: len(batch["mask"]))
@@ -33,7 +33,7 @@ def add_up(
 
     Args:
         sums_of: from a batch to sums over its rows, among them ``examples``; jitted.
-        batches: of `crate_jax.data.loader.eval_batches`, on the devices.
+        batches: the batches of `crate_jax.data.loader.eval_batches`, on the devices.
 
     Returns:
         The totals by the same names: numbers, and arrays of float64 for sums that are arrays.

@@ -50,7 +50,7 @@ def read_contents(path: Path, tree: Tree = NO_TREE, which: str = "") -> Contents
     """All weights in a file, in a folder of such, or in a run's checkpoint.
 
     Args:
-        path: of the file or folder.
+        path: the path of the file or folder.
         tree: of the model that the weights are for, if it is known.
         which: the key of one of several sets of weights in the file; "": see `unwrap`.
 

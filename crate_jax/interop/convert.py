@@ -62,7 +62,7 @@ def check_implied(
     """Refuse a model whose fields are not what the layout's names imply.
 
     Args:
-        layout: of the weights.
+        layout: the layout of the weights.
         model: that they are for.
         remedy: the end of the error, with ``{field}`` in it, and perhaps ``{or_fit}``.
         fit: fields that may differ.

@@ -67,14 +67,14 @@ def stream(
     What an interrupted call has fetched stays beside it, and the next call fetches the rest.
 
     Args:
-        url: of the file.
+        url: the address of the file.
         place: where it goes, in an existing folder.
         name: before the bar that shows how far it is.
         mark: another one where the server's file has changed; "": not known, so that nothing is
             continued.
         size: in bytes; None: not known.
         digest: how the file's SHA-256 begins; "": not known.
-        headers: of the request.
+        headers: the headers of the request.
 
     Raises:
         ValueError: the file has another digest; it is removed.
@@ -107,7 +107,7 @@ def by_pieces(path: Path, place: Path, *, mark: str) -> None:
     """`stream` for an object of a bucket: a request for each `AT_ONCE` bytes.
 
     Args:
-        path: of the object.
+        path: the path of the object.
         place: where it goes, in an existing folder.
         mark: another one for each version of the object.
 
@@ -149,7 +149,7 @@ def check_known(path: Path, row: Released | None, *, content: bool) -> None:
     """Refuse a file that is another than the table of released weights knows.
 
     Args:
-        path: of the file.
+        path: the path of the file.
         row: of the table; None: it has none, and every file passes.
         content: whether its digest is computed.
 

@@ -155,7 +155,7 @@ def fit_params(
             CRATE-α's official fine-tuning; "official_maps": positions as in the notebook behind the
             published attention maps, which resamples those of an equal grid too
             (`resize_positions_as_official_maps`), the kernel as "right".
-        key: of the new head; None: ``jax.random.key(0)``.
+        key: the key of the new head; None: ``jax.random.key(0)``.
 
     Returns:
         The parameter tree of ``model``, float32 NumPy arrays, and one line for each change.

@@ -156,7 +156,7 @@ def read_config(path: str | os.PathLike[str]) -> Json:
     A repository on the hub is fetched with its weights.
 
     Args:
-        path: of the folder, or hf://OWNER/REPOSITORY[@REVISION]; any other has none.
+        path: the path of the folder, or hf://OWNER/REPOSITORY[@REVISION]; any other has none.
 
     Raises:
         ValueError: it is damaged.

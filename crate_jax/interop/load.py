@@ -58,7 +58,7 @@ def load_weights(
             used). Each change is logged at INFO; see `crate_jax.interop.fit.fit_params`.
         method: how positions and patches are resized: "right", "crate_alpha" or "official_maps",
             which resamples positions of the same grid too and so needs ``image_size`` in ``fit``.
-        key: of a new head; None: ``jax.random.key(0)``.
+        key: the key of a new head; None: ``jax.random.key(0)``.
         which: key of the weights where a file has several sets, such as "student"; "": the first
             of `crate_jax.interop.names.WRAPPERS`, and so the teacher of a student.
 
@@ -93,19 +93,19 @@ def load_variables(
     """`load_weights` for any model: its parameters, and its running statistics if it has any.
 
     Args:
-        path: as for `load_weights`, and so are the others.
-        model: likewise.
-        fit: likewise.
-        method: likewise.
-        key: likewise.
-        which: likewise.
+        path: see `load_weights`.
+        model: see `load_weights`.
+        fit: see `load_weights`.
+        method: see `load_weights`.
+        key: see `load_weights`.
+        which: see `load_weights`.
 
     Returns:
         What ``model.apply`` takes: {"params": …}, and by the name of their collection the others,
         such as "batch_stats".
 
     Raises:
-        FileNotFoundError, ValueError: as `load_weights`.
+        FileNotFoundError, ValueError: see `load_weights`.
     """
     loaded = load_fitted(path, model, fit=fit, method=method, key=key, which=which)
     for line in loaded.report:
@@ -144,14 +144,14 @@ def load_fitted(
     """`load_weights` for a program that reports; without a model, the one that the file states.
 
     Args:
-        path: as for `load_weights`, and so are all others but `facts`.
-        model: likewise.
-        fit: likewise.
-        method: likewise.
-        key: likewise.
-        facts: of the data that the model is for, see `crate_jax.tasks.task.Task.facts`. A head that
-            is kept must be one for its classes.
-        which: likewise.
+        path: see `load_weights`.
+        model: see `load_weights`.
+        fit: see `load_weights`.
+        method: see `load_weights`.
+        key: see `load_weights`.
+        facts: the facts of the data that the model is for, see `crate_jax.tasks.task.Task.facts`. A
+            head that is kept must be one for its classes.
+        which: see `load_weights`.
 
     Raises:
         ValueError: also where there is no model, and the file states none; or where the file names

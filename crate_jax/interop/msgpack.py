@@ -14,7 +14,7 @@ def read(path: Path, known: Known) -> tuple[Arrays, list[str]]:
     """The variables by path: of a bare tree, of a model's variables, or of a train state.
 
     Args:
-        path: of the file.
+        path: the path of the file.
         known: the names that are known.
 
     Returns:

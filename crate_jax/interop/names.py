@@ -157,7 +157,7 @@ def unwrap(content: object, path: object, known: Known) -> Found:
 
     Args:
         content: the mapping.
-        path: of the file, for errors.
+        path: the path of the file, for errors.
         known: the names that are known.
 
     Raises:

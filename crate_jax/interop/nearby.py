@@ -19,7 +19,7 @@ def nearby(path: Path) -> Iterator[Path]:
     Errors about the copy name the path that was asked for.
 
     Args:
-        path: of a file, or of a folder with one; no run, and no tree of Orbax.
+        path: the path of a file, or of a folder with one; no run, and no tree of Orbax.
 
     Raises:
         OSError: the bucket's service fails.

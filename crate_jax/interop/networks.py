@@ -40,7 +40,7 @@ def load_network(path: str | Path, model: BlockModel, which: str = "teacher") ->
 
     Raises:
         FileNotFoundError: there is nothing at ``path``.
-        ValueError: as `crate_jax.load_weights`.
+        ValueError: see `crate_jax.load_weights`.
     """
     path, backbone = fetched(path), tree_of(model)
     arrays = read_contents(path, backbone, which).arrays
@@ -66,7 +66,7 @@ def save_networks(
     """Write networks as the official programs do, each under its key of a PyTorch file; float32.
 
     Args:
-        path: of the file, a PyTorch file whatever its end.
+        path: the path of the file, a PyTorch file whatever its end.
         networks: trees by key, "student" and "teacher".
         model: the backbone, with ``num_classes=0``.
         layout: whose names: "simdino" or "simdinov2".

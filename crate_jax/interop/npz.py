@@ -17,7 +17,7 @@ def read_names(path: Path) -> list[str]:
     """The names of classes that `write` put into an archive; [] if there are none.
 
     Raises:
-        ValueError: as `read`.
+        ValueError: see `read`.
     """
     found, _ = read(path, leave=rf"(?!{NAMES}$).*")
     return found[NAMES].tolist() if NAMES in found and found[NAMES].dtype.kind == "U" else []

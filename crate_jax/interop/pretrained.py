@@ -79,7 +79,7 @@ def preprocessing(name: str) -> Preprocessing:
     evaluation, as far as it is known: see `crate_jax.interop.pictures.standard`.
 
     Args:
-        name: as of `load_pretrained`, or of any model in `list_models`.
+        name: see `load_pretrained`, or of any model in `list_models`.
 
     Raises:
         KeyError: there is no such model or tag.
@@ -103,8 +103,8 @@ def prepared_for(
     """The preprocessing for a model and its weights: the one that they state, or the usual one.
 
     Args:
-        model: of images. Its size is taken where the weights state another.
-        weights: as of `crate_jax.load_weights`; "": none.
+        model: a model of images. Its size is taken where the weights state another.
+        weights: see `crate_jax.load_weights`; "": none.
         name: of the zoo; "": not known.
 
     Raises:

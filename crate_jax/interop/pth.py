@@ -161,7 +161,7 @@ def write_checkpoint(
     """Write a state dict.
 
     Args:
-        path: of the file.
+        path: the path of the file.
         state: arrays by official name.
         form: one of `FORMS`; the state dict of ".pth" is what the official model's
             ``load_state_dict(strict=True)`` takes.

@@ -48,7 +48,7 @@ def save_weights(
         model: the model they belong to.
         layout: whose names and shapes: one of `crate_jax.interop.layouts`; None: the paths of our
             tree, and in PyTorch files the first layout of the model's family that agrees with it.
-        class_names: of the model's outputs, in their order; (): none are written.
+        class_names: the names of the model's outputs, in their order; (): none are written.
         preprocessing: of pictures, for a folder's configuration; None: it says nothing of it.
         card: what a folder's model card says besides.
 

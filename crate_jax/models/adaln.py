@@ -61,9 +61,9 @@ class WhiteBoxDiffusion(nn.Module):
         num_heads: K; divides the width, as 4 does.
         eta: step size of ISTA.
         lmbda: sparsity weight of ISTA.
-        dtype: of the computation, float32 or bfloat16.
-        backward: as of `crate_jax.Crate`.
-        remat: likewise.
+        dtype: the dtype of the computation, float32 or bfloat16.
+        backward: see `crate_jax.Crate`.
+        remat: see `crate_jax.Crate`.
     """
 
     length: int = 2000

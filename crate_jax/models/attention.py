@@ -37,7 +37,7 @@ def attend_by(kernel: str, V_BxNxKxp: Array, mask: Array | None = None) -> Array
     Args:
         kernel: one of `KERNELS`.
         V_BxNxKxp: tokens in K subspaces.
-        mask: as for `crate_jax.models.derivatives.attend`.
+        mask: see `crate_jax.models.derivatives.attend`.
 
     Returns:
         O (B, N, K, p), of V's dtype.

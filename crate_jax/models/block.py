@@ -117,15 +117,15 @@ class Block(nn.Module):
     Attributes:
         attention: the first half's operator.
         nonlinearity: the second half's; None leaves that half out.
-        dtype: of the tokens, float32 or bfloat16.
+        dtype: the dtype of the tokens, float32 or bfloat16.
         backward: of the LayerNorms, one of `crate_jax.models.derivatives.BACKWARD`.
-        sign: of the attention's update, +1 or −1.
+        sign: the sign of the attention's update, +1 or −1.
         residual: whether the nonlinearity's output is added to the tokens or replaces them.
         attention_first: the order of the halves.
         layer_scale: what the learned factors g (d,) of both halves start from; None: g = 1.
         norm: "affine", LayerNorms with their parameters; "scaled", with a scale and no bias;
             "plain", without both; "none": the halves take the tokens as they are.
-        epsilon: of the LayerNorms.
+        epsilon: the ε of the LayerNorms.
         modulation: makes a `Modulation` for the attention and one for the nonlinearity, of the
             block's tokens, its layer's `PerLayer.condition` and the stack's `Context.condition`.
             None: nothing is computed.
@@ -158,7 +158,7 @@ class Block(nn.Module):
         Args:
             Z_BxNxd: tokens.
             per_layer: of this layer; None: nothing differs by depth.
-            context: of the stack.
+            context: the context of the stack.
         """
         seen: dict[str, Array] = {}
         drop_path, condition = per_layer or PerLayer()

@@ -89,7 +89,7 @@ class PastSums(NamedTuple):
 
     Attributes:
         sums: over them.
-        length: how many there are, int32.
+        length: their number, int32.
     """
 
     sums: Sums

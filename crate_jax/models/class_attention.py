@@ -91,9 +91,9 @@ class ClassBlock(nn.Module):
         hidden: units of the MLP.
         layer_scale: what both factors (d,) start from.
         tokens_norm: whether the second LayerNorm takes all tokens.
-        dtype: of the tokens.
+        dtype: the dtype of the tokens.
         backward: of the LayerNorms, one of `crate_jax.models.derivatives.BACKWARD`.
-        epsilon: of the LayerNorms.
+        epsilon: the ε of the LayerNorms.
     """
 
     num_heads: int

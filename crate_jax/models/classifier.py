@@ -153,7 +153,7 @@ class ImageClassifier(ImageFields, BlockModel):
 
         Args:
             images_BxHxWxc: as for a call.
-            train: likewise.
+            train: as for a call.
             taps: names out of `tap_names`, or one; each costs the memory of its array for every
                 layer.
 
@@ -183,7 +183,7 @@ class ImageClassifier(ImageFields, BlockModel):
 
         Args:
             images_BxHxWxc: as for a call.
-            train: likewise.
+            train: as for a call.
             hidden: which patches are hidden (B, P), and the token (d,) that stands in their place,
                 at their positions; None: no patch is.
 
@@ -236,7 +236,7 @@ class ImageClassifier(ImageFields, BlockModel):
 
         Args:
             images_BxHxWxc: as for a call.
-            train: likewise.
+            train: as for a call.
             indices: layers, counted from 0, a negative one from the last; or a number n: the last
                 n; None: all.
             norm: whether each is normalised by the LayerNorm before the head.

@@ -41,7 +41,7 @@ class Crate(CrateFields, ImageClassifier):
         in_channels: channels of the images.
         dropout: share of the entries dropped while training, of the embedded tokens and of the
             attention's output; needs a "dropout" key when it is not 0.
-        dtype: of the computation, float32 or bfloat16.
+        dtype: the dtype of the computation, float32 or bfloat16.
         backward: "derived", the written backward passes of `crate_jax.models.attention` and
             `crate_jax.models.derivatives`; or "autodiff", slower and larger, which forward mode
             (`jax.jvp`) needs.

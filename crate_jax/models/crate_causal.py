@@ -53,7 +53,7 @@ class CrateCausal(CausalFields, LanguageModel):
         eta: step size of ISTA.
         lmbda: sparsity weight of ISTA.
         nonlinearity: "ista" or "none".
-        dtype, backward, attention_kernel, remat, scan_unroll: as of `crate_jax.Crate`. No kernel
+        dtype, backward, attention_kernel, remat, scan_unroll: see `crate_jax.Crate`. No kernel
             knows a mask, so that "auto" takes XLA's program and a kernel by name is refused.
     """
 

@@ -109,9 +109,9 @@ class Depict(nn.Module):
         num_heads: K.
         head_dim: p.
         cross_head_dim: p of the layers in which the embeddings attend to the patches.
-        dtype: of the layers, float32 or bfloat16.
-        backward: as of `crate_jax.Crate`.
-        remat: likewise.
+        dtype: the dtype of the layers, float32 or bfloat16.
+        backward: see `crate_jax.Crate`.
+        remat: see `crate_jax.Crate`.
     """
 
     num_classes: int

@@ -66,7 +66,7 @@ def normalise(X: Array, scale_d: Array, bias_d: Array, dtype: DTypeLike, epsilon
         X: (…, d), any float dtype.
         scale_d: any float dtype.
         bias_d: any float dtype.
-        dtype: of the result.
+        dtype: the dtype of the result.
         epsilon: added to the variance.
 
     Returns:

@@ -194,9 +194,9 @@ def resize_positions_as_official_maps(
     (columns, rows); a call with that as ``new`` gives those positions, entry for entry.
 
     Args:
-        pos_Nxd: as for `resize_positions`.
-        old: likewise.
-        new: likewise.
+        pos_Nxd: see `resize_positions`.
+        old: see `resize_positions`.
+        new: see `resize_positions`.
 
     Returns:
         Positions (new height · width + 1, d), of the input's dtype.

@@ -40,8 +40,8 @@ def generate(
         model: a causal model of text.
         params: its parameters, or its variables.
         tokens_BxN: texts of one length, token ids; the last T of them are seen.
-        steps: how many tokens are added, >= 0.
-        key: of the draws; None: the most likely token each time.
+        steps: the number of tokens that are added, >= 0.
+        key: the key of the draws; None: the most likely token each time.
         temperature: the logits are divided by it before a token is drawn; a number, or a scalar of
             a compiled program.
         top_k: a token is drawn among so many of the most likely, and all that are as likely as the

@@ -79,11 +79,11 @@ def attend_backward(
     all rows, so δ is computed first, in a kernel of its own.
 
     Args:
-        V_BxNxKxp: as for `attend`.
+        V_BxNxKxp: see `attend`.
         largest_BxKxN: of `attend`.
-        total_BxKxN: likewise.
+        total_BxKxN: of `attend`.
         dO_BxNxKxp: the gradient of O.
-        interpret: as for `attend`.
+        interpret: see `attend`.
 
     Returns:
         dV (B, N, K, p), of V's dtype.
@@ -117,7 +117,7 @@ def _over_groups(
         inputs: tokens (B, N, K, p), the first of which gives the sizes, or a number a row
             (B, K, N).
         outputs: which of the two each is.
-        interpret: as for `attend`.
+        interpret: see `attend`.
     """
     V = inputs[0]
     B, N, K, p = V.shape
@@ -147,7 +147,7 @@ class _Group:
     """The tokens of one subspace of an image, in blocks of rows.
 
     Attributes:
-        N: how many there are.
+        N: their number.
         p: their length.
         own: rows of a block of the result.
         others: rows that are read at a time.

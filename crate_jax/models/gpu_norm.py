@@ -31,7 +31,7 @@ def normalise_backward(
         inverse: 1/σ, likewise.
         dY: (…, d), any float dtype.
         scale_d: any float dtype.
-        interpret: as for `attend`.
+        interpret: see `attend`.
 
     Returns:
         dX of X's dtype, and the sums over the programs' rows, (programs, d) float32, whose sums are

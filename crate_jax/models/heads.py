@@ -30,7 +30,7 @@ def reset_classifier(
         model: an image classifier.
         params: its parameters; of a model with running statistics its variables.
         num_classes: Y; 0: no head, so that a call gives features (B, d).
-        key: of the new head; None: ``jax.random.key(0)``.
+        key: the key of the new head; None: ``jax.random.key(0)``.
 
     Returns:
         The model, and its parameters or variables.

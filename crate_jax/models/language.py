@@ -152,7 +152,7 @@ class LanguageModel(LanguageFields, BlockModel):
 
         Args:
             tokens_BxN: as for a call.
-            train: likewise.
+            train: as for a call.
             taps: names out of `tap_names`, or one.
 
         Returns:
@@ -175,7 +175,7 @@ class LanguageModel(LanguageFields, BlockModel):
 
         Args:
             tokens_BxN: as for a call.
-            train: likewise.
+            train: as for a call.
 
         Raises:
             ValueError: a field or the tokens break a rule.

@@ -93,7 +93,7 @@ def mssa(
         U_dxKxp: bases of the K subspaces.
         W_out_Kxpxd: output projection; None leaves it out, which needs K = 1 and p = d.
         b_out_d: its bias.
-        mask: as for `crate_jax.models.derivatives.attend`.
+        mask: see `crate_jax.models.derivatives.attend`.
         kernel: one of `crate_jax.models.attention.KERNELS`, which keep no attention and know
             reverse mode alone; None: the plain function.
         past: tokens before these, which these see too; the plain function attends to them.
@@ -183,7 +183,7 @@ def times(X: Array, W: Array, axes: int = 1) -> Array:
     Args:
         X: tokens, of any number of axes in front.
         W: weight, of the tokens' dtype.
-        axes: how many axes are summed over.
+        axes: the number of axes that are summed over.
 
     Returns:
         The axes of X and those of W that are left.
@@ -258,7 +258,7 @@ class MSSA(SubspaceMaps, nn.Module):
     code.
 
     Attributes:
-        kernel: as of `mssa`.
+        kernel: see `mssa`.
     """
 
     TAPS: ClassVar[tuple[str, ...]] = ("subspace_tokens", "attention")

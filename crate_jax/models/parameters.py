@@ -74,11 +74,11 @@ class SubspaceMaps:
     Attributes:
         num_heads: K, the number of subspaces.
         head_dim: p, their dimension.
-        dtype: of the computation; parameters are float32.
+        dtype: the dtype of the computation; parameters are float32.
         bias: whether there is b_out.
         kernel_init: of U, and of W_out unless `out_init` is given; None: nn.Linear's.
         out_init: of W_out; None: `kernel_init`.
-        bias_init: of the biases; None: nn.Linear's.
+        bias_init: the initialiser of the biases; None: nn.Linear's.
     """
 
     num_heads: int

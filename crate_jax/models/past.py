@@ -22,7 +22,7 @@ class SubspaceTokens(NamedTuple):
 
     Attributes:
         V_BxTxKxp: subspace tokens; those beyond the length are empty.
-        length: how many there are, int32.
+        length: their number, int32.
     """
 
     V_BxTxKxp: Array

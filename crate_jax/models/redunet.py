@@ -112,7 +112,7 @@ def update(net: ReduNet, X: Array, labels_m: Array, *, tau: float = 0.1) -> Redu
         tau: share of the way, τ.
 
     Raises:
-        ValueError: as `build`.
+        ValueError: see `build`.
     """
     Pi_mxJ = _memberships(X, labels_m, net.layers.gamma_J.shape[-1])
 

@@ -146,7 +146,7 @@ class StemFields:
         patch_size: (height, width) in pixels, of which the stages make one token.
         width: d.
         train: whether statistics are those of the batch.
-        dtype: of the computation.
+        dtype: the dtype of the computation.
     """
 
     patch_size: tuple[int, int]

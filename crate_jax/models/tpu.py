@@ -117,11 +117,11 @@ def attend_backward(
     dS = A (dA − δ) with dA = dO Vᵀ and δ = Σ A dA, row by row.
 
     Args:
-        V_BxNxKxp: as for `attend`.
+        V_BxNxKxp: see `attend`.
         largest_BxKxN: of `attend`.
-        total_BxKxN: likewise.
+        total_BxKxN: of `attend`.
         dO_BxNxKxp: the gradient of O.
-        interpret: as for `attend`.
+        interpret: see `attend`.
 
     Returns:
         dV (B, N, K, p), of V's dtype.
@@ -147,7 +147,7 @@ def _over_images(
         inputs: tokens (B, N, K, p), the first of which gives the sizes, or a number a row
             (B, K, N).
         outputs: which of the two each is.
-        interpret: as for `attend`.
+        interpret: see `attend`.
     """
     V = inputs[0]
     B, N, K, p = V.shape

@@ -75,7 +75,7 @@ def altered(model: Model, overrides: Mapping[str, object]) -> Model:
     """A model with other values in some of its fields.
 
     Raises:
-        KeyError, ValueError: as `create_model`.
+        KeyError, ValueError: see `create_model`.
     """
     family = family_of(model)
     _check_fields(overrides, family, type(model).__name__)

@@ -195,7 +195,7 @@ def _gradients(
         ours: from indices of images to loss and gradients, and where the thresholded tap is
             positive, (L, B, N, d).
         theirs: likewise.
-        images: how many there are.
+        images: their number.
         exact: False leaves none out.
     """
     kept = np.arange(images)

@@ -114,7 +114,7 @@ def page(found: Comparison, conditions: Json) -> str:
     """The whole comparison as one HTML page that needs no other file.
 
     Args:
-        found: of `compare`.
+        found: the result of `compare`.
         conditions: what a reader needs to judge it: model, weights, inputs, versions.
     """
     return render(

@@ -49,7 +49,7 @@ class Difference:
         kind: "layers", "logits" or "gradients".
         max_abs: largest absolute difference.
         relative: that, over the largest absolute entry of the yardstick.
-        cosine: of the two arrays as vectors.
+        cosine: the cosine of the two arrays as vectors.
         tolerance: what ``relative`` may be.
         torch_relative: of PyTorch in the same low precision, from the same yardstick; None in
             float32.
@@ -77,7 +77,7 @@ class Comparison:
         dtype: of our computation.
         examples: what the images are called where they are none, such as texts.
         images: how many were compared.
-        rows: of every tensor, in the order of computation, the gradients last.
+        rows: the rows of every tensor, in the order of computation, the gradients last.
         top1_agreement: share of the images, or of the tokens of texts, that both put into the same
             class.
         losses: of the batch whose gradients were compared: ``ours`` and ``torch``.

@@ -19,7 +19,7 @@ class Chip:
         inside: bytes of memory inside the chip in which its compiler keeps whole arrays; 0 of GPUs.
         link: bytes a second that a chip sends to its neighbours, one way: half of what is quoted
             for both ways.
-        domain: how many chips those links join.
+        domain: the number of chips that those links join.
         network: bytes a second a chip beyond that.
         source: where the figures are from.
     """
@@ -66,7 +66,7 @@ def share_of_peak(flops: float, devices: Iterable[Any]) -> float:
 
     Args:
         flops: operations a second.
-        devices: of `jax.Device`.
+        devices: the devices, as `jax.Device`.
 
     Returns:
         The share; 0.0 if the peak of one of them is not known.
@@ -83,7 +83,7 @@ class Joined:
     Attributes:
         kind: "all-reduce", "all-gather", "reduce-scatter", "all-to-all" or "collective-permute".
         size: bytes of the result on one device; of a reduce-scatter those of a share.
-        group: how many devices a group has.
+        group: the number of devices that a group has.
         stride: how many of the mesh stand between one member and the next, and the one itself.
     """
 

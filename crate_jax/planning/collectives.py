@@ -23,8 +23,9 @@ class Collective:
         kind: one of `KINDS`.
         bytes: of its result on one device, without padding; of the whole gradient for an
             all-reduce, of the whole weight for an all-gather, of a share for a reduce-scatter.
-        group: how many devices take part in it together.
-        stride: how many devices stand between one of the group and the next, and the one itself.
+        group: the number of devices that take part in it together.
+        stride: the number of devices that stand between one of the group and the next, and the one
+            itself.
         overlaps: whether the program computes something between its start and its end.
     """
 
@@ -43,7 +44,7 @@ def collectives(program: str, devices: int) -> Counter[Collective]:
             counts as often as the loop is known to run. The parts in which a TPU carries one out,
             each inside an operation that computes something else meanwhile, count as one. So does
             a sum whose result is cut up at once, which a TPU carries out as a reduce-scatter.
-        devices: of the program: the group where the text names none.
+        devices: the devices of the program: the group where the text names none.
     """
     parsed = read(program)
     found: Counter[Collective] = Counter()

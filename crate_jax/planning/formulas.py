@@ -83,7 +83,7 @@ def gradient_sums(
     Args:
         model: reads its dtype.
         state: shapes with shardings.
-        mesh: of the run.
+        mesh: the mesh of the run.
         micro_batches: of a step.
         parts: values of split weights whose gradients are added up once more.
     """

@@ -40,7 +40,7 @@ def plan(config: TrainConfig, spec: str) -> Json:
     Needs as many devices as the mesh has: set ``jax_num_cpu_devices`` before JAX is used.
 
     Args:
-        config: of a recipe; its data set is not opened, its mesh not used.
+        config: the config of a recipe; its data set is not opened, its mesh not used.
         spec: a mesh without a size of -1, see `crate_jax.parallel.make_mesh`.
 
     Returns:
@@ -92,7 +92,7 @@ def plan_on(
     """Compile the training step of a config for devices that are not here, and say what it needs.
 
     Args:
-        config: of a recipe; its data set is not opened, its mesh not used.
+        config: the config of a recipe; its data set is not opened, its mesh not used.
         spec: a mesh of all devices of the topology, see `crate_jax.parallel.make_mesh`.
         topology: what to compile for.
         say: is told that the compiler is at work.
@@ -179,12 +179,12 @@ def lower_step(config: TrainConfig, spec: str, topology: Topology) -> Step:
     """The training step of a config, for devices that are not here.
 
     Args:
-        config: as for `plan_on`.
-        spec: likewise.
+        config: see `plan_on`.
+        spec: see `plan_on`.
         topology: whose devices they are.
 
     Raises:
-        ValueError, KeyError: as `plan_on`.
+        ValueError, KeyError: see `plan_on`.
     """
     run = _run(config, spec, topology.devices)
     model: Any = run.task.model

@@ -68,7 +68,7 @@ def account(text: str, *, spaces: Iterable[int] = (0,)) -> list[Operation]:
     """The operations of a program's entry and of the bodies of its loops.
 
     Args:
-        text: of ``compiled.as_text()``.
+        text: the text of ``compiled.as_text()``.
         spaces: the numbers of the memory that counts: of a TPU 0; of a GPU 1 too, which is its
             memory set aside for collectives.
 

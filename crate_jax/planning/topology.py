@@ -61,7 +61,7 @@ class Topology:
     Attributes:
         name: as it was asked for.
         platform: "tpu" or "gpu", as JAX calls it.
-        devices: of `jax.Device`, though nothing runs on them.
+        devices: the devices, as `jax.Device`, though nothing runs on them.
         chip: the peaks of a device; None where `CHIPS` has none.
         compiler: its name and version.
         options: that it needs, by XLA's names.

@@ -36,7 +36,7 @@ class Classify(Task):
             logits.
         mean: subtracted from pixels in [0, 1]: one value, or one a channel.
         std: then divided by; likewise.
-        label_smoothing: of the training loss, in [0, 1).
+        label_smoothing: the smoothing of the training loss, in [0, 1).
         mixup_alpha, cutmix_alpha, mix_switch: of `crate_jax.tasks.mixing.make_mix`.
         penalties: added to the training loss.
     """

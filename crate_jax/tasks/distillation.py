@@ -33,7 +33,7 @@ class ProjectionHead(nn.Module):
     Attributes:
         hidden: values between two maps.
         features: p, of the result.
-        dtype: of the maps; the length is computed in float32.
+        dtype: the dtype of the maps; the length is computed in float32.
     """
 
     hidden: int
@@ -65,7 +65,7 @@ class Seen(NamedTuple):
     """The outputs of a network for V views of B images.
 
     Attributes:
-        features: of the head (B, V, p), unit vectors, float32.
+        features: the features of the head (B, V, p), unit vectors, float32.
         pooled: what the head reads (B, V, d), float32.
         tokens: of the last block (B V, N, d).
         variables: running statistics after this pass; {} in evaluation mode.
@@ -87,8 +87,8 @@ class Network:
     Attributes:
         model: the backbone, without classes.
         head: behind it.
-        mean: of `crate_jax.tasks.pixels.normalize`.
-        std: likewise.
+        mean: the mean of `crate_jax.tasks.pixels.normalize`.
+        std: the deviation of `crate_jax.tasks.pixels.normalize`.
         local_size: pixels, the side of small views.
     """
 
@@ -149,7 +149,7 @@ class Network:
         """The network on views of one size.
 
         Args:
-            variables: of the network.
+            variables: the variables of the network.
             views: (B, V, H, W, c), stored pixels or normalised.
             key: in training mode, of dropout and stochastic depth; None: evaluation mode.
             masked: patches that it does not see (B, V, P); None: it sees all.

@@ -18,7 +18,7 @@ def pooled_token(model: Any, variables: Any, images_BxHxWxc: Array) -> Array:
 
     Args:
         model: an `ImageClassifier`, with a head or without.
-        variables: of the model, of all its collections.
+        variables: the variables of the model, of all its collections.
         images_BxHxWxc: normalised.
 
     Returns:
@@ -34,7 +34,7 @@ def mean_patch(model: Any, variables: Any, images_BxHxWxc: Array) -> Array:
 
     Args:
         model: an `ImageClassifier`.
-        variables: of the model.
+        variables: the variables of the model.
         images_BxHxWxc: normalised, whole.
 
     Returns:

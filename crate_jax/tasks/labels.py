@@ -21,7 +21,7 @@ def labelled_rows(
     """Labelled images of some splits, which have the same classes.
 
     Args:
-        config: of the run.
+        config: the config of the run.
         splits: the name of each, and whether its rows are for training.
         image_shape: (H, W, c) of what a row holds.
         classes: by whose names labels are numbered; a split may have some of them only. (): by

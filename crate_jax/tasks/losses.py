@@ -34,7 +34,7 @@ def token_losses(logits_BxNxV: Array, tokens_BxN: Array, *, label_smoothing: flo
     Args:
         logits_BxNxV: any float dtype; the loss is computed in float32.
         tokens_BxN: integer ids in [0, V); below 0: none.
-        label_smoothing: as of `cross_entropy`.
+        label_smoothing: see `cross_entropy`.
 
     Returns:
         Loss in nats (B, N), float32.
@@ -50,7 +50,7 @@ def token_cross_entropy(logits_BxNxV: Array, tokens_BxN: Array) -> Array:
     """Mean cross-entropy over the tokens of each text.
 
     Args:
-        logits_BxNxV: as for `token_losses`.
+        logits_BxNxV: see `token_losses`.
         tokens_BxN: integer ids in [0, V).
 
     Returns:

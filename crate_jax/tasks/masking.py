@@ -16,7 +16,7 @@ def hidden_patches(noise_BxP: Array, kept: int | Array) -> Array:
 
     Args:
         noise_BxP: a number for each patch; of equal ones the first counts as less.
-        kept: how many patches of an image stay, or of each (B, 1).
+        kept: the number of patches of an image that stay, or of each (B, 1).
 
     Returns:
         True where a patch is hidden (B, P).
@@ -124,10 +124,10 @@ def reconstructions(
     true mean and deviation of the patch where pixels are normalised.
 
     Args:
-        told_BxPxk: as for `hidden_errors`, and so are the others.
-        X_BxPxk: likewise.
-        masked_BxP: likewise.
-        normalize: likewise.
+        told_BxPxk: see `hidden_errors`.
+        X_BxPxk: see `hidden_errors`.
+        masked_BxP: see `hidden_errors`.
+        normalize: see `hidden_errors`.
     """
     hidden_BxPx1 = masked_BxP[..., None]
     if normalize:

@@ -84,7 +84,7 @@ class Mcr2(Task):
         """Labelled images; of training those of a row in several views, if there are several.
 
         Raises:
-            ValueError: as `from_config` and `Classify.open`.
+            ValueError: see `from_config` and `Classify.open`.
             KeyError, FileNotFoundError: the config names what does not exist.
         """
         return cls.reopen(config, *splits, facts={})

@@ -33,9 +33,9 @@ class NextToken(Task):
     only where texts have unlike numbers of them. Here every text of training is full.
 
     Attributes:
-        model: of text.
+        model: a model of text.
         text: how text becomes tokens.
-        label_smoothing: of the training loss, in [0, 1).
+        label_smoothing: the smoothing of the training loss, in [0, 1).
     """
 
     model: Any
@@ -80,7 +80,7 @@ class NextToken(Task):
         """`open`, with the tokenizer that the facts tell of.
 
         Raises:
-            ValueError, KeyError, FileNotFoundError: as `open`, or the tokenizer is another.
+            ValueError, KeyError, FileNotFoundError: see `open`, or the tokenizer is another.
         """
         # Here, because a machine that only trains on arrays has none of the libraries.
         from crate_jax.data.text.rows import open_text

@@ -68,7 +68,7 @@ class Penalties:
         """The addition to the loss, a float32 scalar, and each penalty before its weight.
 
         Args:
-            params: of the model.
+            params: the parameters of the model.
             seen: the taps, with the layers on axis 0.
             key: draws the layer.
         """

@@ -41,8 +41,8 @@ class Embedder:
     Attributes:
         model: a Flax module with ``input_shape``, from normalised images to what a head reads.
         head: from that to features.
-        mean: of `crate_jax.tasks.pixels.normalize`.
-        std: likewise.
+        mean: the mean of `crate_jax.tasks.pixels.normalize`.
+        std: the deviation of `crate_jax.tasks.pixels.normalize`.
     """
 
     model: Any
@@ -74,8 +74,8 @@ class Embedder:
         """Features (B V, p), and the extra after this pass.
 
         Args:
-            params: of `init`.
-            extra: likewise.
+            params: the parameters of `init`.
+            extra: the extra of `init`.
             stored: images, of bytes or normalised.
             key: of dropout, in training mode; None: evaluation mode.
         """

@@ -143,7 +143,7 @@ def metrics_of_sums(totals: Mapping[str, Any], *, eps: float) -> dict[str, float
     those pairs of different classes that shared a batch.
 
     Args:
-        totals: of `class_sums`.
+        totals: the totals of `class_sums`.
         eps: ε.
     """
     S_Jxpxp, m_J = totals["moments"], totals["members"]

@@ -63,7 +63,7 @@ class Task(Protocol):
         by_row: whether the loss is a mean over rows, so that gradients of micro-batches may be
             averaged.
         unread: paths of fields for some tasks alone which this one does not read, 0 where off.
-        inspected_rows: how many rows of a batch `inspect` gets; it runs on one device.
+        inspected_rows: the number of rows of a batch that `inspect` gets; it runs on one device.
         model: what is trained. Nobody but the task calls it.
     """
 
@@ -108,7 +108,7 @@ class Task(Protocol):
         What can fail on the way to a batch fails here, and not in a worker.
 
         Args:
-            config: of the run.
+            config: the config of the run.
             *splits: the name of each, and whether its rows are for training.
 
         Raises:
@@ -123,12 +123,12 @@ class Task(Protocol):
         """`open` for a trained model: the outputs mean what its facts say, not the data.
 
         Args:
-            config: of the run.
-            *splits: as for `open`.
-            facts: of `facts`, as a checkpoint or a file states them, perhaps some or none of them.
+            config: the config of the run.
+            *splits: see `open`.
+            facts: the result of `facts`, as a checkpoint or a file states it, in part or not at all.
 
         Raises:
-            ValueError, KeyError, FileNotFoundError: as `open`, or the rows do not go with the
+            ValueError, KeyError, FileNotFoundError: see `open`, or the rows do not go with the
                 facts.
         """
         del facts
@@ -169,7 +169,7 @@ class Task(Protocol):
 
         Args:
             params: all of them.
-            extra: of `init`.
+            extra: the extra of `init`.
             others: the model's other collections in that file, such as running statistics.
         """
         del params
@@ -180,7 +180,7 @@ class Task(Protocol):
 
         Args:
             batch: as the loader hands it out.
-            key: of this step.
+            key: the key of this step.
         """
         del key
         return batch
@@ -192,8 +192,8 @@ class Task(Protocol):
 
         Args:
             params: they are differentiated by.
-            extra: of the state.
-            batch: of `on_device`, or some rows of it.
+            extra: the extra of the state.
+            batch: the batch of `on_device`, or some rows of it.
             key: for dropout and the like, another at each step and in each micro-batch.
 
         Returns:
@@ -207,7 +207,7 @@ class Task(Protocol):
 
         Args:
             params: updated.
-            extra: of `loss`.
+            extra: the extra of `loss`.
             step: optimizer steps done, this one included, int32.
         """
         del params, step
@@ -218,7 +218,7 @@ class Task(Protocol):
 
         Args:
             params: the averaged ones, if the state keeps any.
-            extra: of the state.
+            extra: the extra of the state.
             batch: with ``mask`` (B,), float32 of 0 and 1.
 
         Returns:
@@ -230,7 +230,8 @@ class Task(Protocol):
         """The metrics of a split, `headline` among them.
 
         Args:
-            totals: of `sums`, added up over the batches in double precision; ``examples`` > 0.
+            totals: the totals of `sums`, added up over the batches in double precision;
+                ``examples`` > 0.
         """
         ...
 
@@ -239,7 +240,7 @@ class Task(Protocol):
 
         Args:
             params: the averaged ones, if the state keeps any.
-            extra: of the state.
+            extra: the extra of the state.
             batch: of evaluation, as the loader hands it out.
 
         Returns:
@@ -258,8 +259,8 @@ class Task(Protocol):
         """The layers that measures and figures look into, in evaluation mode.
 
         Args:
-            params: of the state.
-            extra: of the state.
+            params: the parameters of the state.
+            extra: the extra of the state.
             batch: of evaluation, as the loader hands it out.
 
         Raises:
@@ -275,8 +276,8 @@ class Task(Protocol):
         """Measures and pictures for people during training: the layers, pictures, collapse.
 
         Args:
-            params: of the state, not averaged.
-            extra: of the state.
+            params: the parameters of the state, not averaged.
+            extra: the extra of the state.
             batch: the first `inspected_rows` of the training batch, as the loader hands it out.
 
         Returns:

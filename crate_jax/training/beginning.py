@@ -19,8 +19,8 @@ def first_state(run: Run, facts: Json) -> tuple[TrainState, Shardings, list[str]
     """The state of step 0, its shardings, and the changes that fitted ``init_weights``.
 
     Args:
-        run: of `set_up`.
-        facts: of the data that it trains on, see `crate_jax.tasks.task.Task.facts`.
+        run: the run of `set_up`.
+        facts: the facts of the data that it trains on, see `crate_jax.tasks.task.Task.facts`.
 
     Raises:
         ValueError, KeyError, OSError: ``init_weights`` cannot be read, or does not fit.
@@ -45,8 +45,8 @@ def before_training(run: Run, facts: Json) -> tuple[Params, Extra]:
     does another run that has gone on.
 
     Args:
-        run: of `set_up`.
-        facts: as for `first_state`.
+        run: the run of `set_up`.
+        facts: see `first_state`.
 
     Raises:
         ValueError: ``init_weights`` cannot be had any more.

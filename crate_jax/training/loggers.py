@@ -160,9 +160,9 @@ def open_loggers(config: TrainConfig, workdir: Path, say: Callable[[str], None])
     """Begin, or go on with, a run in every program of ``config.loggers``.
 
     Args:
-        config: of the run.
-        workdir: of the run; it keeps under which name the run is known elsewhere.
-        say: as of `Loggers`.
+        config: the config of the run.
+        workdir: the workdir of the run; it keeps under which name the run is known elsewhere.
+        say: see `Loggers`.
 
     Raises:
         ValueError: a program does not begin, for example without a network.

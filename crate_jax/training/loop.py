@@ -78,7 +78,7 @@ def train(config: TrainConfig, workdir: str | Path) -> Json:
     """Train, or go on training, until the run is complete.
 
     Args:
-        config: of a recipe in configs/; checked here.
+        config: the config of a recipe in configs/; checked here.
         workdir: the run's directory, made if need be, or ``gs://…`` or ``s3://…``: config.json,
             metrics.jsonl, TensorBoard events, checkpoints/. What it holds already is resumed.
 

@@ -23,7 +23,7 @@ def orthonormal(names: tuple[str, ...]) -> optax.GradientTransformation:
     decompositions.
 
     Args:
-        names: of the parameters, the last part of their paths.
+        names: the names of the parameters, the last part of their paths.
 
     Raises:
         KeyError: a name that no parameter of three axes or more has; of two, where layers share it.

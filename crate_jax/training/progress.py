@@ -21,10 +21,10 @@ class Reporter:
 
     Args:
         workdir: existing directory, or in a bucket.
-        config: of the run.
-        total_steps: where the run ends.
-        record: of the checkpoint that the run continues from: its ``step`` and ``summary``; and
-            ``notes``, lines to say at the start.
+        config: the config of the run.
+        total_steps: the last step of the run.
+        record: the record of the checkpoint that the run continues from: its ``step`` and
+            ``summary``; and ``notes``, lines to say at the start.
         headline: the task's metric that the lines show beside the loss.
         peak_share: of the published peak of all devices, for one example a second; 0: not known.
         enabled: False on all processes but one; then nothing is written.
@@ -100,7 +100,7 @@ class Reporter:
         """A step is done.
 
         Args:
-            step: which.
+            step: the step.
             metrics: ``loss`` and whatever else the step measured.
             log: whether it is written.
             waited_s: seconds for which the steps of this program have waited for data, in all.
@@ -184,7 +184,7 @@ class Progress:
     """The display for a person: one live line on a terminal, plain lines in a pipe.
 
     Args:
-        total_steps: where the run ends.
+        total_steps: the last step of the run.
         stream: where to write, as long as it takes what is written; None writes nothing.
     """
 

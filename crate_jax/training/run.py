@@ -53,12 +53,12 @@ class Run:
 
     Attributes:
         config: validated.
-        mesh: of all devices, or of those that were asked for.
+        mesh: the mesh of all devices, or of those that were asked for.
         task: fitted to the rows that were opened.
-        rows: of the splits that were asked for, by "train" and "eval".
+        rows: the rows of the splits that were asked for, by "train" and "eval".
         tx: the optimizer.
         schedule: its rate; a constant where no training rows say how long an epoch is.
-        total_steps: where the run ends; 0 without training rows.
+        total_steps: the last step of the run; 0 without training rows.
         distributed: whether this process is one of several.
     """
 
@@ -94,13 +94,13 @@ def set_up(
     Args:
         config: checked here, once.
         *splits: which rows to open, "train" and "eval"; none for a plan, which opens no data.
-        workdir: of a run that trains: it must be free or belong to the config, and the processes of
-            the run join.
-        devices: those to use; None: all.
+        workdir: the workdir of a run that trains: it must be free or belong to the config, and the
+            processes of the run join.
+        devices: the devices to use; None: all.
         facts: of what was trained already, see `Task.reopen`; None: of nothing.
 
     Raises:
-        ValueError, KeyError, FileNotFoundError: what the user can mend, in one line.
+        ValueError, KeyError, FileNotFoundError: a mistake that the user can correct, in one line.
     """
     validate(config)
     check_settings()
@@ -186,8 +186,9 @@ def jit_train_step(run: Run, shardings: Shardings) -> TrainProgram:
     """The training step: (state, batch, key) to (state, metrics).
 
     Args:
-        run: of `set_up`; the rows of a batch are spread over its whole mesh.
-        shardings: of the state, which is used up; of `crate_jax.training.state.abstract_state`.
+        run: the run of `set_up`; the rows of a batch are spread over its whole mesh.
+        shardings: the shardings of the state, which is used up; of
+            `crate_jax.training.state.abstract_state`.
     """
     step = make_train_step(
         run.task,

@@ -24,7 +24,7 @@ class TrainState:
     Attributes:
         step: optimizer steps done, int32 scalar.
         params: the model's parameters, float32.
-        opt_state: of the optax chain.
+        opt_state: the state of the optax chain.
         ema_params: exponential moving average of params, or None when none is kept.
         extra: what the task carries along that no gradient reaches: running statistics, a teacher;
             () when there is none.

@@ -53,7 +53,7 @@ class EventWriter:
         """Write pictures of one step, as PNG.
 
         Args:
-            step: which.
+            step: the step.
             images: (n, H, W, c) by name, of 1 or 3 channels; uint8, or floats in [0, 1]. Picture i
                 gets the name ``<name>/<i>``.
 

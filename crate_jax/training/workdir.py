@@ -53,7 +53,7 @@ def check_facts(recorded: Json, found: Json, workdir: Path) -> None:
 
     Args:
         recorded: by the run's checkpoints; what an older version did not record is not compared.
-        found: of the data as it is.
+        found: the facts of the data as it is.
         workdir: the run's directory.
 
     Raises:

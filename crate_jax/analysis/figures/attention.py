@@ -44,7 +44,7 @@ def saliency(
     Args:
         maps_BxKxRxC: of `class_token_maps`, of one layer.
         pixels_BxHxWxc: the images, floats in [0, 1].
-        layer: which one, for the sentence, counted from 1.
+        layer: its number, for the sentence, counted from 1.
         head: the only one to draw, counted from 1; None: all.
     """
     B, K = maps_BxKxRxC.shape[:2]
@@ -80,7 +80,7 @@ def heads_by_kind(maps_BxKxRxC: np.ndarray, kind_of_B: Sequence[str], *, layer: 
         maps_BxKxRxC: of `class_token_maps`, of one layer.
         kind_of_B: the class, or the folder, of each image. At most ten kinds are drawn: the first
             by name, where numbers stand in the order of their values.
-        layer: which one, counted from 1.
+        layer: its number, counted from 1.
     """
     known = sorted(set(kind_of_B), key=_natural)
     kinds = known[:MOST_KINDS]

@@ -118,7 +118,7 @@ def grid_of_axes(rows: int, columns: int, *, side: float, top: float = 0.3) -> A
     Args:
         rows: of panels.
         columns: of panels.
-        side: of a panel, in inches.
+        side: the side of a panel, in inches.
         top: room for titles above each row, in inches.
     """
     figure = new_figure(columns * (side + 0.08), rows * (side + top))
@@ -179,7 +179,7 @@ def long_table(names: Sequence[str], values: np.ndarray) -> dict[str, np.ndarray
     """An array as columns: its indices, counted from 1, and the value.
 
     Args:
-        names: of the axes, then of the value.
+        names: the names of the axes, then of the value.
         values: as many axes as names but one.
     """
     indices = np.indices(values.shape).reshape(values.ndim, -1) + 1
@@ -233,7 +233,7 @@ def save(picture: Picture, path: str | Path) -> Path:
     """Write a picture, and its table as CSV beside it; return the path of the table.
 
     Raises:
-        ValueError, OSError: as `check_output`.
+        ValueError, OSError: see `check_output`.
     """
     path = check_output(path)
     with written_aside(path) as aside, _style()():

@@ -33,7 +33,7 @@ class Measure(NamedTuple):
     Attributes:
         name: of the measure, as the curves have it.
         title: in words.
-        unit: of the axis.
+        unit: the unit of the axis.
     """
 
     name: str

@@ -20,7 +20,7 @@ def side_by_side(
         maps: (B, K, rows, columns) of `crate_jax.analysis.figures.attention.class_token_maps`, of
             one layer, by the model's name.
         pixels_BxHxWxc: the images, floats in [0, 1].
-        layer: which one, for the sentence.
+        layer: its number, for the sentence.
     """
     B = len(pixels_BxHxWxc)
     figure, panels = grid_of_axes(B, 1 + len(maps), side=1.1, top=0.08)

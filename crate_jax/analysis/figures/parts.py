@@ -72,7 +72,7 @@ def segments(
         maps_BxKxRxC: of `crate_jax.analysis.figures.attention.class_token_maps`, of one layer.
         cuts: of `crate_jax.analysis.maskcut.maskcut`, the objects of each image.
         pixels_BxHxWxc: the images, floats in [0, 1].
-        layer: which one, counted from 1.
+        layer: its number, counted from 1.
     """
     B, K, R, C = maps_BxKxRxC.shape
     flat_BxKxP = maps_BxKxRxC.reshape(B, K, R * C)

@@ -67,7 +67,7 @@ def confusion(counts_YxY: np.ndarray, names: Sequence[str]) -> Picture:
 
     Args:
         counts_YxY: images of each class, by what they were taken for.
-        names: of the classes.
+        names: the names of the classes.
     """
     wrong_Y = counts_YxY.sum(axis=1) - np.diag(counts_YxY)
     of_all = float(np.trace(counts_YxY) / max(counts_YxY.sum(), 1))

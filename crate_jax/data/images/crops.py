@@ -65,14 +65,14 @@ def open_crops(
     Args:
         data: says where the images are, and what the first global crop is.
         views: what the others are.
-        split: as `open_source` takes it.
+        split: see `open_source`.
         image_shape: (H, W, c) of a global crop.
         **opening: of `open_labelled_images`.
 
     Raises:
         ValueError: a local crop would be larger than a global one, or transforms do not lead to
             crops of their size.
-        BadExampleError, FileNotFoundError, KeyError, ValueError: as `open_labelled_images`.
+        BadExampleError, FileNotFoundError, KeyError, ValueError: see `open_labelled_images`.
     """
     side, channels = views.local_size, image_shape[-1]
     if views.local_crops and side > min(image_shape[:2]):
@@ -111,8 +111,8 @@ def open_views(
         image_shape: (H, W, c) that the model takes.
 
     Raises:
-        BadExampleError, FileNotFoundError, KeyError, ValueError: as `open_crops`; or the classes of
-            two splits differ.
+        BadExampleError, FileNotFoundError, KeyError, ValueError: see `open_crops`; or the classes
+            of two splits differ.
     """
     size: dict[str, Any] = dict(image_shape=image_shape, num_classes=_ANY_LABEL)
     opened: list[LabelledImages] = []

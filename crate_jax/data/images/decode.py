@@ -32,7 +32,7 @@ class EncodedImage:
     Args:
         data: the file's bytes: JPEG, PNG, WebP or any other format that OpenCV reads.
         channels: 1 (grey) or 3 (RGB).
-        name: what an error calls the image.
+        name: the name of the image in errors.
         fast: take libjpeg-turbo's quicker inverse transform and chroma upsampling, which change
             pixels by a few of 255, decode no rows below a window, and a large window at a half, a
             quarter or an eighth of its size. For training; evaluation wants the pixels that every
@@ -154,7 +154,7 @@ def array_pixels(image: np.ndarray, *, channels: int, name: str = "image") -> np
     Args:
         image: (H, W) or (H, W, c).
         channels: c of the result; 1 and 3 are made of each other.
-        name: what an error calls the image.
+        name: the name of the image in errors.
 
     Returns:
         (H, W, channels), uint8.

@@ -121,8 +121,8 @@ class LabelledImages:
 
         Args:
             image: as it is stored.
-            rng: of the transforms.
-            name: what errors call the image.
+            rng: the random generator of the transforms.
+            name: the name of the image in errors.
         """
         return {"image": self.pipeline(image, rng, name=name)}
 
@@ -148,7 +148,7 @@ def open_labelled_images(
 
     Args:
         data: says where the images are and what is done to them.
-        split: as `open_source` takes it.
+        split: see `open_source`.
         train: whether data.train_transforms or data.eval_transforms are applied.
         image_shape: (H, W, c) that the model takes.
         num_classes: of synthetic images and of integer labels, as `open_source` takes it.
@@ -158,7 +158,7 @@ def open_labelled_images(
 
     Raises:
         BadExampleError: the first row is bad, and data.on_bad_example is "raise".
-        FileNotFoundError, KeyError, ValueError: as `open_source` and `make_pipeline`; or the
+        FileNotFoundError, KeyError, ValueError: see `open_source` and `make_pipeline`; or the
             transforms do not lead to `image_shape`, no row is good, or a class of the split is not
             among `classes`.
     """

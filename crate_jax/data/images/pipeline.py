@@ -35,8 +35,8 @@ class Pipeline:
 
         Args:
             image: encoded bytes, or pixels (H, W) or (H, W, c) of a type that `array_pixels` takes.
-            rng: of the transforms.
-            name: what errors call the image.
+            rng: the random generator of the transforms.
+            name: the name of the image in errors.
 
         Returns:
             Pixels of `image_shape`, uint8, contiguous.
@@ -88,8 +88,8 @@ def pipeline_of(spec: str, field: str, image_shape: Sequence[int], *, fast: bool
     """The pipeline of some transforms, to images of a shape (H, W, c).
 
     Args:
-        spec: as of `parse_transforms`, and so is `field`.
-        field: likewise.
+        spec: see `parse_transforms`.
+        field: see `parse_transforms`.
         image_shape: (H, W, c) that must come out.
         fast: of `Pipeline`.
 

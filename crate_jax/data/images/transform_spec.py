@@ -141,7 +141,7 @@ def parse_transforms(spec: str, field: str, *, channels: int | None = None) -> l
 
     Args:
         spec: "name(arguments)|name(arguments)"; empty for none.
-        field: what errors call the string, such as ``data.train_transforms``.
+        field: the name of the string in errors, such as ``data.train_transforms``.
         channels: of the images, if they are known: as many levels may be given.
 
     Raises:

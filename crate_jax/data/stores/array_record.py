@@ -29,11 +29,11 @@ class ArrayRecordExamples:
     """The examples of one split, by index.
 
     Attributes:
-        paths: of the files.
+        paths: the paths of the files.
         first: (n,) int64, the record of each file that is its first example.
         end: (n,) int64, how many examples there are up to the end of each file.
         parse: from the bytes of a record to its example.
-        readers: of the files.
+        readers: the readers of the files.
     """
 
     paths: tuple[str, ...]
@@ -58,8 +58,8 @@ def open_array_records(
     """The examples that TFDS's file instructions name; no file is opened.
 
     Args:
-        instructions: of ``split_info.file_instructions``: each a file, how many records of it are
-            left out and how many taken.
+        instructions: the instructions of ``split_info.file_instructions``: each a file, how many
+            records of it are left out and how many taken.
         parse: from the bytes of a record to its example.
         name: of the split, for errors.
 

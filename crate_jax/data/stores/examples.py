@@ -38,10 +38,10 @@ class Source:
     """One split of one data set.
 
     Attributes:
-        name: what errors and logs call it, such as ``digits/train``.
+        name: its name in errors and logs, such as ``digits/train``.
         examples: random access to the examples.
         num_classes: labels are in [0, num_classes).
-        class_names: of every class, where they are known.
+        class_names: the names of every class, where they are known.
         listing: of `listing_of`, another one where other examples lie, or in another order; "" if
             the store has none.
     """

@@ -91,7 +91,7 @@ def check_features(
 
     Args:
         data: reads dataset, image_key and label_key.
-        features: of the data set.
+        features: the features of the data set.
         num_classes: of integer labels, which have no names of classes; None: not known.
 
     Raises:

@@ -35,7 +35,7 @@ class TarImages:
     """Image files within a tar file, with their labels.
 
     Attributes:
-        path: of the tar file.
+        path: the path of the tar file.
         names: (n,) of the members, of `pack_names`; what is in a tar of the tar is below its name.
         offset: (n,) int64, where a member's bytes begin.
         length: (n,) int64.

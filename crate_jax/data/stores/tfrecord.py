@@ -34,7 +34,7 @@ class TFRecordExamples:
     """The examples of one split, by index.
 
     Attributes:
-        paths: of the shards.
+        paths: the paths of the shards.
         shard: (n,) int32, which shard an example is in.
         offset: (n,) int64, where its bytes begin; −1: the shard ends before.
         length: (n,) int64, of its bytes.
@@ -76,10 +76,10 @@ def open_tfrecords(
     """The examples that TFDS's file instructions name.
 
     Args:
-        instructions: of ``split_info.file_instructions``: each a file, how many records of it are
-            left out and how many taken.
+        instructions: the instructions of ``split_info.file_instructions``: each a file, how many
+            records of it are left out and how many taken.
         parse: from the bytes of a record to its example.
-        folder: of the data set; the index is kept there if it can.
+        folder: the folder of the data set; the index is kept there if it can.
         index_dir: where it is kept instead.
         check_crc: verify each example's checksum when it is read.
     """

@@ -73,7 +73,7 @@ class TextRows:
     Differs from nanoGPT: there a row begins anywhere, and an epoch has no end.
 
     Attributes:
-        name: what errors and logs call the rows.
+        name: the name of the rows in errors and logs.
         tokens: all of them, texts one after the other.
         context: T, tokens of a row.
         vocab_size: V; tokens are below it.
@@ -142,7 +142,7 @@ def open_text(
         split: a file or folder below data_dir; of token files without the ending ``.bin``.
         train: see `TextRows`.
         context: T.
-        vocab_size: of the model.
+        vocab_size: the vocabulary size of the model.
 
     Raises:
         KeyError, ValueError, FileNotFoundError: there is no such data set, split or tokenizer; it
@@ -185,7 +185,7 @@ def tokenizer_of(text: TextConfig) -> Tokenizer | None:
     """The tokenizer of a config; None if it is not known.
 
     Raises:
-        ValueError: as `open_tokenizer`.
+        ValueError: see `open_tokenizer`.
     """
     return open_tokenizer(text.tokenizer, text.end_token) if text.tokenizer else None
 

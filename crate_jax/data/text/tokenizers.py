@@ -21,7 +21,7 @@ class Bytes:
 
     Attributes:
         digest: another one where text becomes other numbers.
-        size: how many tokens there are, the numbers from 0 on.
+        size: the number of tokens, the numbers from 0 on.
         end: the token that ends a text.
         lengths: bytes of text that each token stands for (size,), int32; None: not known.
     """
