@@ -125,7 +125,7 @@ class Task(Protocol):
         Args:
             config: the config of the run.
             *splits: see `open`.
-            facts: the result of `facts`, as a checkpoint or a file states it, in part or not at all.
+            facts: the result of `facts` in a checkpoint or a file, in part or empty.
 
         Raises:
             ValueError, KeyError, FileNotFoundError: see `open`, or the rows do not go with the
