@@ -19,21 +19,22 @@ HEAD = """# The zoo
 
 Made by `python benchmarks/zoo_page.py`; do not edit.
 
-Every model that `crate_jax.list_models()` names, by where it comes from. Parameters and
-multiply-adds (GMACs, of the matrix products of one image, or of one text as long as the context)
-are computed, at the sizes that the name stands for. Published results are their authors', and were
-not measured here. A loss is a cross-entropy in nats a token.
+This page has every model that `crate_jax.list_models()` names, by its source. Parameters and
+multiply-adds are computed, at the sizes that the name stands for. Multiply-adds (GMACs) are those of
+the matrix products of one image, or of one text as long as the context. Published results are their
+authors', and were not measured here. A loss is a cross-entropy in nats a token.
 """
 WEIGHTS = """## Released weights
 
-What the authors released, with its licence as they state it. `crate_jax.load_pretrained(NAME)`
+The table lists the files that the authors released, with the licence that they state. `crate_jax.load_pretrained(NAME)`
 downloads the files that lie on the Hugging Face hub (`hf://`). Download the others by hand, and
 read them with `load_weights`. A digest is given by its first digits. The page
 [weights.md](weights.md) says more.
 """
 MATRIX = """## Commands
 
-What each family has. Where a cell says why not, the command ends with one line that says so.
+The table says which commands each family has. If a cell gives a reason against, the command ends
+with one line that says so.
 `tests/cli/test_family_commands.py` runs the command of every cell.
 
 `taps` and `layerwise` are functions of `crate_jax.analysis`. `layerwise` gives R, the coding rate
