@@ -21,15 +21,15 @@ Made by `python benchmarks/zoo_page.py`; do not edit.
 
 This page has every model that `crate_jax.list_models()` names, by its source. Parameters and
 multiply-adds are computed, at the sizes that the name stands for. Multiply-adds (GMACs) are those
-of the matrix products of one image, or of one text as long as the context. Published results are their
-authors', and were not measured here. A loss is a cross-entropy in nats a token.
+of the matrix products of one image, or of one text as long as the context. Published results are
+their authors', and were not measured here. A loss is a cross-entropy in nats a token.
 """
 WEIGHTS = """## Released weights
 
 The table lists the files that the authors released, with the licence that they state.
-`crate_jax.load_pretrained(NAME)` downloads the files that lie on the Hugging Face hub (`hf://`). Download the others by hand, and
-read them with `load_weights`. A digest is given by its first digits. The page
-[weights.md](weights.md) says more.
+`crate_jax.load_pretrained(NAME)` downloads the files that lie on the Hugging Face hub (`hf://`).
+Download the others by hand, and read them with `load_weights`. A digest is given by its first
+digits. The page [weights.md](weights.md) says more.
 """
 MATRIX = """## Commands
 
