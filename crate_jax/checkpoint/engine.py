@@ -1,5 +1,8 @@
 """Orbax's manager as this project uses it: the steps that it keeps, and the metrics it trusts."""
 
+import contextlib
+import logging
+from collections.abc import Iterator
 from pathlib import Path
 
 import orbax.checkpoint as ocp
@@ -44,10 +47,11 @@ class Manager(ocp.CheckpointManager):
 
 def for_reading(directory: Path, best: Best) -> Manager:
     """A manager that neither writes nor deletes."""
-    options = ocp.CheckpointManagerOptions(
-        read_only=True, best_fn=best.score, atomicity_options=_atomicity(directory)
-    )
-    return Manager(directory, best, options)
+    with _without_news_of_reading():
+        options = ocp.CheckpointManagerOptions(
+            read_only=True, best_fn=best.score, atomicity_options=_atomicity(directory)
+        )
+        return Manager(directory, best, options)
 
 
 def for_writing(directory: Path, best: Best, *, keep_latest: int, keep_best: int) -> Manager:
@@ -65,6 +69,21 @@ def for_writing(directory: Path, best: Best, *, keep_latest: int, keep_best: int
         best_fn=best.score, preservation_policy=policy, atomicity_options=_atomicity(directory)
     )
     return Manager(directory, best, options)
+
+
+@contextlib.contextmanager
+def _without_news_of_reading() -> Iterator[None]:
+    """Leave out Orbax's three warnings that a folder opened for reading is not written to."""
+
+    def is_other(entry: logging.LogRecord) -> bool:
+        return "read_only" not in str(entry.msg) and "read only" not in str(entry.msg)
+
+    logger = logging.getLogger("absl")
+    logger.addFilter(is_other)
+    try:
+        yield
+    finally:
+        logger.removeFilter(is_other)
 
 
 def _atomicity(directory: Path) -> orbax_options.AtomicityOptions | None:

@@ -3,6 +3,7 @@
 import errno
 import gc
 import json
+import logging
 import re
 import resource
 import shutil
@@ -249,6 +250,26 @@ def test_best_without_any_metric(tmp_path):
     with pytest.raises(ValueError, match=r"step must be latest, best or one of 1, 2; got best\."):
         checkpointer.resolve("best")
     checkpointer.close()
+
+
+def test_opening_for_reading_says_nothing(tmp_path):
+    """Who calls `load_weights` has not set up logging: Python prints warnings then."""
+    write(tmp_path, [0.5]).close()
+    said = []
+    handler = logging.Handler()
+    handler.emit = lambda record: said.append(record.getMessage())
+    logger = logging.getLogger("absl")
+    before = logger.level, logger.filters[:]
+    logger.addHandler(handler)
+    logger.setLevel(logging.WARNING)
+    try:
+        Checkpointer(tmp_path, read_only=True).close()
+        logger.warning("of another matter")
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(before[0])
+    assert said == ["of another matter"]
+    assert logger.filters == before[1]
 
 
 def test_no_checkpoint(tmp_path):
