@@ -39,7 +39,7 @@ def make_schedule(optim: OptimConfig, *, total_steps: int, steps_per_epoch: int)
     if warmup_steps >= total_steps:
         raise ValueError(
             f"optim.warmup_epochs must be shorter than the run; got {warmup_steps} steps of "
-            f"{total_steps}. Lower it, or raise total_epochs."
+            f"{total_steps}. Lower it, or raise total_epochs (total_steps, if that is set)."
         )
     end = total_steps - cooldown_steps  # of the cosine
     if warmup_steps >= end:

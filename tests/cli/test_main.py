@@ -252,7 +252,11 @@ def test_a_mistaken_flag_is_one_line(flag, message, tmp_path):
         ("--config.model.num_classes=11", "model.num_classes must equal the 10 classes of digits"),
         ("--config.data.dataset=cifar10", "cifar10 is not in"),
         ("--config.data.train_split=trian", "got trian. Did you mean train?"),
-        ("--config.data.data_dir=/no/such/folder", "data.data_dir must be an existing directory"),
+        (
+            "--config.data.data_dir=/no/such/folder",
+            "data.data_dir must be an existing directory; got /no/such/folder. Set "
+            "--config.data.data_dir, or --data_dir beside --dataset.",
+        ),
         ("--config.data.eval_transforms=resise(32)", "got resise. Did you mean resize?"),
         ("--config.data.eval_transforms=resize(16)", "must give the 32x32x1 images"),
         ("--config.parallel.mesh=data:3", "parallel.mesh must multiply to the 8 devices"),
@@ -278,6 +282,7 @@ def test_unprepared_data_says_how_to_prepare_and_downloads_nothing(refuse_traini
     batches = ["--config.batch_size=48", "--config.eval_batch_size=48"]
     dataset = ["--config.data.dataset=cifar10", f"--config.data.data_dir={data}"]
     line = refuse_training(tmp_path / "run", *batches, *dataset)
+    assert "Set --config.data.data_dir, or --data_dir beside --dataset, to where it is" in line
     assert "--config.data.download=True" in line
     assert list(data.iterdir()) == []
 

@@ -48,7 +48,7 @@ def data_folder(data: DataConfig) -> str:
     if not is_folder(folder):
         raise FileNotFoundError(
             f"data.data_dir must be an existing directory; got {folder}. "
-            "Set --config.data.data_dir."
+            "Set --config.data.data_dir, or --data_dir beside --dataset."
         )
     return folder
 

@@ -195,8 +195,8 @@ def _prepared(make: Callable[..., Builder], data: DataConfig, report: TextIO) ->
     if not data.download:
         raise FileNotFoundError(
             f"data.dataset must be prepared; {data.dataset} is not in {builder.data_path}. "
-            f"{_where_it_may_be(data, builder)}, or let TFDS download and prepare it with "
-            "--config.data.download=True."
+            f"{_where_it_may_be(data, builder)}, or let train have TFDS download and "
+            "prepare it: --config.data.download=True."
         )
     builder = make(data_dir=folder, file_format="array_record")
     try:
@@ -231,4 +231,4 @@ def _where_it_may_be(data: DataConfig, builder: Builder) -> str:
     if versions:
         name = data.dataset.partition(":")[0]
         return f"There is {versions[-1]}: set --config.data.dataset={name}:{versions[-1]}"
-    return "Set --config.data.data_dir to where it is"
+    return "Set --config.data.data_dir, or --data_dir beside --dataset, to where it is"

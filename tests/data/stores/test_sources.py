@@ -354,7 +354,7 @@ def test_known_dataset_that_is_not_prepared_is_not_downloaded(tmp_path, monkeypa
     monkeypatch.setattr(tfds.core.DatasetBuilder, "download_and_prepare", download)
     message = (
         rf"data\.dataset must be prepared; cifar10 is not in {tmp_path}/cifar10/\S+\. "
-        r"Set --config\.data\.data_dir to where it is, .* with --config\.data\.download=True\."
+        r"Set --config\.data\.data_dir, .* to where it is, or .*: --config\.data\.download=True\."
     )
     with pytest.raises(FileNotFoundError, match=message):
         open_split("cifar10", tmp_path)
