@@ -250,7 +250,7 @@ def test_what_it_refuses(watch, workdir, call, tmp_path, monkeypatch):
     for arguments, message in (
         ([*run, "--against", tmp_path], "workdir must hold a checkpoint"),
         ([*run, "--images", tmp_path / "site"], "--images must be a folder with images"),
-        ([*run, "--images", tmp_path / "no"], "no"),
+        ([*run, "--images", tmp_path / "no"], f"{tmp_path / 'no'} must be a folder; there is"),
         ([*run, "--images", tmp_path / "bad"], "a.png"),
         ([*run, "--examples", 0], "--examples must be >= 1; got 0"),
         ([*run, "--output", tmp_path / "file"], "--output must be a folder; "),

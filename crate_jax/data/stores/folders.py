@@ -53,7 +53,12 @@ def folder_images(root: str, labels: Callable[[str], int]) -> FolderImages:
     Args:
         root: the folder.
         labels: from a path below it to its label.
+
+    Raises:
+        FileNotFoundError: there is no such folder.
     """
+    if not storage.is_folder(root):
+        raise FileNotFoundError(f"{root} must be a folder; there is none. Correct the path.")
     found = [p for p in storage.find_files(root) if p.lower().endswith(IMAGE_SUFFIXES)]
     return FolderImages(root, pack_names(found), np.array([labels(p) for p in found], np.int32))
 
