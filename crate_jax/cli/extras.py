@@ -19,6 +19,7 @@ USES = {
     "plot": "curves of layers while a run trains",
     "report": "report, figure, compare --html",
     "export": "export",
+    "onnx": "crate_jax.export_onnx",
     "wandb": "--config.loggers=wandb",
     "trackio": "--config.loggers=trackio",
     "segment": "segment --annotations",

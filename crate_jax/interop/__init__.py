@@ -5,6 +5,7 @@ from crate_jax.interop.convert import from_state_dict, to_state_dict
 from crate_jax.interop.export import export_model
 from crate_jax.interop.hub_folder import ModelCard
 from crate_jax.interop.load import load_fitted, load_variables, load_weights
+from crate_jax.interop.onnx import export_onnx
 from crate_jax.interop.pictures import Preprocessing
 from crate_jax.interop.pretrained import list_pretrained, load_pretrained, preprocessing
 from crate_jax.interop.save import save_weights
@@ -13,6 +14,7 @@ __all__ = [
     "ModelCard",
     "Preprocessing",
     "export_model",
+    "export_onnx",
     "find_run",
     "from_state_dict",
     "is_run",

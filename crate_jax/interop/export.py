@@ -1,6 +1,6 @@
 """A model, its weights and the scaling of its pixels as one program: StableHLO, by `jax.export`."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -19,7 +19,7 @@ if TYPE_CHECKING:  # JAX imports it where it is used
 PLATFORMS = ("cpu", "cuda", "rocm", "tpu")
 USUAL = ("cpu", "cuda", "tpu")
 PIXELS = ("uint8", "float32")  # what a program of images may take
-LARGEST = 2**31 - 2**24  # bytes of weights; a file of jax.export must be smaller than 2 GiB
+LARGEST = 2**31 - 2**24  # bytes of weights; a file of jax.export or ONNX is smaller than 2 GiB
 
 
 def export_model(
@@ -69,15 +69,23 @@ def make_program(
 ) -> "Exported":
     """`export_model` before it becomes bytes."""
     require_flatbuffers()
-    _check(model, mean, std, pixels, platforms)
-    variables = variables_of(params)
-    size = sum(leaf.nbytes for leaf in jax.tree.leaves(variables))
-    if size > LARGEST:
+    unknown = sorted({*platforms} - {*PLATFORMS})
+    if unknown or not platforms:
         raise ValueError(
-            f"the weights must take at most {LARGEST} bytes, for a file of jax.export is smaller "
-            f"than 2 GiB; got {size}. Export a smaller model."
+            f"platforms must be out of {', '.join(PLATFORMS)}; got {', '.join(unknown) or 'none'}. "
+            "Choose some."
         )
-    # Nothing may depend on the machine that writes the program.
+    check_export(model, params, mean, std, pixels)
+    compute = jax.jit(applied(model, params, mean, std))
+    inputs = _inputs(model, "float32" if mean is None else pixels)
+    return jax.export.export(compute, platforms=tuple(platforms))(inputs)
+
+
+def applied(
+    model: BlockModel, params: Params, mean: Sequence[float] | None, std: Sequence[float] | None
+) -> Callable[[Array], Array]:
+    """From what a program takes to what it returns, by no kernel and no machine's own choice."""
+    variables = variables_of(params)
     fields: dict[str, Any] = {"scan_unroll": model.scan_unroll or 1}
     if hasattr(model, "attention_kernel"):
         fields["attention_kernel"] = "xla"
@@ -88,8 +96,7 @@ def make_program(
             inputs = scaled(inputs, tuple(mean), tuple(std))
         return portable.apply(variables, inputs, train=False)  # type: ignore[return-value]
 
-    inputs = _inputs(model, "float32" if mean is None else pixels)
-    return jax.export.export(jax.jit(compute), platforms=tuple(platforms))(inputs)
+    return compute
 
 
 def scaled(images_BxHxWxc: Array, mean: tuple[float, ...], std: tuple[float, ...]) -> Array:
@@ -118,14 +125,18 @@ def require_flatbuffers() -> None:
         ) from error
 
 
-def _check(
+def check_export(
     model: BlockModel,
+    params: Params,
     mean: Sequence[float] | None,
     std: Sequence[float] | None,
     pixels: str,
-    platforms: Sequence[str],
 ) -> None:
-    """Refuse arguments that no program can be made of."""
+    """Refuse what no file can be made of.
+
+    Raises:
+        ValueError: an argument breaks a rule.
+    """
     if not isinstance(model, ImageClassifier | LanguageModel):
         raise ValueError(
             f"model must take images or text to be exported; got a {type(model).__name__}. Export "
@@ -133,18 +144,18 @@ def _check(
         )
     if pixels not in PIXELS:
         raise ValueError(f"pixels must be {' or '.join(PIXELS)}; got {pixels}. Choose one.")
-    unknown = sorted({*platforms} - {*PLATFORMS})
-    if unknown or not platforms:
-        got = ", ".join(unknown) or "none"
-        raise ValueError(
-            f"platforms must be out of {', '.join(PLATFORMS)}; got {got}. Choose some."
-        )
     if (mean is None) != (std is None):
         raise ValueError("mean must go with std; got one of them alone. Give both, or neither.")
     if mean is not None and not isinstance(model, ImageClassifier):
         raise ValueError(
             f"mean and std must go with a model of images; got a {type(model).__name__}. "
             "Leave them out."
+        )
+    size = sum(leaf.nbytes for leaf in jax.tree.leaves(params))
+    if size > LARGEST:
+        raise ValueError(
+            f"the weights must take at most {LARGEST} bytes, for the file must be smaller than "
+            f"2 GiB; got {size}. Export a smaller model."
         )
 
 
