@@ -128,8 +128,9 @@ def _invocation(action: argparse.Action) -> str:
     value = action.metavar or _kind(action)
     if not action.option_strings:
         return str(value)
-    after = {0: "", "+": f" {value} …"}.get(action.nargs or "", f"={value}")
-    return action.option_strings[0] + after
+    if action.nargs == 0:  # a switch
+        return action.option_strings[0]
+    return action.option_strings[0] + (f" {value} …" if action.nargs == "+" else f"={value}")
 
 
 def _kind(action: argparse.Action) -> str:

@@ -68,6 +68,12 @@ def test_the_overview_names_every_command_once():
         assert f"\n{heading}\n  " in HELP[""]
 
 
+def test_a_switch_takes_no_word():
+    assert re.search(r"^  --version {2,}", HELP[""], flags=re.M)
+    assert re.search(r"^  --detail {2,}", HELP["evaluate"], flags=re.M)
+    assert re.search(r"^  --data_dir=PATH {2,}", HELP["evaluate"], flags=re.M)
+
+
 def test_the_help_of_a_script_says_so(monkeypatch):
     monkeypatch.setattr("sys.argv", ["/usr/bin/crate_jax", "doctor"])
     text = cli._parsers()[1].choices["doctor"].format_help()
