@@ -45,6 +45,7 @@ def test_a_notebook_is_clean_and_installs_first(notebook):
     assert not [cell for cell in cells[1:] if "pip" in cell.source]
 
 
+@pytest.mark.slow
 def test_a_notebook_runs(notebook, tmp_path):
     nbformat = pytest.importorskip("nbformat")
     nbclient = pytest.importorskip("nbclient")

@@ -153,7 +153,7 @@ def test_an_orbax_that_cannot_be_taught_is_told(monkeypatch, services):
     monkeypatch.setattr(s3, "_teach", s3._teach.__wrapped__)
     monkeypatch.delattr(tensorstore_utils, "build_kvstore_tspec")
     with pytest.raises(
-        ValueError, match=r"^orbax-checkpoint must be a version whose arrays can be"
+        ValueError, match=r"^orbax-checkpoint must be a version that can store arrays in s3://; got"
     ):
         Checkpointer("s3://bucket/untaught").close()
 

@@ -113,6 +113,7 @@ def test_every_long_command_is_among_them():
     assert {name.split()[0] for name in COMMANDS} == names - quick
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", COMMANDS)
 def test_in_the_middle(name, here):
     flags, place = COMMANDS[name]

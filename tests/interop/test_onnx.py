@@ -50,6 +50,7 @@ for name in CONVERTED.values():
 """
 
 
+@pytest.mark.slow
 def test_onnxruntime_gives_the_same_logits():
     pytest.importorskip("onnxruntime")
     pytest.importorskip("jax2onnx")

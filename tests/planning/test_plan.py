@@ -169,7 +169,7 @@ def test_the_command():
 @pytest.mark.parametrize(
     ("flag", "message"),
     [
-        ("--confg.batch_size=2", "unrecognized arguments: --confg.batch_size=2"),
+        ("--confg.batch_size=2", "got --confg.batch_size. Did you mean --config?"),
         ("--config.batchsize=2", "Did you mean batch_size?"),
     ],
 )
