@@ -12,6 +12,7 @@ from crate_jax.analysis.measured import DEFINITIONS, GEOMETRY, Measured, measure
 from crate_jax.analysis.verdict import verdict
 from crate_jax.cli.arguments import Subparsers, add_data, add_model
 from crate_jax.cli.examples import parts, split_examples
+from crate_jax.cli.parser import WIDTH, indented
 from crate_jax.cli.runs import add_source, open_trained
 from crate_jax.files import Json
 from crate_jax.waiting import counted
@@ -20,7 +21,6 @@ if TYPE_CHECKING:  # imported where they are used
     from crate_jax.tasks.task import Extra, Params
     from crate_jax.training.run import Run
 
-COLUMNS = 80  # of a terminal
 INITIAL = "initial"  # in the place of a step: the parameters before the first one
 
 
@@ -81,7 +81,8 @@ def layerwise(args: argparse.Namespace) -> Json:
         geometry=args.geometry,
         decoder=args.decoder,
     )
-    sys.stdout.write(table(found) + "\n\n" + "\n".join(verdict(found)) + "\n")
+    told = "\n".join(indented(line, first="") for line in verdict(found))
+    sys.stdout.write(f"{table(found)}\n\n{told}\n")
     data = opened.run.config.data
     return {
         "dataset": data.dataset,
@@ -148,7 +149,7 @@ def table(found: Mapping[str, Measured]) -> str:
     layers = ["layer", *map(str, range(1, depth + 1))]
     tables, beside = [], [layers]
     for column in columns:
-        if sum(_width(each) for each in [*beside, column]) > COLUMNS:
+        if sum(_width(each) for each in [*beside, column]) > WIDTH:
             tables.append(beside)
             beside = [layers]
         beside.append(column)

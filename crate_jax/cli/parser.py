@@ -105,6 +105,11 @@ class Commands(argparse._SubParsersAction):
         return "\n".join(found)
 
 
+def indented(text: str, first: str = "  ") -> str:
+    """A text in lines of a terminal, the later ones indented."""
+    return textwrap.fill(text, WIDTH, initial_indent=first, subsequent_indent="  ")
+
+
 def _other_spelling(name: str) -> str:
     """--data-dir of --data_dir, and the other way round."""
     bare = name[2:]

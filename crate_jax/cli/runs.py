@@ -15,6 +15,7 @@ from crate_jax.cli.arguments import (
     saved_run,
 )
 from crate_jax.cli.generate import TASK as NEXT_TOKEN
+from crate_jax.cli.parser import indented
 from crate_jax.config import ModelConfig, TextConfig, TrainConfig
 from crate_jax.files import Json, located
 from crate_jax.waiting import counting
@@ -217,12 +218,11 @@ def checkpoints(args: argparse.Namespace) -> Json:
         found = inspect(args.run)
     words = {True: "intact", False: "DAMAGED", None: "readable, saved without a digest"}
     for row in found:
-        metrics = "  ".join(f"{k} {v:.4f}" for k, v in sorted(row["metrics"].items()))
+        metrics = ", ".join(f"{k} {v:.4f}" for k, v in sorted(row["metrics"].items()))
         best = "  best" if row["best"] else ""
         start = f"step {row['step']:>8}  {row['mib']:9.2f} MiB  {words[row['intact']]}{best}"
-        sys.stdout.write(f"{start}  {metrics}\n")
-        if "problem" in row:
-            sys.stdout.write(f"  {row['problem']}\n")
+        below = filter(None, (metrics, row.get("problem")))
+        sys.stdout.write("\n".join([start, *map(indented, below)]) + "\n")
     aside = sorted(p.name for p in (located(args.run, "the run") / FOLDER).glob(f"{DAMAGED}*"))
     intact = all(row["intact"] is not False for row in found)
     return {"workdir": args.run, "intact": intact, "checkpoints": found, "set_aside": aside}

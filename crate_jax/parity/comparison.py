@@ -1,5 +1,9 @@
 """The result of `compare` for people: a table for the terminal and a page with a plot."""
 
+import itertools
+import textwrap
+from collections.abc import Sequence
+
 from crate_jax.analysis.figures.canvas import INK, Picture, drawing, inline_svg, new_figure
 from crate_jax.files import Json
 from crate_jax.pages import render
@@ -12,6 +16,7 @@ from crate_jax.parity.difference import (
     Difference,
 )
 
+WIDTH = 80  # columns of a terminal
 SHOWN_GRADIENTS = 10  # in the terminal; a large model has hundreds
 HEADER = ("", "max abs", "relative", "cosine", "tolerance", "")
 
@@ -104,10 +109,22 @@ def table(found: Comparison) -> str:
         if heading == "Gradients" and len(rows) > 1 + SHOWN_GRADIENTS:
             rows = [HEADER, *sorted(rows[1:], key=lambda row: -float(row[2]))[:SHOWN_GRADIENTS]]
             heading = f"Gradients, the {SHOWN_GRADIENTS} that differ most"
-        width = max(len(row[0]) for row in rows)
-        lines = [f"{row[0]:{width}}" + "".join(f"  {cell:>12}" for cell in row[1:]) for row in rows]
-        parts.append("\n".join([heading, *(line.rstrip() for line in lines)]))
-    return "\n\n".join([*parts, "\n".join(verdict(found))]) + "\n"
+        parts.append("\n".join([heading, *_lines(rows)]))
+    told = [textwrap.fill(line, WIDTH, subsequent_indent="  ") for line in verdict(found)]
+    return "\n\n".join([*parts, "\n".join(told)]) + "\n"
+
+
+def _lines(rows: Sequence[tuple[str, ...]]) -> list[str]:
+    """Rows in columns that fit a terminal: of a name that is too long its end."""
+    columns = [*itertools.zip_longest(*rows, fillvalue="")]
+    widths = [2 + max(map(len, column)) for column in columns[1:]]
+    room = WIDTH - sum(widths)
+    names = [name if len(name) <= room else f"…{name[1 - room :]}" for name in columns[0]]
+    first = max(map(len, names))
+    return [
+        f"{name:{first}}{''.join(f'{cell:>{w}}' for cell, w in zip(cells, widths, strict=False))}"
+        for name, (_, *cells) in zip(names, rows, strict=True)
+    ]
 
 
 def page(found: Comparison, conditions: Json) -> str:

@@ -1,8 +1,11 @@
 """The result of a plan, as lines for people."""
 
+import textwrap
 from collections.abc import Iterator
 
 from crate_jax.files import Json
+
+WIDTH = 80  # columns of a terminal
 
 
 def table(found: Json) -> str:
@@ -28,7 +31,8 @@ def _compiled(compiled: Json) -> Iterator[str]:
     where = f" for {compiled['topology']}" if "topology" in compiled else ""
     yield f"compiled{where} in {compiled['dtype']}"
     if "refused" in compiled:
-        yield f"  does not fit: {compiled['refused']}"
+        why = f"  does not fit: {compiled['refused']}"
+        yield from textwrap.wrap(why, WIDTH, subsequent_indent="    ")
         return
     yield f"{'':<30}count  compiled   formula"
     memory = [compiled[name] / 2**30 for name in ("memory", "memory_by_formula")]
@@ -51,12 +55,15 @@ def _compiled(compiled: Json) -> Iterator[str]:
         share = f"{operation['bytes'] / max(1, compiled['moved']):.0%}"
         yield (
             f"  {operation['bytes'] / 1e6:>10.1f}{share:>5}{operation['trips']:>4}  "
-            f"{operation['name'][:28]:<30}{_ending(operation['source'])}"
+            f"{operation['name'][:24]:<26}{_ending(operation['source'])}"
         )
 
 
-def _ending(source: str, most: int = 60) -> str:
+def _ending(source: str, most: int = WIDTH - 49) -> str:
     return source if len(source) <= most else "…" + source[1 - most :]
+
+
+_CELLS = (10, 10, 10, 10, 15, 6)  # columns of a time, of a range of times, and of a word
 
 
 def _times(found: Json) -> Iterator[str]:
@@ -65,13 +72,15 @@ def _times(found: Json) -> Iterator[str]:
         return
     source = "of the program" if "topology" in found["compiled"] else "by formula"
     yield f"at peak, {source} (ms)"
-    yield "            compute    memory     links   network      step      fits  bound by"
+    heads = ("compute", "memory", "links", "network", "step", "fits")
+    yield " " * 9 + "".join(f"{h:>{n}}" for h, n in zip(heads, _CELLS, strict=True)) + "  bound by"
     for chip, seconds in found["chips"].items():
         cells = [
             f"{1e3 * seconds[f'{name}_s']:.2f}" if f"{name}_s" in seconds else ""
             for name in ("compute", "memory", "links", "network")
         ]
         low, high = (1e3 * s for s in seconds["step_s"])
-        cells += [f"{low:.1f}-{high:.1f}", "yes" if seconds["fits"] else "NO"]
-        row = "".join(f"{cell:>10}" for cell in cells)
+        digits = 1 if high < 1000 else 0
+        cells += [f"{low:.{digits}f}-{high:.{digits}f}", "yes" if seconds["fits"] else "NO"]
+        row = "".join(f"{cell:>{n}}" for cell, n in zip(cells, _CELLS, strict=True))
         yield f"  {chip:<7}{row}  {seconds['bound_by']}"

@@ -173,7 +173,7 @@ def test_checkpoints_lists_the_run(trained):
     found = json.loads(last)
     assert [c["step"] for c in found["checkpoints"]] == [4, 8] and found["set_aside"] == []
     assert all(c["intact"] for c in found["checkpoints"])
-    assert len(rows) == 2 and "intact" in rows[0] and "test/top1 0." in rows[1]
+    assert len(rows) == 4 and "intact" in rows[0] and "test/top1 0." in rows[1]
 
 
 def test_checkpoints_ends_with_1_where_one_is_damaged(trained, tmp_path):
@@ -182,7 +182,7 @@ def test_checkpoints_ends_with_1_where_one_is_damaged(trained, tmp_path):
     status, out, err = run("-m", "crate_jax", "checkpoints", tmp_path / "run")
     *rows, last = out.splitlines()
     assert status == 1 and not json.loads(last)["intact"], err
-    assert "DAMAGED" in rows[1] and "checkpoint must be readable; step 8 in" in rows[2]
+    assert "DAMAGED" in rows[2] and "checkpoint must be readable; step 8 in" in rows[3]
 
 
 def test_report_writes_the_page_of_the_run(trained):
