@@ -282,7 +282,7 @@ def linked(output: Path) -> set[str]:
     page = output / PAGE
     if not page.exists():
         return set()
-    text = page.read_text(encoding="utf-8", errors="replace")
+    text = page.read_bytes().decode(errors="replace")  # a bucket's read_text takes no errors
     if "crate_jax" not in text:
         raise FileExistsError(
             f"--output must be a new folder, or one of a report; {page} is another page. Choose "
