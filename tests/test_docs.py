@@ -68,6 +68,10 @@ def check(program, arguments, monkeypatch):
         assert values(argv) == ["train.py"]
         validate(config.value)
         return
+    if arguments[-1:] == ["--help"]:
+        with pytest.raises(SystemExit, match=r"^0$"):
+            cli.parse(arguments)
+        return
     args = cli.parse(arguments)
     assert args.function.__name__ == args.command
     if args.command == "plan":
