@@ -375,7 +375,7 @@ def test_other_version_that_is_there_is_named_and_read(tmp_path):
     write_tfds(tmp_path, "cifar10", "3.0.1", features, {"train": [example]})
     message = (
         r"cifar10 is not in .*/cifar10/3\.0\.2\. There is 3\.0\.1: set "
-        r"--config\.data\.dataset=cifar10:3\.0\.1, or let TFDS download"
+        r"--config\.data\.dataset=cifar10:3\.0\.1, or let train have TFDS download"
     )
     with pytest.raises(FileNotFoundError, match=message):
         open_split("cifar10", tmp_path)
