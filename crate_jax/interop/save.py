@@ -10,6 +10,7 @@ from crate_jax.interop import npz, pth, safetensors
 from crate_jax.interop.convert import find_layout
 from crate_jax.interop.faults import faults
 from crate_jax.interop.hub_folder import WEIGHTS, ModelCard, describe, names_folder, open_folder
+from crate_jax.interop.layouts.layout import Tree
 from crate_jax.interop.pictures import Preprocessing
 from crate_jax.interop.tree import flatten, tree_of
 from crate_jax.models.parameters import Params
@@ -70,31 +71,10 @@ def save_weights(
             "End the path in a slash, or leave them out."
         )
     path, tree = located(path, "weights"), tree_of(model)
-    if tree.collections and "params" not in params:
-        raise ValueError(
-            "params must be the variables of a model that has more; got params alone, without "
-            f"{', '.join(tree.collections)}. Give the variables that the model is applied to."
-        )
-    arrays = {name: np.asarray(leaf, np.float32) for name, leaf in flatten(params).items()}
-    wrong = faults({name: array.shape for name, array in arrays.items()}, tree.shapes)
-    if wrong:
-        raise ValueError(
-            f"params must be those of the model and nothing else; got {wrong}. "
-            "Save them with the model that they were trained with."
-        )
+    arrays = _arrays(params, tree)
     suffix = _suffix(path)
     torch = suffix in pth.FORMS
-    if class_names and torch:
-        raise ValueError(
-            f"class_names must be () for PyTorch's files; got {len(class_names)} for {path}. "
-            "Write .safetensors or .npz, or leave them out."
-        )
-    outputs = getattr(model, "num_classes", 0)  # a model of text has tokens, and no classes
-    if class_names and len(class_names) != outputs:
-        raise ValueError(
-            f"class_names must be one for each of the {outputs} outputs of the model; "
-            f"got {len(class_names)}. Name all of them, or none."
-        )
+    _check_class_names(class_names, model, path, torch=torch)
     under = ""
     if layout is not None or torch:
         names = find_layout(model, layout, torch=torch)
@@ -113,6 +93,40 @@ def save_weights(
 def holds_class_names(path: str | Path) -> bool:
     """True if a file that `save_weights` writes to a path can name classes."""
     return names_folder(path) or Path(path).suffix.lower() in (".npz", ".safetensors")
+
+
+def _arrays(params: Params, tree: Tree) -> dict[str, np.ndarray]:
+    """The arrays of a model by the paths of our tree, float32; every fault is named in an error."""
+    if tree.collections and "params" not in params:
+        raise ValueError(
+            "params must be the variables of a model that has more; got params alone, without "
+            f"{', '.join(tree.collections)}. Give the variables that the model is applied to."
+        )
+    arrays = {name: np.asarray(leaf, np.float32) for name, leaf in flatten(params).items()}
+    wrong = faults({name: array.shape for name, array in arrays.items()}, tree.shapes)
+    if wrong:
+        raise ValueError(
+            f"params must be those of the model and nothing else; got {wrong}. "
+            "Save them with the model that they were trained with."
+        )
+    return arrays
+
+
+def _check_class_names(
+    class_names: Sequence[str], model: BlockModel, path: Path, *, torch: bool
+) -> None:
+    """Refuse names of classes that the kind of file cannot hold, or that are not one an output."""
+    if class_names and torch:
+        raise ValueError(
+            f"class_names must be () for PyTorch's files; got {len(class_names)} for {path}. "
+            "Write .safetensors or .npz, or leave them out."
+        )
+    outputs = getattr(model, "num_classes", 0)  # a model of text has tokens, and no classes
+    if class_names and len(class_names) != outputs:
+        raise ValueError(
+            f"class_names must be one for each of the {outputs} outputs of the model; "
+            f"got {len(class_names)}. Name all of them, or none."
+        )
 
 
 def _suffix(path: Path) -> str:
