@@ -4,6 +4,7 @@ tqdm draws, and its variables count: TQDM_DISABLE=1 draws nothing, TQDM_DELAY sa
 seconds a bar appears. A bar has no colour.
 """
 
+import abc
 import contextlib
 import os
 import sys
@@ -49,16 +50,16 @@ class _Shown:
             work.close()
 
 
-class _Ticking:
+class _Ticking(abc.ABC):
     """Work that looks at the clock while it takes long, whatever the main thread does."""
 
     def __init__(self):
         self._ended = threading.Event()
         threading.Thread(target=self._run, daemon=True).start()
 
+    @abc.abstractmethod
     def tick(self) -> None:
         """Look at the clock."""
-        raise NotImplementedError
 
     def close(self) -> None:
         """End; more than once does nothing."""
