@@ -26,6 +26,7 @@ class Hub:
         no_head: whether HEAD is refused.
         refuse: status of every answer; 0: as it should be.
         tag: ETag of every file; "": the digest of each.
+        hang_up: whether a connection ends, without a word, when a second request comes by it.
         lie: bytes in the place of those that the headers promise.
     """
 
@@ -36,6 +37,7 @@ class Hub:
     no_head: bool = False
     refuse: int = 0
     tag: str = ""
+    hang_up: bool = False
     lie: bytes = b""
 
     def add(self, repository: str, path: str, file: Path) -> None:
@@ -56,6 +58,7 @@ def running():
 
     class Handler(http.server.BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"
+        answered = False
 
         def do_HEAD(self):
             self.answer(body=False)
@@ -67,6 +70,10 @@ def running():
             pass
 
         def answer(self, *, body):
+            if hub.hang_up and self.answered:
+                self.close_connection = True
+                return None
+            self.answered = True
             asked = self.headers.get("Range", "")
             hub.requests.append((self.command, self.path, asked))
             if hub.no_head and not body:
@@ -103,7 +110,7 @@ def running():
             self.end_headers()
             if body:
                 self.wfile.write(content[: hub.cut_after])
-                if hub.cut_after is not None:
+                if hub.cut_after is not None and len(content) > hub.cut_after:
                     self.close_connection = True
 
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)

@@ -7,7 +7,16 @@ from urllib.parse import unquote, urlsplit
 
 from crate_jax.files import located
 from crate_jax.interop import hub
-from crate_jax.interop.download import ANSWER_S, LOGGER, alone, client_for, shelf, stream, told
+from crate_jax.interop.download import (
+    ANSWER_S,
+    LOGGER,
+    alone,
+    asked,
+    client_for,
+    shelf,
+    stream,
+    told,
+)
 from crate_jax.models.released import HUB
 
 WEB = ("https://", "http://")
@@ -61,7 +70,8 @@ def _of_web(url: str) -> Path:
         return place
     with alone(place, _REMEDY), told(url, url, place):
         if not place.is_file():  # another process has fetched it meanwhile
-            answer = get_session().head(url, timeout=ANSWER_S, follow_redirects=True)
+            how = {"timeout": ANSWER_S, "follow_redirects": True}
+            answer = asked(lambda: get_session().head(url, **how))
             heads = answer.headers if answer.is_success else {}  # some servers know no HEAD
             size = heads.get("Content-Length")
             mark = heads.get("ETag", "")

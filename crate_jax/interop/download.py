@@ -10,7 +10,7 @@ import importlib.util
 import logging
 import os
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -207,6 +207,19 @@ def alone(place: Path, remedy: str) -> Iterator[None]:
         yield
     finally:
         lock.release()
+
+
+def asked(ask: Callable[[], Any]) -> Any:
+    """What a server answers; asked again where it had ended an idle connection.
+
+    The client keeps connections for later requests, and a server ends them when it wants.
+    """
+    try:
+        return ask()
+    except Exception as error:
+        if type(error).__name__ != "RemoteProtocolError":  # of the library that the client sends by
+            raise
+        return ask()
 
 
 @contextlib.contextmanager

@@ -5,7 +5,16 @@ import re
 from pathlib import Path
 from typing import NamedTuple
 
-from crate_jax.interop.download import ANSWER_S, LOGGER, alone, check_known, shelf, stream, told
+from crate_jax.interop.download import (
+    ANSWER_S,
+    LOGGER,
+    alone,
+    asked,
+    check_known,
+    shelf,
+    stream,
+    told,
+)
 from crate_jax.interop.folders import CONFIG, KNOWN_NAMES, piece_names
 from crate_jax.models.released import HUB, of_address
 from crate_jax.options import listed
@@ -116,7 +125,7 @@ def _fetch(address: Address, known_digest: str, known_size: int | None) -> Path:
 
     where = {"revision": address.revision, "endpoint": _endpoint()}
     url = hf_hub_url(address.repository, address.file, **where)
-    about = get_hf_file_metadata(url, timeout=ANSWER_S, endpoint=_endpoint())
+    about = asked(lambda: get_hf_file_metadata(url, timeout=ANSWER_S, endpoint=_endpoint()))
     etag, size = about.etag or "", about.size
     # The tag of a large file is the whole digest.
     digest = etag if re.fullmatch("[0-9a-f]{64}", etag) else known_digest
@@ -139,7 +148,7 @@ def _fetch(address: Address, known_digest: str, known_size: int | None) -> Path:
                 digest=digest,
                 headers=build_hf_headers(),
             )
-    return Path(hf_hub_download(address.repository, address.file, **where))
+    return Path(asked(lambda: hf_hub_download(address.repository, address.file, **where)))
 
 
 def _folder(address: Address) -> Path:
@@ -154,7 +163,8 @@ def _folder(address: Address) -> Path:
 
     with told(address.text, address.url, address.by_hand):
         api = HfApi(endpoint=_endpoint())
-        info = api.model_info(address.repository, revision=address.revision, timeout=ANSWER_S)
+        about = {"revision": address.revision, "timeout": ANSWER_S}
+        info = asked(lambda: api.model_info(address.repository, **about))
     names = [each.rfilename for each in info.siblings or ()]
     weights = next((name for name in KNOWN_NAMES if name in names), None)
     if weights is None:

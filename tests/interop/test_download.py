@@ -195,6 +195,16 @@ def test_a_file_put_there_by_hand(server, row, expected, tmp_path):
     refuse(ADDRESS, rf"^{place} must be {ADDRESS}, with a SHA-256 that begins with {row.sha256}")
 
 
+def test_a_server_that_ends_idle_connections(server, row, expected, tmp_path):
+    server.hang_up = True
+    server.files["", "/a/w.npz"] = GOLDEN.read_bytes()
+    save_weights(f"{tmp_path}/written/", expected, MODEL)
+    for file in (tmp_path / "written").iterdir():
+        server.add("me/mine", file.name, file)
+    for address in (f"{server.url}/a/w.npz", ADDRESS, f"{server.url}/a/w.npz?b=1", "hf://me/mine"):
+        assert_equal_trees(load_weights(address, MODEL), expected)
+
+
 def test_no_network(server, row, tmp_path, monkeypatch, capfd):
     monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:1")
     place = tmp_path / "ours/weights/hf" / REPO / FILE
