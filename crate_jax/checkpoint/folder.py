@@ -1,6 +1,7 @@
 """The folder of a run's checkpoints: unfinished saves are removed, damaged steps set aside."""
 
 import os
+import shlex
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -90,12 +91,18 @@ def damage(directory: Path, step: int, steps: list[int], reason: str) -> str:
     return f"checkpoint must be readable; step {step} in {directory} is not ({reason}). {remedy}"
 
 
-def no_checkpoint(directory: Path) -> FileNotFoundError:
-    """The error for a reader of a run without a checkpoint."""
-    return FileNotFoundError(
-        f"workdir must hold a checkpoint; {directory.parent} has none. "
-        f"Train first: python -m crate_jax train --workdir={directory.parent}"
-    )
+def no_checkpoint(workdir: str | Path) -> FileNotFoundError:
+    """The error for a reader of a run without a checkpoint.
+
+    Args:
+        workdir: as the user wrote it, so that the command of the message can be pasted.
+    """
+    if (located(workdir, "workdir") / "config.json").exists():
+        remedy = "Its training has saved nothing yet: wait, or start it again by the same command."
+    else:
+        command = f"python -m crate_jax train --config=digits --workdir={shlex.quote(str(workdir))}"
+        remedy = f"Correct the path, or train first, for example: {command}"
+    return FileNotFoundError(f"workdir must hold a checkpoint; {workdir} has none. {remedy}")
 
 
 def unwritable(directory: Path, steps: list[int], error: Exception) -> OSError:

@@ -60,7 +60,7 @@ class Checkpointer:
         self._owner = None if read_only else own_together(self.directory.parent)
         there = self.directory.is_dir()
         if read_only and not there:
-            raise folder.no_checkpoint(self.directory)
+            raise folder.no_checkpoint(workdir)
         self.best = best or (best_of(self.directory) if there else UNSAID)
         if read_only:
             self._manager = for_reading(self.directory, self.best)
@@ -70,7 +70,7 @@ class Checkpointer:
                 self.directory, self.best, keep_latest=keep_latest, keep_best=keep_best
             )
         if read_only and not self.steps:
-            raise folder.no_checkpoint(self.directory)
+            raise folder.no_checkpoint(workdir)
 
     @property
     def steps(self) -> list[int]:

@@ -66,7 +66,15 @@ def _content(annotations: str) -> Json:
         ValueError: it is no such file.
     """
     try:
-        content = json.loads(storage.read_bytes(annotations))
+        stored = storage.read_bytes(annotations)
+    except (FileNotFoundError, IsADirectoryError) as error:
+        found = "a folder" if isinstance(error, IsADirectoryError) else "no file there"
+        raise FileNotFoundError(
+            f"--annotations must be a JSON file as COCO's; got {annotations}, {found}. "
+            "Correct the path."
+        ) from error
+    try:
+        content = json.loads(stored)
         lists = [content[kind] for kind in RULES]
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         content, lists, found = {}, [None], f"{type(error).__name__}: {error}"

@@ -274,8 +274,8 @@ def test_opening_for_reading_says_nothing(tmp_path):
 
 def test_no_checkpoint(tmp_path):
     message = (
-        f"workdir must hold a checkpoint; {tmp_path} has none. "
-        f"Train first: python -m crate_jax train --workdir={tmp_path}"
+        f"workdir must hold a checkpoint; {tmp_path} has none. Correct the path, or train first, "
+        f"for example: python -m crate_jax train --config=digits --workdir={tmp_path}"
     )
     for prepare in (lambda: None, lambda: (tmp_path / FOLDER).mkdir()):
         prepare()
@@ -287,6 +287,18 @@ def test_no_checkpoint(tmp_path):
                 read()
             assert str(caught.value) == message
     assert [p.name for p in tmp_path.rglob("*")] == [FOLDER]
+
+
+def test_a_run_that_has_not_saved_is_told_from_a_wrong_path(tmp_path, monkeypatch):
+    """The path is the one that the user wrote, quoted where a shell would split it."""
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(FileNotFoundError, match=r"; my run has none\. .* --workdir='my run'$"):
+        Checkpointer("my run", read_only=True)
+    (tmp_path / "my run").mkdir()
+    (tmp_path / "my run" / "config.json").write_text("{}")
+    rest = r"Its training has saved nothing yet: wait, or start it again by the same command\.$"
+    with pytest.raises(FileNotFoundError, match=rf"; my run has none\. {rest}"):
+        Checkpointer("my run", read_only=True)
 
 
 def test_new_run_has_no_step(tmp_path):

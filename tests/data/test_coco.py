@@ -127,8 +127,12 @@ def test_annotations_that_are_not_those(coco, change, message):
 
 
 def test_no_annotations(tmp_path):
-    with pytest.raises(FileNotFoundError):
-        coco_pictures(str(tmp_path / "no.json"), str(tmp_path))
+    for path, found in ((tmp_path / "no.json", "no file there"), (tmp_path, "a folder")):
+        with pytest.raises(FileNotFoundError) as caught:
+            coco_pictures(str(path), str(tmp_path))
+        assert str(caught.value) == (
+            f"--annotations must be a JSON file as COCO's; got {path}, {found}. Correct the path."
+        )
     (tmp_path / "x.json").write_text("[" * 100_000)
     with pytest.raises(ValueError, match="must be annotations as COCO's"):
         coco_pictures(str(tmp_path / "x.json"), str(tmp_path))

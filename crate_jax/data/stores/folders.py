@@ -6,7 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 
-from crate_jax.config import DataConfig, did_you_mean
+from crate_jax.config import DataConfig
 from crate_jax.data.stores import storage
 from crate_jax.data.stores.examples import (
     IMAGE_SUFFIXES,
@@ -76,15 +76,18 @@ def open_folder(data: DataConfig, split: str, *, labelled: bool = True, **_: obj
     # '', '.' and '..' are folders too, whose folders are no classes.
     if not split.strip("./") or not storage.is_folder(root):
         have = storage.list_subfolders(folder)
-        raise FileNotFoundError(
-            f"split must be a folder below {folder}; got {split}. " + did_you_mean(split, have)
-        )
+        raise storage.unknown_split(f"a folder below {folder}", split, have)
     if not labelled:
         return _without_labels(root)
     classes = storage.list_subfolders(root)
     number = {name: label for label, name in enumerate(classes)}
     images = folder_images(root, lambda path: number.get(path.split("/")[0], -1))
     inside = images.labels >= 0  # what lies in no class's folder is no example
+    if len(images) and not inside.any():
+        raise ValueError(
+            f"{root} must hold a folder of images for each class; got {len(images)} in no such "
+            "folder. Move each image into the folder of its class, SPLIT/CLASS/image.jpg."
+        )
     examples = FolderImages(root, images.names[inside], images.labels[inside])
     listing = listing_of("names and labels", examples.names, examples.labels)
     return Source(root, examples, len(classes), tuple(classes), listing)

@@ -9,7 +9,7 @@ import errno
 import hashlib
 import io
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -17,7 +17,7 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from crate_jax.buckets import filesystem, is_remote
-from crate_jax.config import DataConfig
+from crate_jax.config import DataConfig, did_you_mean
 from crate_jax.files import cache_folder, expanded, written_aside
 
 # The version of an index's arrays; another number makes them all anew.
@@ -51,6 +51,16 @@ def data_folder(data: DataConfig) -> str:
             "Set --config.data.data_dir, or --data_dir beside --dataset."
         )
     return folder
+
+
+def unknown_split(rule: str, split: str, known: Iterable[str]) -> FileNotFoundError:
+    """The error of a split that is not there. It names the splits that are, and the flags."""
+    names = list(known)
+    near = did_you_mean(split, names) if names else "There is none."
+    return FileNotFoundError(
+        f"split must be {rule}; got {split}. {near} "
+        "Set --config.data.train_split and --config.data.eval_split, or --split."
+    )
 
 
 def join(folder: str, *parts: str) -> str:

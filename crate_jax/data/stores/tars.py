@@ -10,7 +10,7 @@ from typing import IO
 
 import numpy as np
 
-from crate_jax.config import DataConfig, did_you_mean
+from crate_jax.config import DataConfig
 from crate_jax.data.rows import patiently
 from crate_jax.data.stores import storage
 from crate_jax.data.stores.examples import (
@@ -97,9 +97,7 @@ def open_tar(data: DataConfig, split: str, **_: object) -> Source:
     folder = storage.data_folder(data)
     paths = tar_splits(folder)
     if split not in paths:
-        raise FileNotFoundError(
-            f"split must be a tar file in {folder}; got {split}. " + did_you_mean(split, paths)
-        )
+        raise storage.unknown_split(f"a tar file in {folder}", split, paths)
     path = paths[split]
     # Random access needs to know where each member begins, which only the headers before it tell.
     build = functools.partial(patiently, functools.partial(_index, path), path)

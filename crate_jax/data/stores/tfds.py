@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
-from crate_jax.config import DataConfig, did_you_mean
+from crate_jax.config import DataConfig
 from crate_jax.data.stores import storage, tfrecord
 from crate_jax.data.stores.array_record import open_array_records
 from crate_jax.data.stores.examples import FINGERPRINT, Example, Examples, Source, listing_of
@@ -55,10 +55,9 @@ def _open_split(builder: Builder, data: DataConfig, split: str, num_classes: int
     try:
         length = builder.info.splits[split].num_examples
     except ValueError as error:
-        raise FileNotFoundError(
-            f"split must be one of {', '.join(builder.info.splits)}, or part of one; got {split}. "
-            + did_you_mean(split, builder.info.splits)
-        ) from error
+        known = builder.info.splits
+        rule = f"one of {', '.join(known)}, or part of one"
+        raise storage.unknown_split(rule, split, known) from error
     name = f"{data.dataset}/{split}"
     examples = TfdsExamples(_random_access(builder, data, split, name) if length else [])
     # TFDS drops examples when it writes parquet, and reads whole files where a part is asked for.

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator, Mapping
 
-from crate_jax.config import DataConfig, did_you_mean
+from crate_jax.config import DataConfig
 from crate_jax.data.stores import storage
 
 # One group in so many of Python's topics is for evaluation, from this one on.
@@ -20,10 +20,7 @@ def file_texts(data: DataConfig, split: str) -> Iterator[str]:
     folder = storage.data_folder(data)
     root, have = storage.join(folder, split), storage.list_folder(folder)
     if split.partition("/")[0] not in have:
-        raise FileNotFoundError(
-            f"split must be a file or a folder of text below {folder}; got {split}. "
-            + did_you_mean(split, have)
-        )
+        raise storage.unknown_split(f"a file or a folder of text below {folder}", split, have)
     inside = storage.is_folder(root)
     paths = [storage.join(root, name) for name in storage.find_files(root)] if inside else [root]
     for path in paths:

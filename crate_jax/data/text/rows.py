@@ -196,10 +196,7 @@ def _token_file(data: DataConfig, split: str) -> TokenFile:
     path = storage.join(folder, f"{split}.bin")
     have = [name.removesuffix(".bin") for name in storage.list_folder(folder) if ".bin" in name]
     if split not in have:
-        raise FileNotFoundError(
-            f"split must be a file of tokens, SPLIT.bin, in {folder}; got {split}. It has "
-            f"{', '.join(have) or 'none'}."
-        )
+        raise storage.unknown_split(f"a file of tokens, SPLIT.bin, in {folder}", split, have)
     if (size := storage.file_size(path)) % 2:
         raise ValueError(
             f"{path} must hold tokens of two bytes each; got {size} bytes. Write it again."

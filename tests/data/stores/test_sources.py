@@ -244,6 +244,25 @@ def test_hidden_dead_link_is_hidden(tmp_path):
     assert len(open_split("folder", tmp_path)) == 1
 
 
+def test_folder_without_folders_of_classes(tmp_path):
+    write_image(tmp_path / "train" / "1.png", (1, 2, 3))
+    message = (
+        r"train must hold a folder of images for each class; got 1 in no such folder\. Move each "
+        r"image into the folder of its class, SPLIT/CLASS/image\.jpg\.$"
+    )
+    with pytest.raises(ValueError, match=message):
+        open_split("folder", tmp_path)
+
+
+def test_data_dir_without_any_split(tmp_path):
+    message = (
+        r"; got train\. There is none\. Set --config\.data\.train_split and "
+        r"--config\.data\.eval_split, or --split\.$"
+    )
+    with pytest.raises(FileNotFoundError, match=message):
+        open_split("folder", tmp_path)
+
+
 def test_folder_without_images(tmp_path):
     (tmp_path / "train/ant").mkdir(parents=True)
     (tmp_path / "train/ant/notes.txt").write_text("no image")
@@ -423,7 +442,10 @@ def test_unknown_split(digits_dir, split):
     message = "split must be one of train, test, or part of one; got "
     with pytest.raises(FileNotFoundError) as caught:
         open_split("digits", digits_dir, split)
-    assert str(caught.value) == f"{message}{split}. Did you mean test?"
+    assert str(caught.value) == (
+        f"{message}{split}. Did you mean test? Set --config.data.train_split and "
+        "--config.data.eval_split, or --split."
+    )
 
 
 def test_empty_split(digits_dir):
