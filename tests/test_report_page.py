@@ -8,7 +8,7 @@ import pytest
 from browser import NEEDS_BROWSER, browse
 from command import run
 
-pytestmark = NEEDS_BROWSER
+pytestmark = [NEEDS_BROWSER, pytest.mark.slow]
 # Run in the page after it has loaded; what it finds is read from the title.
 PROBE = """
 <script>

@@ -73,6 +73,7 @@ def stranger(folder, *names):
     subprocess.run([sys.executable, "-c", STRANGER, *names], cwd=folder, check=True)
 
 
+@pytest.mark.slow
 def test_every_family_gives_the_same_in_a_process_without_the_package(tmp_path):
     """Another number of examples, and of tokens, than any that the program was made with."""
     expected = {}

@@ -132,6 +132,7 @@ def test_while_libraries_are_imported(name, here):
     check(process, here)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="/proc says what has started")
 def test_while_workers_of_the_loader_start(here):
     """A terminal sends the signal to them, too, while they import."""

@@ -185,6 +185,7 @@ def test_checkpoints_ends_with_1_where_one_is_damaged(trained, tmp_path):
     assert "DAMAGED" in rows[2] and "checkpoint must be readable; step 8 in" in " ".join(rows[3:])
 
 
+@pytest.mark.slow
 def test_report_writes_the_page_of_the_run(trained):
     workdir, _ = trained
     found = result("-m", "crate_jax", "report", f"--workdir={workdir}")

@@ -164,6 +164,7 @@ def test_labels_are_read_though_the_task_reads_none(workdir, call, tmp_path):
     assert found["pixels/k4/top1"] == pytest.approx(1 / 3)  # of b the images are like those of a
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("task", ["classify", "simdino", "mcr2"])
 def test_every_objective_of_images(task, call, tmp_path):
     made = small(task, total_steps=1)

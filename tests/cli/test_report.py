@@ -137,6 +137,7 @@ def test_its_numbers_are_those_of_the_run(workdir, call, tmp_path):
     assert "Layer 1: the attention" in text  # the verdict
 
 
+@pytest.mark.slow
 def test_two_runs_of_two_tasks(workdir, mae, call, tmp_path):
     status, found, err = call(
         "report", "--workdir", mae, "--against", workdir, "--output", tmp_path
@@ -152,6 +153,7 @@ def test_two_runs_of_two_tasks(workdir, mae, call, tmp_path):
     assert {r["run"] for r in read(tmp_path / "data/curve_loss.csv")} == {mae.name, workdir.name}
 
 
+@pytest.mark.slow
 def test_what_a_run_lacks_is_said(mae, call, tmp_path):
     status, found, err = call("report", "--workdir", mae, "--output", tmp_path)
     assert status == 0, err
@@ -166,6 +168,7 @@ def test_what_a_run_lacks_is_said(mae, call, tmp_path):
     }
 
 
+@pytest.mark.slow
 def test_what_a_run_began_with_is_gone(workdir, call, tmp_path):
     shutil.copytree(workdir, tmp_path / "other", ignore=shutil.ignore_patterns("report"))
     made = config()
@@ -183,6 +186,7 @@ def test_what_a_run_began_with_is_gone(workdir, call, tmp_path):
     assert {r["of"] for r in read(rates)} == {"test", "train"}
 
 
+@pytest.mark.slow
 def test_watch_writes_at_each_checkpoint_and_ends_in_one_line(
     workdir, tmp_path, monkeypatch, capsys
 ):
@@ -278,6 +282,7 @@ def test_a_page_that_is_renewed_is_of_no_fixed_step(workdir, call, tmp_path):
     assert call("report", "--workdir", tmp_path)[0] == 2
 
 
+@pytest.mark.slow
 def test_a_page_in_the_place_of_another_runs(workdir, mae, call, tmp_path):
     """Data that only the earlier page had is gone; other files stay."""
     given = ["--output", tmp_path, "--examples", 4]

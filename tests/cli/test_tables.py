@@ -34,6 +34,7 @@ def test_layerwise(tiny_run, capsys):
     assert found[0].startswith("  layer  ")
 
 
+@pytest.mark.slow
 def test_compare(tiny_run, capsys):
     pytest.importorskip("torch")
     found = lines(capsys, "compare", f"--weights={tiny_run}", "--train-steps=1")

@@ -151,6 +151,7 @@ def run(tmp_path_factory):
     return workdir, train(config("tost_tiny_patch16_224"), workdir)
 
 
+@pytest.mark.slow
 def test_a_run_measures_its_layers(run):
     lines = [json.loads(line) for line in (run[0] / "metrics.jsonl").read_text().splitlines()]
     seen = {key.split("/")[1] for line in lines for key in line if key.startswith("objective/")}
@@ -176,6 +177,7 @@ def test_a_run_goes_into_files_that_evaluate_as_it_did(run, tmp_path, capsys):
     assert abs(result["loss"] - summary["test/loss"]) < 1e-5
 
 
+@pytest.mark.slow
 def test_a_run_starts_from_another_ones_statistics(run, tmp_path):
     workdir, _ = run
     start = config(

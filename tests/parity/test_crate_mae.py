@@ -128,6 +128,7 @@ def test_it_has_as_many_parameters_as_the_official_code():
     assert sum(p.numel() for p in twin.parameters()) == 11_555_328
 
 
+@pytest.mark.slow
 def test_compare_takes_a_run_of_it(tmp_path, capsys):
     """On the images of the run, whose labels nobody reads, and on images in a folder."""
     rng = np.random.default_rng(0)

@@ -354,6 +354,7 @@ def test_labels_keep_their_numbers(tmp_path):
     assert {int(some.row(i, np.random.default_rng(0))["label"]) for i in range(2)} == {1, 2}
 
 
+@pytest.mark.slow
 def test_a_backbone_goes_from_classes_to_features_and_back(tmp_path):
     first = tmp_path / "classes"
     train(config(task="classify"), first)

@@ -381,6 +381,7 @@ def losses(config, spec, devices):
     return np.array(found)
 
 
+@pytest.mark.slow
 def test_groups_do_not_hang_on_the_number_of_devices():
     config = small("simdino", batch_size=16, simdino__group_size=4, simdino__patch_weight=0.5)
     alone = losses(config, "data:1", jax.devices()[:1])
