@@ -20,6 +20,7 @@ FLOORS = [
     "waiting",
     "errors",
     "streams",
+    "columns",
     "buckets",
     "files",
     "pages",

@@ -13,7 +13,7 @@ import time
 from collections.abc import Iterator
 from typing import Any
 
-from crate_jax.cli.parser import WIDTH
+from crate_jax.columns import WIDTH
 from crate_jax.streams import tolerant
 from crate_jax.waiting import Add, shown_by
 

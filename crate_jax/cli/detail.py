@@ -5,6 +5,8 @@ import contextlib
 from typing import TYPE_CHECKING, Any
 
 from crate_jax.cli.arguments import path
+from crate_jax.cli.parser import indented
+from crate_jax.columns import in_columns
 from crate_jax.files import Json
 
 if TYPE_CHECKING:  # imported where they are used
@@ -12,6 +14,7 @@ if TYPE_CHECKING:  # imported where they are used
     from crate_jax.training.run import Run
 
 CLASSIFY = "classify"  # the task that has classes to tell
+SHOWN_CLASSES = 20  # in the terminal; a data set may have thousands
 
 
 def add_detail(parser: argparse.ArgumentParser) -> None:
@@ -75,3 +78,32 @@ def detail(args: argparse.Namespace, run: "Run", params: "Params", extra: "Extra
         write_confusion(args.confusion, matrix, names)
         found["confusion"] = args.confusion
     return found | (real_accuracy(told, real) if real else {})
+
+
+def table(found: Json) -> str:
+    """The result of `evaluate --detail` as text: the metrics, the classes, and the confidence.
+
+    Of many classes those are given whose images are told worst.
+    """
+    metrics = ("top1", "top5", "loss", "ece")
+    told = [f"{name} {found[name]:.4f}" for name in metrics if name in found]
+    told += [f"{found['examples']:g} images"]
+    parts = [[indented(f"{found['dataset']}, {found['split']}: {', '.join(told)}", first="")]]
+    of = found["by_class"]
+    heading = "class"
+    rows = [*zip(of["classes"], of["accuracy"], of["examples"], strict=True)]
+    if len(rows) > SHOWN_CLASSES:
+        heading = f"class, the {SHOWN_CLASSES} worst of {len(rows)}"
+        with_images = [row for row in rows if row[1] is not None]
+        rows = sorted(with_images, key=lambda row: row[1])[:SHOWN_CLASSES]
+    cells = [(str(name), _share(accuracy), str(count)) for name, accuracy, count in rows]
+    parts.append(in_columns([(heading, "accuracy", "images"), *cells]))
+    bins = found["calibration"]
+    rows = zip(bins["confidence"], bins["accuracy"], bins["examples"], strict=True)
+    cells = [(*map(_share, both), str(count)) for *both, count in rows if count]
+    parts.append(in_columns([("confidence", "accuracy", "images"), *cells]))
+    return "\n\n".join("\n".join(lines) for lines in parts) + "\n"
+
+
+def _share(value: float | None) -> str:
+    return "" if value is None else f"{value:.4f}"

@@ -1,9 +1,10 @@
 """The command `evaluate`: once, or at each checkpoint of a run that another process trains."""
 
 import argparse
+import sys
 
 from crate_jax.cli.arguments import Subparsers, add_data, add_model, path
-from crate_jax.cli.detail import CLASSIFY, add_detail, asks_detail, detail
+from crate_jax.cli.detail import CLASSIFY, add_detail, asks_detail, detail, table
 from crate_jax.cli.following import EVERY_S
 from crate_jax.cli.runs import add_source, open_trained
 from crate_jax.cli.watching import watch
@@ -56,4 +57,7 @@ def evaluate(args: argparse.Namespace) -> Json:
     inputs = {"dataset": data.dataset, "split": data.eval_split}
     inputs |= {"step": opened.step, "fitted": opened.fitted}
     more = detail(args, *opened[:3])  # first, as it may refuse a file
-    return inputs | evaluate_split(opened.run, opened.params, opened.extra) | more
+    found = inputs | evaluate_split(opened.run, opened.params, opened.extra) | more
+    if args.detail:
+        sys.stdout.write(table(found))
+    return found

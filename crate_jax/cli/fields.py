@@ -8,8 +8,8 @@ import textwrap
 
 from crate_jax.cli.arguments import Subparsers
 from crate_jax.cli.flags import parse_config
-from crate_jax.cli.parser import WIDTH
 from crate_jax.cli.recipes import DEFAULT
+from crate_jax.columns import WIDTH
 from crate_jax.config import TrainConfig, options, to_dict, validate
 from crate_jax.files import Json
 from crate_jax.options import did_you_mean, option_of, rule

@@ -5,12 +5,15 @@ import contextlib
 import copy
 import dataclasses
 import statistics
-from collections.abc import Callable, Iterator
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from crate_jax.cli.arguments import Subparsers, add_data, add_model, path
+from crate_jax.cli.parser import indented
 from crate_jax.cli.runs import Opened, add_source, open_trained
+from crate_jax.columns import in_columns
 from crate_jax.files import Json
 from crate_jax.waiting import counted
 
@@ -29,6 +32,7 @@ _DATA = (
 )
 # From features of both splits and a seed to numbers by name.
 Measure = Callable[["Features", "Features", int], dict[str, float]]
+BySeed = Mapping[str, Sequence[float]]  # by the name of a measure
 
 
 def add_frozen(
@@ -87,18 +91,56 @@ def measured(args: argparse.Namespace, measure: Measure) -> Json:
         "fitted": opened.fitted,
         "seeds": args.seeds,
     }
+    by_source: dict[str, BySeed] = {}
     for prefix, splits_of in _sources(args, opened, runs):
         what = f"{args.command} {prefix.rstrip('/')}".strip()
         seeds = counted(args.seeds, what, len(args.seeds), "seeds")
         by_seed = [measure(*splits_of(seed), seed) for seed in seeds]
-        for name in by_seed[0]:
-            values = [values[name] for values in by_seed]
+        by_name = {name: [values[name] for values in by_seed] for name in by_seed[0]}
+        by_source[prefix.rstrip("/") or "model"] = by_name
+        for name, values in by_name.items():
             accuracy = name.endswith(ACCURACIES)
             if accuracy:
                 found[prefix + name] = statistics.fmean(values)
             if len(set(values)) > 1 or not accuracy:
                 found[f"{prefix}{name}_by_seed"] = values
+    sys.stdout.write(table(found, by_source))
     return found
+
+
+def table(found: Json, by_source: Mapping[str, BySeed]) -> str:
+    """A row a measure, a column a source of features: accuracies, and what each classifier chose.
+
+    Args:
+        found: the answer of the command; reads its dataset, splits and seeds.
+        by_source: of "model" and of each baseline the measures by name.
+    """
+    heading = f"{found['dataset']}: features of {found['train_split']}, tested on {found['split']}"
+    varied = any(
+        len(set(values)) > 1 and name.endswith(ACCURACIES)
+        for by_name in by_source.values()
+        for name, values in by_name.items()
+    )
+    if varied:
+        seeds = " ".join(map(str, found["seeds"]))
+        heading += f"; mean ± standard deviation over the seeds {seeds}"
+    rows = [("", *by_source)]
+    for name in dict.fromkeys(name for by_name in by_source.values() for name in by_name):
+        show = _accuracy if name.endswith(ACCURACIES) else _choice
+        rows.append((name, *(show(by_name.get(name, [])) for by_name in by_source.values())))
+    return "\n".join([indented(heading, first=""), *in_columns(rows)]) + "\n"
+
+
+def _accuracy(values: Sequence[float]) -> str:
+    """The mean of some seeds, and the deviation where they differ."""
+    deviation = f" ± {statistics.stdev(values):.4f}" if len(set(values)) > 1 else ""
+    return f"{statistics.fmean(values):.4f}{deviation}"
+
+
+def _choice(values: Sequence[float]) -> str:
+    """What a classifier chose with some seeds, such as its penalty; "" if it chose nothing."""
+    ends = dict.fromkeys((min(values), max(values))) if values else ()
+    return " to ".join(f"{value:.4g}" for value in ends)
 
 
 def _with_labels(run: "Run", train_split: str | None) -> "dict[str, Run]":

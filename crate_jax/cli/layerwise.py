@@ -12,8 +12,9 @@ from crate_jax.analysis.measured import DEFINITIONS, GEOMETRY, Measured, measure
 from crate_jax.analysis.verdict import verdict
 from crate_jax.cli.arguments import Subparsers, add_data, add_model
 from crate_jax.cli.examples import parts, split_examples
-from crate_jax.cli.parser import WIDTH, indented
+from crate_jax.cli.parser import indented
 from crate_jax.cli.runs import add_source, open_trained
+from crate_jax.columns import WIDTH
 from crate_jax.files import Json
 from crate_jax.waiting import counted
 

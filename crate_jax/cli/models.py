@@ -16,6 +16,7 @@ from crate_jax.cli.arguments import (
     saved_run,
 )
 from crate_jax.cli.flags import parse_config
+from crate_jax.columns import in_columns
 from crate_jax.files import Json
 from crate_jax.streams import tolerant
 from crate_jax.waiting import counting
@@ -151,20 +152,44 @@ def summary(args: argparse.Namespace) -> Json:
     stated = {name: getattr(args, name) for name in fields}
     overrides = {name: value for name, value in stated.items() if value is not None}
     model = create_model(args.model, **model_kwargs(args) | overrides)
-    takes, example = {}, "example"
+    takes: Json = {}
+    example = "example"
     if isinstance(model, ImageClassifier):
         takes, example = {"image_size": list(model.input_shape[:2])}, "image"
     elif isinstance(model, LanguageModel):
-        sizes = {"context_length": model.context_length, "vocab_size": model.vocab_size}
-        takes, example = sizes, "text"
-    return {
-        "model": args.model,
+        takes = {"context_length": model.context_length, "vocab_size": model.vocab_size}
+        example = "text"
+    sizes = {
         **takes,
         "tokens": model.num_tokens,
         "parameters": cost.count_parameters(model),
         "gmacs": round(cost.multiply_adds(model) / 1e9, 3),
         f"activation_mib_per_{example}": round(cost.activation_bytes(model) / 2**20, 1),
     }
+    sys.stdout.write(_sizes(args.model, sizes))
+    return {"model": args.model, **sizes}
+
+
+# The names of the sizes, and their units, for people.
+_WORDS = {
+    "image_size": "image, pixels",
+    "context_length": "longest text, tokens",
+    "vocab_size": "vocabulary, tokens",
+    "gmacs": "multiply-adds of a forward pass, 10⁹",
+    **{f"activation_mib_per_{x}": f"activations of one {x}, MiB" for x in ("image", "text")},
+}
+
+
+def _sizes(name: str, sizes: Json) -> str:
+    """The sizes of a model, one a line."""
+    rows = [
+        (
+            f"  {_WORDS.get(key, key)}",
+            " x ".join(map(str, value)) if key == "image_size" else f"{value:,}",
+        )
+        for key, value in sizes.items()
+    ]
+    return "\n".join([name, *in_columns(rows)]) + "\n"
 
 
 def add_plan(subparsers: Subparsers) -> None:

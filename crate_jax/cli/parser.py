@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from crate_jax.cli.mistakes import complain
+from crate_jax.columns import WIDTH
 from crate_jax.options import did_you_mean
 
-WIDTH = 80  # columns of a terminal
 _TEXT = 25  # the column where the words about a flag begin
 _HELP = ("-h", "--help")
 

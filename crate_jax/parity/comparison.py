@@ -1,10 +1,9 @@
 """The result of `compare` for people: a table for the terminal and a page with a plot."""
 
-import itertools
 import textwrap
-from collections.abc import Sequence
 
 from crate_jax.analysis.figures.canvas import INK, Picture, drawing, inline_svg, new_figure
+from crate_jax.columns import WIDTH, in_columns
 from crate_jax.files import Json
 from crate_jax.pages import render
 from crate_jax.parity.difference import (
@@ -16,7 +15,6 @@ from crate_jax.parity.difference import (
     Difference,
 )
 
-WIDTH = 80  # columns of a terminal
 SHOWN_GRADIENTS = 10  # in the terminal; a large model has hundreds
 HEADER = ("", "max abs", "relative", "cosine", "tolerance", "")
 
@@ -109,22 +107,9 @@ def table(found: Comparison) -> str:
         if heading == "Gradients" and len(rows) > 1 + SHOWN_GRADIENTS:
             rows = [HEADER, *sorted(rows[1:], key=lambda row: -float(row[2]))[:SHOWN_GRADIENTS]]
             heading = f"Gradients, the {SHOWN_GRADIENTS} that differ most"
-        parts.append("\n".join([heading, *_lines(rows)]))
+        parts.append("\n".join([heading, *in_columns(rows)]))
     told = [textwrap.fill(line, WIDTH, subsequent_indent="  ") for line in verdict(found)]
     return "\n\n".join([*parts, "\n".join(told)]) + "\n"
-
-
-def _lines(rows: Sequence[tuple[str, ...]]) -> list[str]:
-    """Rows in columns that fit a terminal: of a name that is too long its end."""
-    columns = [*itertools.zip_longest(*rows, fillvalue="")]
-    widths = [2 + max(map(len, column)) for column in columns[1:]]
-    room = WIDTH - sum(widths)
-    names = [name if len(name) <= room else f"…{name[1 - room :]}" for name in columns[0]]
-    first = max(map(len, names))
-    return [
-        f"{name:{first}}{''.join(f'{cell:>{w}}' for cell, w in zip(cells, widths, strict=False))}"
-        for name, (_, *cells) in zip(names, rows, strict=True)
-    ]
 
 
 def page(found: Comparison, conditions: Json) -> str:

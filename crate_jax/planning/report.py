@@ -3,9 +3,8 @@
 import textwrap
 from collections.abc import Iterator
 
+from crate_jax.columns import WIDTH
 from crate_jax.files import Json
-
-WIDTH = 80  # columns of a terminal
 
 
 def table(found: Json) -> str:
