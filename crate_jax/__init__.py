@@ -6,6 +6,7 @@ Ctrl-C before JAX is imported, which takes seconds.
 
 import importlib
 import importlib.util
+import sys
 from typing import TYPE_CHECKING, Any
 
 from crate_jax.version import VERSION
@@ -23,8 +24,16 @@ def __getattr__(name: str) -> Any:
     # A module alone, where it is one: others of the package ask for it while they are imported.
     if importlib.util.find_spec(f"{__name__}.{name}"):
         return importlib.import_module(f"{__name__}.{name}")
-    return getattr(importlib.import_module("crate_jax.api"), name)
+    api = importlib.import_module("crate_jax.api")
+    if name not in (*api.__all__, "__all__"):
+        # Python adds the nearest of `__dir__` where nobody catches it.
+        raise AttributeError(
+            f"module {__name__!r} has no attribute {name!r}",
+            name=name,
+            obj=sys.modules[__name__],
+        )
+    return getattr(api, name)
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *importlib.import_module("crate_jax.api").__all__})
+    return sorted([*importlib.import_module("crate_jax.api").__all__, "__version__"])

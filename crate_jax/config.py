@@ -119,7 +119,9 @@ def choose(arg: str | None, recipes: Mapping[str, _Recipe], default: str) -> _Re
     """
     name = arg or default
     if name not in recipes:
-        raise KeyError(f"the recipe must be known; got {name}. {did_you_mean(name, recipes)}")
+        raise KeyError(
+            f"the variant of a recipe must be known; got {name}. {did_you_mean(name, recipes)}"
+        )
     return recipes[name]
 
 

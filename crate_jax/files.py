@@ -99,8 +99,13 @@ def check_writable(path: str | Path) -> None:
     if path.is_dir():
         raise IsADirectoryError(f"{path} must be a file; it is a folder. Name a file in it.")
     aside = _aside(path)
-    aside.touch()
-    aside.unlink()
+    try:
+        aside.touch()
+        aside.unlink()
+    except OSError as error:
+        raise OSError(
+            f"{path.parent} must take files; it does not ({error.strerror}). Choose another path."
+        ) from error
 
 
 def check_folder(path: str | Path, name: str) -> None:

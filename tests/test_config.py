@@ -829,7 +829,7 @@ def test_choose():
     for arg, remedy in (("tinny", "Did you mean tiny?"), ("x", "Known: base, tiny.")):
         with pytest.raises(KeyError) as caught:
             choose(arg, recipes, "base")
-        assert caught.value.args == (f"the recipe must be known; got {arg}. {remedy}",)
+        assert caught.value.args == (f"the variant of a recipe must be known; got {arg}. {remedy}",)
 
 
 def test_did_you_mean():

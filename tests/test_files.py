@@ -1,6 +1,8 @@
 """Files written whole or not at all."""
 
+import os
 import resource
+from pathlib import Path
 
 import pytest
 
@@ -83,11 +85,15 @@ def test_a_limit_of_open_files_that_is_too_low(limits):
         check_open_files(4097, "with two workers")
 
 
-def test_what_may_be_written_is_known_before_there_is_anything_to_write(tmp_path):
+def test_what_may_be_written_is_known_before_there_is_anything_to_write(tmp_path, monkeypatch):
     path = tmp_path / "weights.npz"
     path.write_text("old")
     check_writable(path)
     assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]
+    line = rf"^{tmp_path} must take files; it does not \(No such file or dir.*\)\. Choose another"
+    with monkeypatch.context() as patched, pytest.raises(OSError, match=line):
+        patched.setattr(Path, "touch", lambda path: os.stat(path.parent / "nothing"))
+        check_writable(path)
     began = False
     with (
         pytest.raises(OSError, match="File name too long"),

@@ -185,17 +185,40 @@ def test_caches(home, monkeypatch):
     monkeypatch.delenv("CRATE_JAX_CACHE")
     monkeypatch.setenv("XDG_CACHE_HOME", "~/cache")
     assert cache_folder() == f"{home}/cache/crate_jax"
+    for given, start in ((None, f"{home}/cache/crate_jax/"), ("~/jax", f"{home}/jax")):
+        assert compiled_into(given)["jax_compilation_cache_dir"].startswith(start)
+
+
+def compiled_into(folder):
+    """JAX's settings after a folder for compiled programs was named; they are as before then."""
     names = (
         "jax_compilation_cache_dir",
+        "jax_enable_compilation_cache",
         "jax_persistent_cache_min_compile_time_secs",
         "jax_persistent_cache_min_entry_size_bytes",
     )
     before = {name: jax.config.values[name] for name in names}
     try:
-        for given, start in ((None, f"{home}/cache/crate_jax/"), ("~/jax", f"{home}/jax")):
-            jax.config.update("jax_compilation_cache_dir", given)
-            enable_compilation_cache()
-            assert jax.config.values["jax_compilation_cache_dir"].startswith(start)
+        jax.config.update("jax_compilation_cache_dir", folder)
+        enable_compilation_cache()
+        return {name: jax.config.values[name] for name in names}
     finally:
         for name, value in before.items():
             jax.config.update(name, value)
+
+
+def test_a_cache_that_takes_nothing_is_told_once(tmp_path, monkeypatch, capsys):
+    """JAX would warn of every program that it cannot read or keep."""
+    found = compiled_into("/dev/null/cache")
+    assert not found["jax_enable_compilation_cache"]
+    assert capsys.readouterr().err == (
+        "compiled programs are not kept: there can be no folder /dev/null/cache (Not a directory). "
+        "JAX_COMPILATION_CACHE_DIR names another.\n"
+    )
+    # One that may be read gives what it has, and gets nothing.
+    monkeypatch.setattr("os.access", lambda path, mode: False)
+    found = compiled_into(str(tmp_path))
+    assert found["jax_enable_compilation_cache"]
+    assert found["jax_persistent_cache_min_compile_time_secs"] == float("inf")
+    assert compiled_into("gs://bucket/cache")["jax_persistent_cache_min_compile_time_secs"] == 0.5
+    assert capsys.readouterr().err == ""

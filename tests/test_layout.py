@@ -449,3 +449,13 @@ def test_the_search_finds_names_and_keys(monkeypatch):
     assert named_in("x = batch['label']  # of classify", names, keys) == {"label", "classify"}
     assert named_in("import crate_jax  # an image of the state", names, keys) == set()
     assert named_in("if task == 'unheard_of': Unheard()", names, keys) == {"unheard_of", "Unheard"}
+
+
+def test_the_package_lists_its_public_names_and_refuses_others():
+    import crate_jax
+
+    assert set(dir(crate_jax)) == {*crate_jax.__all__, "__version__"}
+    with pytest.raises(AttributeError) as caught:
+        crate_jax.load_pretraned  # noqa: B018
+    assert str(caught.value) == "module 'crate_jax' has no attribute 'load_pretraned'"
+    assert (caught.value.name, caught.value.obj) == ("load_pretraned", crate_jax)

@@ -89,7 +89,9 @@ def compare(args: argparse.Namespace) -> Json:
     except ModuleNotFoundError as error:
         if error.name != "torch":
             raise
-        raise ValueError("compare needs PyTorch. pip install 'crate-jax[torch]'") from None
+        raise ValueError(
+            "compare must have PyTorch; it is missing. Install it: pip install 'crate-jax[torch]'"
+        ) from None
     with written_aside(args.html) if args.html else contextlib.nullcontext() as aside:
         with counting("compare"):
             found, conditions = _compare(args)

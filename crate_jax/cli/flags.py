@@ -2,20 +2,23 @@
 
 import dataclasses
 import functools
+import re
 import sys
 from collections.abc import Callable
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import absl.flags
 
 from crate_jax.cli.mistakes import complain, text
 from crate_jax.cli.recipes import load_recipe
-from crate_jax.config import TrainConfig, get_field, renamed
+from crate_jax.config import TrainConfig, get_field, options, renamed
 from crate_jax.errors import is_mistake
 from crate_jax.models.fields import FAMILIES, fields_of
+from crate_jax.options import did_you_mean, rule
 from crate_jax.streams import secure_streams
 
 _Parsed = TypeVar("_Parsed")
+OF_TRAIN = ("config", "workdir", "flagfile", "verbosity")  # what its help names; absl has more
 
 
 def define_config_flag(default: str, argv: list[str]) -> absl.flags.FlagHolder:
@@ -27,7 +30,7 @@ def parse_flags(argv: list[str]) -> list[str]:
     """Parse absl flags, for `absl.app.run`; a mistake ends the process with one line."""
 
     def parse() -> list[str]:
-        rest = absl.flags.FLAGS(argv)
+        rest = _read(absl.flags.FLAGS, argv)
         if len(rest) > 1:
             raise ValueError(f"the command line must hold flags alone; got {rest[1]}. See --help.")
         return rest
@@ -76,10 +79,7 @@ def parse_config(recipe: str, fields: list[str]) -> TrainConfig:
     """
     argv, values = ["plan", f"--config={recipe}", *fields], absl.flags.FlagValues()
     config = config_flag(recipe, argv, values)
-    try:
-        values(argv)
-    except absl.flags.Error as error:
-        raise ValueError(str(error)) from error
+    _read(values, argv)
     return config.value
 
 
@@ -132,6 +132,34 @@ def config_flag(
     )
     values["config"].default_as_str = repr(default)  # for --help, which would print all of it
     return holder
+
+
+def _read(values: absl.flags.FlagValues, argv: list[str]) -> list[str]:
+    """Parse a command line by absl, and tell what is wrong with it as every command does.
+
+    Raises:
+        ValueError: there is no such flag, or its value cannot be read.
+    """
+    try:
+        return values(argv)
+    except absl.flags.UnrecognizedFlagError as error:
+        remedy = did_you_mean(f"--{error.flagname}", [f"--{name}" for name in OF_TRAIN])
+        raise ValueError(
+            f"{argv[0]} must get flags that it has; got --{error.flagname}. {remedy}"
+        ) from error
+    except absl.flags.Error as error:
+        raise ValueError(_illegal(str(error), values, argv)) from error
+
+
+def _illegal(said: str, values: absl.flags.FlagValues, argv: list[str]) -> str:
+    """The words about a value that cannot be read: by the rule of its field, where it has one."""
+    found = re.match(r"flag --config\.([\w.]+)=", said)
+    given = [word.partition("=")[2] for word in argv if found and found[0][5:] in word]
+    config: Any = values["config"].value
+    for path, _, field in options(config):
+        if found and path == found[1] and given:
+            return f"{path} must be {rule(field)}; got {given[-1]}. Correct it."
+    return said
 
 
 def _exit_if_wrong(parse: Callable[[], _Parsed]) -> _Parsed:

@@ -51,9 +51,9 @@ def _unknown(name: str) -> FileNotFoundError:
     files = [str(folder / path.name) for path in sorted(folder.glob("*.py"))]
     is_path = name.endswith(".py") or len(Path(name).parts) > 1
     candidates = [*files, *names] if is_path else [*names, *files]
-    kind = "recipe file" if is_path else "known recipe"
+    kind = "a file that exists" if is_path else "a known recipe"
     near = difflib.get_close_matches(name, candidates, n=1, cutoff=0.52)
     suggestion = f"Did you mean {near[0]}? " if near else ""
     return FileNotFoundError(
-        f"--config must be a {kind}; got {name}. {suggestion}Known by name: {', '.join(names)}."
+        f"--config must be {kind}; got {name}. {suggestion}Known by name: {', '.join(names)}."
     )

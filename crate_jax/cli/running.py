@@ -2,6 +2,7 @@
 
 import json
 import logging
+import math
 import os
 import platform
 import sys
@@ -22,7 +23,7 @@ from crate_jax.errors import is_mistake
 from crate_jax.files import Json, cache_folder, expanded, raise_open_files
 from crate_jax.machine import explained
 from crate_jax.parallel import LostProcess
-from crate_jax.streams import failure, secure_streams
+from crate_jax.streams import failure, secure_streams, tolerant
 
 JUDGED = ("within_tolerance", "intact", "works")  # what a result may say of its subject
 TRY_AGAIN = 75  # EX_TEMPFAIL of sysexits.h; schedulers restart on any status but 0
@@ -117,3 +118,24 @@ def enable_compilation_cache() -> None:
         jax.config.update("jax_compilation_cache_dir", str(Path(cache_folder()) / kind))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+    _check_cache(jax.config.values["jax_compilation_cache_dir"])
+
+
+def _check_cache(folder: str) -> None:
+    """Keep no programs where none can be kept: JAX would warn of each. Say so in one line.
+
+    A folder that is there and may only be read gives the programs that it has.
+    """
+    if "://" in folder:  # a bucket
+        return
+    try:
+        os.makedirs(folder, exist_ok=True)
+    except OSError as error:
+        jax.config.update("jax_enable_compilation_cache", False)
+        tolerant(sys.stderr).write(
+            f"compiled programs are not kept: there can be no folder {folder} ({error.strerror}). "
+            "JAX_COMPILATION_CACHE_DIR names another.\n"
+        )
+    else:
+        if not os.access(folder, os.W_OK):
+            jax.config.update("jax_persistent_cache_min_compile_time_secs", math.inf)

@@ -223,7 +223,7 @@ def asked(ask: Callable[[], Any]) -> Any:
 
 
 @contextlib.contextmanager
-def told(address: str, url: str, place: Path) -> Iterator[None]:
+def told(address: str, url: str, place: Path, *, put: str = "the file at") -> Iterator[None]:
     """Tell the errors of the network in one line, which says where the file may be put by hand.
 
     The hub's client says nothing on the terminal meanwhile: what it logs, it raises as well.
@@ -232,6 +232,7 @@ def told(address: str, url: str, place: Path) -> Iterator[None]:
         address: as the user wrote it.
         url: from which the file can be fetched elsewhere.
         place: where `fetched` looks for it.
+        put: how what was fetched elsewhere comes there.
 
     Raises:
         FileNotFoundError: the server has no such file.
@@ -247,7 +248,7 @@ def told(address: str, url: str, place: Path) -> Iterator[None]:
         from huggingface_hub import errors
 
         status = getattr(getattr(error, "response", None), "status_code", None)
-        by_hand = f"or fetch {url} elsewhere and put the file at {place}."
+        by_hand = f"or fetch {url} elsewhere and put {put} {place}."
         if isinstance(error, errors.OfflineModeIsEnabled):
             raise OSError(
                 f"{address} must be in the cache while HF_HUB_OFFLINE is set; it is not. Unset it, "

@@ -161,7 +161,7 @@ def _folder(address: Address) -> Path:
             return found.parent
     from huggingface_hub import HfApi
 
-    with told(address.text, address.url, address.by_hand):
+    with told(address.text, address.url, address.by_hand, put="its files into"):
         api = HfApi(endpoint=_endpoint())
         about = {"revision": address.revision, "timeout": ANSWER_S}
         info = asked(lambda: api.model_info(address.repository, **about))

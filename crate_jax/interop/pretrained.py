@@ -4,8 +4,11 @@ import dataclasses
 import fnmatch
 import os
 
-from crate_jax.files import located
+from crate_jax.files import Json, located
+from crate_jax.interop.addresses import is_address
+from crate_jax.interop.contents import is_run
 from crate_jax.interop.fit import FITS
+from crate_jax.interop.hub import parse
 from crate_jax.interop.hub_folder import read_config, stated_model, stated_preprocessing
 from crate_jax.interop.load import load_fitted
 from crate_jax.interop.pictures import Preprocessing, standard
@@ -54,18 +57,7 @@ def load_pretrained(name: str, **overrides: object) -> tuple[BlockModel, Params 
         OSError: the network cannot be reached, or the cache cannot be written.
     """
     if _is_folder(name):
-        if not name.startswith(HUB) and not located(name, "name").is_dir():
-            raise FileNotFoundError(
-                f"{name} must be a folder; there is none. For a repository on the hub, write "
-                f"{HUB}{name}."
-            )
-        stated = stated_model(read_config(name))
-        if stated is None:
-            raise ValueError(
-                f"{name} must state its model in config.json, as save_weights writes it; it does "
-                "not. Build the model, and call load_weights."
-            )
-        return _load(name, from_architecture(stated), overrides)
+        return _load(name, _described(name, read_config(name)), overrides)
     row = find_released(_known(name))
     if not row.by_program:
         raise ValueError(_by_hand(row))
@@ -90,7 +82,7 @@ def preprocessing(name: str) -> Preprocessing:
         config = read_config(name)
         if stated := stated_preprocessing(config, name):
             return stated
-        return standard(from_architecture(stated_model(config)))
+        return standard(_described(name, config))
     if name in VARIANTS and not any(row.model == name for row in released.RELEASED):
         return standard(create_model(name), name)
     row = find_released(_known(name))
@@ -124,7 +116,40 @@ def prepared_for(
 def _is_folder(name: str) -> bool:
     """True if a name is a folder's, here or on the hub."""
     text = os.fspath(name)
-    return text.startswith(HUB) or "/" in text or located(text, "name").is_dir()
+    return "/" in text or bool(text and located(text, "name").is_dir())
+
+
+def _described(name: str, config: Json) -> BlockModel:
+    """The model that a folder's configuration states.
+
+    Raises:
+        FileNotFoundError: there is no such folder.
+        ValueError: it states none.
+    """
+    stated = stated_model(config)
+    if stated is not None:
+        return from_architecture(stated)
+    on_hub = name.startswith(HUB)
+    folder = None if is_address(name) else located(name, "name")
+    if parse(name).file if on_hub else folder is None or folder.is_file():
+        raise ValueError(
+            f"name must be that of a model, or a folder with its configuration; got {name}, a "
+            "file. Build the model, and call load_weights."
+        )
+    if folder is not None and not folder.is_dir():
+        raise FileNotFoundError(
+            f"{name} must be a folder; there is none. For a repository on the hub, write "
+            f"{HUB}{name}."
+        )
+    if folder is not None and is_run(folder):
+        raise ValueError(
+            f"{name} must be a folder that save_weights wrote; it is a run. Make one of it: "
+            f"python -m crate_jax convert --from={name} --to=FOLDER/"
+        )
+    raise ValueError(
+        f"{name} must state its model in config.json, as save_weights writes it; it does not. "
+        "Build the model, and call load_weights."
+    )
 
 
 def _known(name: str) -> str:
@@ -162,12 +187,16 @@ def _load(
 
 def _by_hand(row: Released) -> str:
     """The reason why a program cannot download a file, and the remedy."""
-    why = "the link to it is dead" if row.dead else "its page asks for a browser"
     where = f"{row.note}, {row.file}" if row.note else row.file
     model = _released_model(row)
     load = "load_variables" if tree_of(model).collections else "load_weights"
     head = "" if row.classes == 1000 else f", num_classes={row.classes}"
+    must = (
+        "come from somebody who kept it, for the link to it is dead"
+        if row.dead
+        else "be downloaded by hand, for its page asks for a browser"
+    )
     return (
-        f"{row.name} must be downloaded by hand, for {why}: {where} (licence: {row.licence}). Once "
-        f"you have the file, call {load}(FILE, create_model('{row.model}'{head}))."
+        f"{row.name} must {must}: {where} (licence: {row.licence}). Once you have the file, call "
+        f"{load}(FILE, create_model('{row.model}'{head}))."
     )

@@ -67,7 +67,7 @@ def read(path: str | Path, known: Known) -> tuple[Arrays, list[str]]:
 
 def _open(path: str | Path) -> object:
     """Open the content that `torch.save` wrote."""
-    torch = _torch(path)
+    torch = require_torch(path)
     if not Path(path).is_file():
         raise FileNotFoundError(f"{path} must be a file; got none there. Check the path.")
     try:
@@ -170,7 +170,7 @@ def write_checkpoint(
     Raises:
         ValueError: PyTorch is missing.
     """
-    torch = _torch(path)
+    torch = require_torch(path)
     wrapper, prefix = FORMS[form]
     wrapper = under or wrapper
     tensors = {prefix + name: torch.from_numpy(array) for name, array in state.items()}
@@ -183,17 +183,24 @@ def write_networks(path: str | Path, states: Mapping[str, Mapping[str, np.ndarra
     Raises:
         ValueError: PyTorch is missing.
     """
-    torch = _torch(path)
+    torch = require_torch(path)
     found = {k: {n: torch.from_numpy(a) for n, a in state.items()} for k, state in states.items()}
     torch.save(found, path)
 
 
-def _torch(path: str | Path) -> ModuleType:
-    """PyTorch, or what to do without it."""
+def require_torch(path: object) -> ModuleType:
+    """PyTorch, for a file.
+
+    Raises:
+        ValueError: it is missing.
+    """
     try:
         import torch
     except ImportError:
-        raise ValueError(f"{path} needs PyTorch. pip install 'crate-jax[torch]'") from None
+        raise ValueError(
+            f"{path} must have PyTorch to be read or written; it is missing. Install it: "
+            "pip install 'crate-jax[torch]'"
+        ) from None
     return torch
 
 

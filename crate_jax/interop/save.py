@@ -74,6 +74,8 @@ def save_weights(
     arrays = _arrays(params, tree)
     suffix = _suffix(path)
     torch = suffix in pth.FORMS
+    if torch:
+        pth.require_torch(path)
     _check_class_names(class_names, model, path, torch=torch)
     under = ""
     if layout is not None or torch:

@@ -103,7 +103,7 @@ def test_a_recipe_gives_way_where_a_model_does_not_take_its_values(name):
         (["--config.optim.lrr=1"], KeyError, "optim.lrr must name a field. Did you mean lr?"),
         (["--noconfig.data.downlod"], KeyError, "Did you mean download?"),
         (["--config.optim=1"], ValueError, "config.optim must be a field, not a section. Set "),
-        (["--config=no.py"], FileNotFoundError, "--config must be a recipe file; got no.py."),
+        (["--config=no.py"], FileNotFoundError, "--config must be a file that exists; got no.py."),
         ([f"--config={ROOT}/README.md"], ValueError, "README.md is none ("),
         ([f"--config={ROOT}/train.py"], ValueError, "--config must be a recipe; "),
         ([f"--config={IMAGENET}:larg"], KeyError, "got larg. Did you mean large?"),
@@ -116,8 +116,15 @@ def test_a_mistake_is_named_before_the_flags_are_parsed(arguments, error, messag
 
 
 def test_a_value_of_another_type_is_a_mistake():
-    with pytest.raises(ValueError, match=r"--config\.seed=x: invalid literal for int"):
-        parse_config(DIGITS, ["--config.seed=x"])
+    for flag, line in {
+        "--config.seed=x": r"^seed must be a whole number.*; got x\. Correct it\.$",
+        "--config.optim.lr=1:2=3": r"^optim\.lr must be a number > 0; got 1:2=3\. Correct it\.$",
+        "--config.model.depth=two": r"^model\.depth must be a whole number >= 1; got two\.",
+    }.items():
+        with pytest.raises(ValueError, match=line):
+            parse_config(DIGITS, [flag])
+    with pytest.raises(ValueError, match=r"Missing value for flag --config\.seed"):
+        parse_config(DIGITS, ["--config.seed"])
     assert parse_config(f"{IMAGENET}:tiny", ["--config.model.depth=2"]).model.depth == 2
 
 

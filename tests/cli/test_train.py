@@ -56,19 +56,19 @@ def test_recipes_by_name_and_by_file(elsewhere):
 @pytest.mark.parametrize(
     ("recipe", "start"),
     [
-        ("digit", "known recipe; got digit. Did you mean digits? Known by name: "),
-        ("imagenet:small", "known recipe; got imagenet. Did you mean imagenet1k? "),
-        ("qqq", "known recipe; got qqq. Known by name: "),
-        ("my/recipes.py", "recipe file; got my/recipes.py. Did you mean my/recipe.py? "),
-        ("digits.py", "recipe file; got digits.py. Did you mean digits? "),
-        ("configs/zzz.py", "recipe file; got configs/zzz.py. Known by name: "),
+        ("digit", "a known recipe; got digit. Did you mean digits? Known by name: "),
+        ("imagenet:small", "a known recipe; got imagenet. Did you mean imagenet1k? "),
+        ("qqq", "a known recipe; got qqq. Known by name: "),
+        ("my/recipes.py", "a file that exists; got my/recipes.py. Did you mean my/recipe.py? "),
+        ("digits.py", "a file that exists; got digits.py. Did you mean digits? "),
+        ("configs/zzz.py", "a file that exists; got configs/zzz.py. Known by name: "),
     ],
 )
 def test_an_unknown_recipe_suggests_the_nearest_and_lists_all(elsewhere, recipe, start):
     with pytest.raises(FileNotFoundError) as caught:
         load_recipe(recipe)
     message = str(caught.value)
-    assert message.startswith(f"--config must be a {start}")
+    assert message.startswith(f"--config must be {start}")
     assert message.endswith(f"{', '.join(NAMES)}.")
 
 

@@ -106,7 +106,10 @@ def test_what_has_no_weights(table):
         r"\(licence: MIT\)\. Once you have the file, call load_weights\(FILE, "
         r"create_model\('toy_other', num_classes=5\)\)",
     )
-    refuse("toy_other.dead", r"by hand, for the link to it is dead: by, https://github\.com/o/r")
+    refuse(
+        "toy_other.dead",
+        r"come from somebody who kept it, for .* is dead: by, https://github\.com/o/r",
+    )
     assert "load_variables(FILE, create_model('cbsa_tiny_patch16_224'))" in pretrained._by_hand(
         Released("cbsa_tiny_patch16_224", "in1k", PAGE, "MIT", 1000)
     )
@@ -205,7 +208,19 @@ def test_folders_that_are_none(tmp_path, tiny_model, tiny_params):
         save_weights(tmp_path / "w.npz", tiny_params, tiny_model, card=ModelCard())
     assert not (tmp_path / "w.npz").exists()
     refuse("me/mine", r"^me/mine must be a folder; there is none\. .* write hf://me/mine\.")
-    refuse(f"{tmp_path}/run", r"must state its model in config\.json, as save_weights writes it")
+    (tmp_path / "w.npz").touch()
+    (tmp_path / "empty").mkdir()
+    for name, line in {
+        f"{tmp_path}/run": r"it is a run\. Make one of it: .* convert --from=\S+/run --to=FOLDER/$",
+        f"{tmp_path}/empty": r"must state its model in config\.json, as save_weights writes it",
+        f"{tmp_path}/w.npz": r"^name must be that of a model, .*/w\.npz, a file\. Build the model",
+        "https://host/w.npz": "got https://host/w.npz, a file. Build the model, and call load_w",
+        "hf://a/b/w.npz": "got hf://a/b/w.npz, a file. Build the model, and call load_weights",
+        "": r"model\.name must be a known model; got \.",
+    }.items():
+        refuse(name, line)
+        with pytest.raises((ValueError, KeyError), match=line):
+            crate_jax.preprocessing(name)
     save_weights(f"{tmp_path}/a/", tiny_params, tiny_model)
     (tmp_path / "a/config.json").write_text("[1]")
     refuse(f"{tmp_path}/a", r"config\.json must hold a JSON object; it does not\. Write the folder")

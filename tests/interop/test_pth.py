@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from weights import MODEL, MODELS, assert_equal_trees, random_params, random_state
 
-from crate_jax import load_weights
+from crate_jax import load_weights, save_weights
 from crate_jax.checkpoint.manager import Checkpointer
 from crate_jax.interop import from_state_dict, to_state_dict
 from crate_jax.interop.contents import read_contents
@@ -184,8 +184,11 @@ def test_a_file_of_an_unknown_kind(tmp_path):
 def test_without_pytorch(monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, "torch", None)
     (tmp_path / "weights.pth").write_bytes(b"\x80\x02")  # as a pickle begins
-    with pytest.raises(ValueError, match=r"needs PyTorch\. pip install 'crate-jax\[torch\]'"):
+    with pytest.raises(ValueError, match=r"must have PyTorch .* pip install 'crate-jax\[torch\]'$"):
         load_weights(tmp_path / "weights.pth", MODEL)
+    target = tmp_path / "w.pth"
+    with pytest.raises(ValueError, match=f"^{target} must have PyTorch"):
+        save_weights(target, random_params(MODEL), MODEL)
 
 
 def test_a_folder_is_a_run_and_its_newest_checkpoint_is_read(tmp_path):

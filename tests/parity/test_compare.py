@@ -294,7 +294,7 @@ def test_what_the_command_refuses(tmp_path, capsys, inputs, monkeypatch):
     monkeypatch.delattr("crate_jax.parity.compare")
     monkeypatch.setitem(sys.modules, "torch", None)
     status, _, err = main(capsys, f"--weights={weights}")
-    assert status == 2 and "compare needs PyTorch. pip install 'crate-jax[torch]'" in err
+    assert status == 2 and "compare must have PyTorch; it is missing. Install it" in err
 
 
 def test_a_model_of_features_has_no_twin(tmp_path, capsys, inputs):

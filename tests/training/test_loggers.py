@@ -83,6 +83,7 @@ def test_they_get_what_the_files_get(both, tmp_path, capsys):
         assert how["config"] == to_dict(TrainConfig(loggers=("wandb", "trackio")))
         assert how["project"] == "crate_jax" and how["resume"] == "allow"
     assert both["wandb"].begun[0]["dir"] == str(tmp_path)
+    assert both["wandb"].begun[0]["settings"] == {"console": "off"}  # bars are not recorded
     assert both["wandb"].summary == {"train/loss": 2.0, "test/top1": 0.75}
     assert both["wandb"].ended == [{"exit_code": 0}] and both["trackio"].ended == [{}]
     assert capsys.readouterr().out == ""  # the last line of stdout is a command's result
@@ -125,6 +126,15 @@ def test_one_that_fails_on_the_way_is_told_once_and_costs_nothing(both, tmp_path
         "trackio failed at the end (RuntimeError: no finish); the run goes on without it, and its "
         "own files have everything",
     ]
+
+
+def test_a_run_in_a_bucket_keeps_no_files_there_and_is_ended_once(both):
+    logger = loggers.LOGGERS["wandb"](both["wandb"], "gs://bucket/run", {}, "name")
+    assert both["wandb"].begun[0]["dir"] is None
+    opened = loggers.Loggers({"wandb": logger}, print)
+    for _ in range(2):
+        opened.close({}, failed=False)
+    assert both["wandb"].ended == [{"exit_code": 0}]
 
 
 def test_nobody_else_logs(both, tmp_path):
@@ -175,7 +185,9 @@ def test_what_cannot_be_is_refused_before_anything_is_opened(
         train(tiny_config(loggers=names), tmp_path / "run")
     with pytest.raises(ValueError, match=message):
         check_loggers(names)
-    assert not (tmp_path / "run").exists()
+    with pytest.raises(ValueError, match=message):  # a Reporter of somebody's own
+        reporter(tmp_path, *names)
+    assert [*tmp_path.iterdir()] == []
 
 
 def test_one_that_does_not_begin_ends_the_run_before_its_first_step(both, tmp_path, tiny_config):
