@@ -119,7 +119,17 @@ def test_pixels_may_be_floats_and_images_normalised_already():
 
 
 def test_the_program_is_of_the_machines_that_were_asked_for_and_of_plain_operations():
+    """Whatever kernel, dropout and loop the model has for training on this machine."""
     model, variables = small("crate_tiny_patch16_224")
+    of_training = dict(attention_kernel="pallas", dropout=0.5, scan_unroll=2)
+    same = export_model(model.clone(**of_training), variables, platforms=["cpu"])
+    pixels = np.asarray(normalize(pictures(2), mean=MEAN, std=STD))
+    np.testing.assert_allclose(
+        jax.export.deserialize(bytearray(same)).call(pixels),
+        model.apply(variables, pixels, train=False),
+        atol=1e-5,
+    )
+    model = model.clone(attention_kernel="pallas")
     content = export_model(model, variables, platforms=["tpu"])
     program = jax.export.deserialize(bytearray(content))
     assert program.platforms == ("tpu",) and not program.disabled_safety_checks
@@ -309,11 +319,15 @@ def test_where_it_cannot_run_nothing_is_compared(call, weights, tmp_path):
 
 
 def test_a_program_that_differs_is_told_by_the_status(call, weights, tmp_path, monkeypatch):
-    monkeypatch.setattr(command, "TOLERANCE", {"float32": -1.0})
+    def other(model, variables, make=module.make_program, **how):
+        return make(model, jax.tree.map(lambda leaf: 1.001 * leaf, variables), **how)
+
+    monkeypatch.setattr(module, "make_program", other)
     status, found, _ = call(
         "export", "--weights", weights, "--output", tmp_path, "--platforms", "cpu"
     )
     assert status == 1 and found["within_tolerance"] is False
+    assert command.TOLERANCE["float32"] < 1e-4 < found["difference"] < 1e-2
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,7 @@ from crate_jax.cli import following, watching
 from crate_jax.cli.main import main
 from crate_jax.config import DataConfig, ModelConfig, OptimConfig, TrainConfig
 from crate_jax.data.stores.tfrecord import index_records, read_record
+from crate_jax.training import mirror
 from crate_jax.training.loop import train
 
 FIELDS = dict(image_size=(16, 16), patch_size=(8, 8), in_channels=1, width=16, depth=1, num_heads=2)
@@ -140,6 +141,42 @@ def test_a_line_that_a_crash_cut_off_and_lines_of_another_split_do_not_count(run
     assert [json.loads(line)["step"] for line in whole] == [2, 1, 2, 3]
 
 
+class Far(mirror.Mirror):
+    """A mirror of a folder that is here as one of a bucket."""
+
+    def __init__(self, workdir):
+        self.workdir, self.folder = workdir, workdir.with_name("near")
+
+    def fetch(self, name):
+        if (self.workdir / name).exists():
+            shutil.copy(self.workdir / name, self.folder / name)
+
+    def flush(self):
+        shutil.copytree(self.folder, self.workdir, dirs_exist_ok=True)
+
+    close = flush
+
+
+def test_a_folder_in_a_bucket_goes_on_from_its_lines_and_has_each_line_at_once(
+    run, monkeypatch, call
+):
+    monkeypatch.setattr(mirror, "Mirror", Far)
+    far, evaluate, there = run / "far", watching._Split.evaluate, []
+
+    def and_look(self, step, *trained):
+        there.append([line["step"] for line in lines_of(far / watching.NAME)])
+        return evaluate(self, step, *trained)
+
+    far.mkdir()
+    (far / watching.NAME).write_text('{"step": 1, "dataset": "digits", "split": "test[:40]"}\n')
+    monkeypatch.setattr(watching._Split, "evaluate", and_look)
+    status, found, err = call("evaluate", "--workdir", run, "--watch", "--output", far)
+    assert (status, err, found["evaluated"]) == (0, "", 2)
+    assert there == [[1], [1, 2]]
+    assert [line["step"] for line in lines_of(far / watching.NAME)] == [1, 2, 3]
+    assert len([*far.glob("events*")]) == 1
+
+
 def test_a_checkpoint_that_is_deleted_before_it_is_read(run, monkeypatch, capsys):
     """The second goes while the first is evaluated, as a run deletes what it need not keep."""
     evaluate = watching._Split.evaluate
@@ -187,10 +224,13 @@ def test_an_interruption_ends_it_in_one_line(run, monkeypatch, capsys, after):
         assert err.startswith("error: interrupted") and err.count("\n") == 1
         assert not (run / "nothing").exists()
     else:
+        heard = []
+        monkeypatch.setattr(watching, "answered", lambda: heard.append(True))
         shutil.rmtree(run / "checkpoints/3")  # so that there is something to wait for
         assert main(["evaluate", "--workdir", str(run), "--watch"]) == 0
         out, err = capsys.readouterr()
         assert err == "" and json.loads(out.splitlines()[-1])["evaluated"] == after
+        assert heard == [True]  # nobody ends the process while it closes its files
     assert looks == [5.0]
 
 

@@ -4,10 +4,13 @@ import sys
 import types
 
 import jax
+import jax.export
+import numpy as np
 import pytest
 from command import run
 
 from crate_jax import create_model, export_onnx
+from crate_jax.tasks.pixels import normalize
 
 SMALL = dict(image_size=(16, 32), patch_size=16, num_classes=5, width=16, depth=2, num_heads=2)
 MEAN, STD = (0.5, 0.25, 0.75), (0.5, 0.25, 1.0)
@@ -57,6 +60,28 @@ def test_onnxruntime_gives_the_same_logits():
     status, out, err = run("-c", REALLY)
     assert status == 0, err
     assert out.split() == [*CONVERTED.values()]
+
+
+@pytest.mark.parametrize("scaled", [True, False])
+def test_what_the_converter_gets(monkeypatch, scaled):
+    """A function of pixels, or of images, and any number of them; by a stand-in that calls it."""
+    monkeypatch.setattr(jax.export, "symbolic_shape", lambda text: (3,))  # which it can run
+    model, variables = small(CONVERTED["crate"])
+    pixels = np.random.default_rng(0).integers(0, 256, (3, 16, 32, 3)).astype(np.uint8)
+    images = np.asarray(normalize(pixels, mean=MEAN, std=STD))
+    asked = []
+
+    def to_onnx(function, inputs, *, model_name):
+        asked.extend(inputs)
+        found = np.asarray(function(pixels if scaled else images))
+        return types.SimpleNamespace(SerializeToString=found.tobytes)
+
+    monkeypatch.setitem(sys.modules, "jax2onnx", types.SimpleNamespace(to_onnx=to_onnx))
+    content = export_onnx(model, variables, **dict(mean=MEAN, std=STD) if scaled else {})
+    found = np.frombuffer(content, np.float32).reshape(3, 5)
+    np.testing.assert_allclose(found, model.apply(variables, images, train=False), atol=1e-5)
+    (taken,) = asked
+    assert taken.shape == ("B", 16, 32, 3) and taken.dtype == ("uint8" if scaled else "float32")
 
 
 def test_what_the_converter_does_not_know_is_told_in_one_line(monkeypatch):

@@ -1,5 +1,6 @@
 """A model and its released weights in one call, and the preprocessing that belongs to them."""
 
+import argparse
 import json
 import os
 import subprocess
@@ -14,6 +15,7 @@ from weights import assert_equal_trees, random_params
 
 import crate_jax
 from crate_jax import Crate, CrateCausal, ModelCard, Preprocessing, load_weights, save_weights
+from crate_jax.cli.arguments import default_data
 from crate_jax.config import IMAGENET_EVAL, IMAGENET_MEAN, IMAGENET_STD, DataConfig
 from crate_jax.interop import pictures, pretrained
 from crate_jax.interop.pictures import of_data, standard
@@ -154,6 +156,8 @@ def test_a_folder(tmp_path, tiny_model, tiny_params, tiny_images):
     config = json.loads((folder / "config.json").read_text())
     assert config["class_names"] == list(names) and config["library_name"] == "crate_jax"
     assert config["architecture"] == architecture(tiny_model)
+    text = (folder / "README.md").read_text()
+    assert f"`{prepared.transforms}`, mean [0.1, 0.2, 0.3] and deviation [0.4, 0.5, 0.6]" in text
     save_weights(folder, tiny_params, tiny_model)  # an existing folder needs no slash
     assert "preprocessing" not in json.loads((folder / "config.json").read_text())
     assert crate_jax.preprocessing(str(folder)) == standard(tiny_model)
@@ -170,6 +174,10 @@ def test_the_model_card_is_what_the_hub_reads(tmp_path, tiny_model, tiny_params)
     (result,) = found.data.eval_results
     assert (result.metric_type, result.metric_value) == ("top1", 0.625)
     assert (result.dataset_name, result.task_type) == ("seven things", "image-classification")
+    assert found.data.metrics == ["top1"] and found.data.model_name == "Seven"
+    count = sum(leaf.size for leaf in jax.tree.leaves(tiny_params))
+    assert f"A `Crate` of {count:,} parameters." in found.text
+    assert "prepared" not in found.text  # nothing is known of it
     assert "# Seven" in found.text and "| top1 | 0.625 |" in found.text
     assert 'crate_jax.load_pretrained("hf://OWNER/REPOSITORY")' in found.text
     save_weights(f"{tmp_path}/b/", tiny_params, tiny_model)
@@ -284,6 +292,18 @@ def test_preprocessing_by_name(table):
 
 
 ORIGINAL = released.RELEASED
+
+
+def test_preprocessing_of_a_released_file_is_that_of_its_row():
+    """Of its authors' two kinds of training, by name; and by a command's two flags."""
+    for tag, share in (("clipa", 1.0), ("in21k", 0.875)):
+        found = crate_jax.preprocessing(f"crate_alpha_large_patch14_224.{tag}")
+        assert (found.crop_share, found.mean, found.std) == (share, IMAGENET_MEAN, IMAGENET_STD)
+    model = crate_jax.create_model("tost_tiny_patch16_224", in_channels=1)
+    flags = argparse.Namespace(weights=None, model="tost_tiny_patch16_224")
+    data = default_data(model, flags)
+    assert data.eval_transforms == "resize_shorter(256, interpolation='bicubic')|center_crop(224)"
+    assert (data.mean, data.std) == ((0.5,), (0.5,))
 
 
 def test_what_a_run_evaluates_by(tiny_model):
