@@ -70,6 +70,47 @@ def need(
     return Need(memory, sums)
 
 
+def micro_batches_that_fit(
+    run: Run,
+    model: ImageClassifier,
+    state: TrainState,
+    batch: Batch,
+    room: float,
+    *,
+    platform: str,
+    chip: Chip | None = None,
+) -> int | None:
+    """The fewest micro-batches with which a step that does not fit would fit, by formula.
+
+    Args:
+        run: reads its task, its mesh and the optimizer's config.
+        model: see `need`.
+        state: see `need`.
+        batch: see `need`.
+        room: bytes of memory of a device.
+        platform: see `need`.
+        chip: see `need`.
+
+    Returns:
+        A number above the run's own that divides the rows of a device. None: not even one row at a
+        time fits, or the loss of the task is no mean over rows.
+    """
+    optim = run.config.optim
+    any_of_batch = jax.tree.leaves(batch)[0]
+    rows = any_of_batch.sharding.shard_shape(any_of_batch.shape)[0]
+    most = rows if run.task.by_row else 0
+    for steps in range(optim.accumulate_steps + 1, most + 1):
+        if rows % steps:
+            continue
+        fewer = dataclasses.replace(optim, accumulate_steps=steps)
+        config = dataclasses.replace(run.config, optim=fewer)
+        changed = dataclasses.replace(run, config=config)
+        memory = memory_bytes(changed, model, state, batch, platform=platform, chip=chip)
+        if sum(memory.values()) <= room:
+            return steps
+    return None
+
+
 def gradient_sums(
     model: ImageClassifier, state: TrainState, mesh: Mesh, micro_batches: int, parts: int = 0
 ) -> list[Joined]:

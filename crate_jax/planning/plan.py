@@ -46,10 +46,11 @@ def plan(config: TrainConfig, spec: str) -> Json:
     Returns:
         By formula ``memory``, bytes a device of each kind and their ``total``; ``gradient_bytes``
         and ``gathered_bytes`` of a step; ``flops`` of a step over all devices. ``chips``: for each
-        of `CHIPS` what `least_seconds` says. ``compiled``: the program's ``collectives``, ``count``
-        and ``bytes`` of each kind, ``gradient_bytes``, ``gathered_bytes`` and ``memory``, next to
-        what the formulas give for them. It is compiled in float32, ``dtype``: a CPU computes
-        nothing else.
+        of `CHIPS` what `least_seconds` says; where the step does not fit also
+        ``accumulate_steps``, see `formulas.micro_batches_that_fit`. ``compiled``: the program's
+        ``collectives``, ``count`` and ``bytes`` of each kind, ``gradient_bytes``,
+        ``gathered_bytes`` and ``memory``, next to what the formulas give for them. It is compiled
+        in float32, ``dtype``: a CPU computes nothing else.
 
     Raises:
         ValueError, KeyError: the config breaks a rule, or it and the mesh do not fit together.
@@ -69,6 +70,11 @@ def plan(config: TrainConfig, spec: str) -> Json:
         )
         for name, chip in CHIPS.items()
     }
+    for name, seconds in chips.items():
+        if not seconds["fits"]:
+            seconds["accumulate_steps"] = formulas.micro_batches_that_fit(
+                run, model, state, batch, CHIPS[name].memory, platform="gpu"
+            )
     compiled: Any = lowered.compile()
     held = compiled.memory_analysis()
     found = collectives(compiled.as_text(), run.mesh.devices.size)
@@ -107,6 +113,8 @@ def plan_on(
         large as the tokens of a device. ``chips``: for the chip, if `CHIPS` has it, what
         `least_seconds` says of the program, with operations by formula.
         Where the compiler refuses it for want of memory, ``refused`` stands for most of this.
+        Where it does not fit into a chip of `CHIPS`, ``compiled`` has ``accumulate_steps``, see
+        `formulas.micro_batches_that_fit`.
 
     Raises:
         ValueError, KeyError: the config breaks a rule, or it and the mesh do not fit together.
@@ -124,6 +132,11 @@ def plan_on(
         "dtype": jnp.dtype(model.dtype).name,
     } | _beside(need)
     found = _by_formula(run, model, step.state, need) | {"compiled": compiled, "chips": {}}
+    chip = topology.chip
+    if chip and (made.refused or made.memory > chip.memory):
+        compiled["accumulate_steps"] = formulas.micro_batches_that_fit(
+            run, model, step.state, step.batch, chip.memory, platform=topology.platform, chip=chip
+        )
     if made.refused:
         compiled["refused"] = made.refused
         return found

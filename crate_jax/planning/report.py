@@ -13,6 +13,7 @@ def table(found: Json) -> str:
     What formulas give and what a compiler gives stand apart.
     """
     lines = [*_by_formula(found), "", *_compiled(found["compiled"]), "", *_times(found)]
+    lines += [line for text in _remedies(found) for line in textwrap.wrap(text, WIDTH)]
     return "\n".join(lines) + "\n"
 
 
@@ -79,7 +80,23 @@ def _times(found: Json) -> Iterator[str]:
             for name in ("compute", "memory", "links", "network")
         ]
         low, high = (1e3 * s for s in seconds["step_s"])
-        digits = 1 if high < 1000 else 0
+        digits = 2 if high < 10 else 1 if high < 1000 else 0
         cells += [f"{low:.{digits}f}-{high:.{digits}f}", "yes" if seconds["fits"] else "NO"]
         row = "".join(f"{cell:>{n}}" for cell, n in zip(cells, _CELLS, strict=True))
         yield f"  {chip:<7}{row}  {seconds['bound_by']}"
+
+
+def _remedies(found: Json) -> Iterator[str]:
+    """Say what would fit where the step does not, once for each number of micro-batches."""
+    enough: dict[int | None, list[str]] = {}
+    for chip, seconds in found["chips"].items():
+        if "accumulate_steps" in seconds:
+            enough.setdefault(seconds["accumulate_steps"], []).append(chip)
+    if "accumulate_steps" in found["compiled"]:
+        whole = found["compiled"]["topology"]
+        enough.setdefault(found["compiled"]["accumulate_steps"], []).append(whole)
+    for steps, chips in enough.items():
+        remedy = f"it would fit with --config.optim.accumulate_steps={steps}"
+        if steps is None:
+            remedy = "no optim.accumulate_steps is enough; take more devices, or a larger fsdp"
+        yield f"by formula, {', '.join(chips)}: {remedy}"

@@ -1,5 +1,6 @@
 """Formulas of memory and communication, against programs compiled for eight virtual devices."""
 
+import dataclasses
 import importlib.util
 import json
 from pathlib import Path
@@ -11,6 +12,7 @@ from crate_jax.config import ModelConfig
 from crate_jax.planning.chips import CHIPS
 from crate_jax.planning.collectives import Collective, collectives
 from crate_jax.planning.plan import plan
+from crate_jax.planning.report import table
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 
@@ -135,6 +137,19 @@ def test_times_follow_from_peaks_and_sizes():
     forward = 16 * 192 * d + L * (4 * N * d * d + 2 * N * N * d) + d * 10
     # Attention's backward pass has four products (N, N) by (N, p), twice those of the forward.
     assert found["flops"] == 6 * forward * 64
+
+
+def test_a_chip_that_is_too_small_gets_a_remedy(monkeypatch):
+    room = 0.6 * plan(recipe("imagenet1k", "tiny", **SMALL), "data:1")["memory"]["total"]
+    small = dataclasses.replace(CHIPS["v5e"], memory=room)
+    monkeypatch.setitem(CHIPS, "v5e", small)
+    found = plan(recipe("imagenet1k", "tiny", **SMALL), "data:1")
+    steps = found["chips"]["v5e"]["accumulate_steps"]
+    assert not found["chips"]["v5e"]["fits"] and "accumulate_steps" not in found["chips"]["v4"]
+    assert f"v5e: it would fit with --config.optim.accumulate_steps={steps}\n" in table(found)
+    for other, fits in ((steps, True), (steps // 2, False)):
+        config = recipe("imagenet1k", "tiny", **SMALL, optim__accumulate_steps=other)
+        assert plan(config, "data:1")["chips"]["v5e"]["fits"] is fits
 
 
 @pytest.mark.parametrize(

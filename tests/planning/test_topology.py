@@ -201,6 +201,22 @@ def test_a_plan_of_what_does_not_fit(here, monkeypatch):
     assert found["compiled"]["refused"] == refused.refused and found["chips"] == {}
     assert f"  does not fit: {refused.refused}\n" in table(found)
     assert "no time: " in table(found)
+    config = small_recipe()
+    config.batch_size, totals = 256, {}
+    for config.optim.accumulate_steps in (1, 2, 4):
+        totals[config.optim.accumulate_steps] = plan_on(config, "data:-1", here)["memory"]["total"]
+    assert totals[1] > totals[2] > totals[4]
+    config.optim.accumulate_steps = 1
+    for room, steps in ((totals[2], 2), (totals[4], 4), (0, None)):
+        small = dataclasses.replace(here, chip=dataclasses.replace(CHIPS["v5e"], memory=room))
+        found = plan_on(config, "data:-1", small)
+        assert found["compiled"]["accumulate_steps"] == steps
+    assert "v5e:2: no optim.accumulate_steps is enough" in table(found)
+    unknown = dataclasses.replace(here, chip=None)
+    assert "accumulate_steps" not in plan_on(config, "data:-1", unknown)["compiled"]
+    # Its loss is no mean over rows.
+    whole = load_recipe("digits:mcr2")
+    assert plan_on(whole, "data:-1", here)["compiled"]["accumulate_steps"] is None
 
 
 class Refused:
