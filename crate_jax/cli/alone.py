@@ -83,7 +83,7 @@ def open_alone(args: argparse.Namespace, command: str) -> Alone:
         config, _, step = saved_run(args.workdir, args.step or "latest")
         data = config.data
         path = str(located(args.workdir, "--workdir") / FOLDER / str(step))
-    loaded = load_fitted(path, named_model(args))
+    loaded = load_fitted(path, named_model(args, args.weights))
     variables = {"params": loaded.params, **loaded.extra}
     model = loaded.model
     data = (data or default_data(model, args)) if isinstance(model, ImageClassifier) else None

@@ -45,7 +45,9 @@ def add_model_kwargs(parser: argparse.ArgumentParser) -> None:
 def add_model(parser: argparse.ArgumentParser) -> None:
     """Add the flags that choose a model and fit weights to it."""
     parser.add_argument(
-        "--model", metavar="NAME", help="a model of the zoo; crate_jax.list_models() names them"
+        "--model",
+        metavar="NAME",
+        help="a model of the zoo, as crate_jax.list_models() names it; default: as weights state",
     )
     add_model_kwargs(parser)
     parser.add_argument(
@@ -81,19 +83,57 @@ def add_data(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def named_model(args: argparse.Namespace) -> "BlockModel | None":
-    """The model of --model and --model-kwargs, or None for what the weights state.
+def named_model(args: argparse.Namespace, weights: str | None) -> "BlockModel | None":
+    """The model of --model and --model-kwargs, or the one that weights state; None: neither does.
+
+    Args:
+        args: the arguments of a command with these flags, and perhaps --fit.
+        weights: of which the model is; None: of a run, which states its own elsewhere.
 
     Raises:
-        KeyError, ValueError: there is no such model, or its fields are malformed.
+        KeyError, ValueError: there is no such model, its fields are malformed, or it is not the
+            model that the weights state.
+        FileNotFoundError, OSError: there are no such weights.
     """
-    from crate_jax.models.zoo import create_model
+    from crate_jax.interop.pretrained import stated_by
+    from crate_jax.models.zoo import altered, create_model
 
-    if not args.model:
-        if args.model_kwargs:
+    kwargs = model_kwargs(args)
+    named = create_model(args.model, **kwargs) if args.model else None
+    stated = stated_by(weights) if weights else None
+    if stated is None:
+        if kwargs and named is None:
             raise ValueError("--model-kwargs must go with --model. See --help.")
-        return None
-    return create_model(args.model, **model_kwargs(args))
+        return named
+    model = altered(stated, kwargs) if named is None else named
+    _check_stated(args, kwargs, model, stated)
+    return model
+
+
+def _check_stated(
+    args: argparse.Namespace, kwargs: Json, model: "BlockModel", stated: "BlockModel"
+) -> None:
+    """Refuse a model that is another than weights state, but for what is to be fitted.
+
+    How many classes there are the data may say, and a model may go without its head.
+    """
+    from crate_jax.models.zoo import architecture
+
+    names, ours, theirs = {"head": "num_classes"}, architecture(model), architecture(stated)
+    free = {names.get(each, each) for each in getattr(args, "fit", ())}
+    free |= {"image_size"} if "patch_size" in free else set()
+    free |= set() if kwargs.get("num_classes") else {"num_classes"}
+    other = [
+        f"{name} {ours.get(name)} in the place of {theirs.get(name)}"
+        for name in {**theirs, **ours}
+        if ours.get(name) != theirs.get(name) and name not in free
+    ]
+    if other:
+        flag = "--model" if args.model else "--model-kwargs"
+        raise ValueError(
+            f"{flag} must be the model that the weights state; got {', '.join(other[:3])}. "
+            f"Leave {flag} out" + (", or add --fit." if "fit" in args else ".")
+        )
 
 
 def model_kwargs(args: argparse.Namespace) -> Json:

@@ -132,7 +132,7 @@ def _compare(args: argparse.Namespace) -> "tuple[Comparison, Json]":
     from crate_jax.tasks.losses import cross_entropy, token_cross_entropy
 
     fits = functools.partial(load_fitted, fit=args.fit, method=resize_method(args))
-    loaded = fits(args.weights, named_model(args))
+    loaded = fits(args.weights, named_model(args, args.weights))
     params, model, fitted, classes, extra = loaded
     variables = {"params": params, **extra}
     autoencodes = bool(getattr(model, "decoder_depth", 0))

@@ -61,7 +61,7 @@ def add_export(subparsers: Subparsers) -> None:
         epilog="export --workdir=runs/digits --step=best",
     )
     add_source(parser)
-    parser.add_argument("--model", metavar="NAME", help="a model of the zoo, with --weights")
+    parser.add_argument("--model", metavar="NAME", help="a model of the zoo, unless --weights says")
     add_model_kwargs(parser)
     parser.add_argument(
         "--output",

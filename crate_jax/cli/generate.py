@@ -150,6 +150,6 @@ def _of_weights(args: argparse.Namespace) -> _Opened:
     from crate_jax.data.text.tokenizers import open_tokenizer
     from crate_jax.interop import load_fitted
 
-    loaded = load_fitted(args.weights, named_model(args))
+    loaded = load_fitted(args.weights, named_model(args, args.weights))
     tokenizer = open_tokenizer(args.tokenizer, args.end_token or TextConfig.end_token)
     return _Opened(loaded.model, loaded.params, tokenizer, None)

@@ -81,7 +81,11 @@ def convert(args: argparse.Namespace) -> Json:
         raise ValueError("--license must go with --to FOLDER/. End the path in a slash.")
     with counting("read the weights"):
         loaded = load_fitted(
-            args.source, named_model(args), fit=args.fit, method=method, which=args.which
+            args.source,
+            named_model(args, args.source),
+            fit=args.fit,
+            method=method,
+            which=args.which,
         )
     fitted, names = loaded.report, loaded.class_names
     variables = {"params": loaded.params, **loaded.extra}

@@ -9,6 +9,7 @@ from crate_jax.cli.arguments import (
     Subparsers,
     default_data,
     model_kwargs,
+    named_model,
     override_data,
     path,
     resize_method,
@@ -21,9 +22,11 @@ from crate_jax.files import Json, located
 from crate_jax.waiting import counting
 
 if TYPE_CHECKING:  # imported where they are used
+    from crate_jax.models.stacked import BlockModel
     from crate_jax.tasks.task import Extra, Params
     from crate_jax.training.run import Run
 
+WEIGHTS = "in place of --workdir: a file, a folder, or hf://…; with --model unless it states one"
 _TEXTS = 16  # of an evaluation step, unless --batch_size says: logits of many texts are large
 
 
@@ -37,7 +40,7 @@ def add_source(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--step", help="checkpoint of --workdir: latest (default), best or a number"
     )
-    parser.add_argument("--weights", type=path, help="in place of --workdir: a file; with --model")
+    parser.add_argument("--weights", type=path, help=WEIGHTS)
 
 
 class Opened(NamedTuple):
@@ -84,7 +87,7 @@ def open_trained(
     if args.workdir:
         config, facts, step = saved_run(args.workdir, args.step or "latest")
     else:
-        config, facts = _config_of_model(args), _stated_facts(args)
+        config, facts = _config_of_model(args, command), _stated_facts(args)
         config.task = task or config.task
     if task not in (None, config.task):
         raise ValueError(
@@ -108,9 +111,9 @@ def _check_source(args: argparse.Namespace, command: str) -> None:
     """Refuse flags that do not go together."""
     if bool(args.workdir) == bool(args.weights):
         raise ValueError(f"{command} must get one of --workdir and --weights. See --help.")
-    if args.weights and not (args.model and args.dataset):
-        raise ValueError(f"{command} --weights must get --model and --dataset too. See --help.")
-    if args.workdir and (args.model or args.fit):
+    if args.weights and not args.dataset:
+        raise ValueError(f"{command} --weights must get --dataset too. See --help.")
+    if args.workdir and (args.model or args.model_kwargs or args.fit):
         raise ValueError("--model and --fit must go with --weights; a run knows its own model.")
     resize_method(args)
     if args.batch_size is not None and args.batch_size < 1:
@@ -129,22 +132,39 @@ def _use_tokenizer(config: TrainConfig, tokenizer: str | None) -> None:
     config.text.tokenizer = tokenizer or config.text.tokenizer
 
 
-def _config_of_model(args: argparse.Namespace) -> TrainConfig:
-    """The config that --model stands for."""
+def _config_of_model(args: argparse.Namespace, command: str) -> TrainConfig:
+    """The config that --model stands for, or the model that --weights state."""
     from crate_jax.models.classifier import of_images
     from crate_jax.models.language import LanguageModel
-    from crate_jax.models.zoo import create_model
+
+    model = named_model(args, args.weights)
+    if model is None:
+        raise ValueError(
+            f"{command} --weights must get --model too, for {args.weights} states no model. "
+            "Name it; a run is given as --workdir."
+        )
+    section = _section(args, model)
+    if isinstance(model, LanguageModel):
+        text = TextConfig(tokenizer=None)
+        return TrainConfig(task=NEXT_TOKEN, eval_batch_size=_TEXTS, model=section, text=text)
+    return TrainConfig(model=section, data=default_data(of_images(model), args))
+
+
+def _section(args: argparse.Namespace, model: "BlockModel") -> ModelConfig:
+    """The section of --model and --model-kwargs, or that of the model that --weights state."""
+    from crate_jax.models.sections import overrides
+    from crate_jax.models.zoo import section_of
 
     kwargs = model_kwargs(args)
-    model = create_model(args.model, **kwargs)
-    if isinstance(model, LanguageModel):
-        named, text = ModelConfig(name=args.model, **kwargs), TextConfig(tokenizer=None)
-        return TrainConfig(task=NEXT_TOKEN, eval_batch_size=_TEXTS, model=named, text=text)
-    model = of_images(model)
     for name in {"image_size", "patch_size"} & set(kwargs):
         sides = kwargs[name]
         kwargs[name] = (sides, sides) if isinstance(sides, int) else tuple(sides)
-    return TrainConfig(model=ModelConfig(name=args.model, **kwargs), data=default_data(model, args))
+    if args.model:
+        return ModelConfig(name=args.model, **kwargs)
+    stated = overrides(section := section_of(model))
+    if "head" in args.fit or not stated.get("num_classes"):  # the data says how many there are
+        stated.pop("num_classes", None)
+    return ModelConfig(name=section.name, **stated | kwargs)
 
 
 def _stated_facts(args: argparse.Namespace) -> Json:
@@ -164,8 +184,8 @@ def _load_weights(args: argparse.Namespace, run: "Run") -> "tuple[Params, Extra,
     wanted: Any = _abstract(run)[1]
     if missing := [name for name in wanted if name not in loaded.extra]:
         raise ValueError(
-            f"--weights must hold all that {args.model} evaluates with; its {', '.join(missing)} "
-            "are in no weights file. Give a run: --workdir=DIR."
+            f"--weights must hold all that {type(model).__name__} evaluates with; its "
+            f"{', '.join(missing)} are in no weights file. Give a run: --workdir=DIR."
         )
     return loaded.params, loaded.extra or (), loaded.report
 

@@ -30,7 +30,7 @@ def add_segment(subparsers: Subparsers) -> None:
         "segment --workdir=runs/mine --images=VOC2012 --method=coarse",
     )
     add_source(parser)
-    parser.add_argument("--model", metavar="NAME", help="a model of the zoo, with --weights")
+    parser.add_argument("--model", metavar="NAME", help="a model of the zoo, unless --weights says")
     add_model_kwargs(parser)
     parser.add_argument("--images", type=path, help="a folder of images, or one as VOC's")
     parser.add_argument("--annotations", type=path, help="a JSON file as COCO's; gives AP")

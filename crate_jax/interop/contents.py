@@ -4,6 +4,7 @@ A file is recognised by its content; its suffix counts for nothing.
 """
 
 import re
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -145,27 +146,43 @@ def read_class_names(path: str | Path) -> tuple[str, ...]:
 
         names = read_facts(find_run(path)[0]).get(CLASSES, [])
     else:
-        names = _names_in_files(path)
+        readers = {"safetensors": safetensors.read_names, "npz": npz.read_names}
+        names = _first_in_files(path, readers) or []
     if not (isinstance(names, list) and all(isinstance(name, str) for name in names)):
         raise ValueError(f"{path} must name its classes as text; got {names}. Convert it again.")
     return tuple(names)
 
 
-def _names_in_files(path: Path) -> object:
-    """The names of classes in a file, in that of a folder, or in a piece of an index."""
+def read_fields(path: str | Path) -> object:
+    """The fields of the model that a safetensors file states, alone or in a folder; {}: none.
+
+    Little is read but these. A run states its model elsewhere.
+
+    Raises:
+        FileNotFoundError: there is nothing at ``path``.
+        ValueError: the file is damaged, or a folder has no weights.
+    """
+    path = fetched(path)
+    check_reachable(path, "weights")
+    if not path.exists():
+        raise FileNotFoundError(not_there(path))
+    if path.is_dir() and is_run(path):
+        return {}
+    return _first_in_files(path, {"safetensors": safetensors.read_fields}) or {}
+
+
+def _first_in_files(path: Path, readers: Mapping[str, Callable[[Path], object]]) -> object:
+    """The first thing that readers find in a file, in that of a folder, or in an index's pieces.
+
+    The readers stand by kind of file. None: they find nothing.
+    """
     if path.is_dir() and orbax.find_trees(_checkpoints(path)):
-        return []
+        return None
     with nearby(path) as here:
         file = weights_file(here) if here.is_dir() else here
         files = pieces(file) if kind_of(file) == "index" else [file]
-        return next(filter(None, map(_names_in, files)), [])
-
-
-def _names_in(path: Path) -> object:
-    """The names of classes in a file."""
-    readers = {"safetensors": safetensors.read_names, "npz": npz.read_names}
-    reader = readers.get(kind_of(path))
-    return reader(path) if reader else []
+        found = (reader(each) for each in files if (reader := readers.get(kind_of(each))))
+        return next(filter(None, found), None)
 
 
 def find_run(path: str | Path) -> tuple[Path, str]:

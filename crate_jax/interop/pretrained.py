@@ -3,10 +3,11 @@
 import dataclasses
 import fnmatch
 import os
+from pathlib import Path
 
 from crate_jax.files import Json, located
 from crate_jax.interop.addresses import is_address
-from crate_jax.interop.contents import is_run
+from crate_jax.interop.contents import is_run, read_fields
 from crate_jax.interop.fit import FITS
 from crate_jax.interop.hub import parse
 from crate_jax.interop.hub_folder import read_config, stated_model, stated_preprocessing
@@ -89,6 +90,29 @@ def preprocessing(name: str) -> Preprocessing:
     return standard(create_model(row.model), row.model, row.crop_share)
 
 
+def stated_by(weights: str | Path) -> BlockModel | None:
+    """The model that weights state: in a folder's config.json, or in the file itself; None: none.
+
+    Args:
+        weights: see `crate_jax.load_weights`. A run states none here: its record does.
+
+    Raises:
+        FileNotFoundError: there are no such weights.
+        ValueError: what they state is damaged, or no model of ours.
+        OSError: the hub cannot be reached.
+    """
+    if (model := _of_config(read_config(weights))) is not None:
+        return model
+    fields = read_fields(weights)
+    return from_architecture(fields) if fields else None
+
+
+def _of_config(config: Json) -> BlockModel | None:
+    """The model that config.json states as `save_weights` writes it; other programs name theirs."""
+    stated = stated_model(config)
+    return from_architecture(stated) if isinstance(stated, dict) else None
+
+
 def prepared_for(
     model: BlockModel, weights: str | os.PathLike[str] = "", name: str = ""
 ) -> Preprocessing:
@@ -126,9 +150,8 @@ def _described(name: str, config: Json) -> BlockModel:
         FileNotFoundError: there is no such folder.
         ValueError: it states none.
     """
-    stated = stated_model(config)
-    if stated is not None:
-        return from_architecture(stated)
+    if (model := _of_config(config)) is not None:
+        return model
     on_hub = name.startswith(HUB)
     folder = None if is_address(name) else located(name, "name")
     if parse(name).file if on_hub else folder is None or folder.is_file():

@@ -50,11 +50,25 @@ def read_names(path: Path) -> object:
     Raises:
         ValueError: the file is damaged or of another kind.
     """
+    return _metadata(path, NAMES_KEY) or []
+
+
+def read_fields(path: Path) -> object:
+    """The configuration that `write` put into a file; {} if there is none.
+
+    Raises:
+        ValueError: the file is damaged or of another kind.
+    """
+    return _metadata(path, METADATA_KEY) or {}
+
+
+def _metadata(path: Path, key: str) -> object:
+    """An entry of a file's metadata; None if there is none."""
     from safetensors import SafetensorError, safe_open
 
     try:
         with safe_open(path, framework="numpy") as file:
-            return json.loads((file.metadata() or {}).get(NAMES_KEY, "[]"))
+            return json.loads((file.metadata() or {}).get(key, "null"))
     except (SafetensorError, OSError, TypeError, json.JSONDecodeError) as error:
         raise _damaged(path, error) from None
 

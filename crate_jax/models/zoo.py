@@ -71,6 +71,26 @@ def build_model(config: ModelConfig) -> Model:
     return create_model(config.name, **overrides(config))
 
 
+def section_of(model: Model) -> ModelConfig:
+    """The config section that builds the model again, by the name of the nearest variant.
+
+    What says only how to compute it is left out, see `architecture`.
+
+    Raises:
+        ValueError: the model is of no known family.
+    """
+    stated = {k: tuple(v) if isinstance(v, list) else v for k, v in architecture(model).items()}
+    family = stated.pop("family")
+    # In a section None stands for the variant's value, so that value must be None as well.
+    agreeing = {
+        name: sum(stated[f] in (value, (value, value)) for f, value in variant.fields.items())
+        for name, variant in VARIANTS.items()
+        if variant.family == family and all(stated[field] is not None for field in variant.fields)
+    }
+    name = max(agreeing, key=lambda name: agreeing[name])
+    return ModelConfig(name=name, **stated)
+
+
 def altered(model: Model, overrides: Mapping[str, object]) -> Model:
     """A model with other values in some of its fields.
 

@@ -363,7 +363,7 @@ def test_ctrl_c_saves_and_says_how_to_resume(tmp_path):
             ["evaluate", "--workdir=/no/such/run"],
             "workdir must hold a checkpoint; /no/such/run has",
         ),
-        (["evaluate", "--weights=a.pth"], "must get --model and --dataset too"),
+        (["evaluate", "--weights=a.pth"], "must get --dataset too"),
         (["evaluate", "--workdir=a", "--model=b"], "--model and --fit must go with --weights"),
         (
             ["evaluate", "--weights=a", "--model=b", "--dataset=c", "--step=1"],

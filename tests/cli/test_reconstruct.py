@@ -150,7 +150,7 @@ def test_what_it_refuses(workdir, call, tmp_path):
     for arguments, message in (
         (["--workdir", tmp_path], "a run of the task masked_autoencoding; "),
         ([], "reconstruct must get one of --workdir and --weights"),
-        (["--weights", "w.npz"], "reconstruct --weights must get --model and --dataset too"),
+        (["--weights", "w.npz"], "reconstruct --weights must get --dataset too"),
         (["--workdir", workdir, "--output", tmp_path / "x.txt"], "a known format; got "),
     ):
         status, found, err = call("reconstruct", *arguments)

@@ -27,6 +27,7 @@ from crate_jax.models.zoo import (
     build_model,
     family_of,
     from_architecture,
+    section_of,
 )
 from crate_jax.options import option_of
 
@@ -228,6 +229,21 @@ def test_a_model_comes_back_from_its_architecture():
     assert set(stated) == told | {"family"} and "dtype" not in stated
     back = from_architecture(json.loads(json.dumps(stated)))
     assert architecture(back) == stated and hash(back)
+
+
+@pytest.mark.parametrize("name", list_models())
+def test_a_section_builds_the_model_again(name):
+    model = create_model(name)
+    assert section_of(model).name == name
+    assert architecture(build_model(section_of(model))) == architecture(model)
+
+
+@pytest.mark.parametrize("layer_scale", [None, 0.1, 0.5])
+def test_the_section_of_no_variant(layer_scale):
+    """Where a variant has a value and the model none, its section has another variant's name."""
+    sizes = dict(image_size=(32, 16), width=768, depth=12, num_heads=12, registers=4)
+    model = create_model("vit_base_patch16_224", **sizes, layer_scale=layer_scale)
+    assert architecture(build_model(section_of(model))) == architecture(model)
 
 
 def test_an_older_file_states_a_crate():
