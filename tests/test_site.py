@@ -122,6 +122,7 @@ def test_nothing_is_asked_for_elsewhere(site):
         assert loaded and not [name for name in loaded if re.match(r"\w+:|//", name)], page
 
 
+@pytest.mark.slow
 @NEEDS_BROWSER
 @pytest.mark.parametrize("page", PAGES)
 @pytest.mark.parametrize(("width", "dark"), [(400, True), (1400, False)])
@@ -132,6 +133,7 @@ def test_a_page_in_a_browser(address, page, width, dark, tmp_path):
     assert red < 60 if dark else red > 240
 
 
+@pytest.mark.slow
 @NEEDS_BROWSER
 def test_search_finds_ista(address, tmp_path):
     found = probe(address, "index.html?find=ISTA", tmp_path)["found"]

@@ -16,7 +16,10 @@ from crate_jax.files import located, written_aside
 
 TOP1 = (0.2, 0.9, 0.1, 0.3)
 # Orbax's readers that nobody waited for complain when they are collected.
-pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
+    pytest.mark.slow,
+]
 
 
 def noise(step):

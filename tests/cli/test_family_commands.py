@@ -132,6 +132,7 @@ def test_summary(family, cell, run):
     assert found["tokens"] == looked_inside(family)[0]["out"].shape[2]
 
 
+@pytest.mark.slow
 @cells("plan")
 def test_plan(family, cell, run):
     """The gradients that eight devices add up, by formula and in the compiled step."""
@@ -172,6 +173,7 @@ def test_official_names(family, cell, weights, run):
             assert not target.exists()
 
 
+@pytest.mark.slow
 @cells("compare")
 def test_compare(family, cell, weights, run):
     pytest.importorskip("torch")

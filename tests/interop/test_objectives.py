@@ -12,6 +12,7 @@ from crate_jax.training.loop import open_checkpoints, restore_or_init, train
 from crate_jax.training.run import set_up
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("task", RECIPES)
 def test_a_run_states_its_model(task, tmp_path):
     workdir = tmp_path / "run"

@@ -158,6 +158,7 @@ def test_a_run_measures_its_layers(run):
     assert seen == {"rate_mean", "rate_reduction_mean", "coding_rate_mean", "coding_rate_std"}
 
 
+@pytest.mark.slow
 def test_a_run_goes_into_files_that_evaluate_as_it_did(run, tmp_path, capsys):
     workdir, summary = run
     loaded = load_fitted(workdir, None)

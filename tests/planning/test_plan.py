@@ -63,6 +63,7 @@ def test_memory_and_bytes_are_those_of_the_compiled_step(arg, mesh, changes):
     assert memory["total"] == parts < compiled["memory_by_formula"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "changes"),
     [
@@ -85,6 +86,7 @@ def test_gradients_of_the_other_families_are_those_of_the_compiled_step(name, ch
     assert sent == pytest.approx(compiled["gradient_bytes_by_formula"], rel=0.05)
 
 
+@pytest.mark.slow
 def test_accumulated_gradients_are_added_up_over_data_once():
     """Four micro-batches send what one does: less, as the parts of D's gradient are added first."""
     at_once, in_four = (
@@ -103,6 +105,7 @@ SMALL = dict(
 )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("axis", ["data", "fsdp"])
 def test_the_number_of_collectives_does_not_grow_with_the_devices(axis):
     found = [plan(recipe("imagenet1k", "tiny", **SMALL), f"{axis}:{n}") for n in (2, 8)]

@@ -226,6 +226,7 @@ def losses(spec, devices, made):
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CAUSAL)
 def test_any_mesh_takes_the_same_steps(name):
     made = config(model=ModelConfig(name=name, **SIZES))

@@ -242,6 +242,7 @@ BACKBONES = {
 }  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", BACKBONES)
 def test_every_backbone_learns_and_hides_patches(name):
     task = SimDino(BACKBONES[name], coding=Coding(patch_weight=1.0), **FIELDS)
