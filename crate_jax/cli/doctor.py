@@ -8,6 +8,7 @@ import tempfile
 import textwrap
 import time
 from collections.abc import Sequence
+from importlib.util import find_spec
 from pathlib import Path
 
 import jax
@@ -28,6 +29,7 @@ _PACKAGES = (
 )
 _EXTRAS = f"Extras: pip install '{PACKAGE}[NAME]' adds one"
 _STEPS = 20
+_COUNTING_S = 3.0  # for the size of one folder
 _WIDTH = 79
 
 
@@ -92,20 +94,37 @@ def _caches() -> dict[str, str]:
     folders = {
         "compiled programs": jax.config.values["jax_compilation_cache_dir"],
         "indices of data, weights": cache_folder(),
+        "weights of hf://": _hub_folder(),
         "data sets (TFDS)": os.environ.get("TFDS_DATA_DIR", "~/tensorflow_datasets"),
     }
     return {
-        name: f"{folder}, {_size(Path(folder).expanduser())}" for name, folder in folders.items()
+        name: f"{folder}, {_size(Path(folder).expanduser())}"
+        for name, folder in folders.items()
+        if folder
     }
 
 
+def _hub_folder() -> str:
+    """The folder of the hub's client, which other programs use too; "" without the client."""
+    if find_spec("huggingface_hub") is None:
+        return ""
+    from huggingface_hub import constants
+
+    return str(constants.HF_HUB_CACHE)
+
+
 def _size(folder: Path) -> str:
-    """The size of a folder, in MiB; files that vanish meanwhile count as nothing."""
+    """The size of a folder, in MiB; files that vanish meanwhile count as nothing.
+
+    Of a folder that takes too long, with very many files or far away, what was counted so far.
+    """
     if not folder.is_dir():
         return "empty"
-    total = 0
+    total, end = 0, time.monotonic() + _COUNTING_S
     for parent, _, names in os.walk(folder):
         for name in names:
+            if time.monotonic() > end:
+                return f"more than {total / 2**20:,.0f} MiB"
             try:
                 total += os.lstat(os.path.join(parent, name)).st_size
             except OSError:

@@ -101,3 +101,27 @@ def test_what_lies_in_a_cache(tmp_path):
     (tmp_path / "a" / "file").write_bytes(bytes(3 * 2**20))
     (tmp_path / "link").symlink_to(tmp_path / "nowhere")
     assert doctor._size(tmp_path) == "3 MiB"
+
+
+def test_a_cache_that_takes_too_long_to_count(tmp_path, monkeypatch):
+    (tmp_path / "file").write_bytes(bytes(3 * 2**20))
+    monkeypatch.setattr(doctor, "_COUNTING_S", -1.0)
+    assert doctor._size(tmp_path) == "more than 0 MiB"
+
+
+def test_the_cache_of_the_hub(tmp_path, monkeypatch, capsys):
+    """Each file once: a snapshot holds links to it."""
+    repository = tmp_path / "models--me--mine"
+    for name in ("blobs", "snapshots/1"):
+        (repository / name).mkdir(parents=True)
+    (repository / "blobs/1").write_bytes(bytes(5 * 2**20))
+    (repository / "snapshots/1/model.safetensors").symlink_to(repository / "blobs/1")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    assert doctor._caches()["weights of hf://"] == f"{tmp_path}, 5 MiB"
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", "/far" + "/away" * 30)
+    assert main.main(["doctor", "--no-training"]) == 0
+    lines = capsys.readouterr().out.splitlines()[:-1]
+    first = next(line for line in lines if line.startswith("  weights of hf://"))
+    assert first.split()[-1].startswith("/far/away") and max(map(len, lines)) < 80
+    monkeypatch.setattr(doctor, "find_spec", lambda name: None)
+    assert "weights of hf://" not in doctor._caches()
