@@ -1,6 +1,7 @@
 """A model, its weights and the scaling of its pixels as one program: StableHLO, by `jax.export`."""
 
-from collections.abc import Callable, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -41,7 +42,7 @@ def export_model(
     - of a model of text: token ids (B, N), int32, of which N is at most ``context_length``.
 
     It returns what a call of the model does, float32: logits, or the features of a model without a
-    head.
+    head. No folder of this machine is named in it.
 
     Args:
         model: a model of `crate_jax.create_model`.
@@ -78,7 +79,25 @@ def make_program(
     check_export(model, params, mean, std, pixels)
     compute = jax.jit(applied(model, params, mean, std))
     inputs = _inputs(model, "float32" if mean is None else pixels)
-    return jax.export.export(compute, platforms=tuple(platforms))(inputs)
+    with _without_places():
+        return jax.export.export(compute, platforms=tuple(platforms))(inputs)
+
+
+@contextlib.contextmanager
+def _without_places() -> Iterator[None]:
+    """Keep the folders of this machine, and the calls that led here, out of the programs made."""
+    wanted = {
+        "jax_hlo_source_file_canonicalization_regex": ".*/",  # what is cut off
+        "jax_include_full_tracebacks_in_locations": False,
+    }
+    before = {name: jax.config.values[name] for name in wanted}
+    try:
+        for name, value in wanted.items():
+            jax.config.update(name, value)
+        yield
+    finally:
+        for name, value in before.items():
+            jax.config.update(name, value)
 
 
 def applied(
@@ -146,6 +165,8 @@ def check_export(
         raise ValueError(f"pixels must be {' or '.join(PIXELS)}; got {pixels}. Choose one.")
     if (mean is None) != (std is None):
         raise ValueError("mean must go with std; got one of them alone. Give both, or neither.")
+    if std is not None and not min(std, default=0) > 0:
+        raise ValueError(f"std must be > 0; got {std}. Give that of pixels in [0, 1].")
     if mean is not None and not isinstance(model, ImageClassifier):
         raise ValueError(
             f"mean and std must go with a model of images; got a {type(model).__name__}. "

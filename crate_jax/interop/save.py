@@ -7,6 +7,7 @@ import numpy as np
 
 from crate_jax.files import located, written_aside
 from crate_jax.interop import npz, pth, safetensors
+from crate_jax.interop.addresses import is_address
 from crate_jax.interop.convert import find_layout
 from crate_jax.interop.faults import faults
 from crate_jax.interop.hub_folder import WEIGHTS, ModelCard, describe, names_folder, open_folder
@@ -60,6 +61,11 @@ def save_weights(
             given for a file, or the folder is a run.
         FileNotFoundError: there is no such folder.
     """
+    if is_address(path):
+        raise ValueError(
+            f"weights must be written to a path here, or in a bucket; got {path}. For the hub, "
+            "write a folder, and upload it by `hf upload`."
+        )
     if names_folder(path):
         folder = open_folder(path)
         save_weights(folder / WEIGHTS, params, model, layout=layout, class_names=class_names)

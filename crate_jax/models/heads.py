@@ -1,5 +1,6 @@
 """The head of an image classifier: a new one, for other classes, or none."""
 
+import numbers
 from typing import Any
 
 import jax
@@ -39,11 +40,12 @@ def reset_classifier(
         ValueError: the model takes no images, or the number is none.
     """
     of_images(model)
-    if isinstance(num_classes, bool) or not isinstance(num_classes, int) or num_classes < 0:
+    whole = isinstance(num_classes, numbers.Integral) and not isinstance(num_classes, bool)
+    if not whole or num_classes < 0:
         raise ValueError(
-            f"num_classes must be a whole number >= 0; got {num_classes}. 0 leaves the head out."
+            f"num_classes must be a whole number >= 0; got {num_classes!r}. 0 leaves the head out."
         )
-    fields: dict[str, Any] = {"num_classes": num_classes}
+    fields: dict[str, Any] = {"num_classes": int(num_classes)}
     gone = {"head"}
     if num_classes and getattr(model, "decoder_depth", 0):
         fields["decoder_depth"] = 0

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 
+import numpy as np
 from jax import Array
 
 from crate_jax import placement
@@ -25,13 +26,13 @@ def chosen_layers(indices: int | Sequence[int] | None, depth: int) -> list[int]:
     """
     if indices is None:
         return list(range(depth))
-    if isinstance(indices, int):
+    if isinstance(indices, int | np.integer):
         if not 1 <= indices <= depth:
             raise ValueError(
                 f"indices must be at most {depth} as a number, of the last layers, and at least 1; "
                 f"got {indices}. Give a list to name layers."
             )
-        return list(range(depth - indices, depth))
+        return list(range(depth - int(indices), depth))
     if wrong := [i for i in indices if not -depth <= i < depth]:
         raise ValueError(
             f"indices must be layers in 0 … {depth - 1}, or negative ones from the last; got "

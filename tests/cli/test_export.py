@@ -138,9 +138,22 @@ def test_the_program_is_of_the_machines_that_were_asked_for_and_of_plain_operati
     assert called == {"shape_assertion"}
 
 
+def test_a_program_names_no_folder_and_no_caller():
+    """It is published; and one model gives one file, wherever the package lies."""
+    model, variables = small("crate_tiny_patch16_224")
+    before = dict(jax.config.values)
+    content = export_model(model, variables, mean=MEAN, std=STD)
+    assert re.findall(rb"[\w.-]*/[\w./-]+\.py", content) == []
+    assert b"test_export" not in content and b"names_no_folder" not in content
+    assert (lambda: export_model(model, variables, mean=MEAN, std=STD))() == content
+    assert dict(jax.config.values) == before
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
+        (dict(mean=(0.5,), std=(0.0,)), r"^std must be > 0; got \(0\.0,\)\. Give that of pixels"),
+        (dict(mean=(), std=()), r"^std must be > 0; got \(\)\."),
         (dict(mean=MEAN), r"^mean must go with std; got one of them alone\. Give both"),
         (dict(mean=MEAN, std=STD, pixels="int8"), r"^pixels must be uint8 or float32; got int8\."),
         (dict(platforms=["gpu"]), r"^platforms must be out of cpu, cuda, rocm, tpu; got gpu\."),

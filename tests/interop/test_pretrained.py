@@ -215,6 +215,9 @@ def test_folders_that_are_none(tmp_path, tiny_model, tiny_params):
     with pytest.raises(ValueError, match=r"to a folder for a preprocessing or a model card; got"):
         save_weights(tmp_path / "w.npz", tiny_params, tiny_model, card=ModelCard())
     assert not (tmp_path / "w.npz").exists()
+    for address in ("hf://me/mine", "https://host/w.npz"):
+        with pytest.raises(ValueError, match=f"^weights must be written .* got {address}. For the"):
+            save_weights(address, tiny_params, tiny_model)
     refuse("me/mine", r"^me/mine must be a folder; there is none\. .* write hf://me/mine\.")
     (tmp_path / "w.npz").touch()
     (tmp_path / "empty").mkdir()
@@ -292,6 +295,13 @@ def test_preprocessing_by_name(table):
 
 
 ORIGINAL = released.RELEASED
+
+
+def test_a_model_near_to_one_with_weights_suggests_it():
+    refuse(
+        "crate_alpha_base_patch14_224",
+        r"none are released\. Did you mean crate_alpha_base_patch16_224\? Models with some: crate",
+    )
 
 
 def test_preprocessing_of_a_released_file_is_that_of_its_row():

@@ -110,6 +110,7 @@ def test_which_layers_are_meant():
     assert chosen_layers([3, -1, 0], 4) == [3, 3, 0]
     assert chosen_layers(1, 4) == [3] and chosen_layers(4, 4) == [0, 1, 2, 3]
     assert chosen_layers((), 4) == []
+    assert chosen_layers(np.int64(1), 4) == [3] and chosen_layers(np.array([1, -1]), 4) == [1, 3]
 
 
 @pytest.mark.parametrize(
@@ -160,6 +161,7 @@ def test_parameters_alone_come_back_alone_and_nothing_given_is_changed():
     assert given["head"]["kernel"].shape == (12, 7)
     assert given["blocks"] is params["blocks"]
     again, none = reset_classifier(other, given, 0)
+    assert type(reset_classifier(other, given, np.int64(3))[0].num_classes) is int
     assert again.num_classes == 0 and set(none) == set(params) - {"head"}
     default = reset_classifier(model, params, 7, key=jax.random.key(0))[1]
     np.testing.assert_array_equal(default["head"]["kernel"], given["head"]["kernel"])
@@ -175,7 +177,7 @@ def test_a_decoder_goes_where_classes_come():
     assert kept == model and set(same) == set(variables["params"])
 
 
-@pytest.mark.parametrize("number", [-1, True, 2.0])
+@pytest.mark.parametrize("number", [-1, True, 2.0, "2"])
 def test_numbers_of_classes_that_are_none(number):
     model = HyperSet(**SIZES)
     with pytest.raises(ValueError, match=r"^num_classes must be a whole number >= 0; got "):
