@@ -102,6 +102,7 @@ def test_config_json_speaks_for_weights_that_state_nothing(folder, call, tmp_pat
     torch = pytest.importorskip("torch")
     other = tmp_path / "other"
     other.mkdir()
+    save_weights(tmp_path / "w.npz", load_weights(folder, MODEL), MODEL)
     save_weights(other / "w.pth", load_weights(folder, MODEL), MODEL)
     os.rename(other / "w.pth", other / "pytorch_model.bin")
     assert torch.load(other / "pytorch_model.bin")
@@ -116,6 +117,10 @@ def test_config_json_speaks_for_weights_that_state_nothing(folder, call, tmp_pat
         status, _, err = call(command[0], f"--weights={other}", *command[1:])
         assert status == 0, err
     assert architecture(stated_by(other)) == architecture(MODEL)
+    status, _, line = call(
+        "convert", f"--from={tmp_path}/w.npz", f"--to={tmp_path}/x.npz", "--model-kwargs", "width=3"
+    )
+    assert (status, line) == (2, "error: --model-kwargs must go with --model. See --help.\n")
     # A name in the place of our fields, as timm writes it.
     (other / "config.json").write_text('{"architecture": "vit_small_patch16_224"}')
     assert stated_by(other) is None

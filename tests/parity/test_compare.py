@@ -276,9 +276,9 @@ def test_what_the_command_refuses(tmp_path, capsys, inputs, monkeypatch):
         ([f"--images={tmp_path / 'empty'}"], "--images must be a folder with images"),
         (["--dataset=digits"], "model.num_classes must equal the 10 classes of digits/test; got 6"),
         ([f"--html={tmp_path / 'none' / 'page.html'}"], "must lie in an existing folder"),
-        (["--model-kwargs", "width=3"], "--model-kwargs must go with --model"),
+        (["--model-kwargs", "width=3"], "got width 3 in the place of 12. Leave --model-kwargs out"),
         (["--model=crate_tiny_patch16_224", "--model-kwargs", "width"], "must be FIELD=VALUE"),
-        (["--model=crate_tiny_patch16_224", f"--html={page}"], "width 12 where the model has 384"),
+        (["--model=vit_tiny_patch16_224", f"--html={page}"], "family vit in the place of crate"),
         (["--batch_size=0"], "--batch_size must be >= 1; got 0"),
     ]
     for arguments, message in cases:
