@@ -21,6 +21,8 @@ pytest.importorskip("torch")  # the weights are PyTorch files
 
 GOLDEN = Path(__file__).parent.parent / "golden"
 CASES = ("crate_cls", "crate_mean_rect", "crate_single_head")
+# The figures of the README; the worst on a CPU are 1.6e-6 and 2.2e-6. GPUs order sums otherwise.
+OUTPUTS, GRADIENTS = (5e-6, 1e-5) if jax.default_backend() == "cpu" else (1e-5, 1e-4)
 
 
 class Case(NamedTuple):
@@ -97,8 +99,8 @@ def test_every_layer(case):
     for name, (ours, theirs) in pairs.items():
         for layer, (a, b) in enumerate(zip(ours, case.stacked(theirs), strict=True)):
             error = relative(a, b)
-            assert error <= 1e-5, f"{name}, layer {layer}: {error:.1e}"
-    assert relative(logits, case.expected["logits"]) <= 1e-4
+            assert error <= OUTPUTS, f"{name}, layer {layer}: {error:.1e}"
+    assert relative(logits, case.expected["logits"]) <= OUTPUTS
 
 
 def test_loss_and_every_gradient(case):
@@ -109,7 +111,7 @@ def test_loss_and_every_gradient(case):
     assert ours.keys() == theirs.keys()
     errors = {key: relative(ours[key], theirs[key]) for key in theirs}
     worst = max(errors, key=errors.__getitem__)
-    assert errors[worst] <= 1e-4, f"{worst}: {errors[worst]:.1e}"
+    assert errors[worst] <= GRADIENTS, f"{worst}: {errors[worst]:.1e}"
 
 
 def test_layerwise_by_the_official_definition(case):
