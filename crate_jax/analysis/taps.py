@@ -41,11 +41,17 @@ def taps(
 
     Raises:
         KeyError: an unknown name.
-        ValueError: no name, or images that do not fit the model.
+        ValueError: no name, images that do not fit the model, or a way of resizing that the model's
+            positions do not heed.
     """
     chosen = model.tap_names if names is None else chosen_taps(names, model.tap_names)
     if not chosen:
         raise ValueError(f"names must hold at least one of {', '.join(model.tap_names)}; got none.")
+    if positions != "right" and not isinstance(model, ImageClassifier):
+        raise ValueError(
+            f"positions must be right for a {type(model).__name__}, which takes no images; got "
+            f"{positions}. Leave it out."
+        )
     if isinstance(model, ImageClassifier) and getattr(images, "ndim", 0) == 4:
         height, width = images.shape[1:3]
         if (height, width) != model.input_shape[:2] or positions != "right":

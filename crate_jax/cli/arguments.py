@@ -17,6 +17,7 @@ if TYPE_CHECKING:  # imported where it is used, with JAX
     from crate_jax.models.classifier import ImageClassifier
     from crate_jax.models.stacked import BlockModel
 
+KEYS = ("image_key", "label_key")  # flags that name features of a data set
 Subparsers = argparse._SubParsersAction  # what `add_subparsers` gives; argparse hides its name
 
 
@@ -174,7 +175,11 @@ def default_data(model: "ImageClassifier", args: argparse.Namespace) -> DataConf
 
 
 def override_data(data: DataConfig, args: argparse.Namespace) -> None:
-    """Write what the flags say of the data set and its preparation into a config section."""
+    """Write what the flags say of the data set and its preparation into a config section.
+
+    Raises:
+        ValueError: a flag names a feature of a data set that has none.
+    """
     if args.dataset not in (None, data.dataset):  # keys are those of one data set
         data.image_key, data.label_key = DataConfig.image_key, DataConfig.label_key
     for field, value in (
@@ -187,6 +192,18 @@ def override_data(data: DataConfig, args: argparse.Namespace) -> None:
     ):
         if value is not None:
             setattr(data, field, value)
+    for flag in KEYS:
+        if getattr(args, flag) is not None and _has_no_features(data.dataset):
+            raise ValueError(
+                f"--{flag} must go with a data set of TFDS; {data.dataset} names no features. "
+                "Leave it out."
+            )
+
+
+def _has_no_features(dataset: str) -> bool:
+    from crate_jax.data.stores.sources import STORES  # it takes a while
+
+    return dataset in STORES
 
 
 def saved_run(workdir: str | Path, step: str) -> tuple[TrainConfig, Json, int]:

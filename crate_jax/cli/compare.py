@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from crate_jax.cli.arguments import (
+    KEYS,
     Subparsers,
     add_data,
     add_model,
@@ -207,6 +208,7 @@ def _inputs(
         raise ValueError("compare must get one of --images and --dataset. Leave one out.")
     weights = fetched(args.weights, "--weights")
     data, of_run = default_data(model, args), weights.is_dir() and is_run(weights)
+    _check_heeded(args, of_run)
     if of_run:
         data = saved_run(*find_run(args.weights))[0].data
     override_data(data, args)
@@ -216,6 +218,17 @@ def _inputs(
     images = rng.normal(size=(batch_size, *model.input_shape)).astype(np.float32)
     labels = rng.integers(0, model.num_classes or 1, batch_size)
     return images, labels, "seeded normal noise"
+
+
+def _check_heeded(args: argparse.Namespace, of_run: bool) -> None:
+    """Refuse flags about a data set where none is read: for a folder of images, and for noise."""
+    if args.dataset or (of_run and not args.images):
+        return
+    own = () if args.images else ("transforms",)
+    for flag in ("data_dir", "split", *KEYS, *own):
+        if getattr(args, flag) is not None:
+            read = "--images has none" if args.images else "compare draws noise without one"
+            raise ValueError(f"--{flag} must go with --dataset; {read}. Leave it out.")
 
 
 def _stored_images(

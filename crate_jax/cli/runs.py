@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from crate_jax.cli.arguments import (
+    KEYS,
     Subparsers,
     default_data,
     model_kwargs,
@@ -94,6 +95,7 @@ def open_trained(
             f"{command} must get a run of the task {task}; {args.workdir} is one of {config.task}. "
             "Choose another --workdir."
         )
+    _check_heeded(config, args)
     override_data(config.data, args)
     _use_tokenizer(config, getattr(args, "tokenizer", None))
     config.eval_batch_size = args.batch_size or config.eval_batch_size
@@ -120,6 +122,16 @@ def _check_source(args: argparse.Namespace, command: str) -> None:
         raise ValueError(f"--batch_size must be >= 1; got {args.batch_size}. Leave it out.")
     if args.weights and args.step:
         raise ValueError("--step must go with --workdir. Leave it out.")
+
+
+def _check_heeded(config: TrainConfig, args: argparse.Namespace) -> None:
+    """Refuse flags about images where texts are read."""
+    for flag in (*KEYS, "transforms"):
+        if getattr(args, flag) is not None and config.task == NEXT_TOKEN:
+            raise ValueError(
+                f"--{flag} must go with a model of images; got one of the task {config.task}. "
+                "Leave it out."
+            )
 
 
 def _use_tokenizer(config: TrainConfig, tokenizer: str | None) -> None:

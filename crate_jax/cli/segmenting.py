@@ -4,7 +4,7 @@ import argparse
 import functools
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -22,6 +22,7 @@ from crate_jax.files import Json
 from crate_jax.machine import check_memory
 from crate_jax.models.classifier import pair
 from crate_jax.models.embedding import check_sides
+from crate_jax.models.image_sizes import resizes_positions
 from crate_jax.models.parameters import Variables
 from crate_jax.tasks.pixels import normalize
 
@@ -82,9 +83,7 @@ class Reader:
             raise ValueError(f"--layer must be 1 … {model.depth} here; got {self.layer}.")
         self._head = _head(args.head, model.num_heads if self.tap in (TOKENS, ATTENTION) else 0)
         patch = pair(model.patch_size)
-        embedding: Any = frozen.variables["params"].get("embedding", {})
-        resizable = "pos_embedding" in embedding or hasattr(model, "position_size")
-        if args.positions != "right" and not resizable:
+        if args.positions != "right" and not resizes_positions(model, frozen.variables):
             raise ValueError(
                 f"--positions must be right for a {type(model).__name__}, whose positions are "
                 f"not resized; got {args.positions}. Leave it out."

@@ -10,6 +10,17 @@ from crate_jax.models.parameters import Params, variables_of
 POSITIONS = {"right": resize_positions, "official_maps": resize_positions_as_official_maps}
 
 
+def resizes_positions(model: ImageClassifier, params: Params) -> bool:
+    """True if a model has positions that can be resized: learned ones, or a field for their size.
+
+    Args:
+        model: an image classifier.
+        params: its parameters or variables.
+    """
+    embedding = variables_of(params)["params"].get("embedding", {})
+    return "pos_embedding" in embedding or hasattr(model, "position_size")
+
+
 def at_image_size(
     model: ImageClassifier,
     params: Params,
@@ -20,7 +31,8 @@ def at_image_size(
     """The same layers for images of another size: only learned positions are resized.
 
     It computes with JAX alone, so it runs under `jax.jit` and is differentiable. A model with fixed
-    positions computes those of the new grid, or resizes them too where the way is another.
+    positions computes those of the new grid. Where the way is another, it resizes them too, if it
+    has a field for that.
 
     Args:
         model: an image classifier.
@@ -33,10 +45,16 @@ def at_image_size(
         The model for that size, and its parameters or variables.
 
     Raises:
-        ValueError: an unknown way, or a size that the patches do not fit.
+        ValueError: an unknown way, one that the model's positions do not heed, or a size that the
+            patches do not fit.
     """
     if positions not in POSITIONS:
         raise ValueError(f"positions must be one of {', '.join(POSITIONS)}; got {positions}.")
+    if positions != "right" and not resizes_positions(model, params):
+        raise ValueError(
+            f"positions must be right for a {type(model).__name__}, whose positions are not "
+            f"resized; got {positions}. Leave it out."
+        )
     patch = pair(model.patch_size)
     if any(side < p or side % p for side, p in zip(image_size, patch, strict=True)):
         raise ValueError(

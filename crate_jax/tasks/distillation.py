@@ -14,7 +14,7 @@ from jax.typing import DTypeLike
 
 from crate_jax.models.classifier import ImageClassifier, pair
 from crate_jax.models.cost import has_formula, multiply_adds
-from crate_jax.models.image_sizes import at_image_size
+from crate_jax.models.image_sizes import at_image_size, resizes_positions
 from crate_jax.models.layers import Linear
 from crate_jax.models.parameters import Params, Variables
 from crate_jax.models.transformer import kernel_init
@@ -58,7 +58,8 @@ def resized(params: Params, model: ImageClassifier, other: ImageClassifier) -> P
     """
     if model.grid == other.grid:
         return params
-    return at_image_size(model, params, other.input_shape[:2], positions="official_maps")[1]
+    how = "official_maps" if resizes_positions(model, params) else "right"
+    return at_image_size(model, params, other.input_shape[:2], positions=how)[1]
 
 
 class Seen(NamedTuple):

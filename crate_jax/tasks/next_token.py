@@ -16,7 +16,7 @@ from crate_jax.files import Json
 from crate_jax.models.language import LanguageModel
 from crate_jax.models.zoo import build_model
 from crate_jax.tasks.losses import token_losses
-from crate_jax.tasks.task import Batch, Extra, Images, Inside, Params, Scalars, Task
+from crate_jax.tasks.task import PENALTIES, Batch, Extra, Images, Inside, Params, Scalars, Task
 
 TOKENIZER = "tokenizer"  # which fact says how text becomes tokens
 
@@ -45,7 +45,10 @@ class NextToken(Task):
     headline: ClassVar[str] = "loss"  # times a number it is each of the others
     higher_is_better: ClassVar[bool] = False
     by_row: ClassVar[bool] = True
-    unread: ClassVar[tuple[str, ...]] = ("data.mixup_alpha", "data.cutmix_alpha")
+    unread: ClassVar[tuple[str, ...]] = (
+        *("data.mixup_alpha", "data.cutmix_alpha", "data.train_transforms", "data.eval_transforms"),
+        *PENALTIES,
+    )
     inspected_rows: ClassVar[int] = 16
 
     @classmethod

@@ -23,6 +23,7 @@ Extra = PyTree  # of arrays that no gradient reaches: (), running statistics, a 
 Scalars = dict[str, Array]  # by the name under which they are logged
 Images = dict[str, Array]  # likewise; (n, H, W, c), uint8, or floats in [0, 1]
 
+PENALTIES = ("penalty.orthogonality", "penalty.srr")  # fields that a classifier alone reads
 CLASSES = "classes"  # which of a task's facts names the outputs of a classifier, in their order
 
 
@@ -62,7 +63,8 @@ class Task(Protocol):
         higher_is_better: whether a higher one is.
         by_row: whether the loss is a mean over rows, so that gradients of micro-batches may be
             averaged.
-        unread: paths of fields for some tasks alone which this one does not read, 0 where off.
+        unread: paths of fields for some tasks alone which this one does not read, 0 or "" where
+            off.
         inspected_rows: the number of rows of a batch that `inspect` gets; it runs on one device.
         model: what is trained. Nobody but the task calls it.
     """
@@ -75,6 +77,7 @@ class Task(Protocol):
         "optim.label_smoothing",
         "data.mixup_alpha",
         "data.cutmix_alpha",
+        *PENALTIES,
     )
     inspected_rows: ClassVar[int] = 64
 
@@ -87,9 +90,10 @@ class Task(Protocol):
         """
         for field in cls.unread:
             if value := get_field(config, field):
+                off = "''" if isinstance(value, str) else "0"
                 raise ValueError(
-                    f"{field} must be 0 for the task {config.task}, which does not read it; got "
-                    f"{value}. Set --config.{field}=0."
+                    f"{field} must be {off} for the task {config.task}, which does not read it; "
+                    f"got {value}. Set --config.{field}={off}."
                 )
 
     @classmethod

@@ -300,3 +300,25 @@ def test_mistakes(images):
         measure(model, params, images[:, :12])
     with pytest.raises(ValueError, match=r"^positions must be one of right, official_maps; got x"):
         taps(model, params, images, positions="x")
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("tost_tiny_patch16_224", "a ToST, whose positions are not resized; got official_maps"),
+        ("hyperset_patch16_224", "a HyperSet, whose positions are not resized; got official_maps"),
+        ("crate_lm_1l", "a CrateLM, which takes no images; got official_maps"),
+    ],
+)
+def test_positions_that_nothing_resizes(name, words):
+    sizes = dict(width=8, depth=1, num_heads=2)
+    if name == "crate_lm_1l":
+        sizes |= dict(context_length=4, vocab_size=7)
+    else:
+        sizes |= dict(image_size=8, patch_size=4, num_classes=2)
+    model = create_model(name, **sizes)
+    inputs = model.sample_input()
+    variables = model.init(jax.random.key(0), inputs, train=False)
+    with pytest.raises(ValueError, match=rf"^positions must be right for {words}\. Leave it out"):
+        taps(model, variables, inputs, positions="official_maps")
+    assert taps(model, variables, inputs, "out")[1]["out"].shape[0] == 1

@@ -83,6 +83,7 @@ def test_every_task_has_a_small_run():
 def test_what_a_task_does_not_read_is_refused(task):
     """Of what some tasks read alone, each field has an effect or is refused."""
     fields = ("optim.label_smoothing", "data.mixup_alpha", "data.cutmix_alpha")
+    fields += ("penalty.orthogonality", "penalty.srr")
     for field in fields:
         config = config_of(task, **{field.replace(".", "__"): 0.25})
         if field in TASKS[task].unread:
@@ -92,8 +93,20 @@ def test_what_a_task_does_not_read_is_refused(task):
             with pytest.raises(ValueError, match=message):
                 set_up(config)
         else:
-            run, name = set_up(config), field.split(".")[1]
-            assert getattr(run.task, name) == 0.25
+            run, (section, name) = set_up(config), field.split(".")
+            held = run.task.penalties if section == "penalty" else run.task
+            assert getattr(held, name) == 0.25
+
+
+@pytest.mark.parametrize("field", ["train_transforms", "eval_transforms"])
+def test_a_task_of_text_reads_no_transforms(field):
+    config = config_of("next_token", **{f"data__{field}": "resize(16)"})
+    message = (
+        rf"^data\.{field} must be '' for the task next_token, which does not read it; got "
+        rf"resize\(16\)\. Set --config\.data\.{field}=''\.$"
+    )
+    with pytest.raises(ValueError, match=message):
+        set_up(config)
 
 
 def test_killed_at_a_random_step_it_goes_on_with_the_same_bits(whole, tmp_path):
