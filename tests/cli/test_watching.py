@@ -40,6 +40,20 @@ def finished(tmp_path_factory):
     return folder
 
 
+@pytest.fixture(autouse=True)
+def once(monkeypatch):
+    """No checkpoint is evaluated twice; a watcher that does so would not end."""
+    evaluate, seen = watching._Split.evaluate, []
+
+    def counted(self, step, *trained):
+        if (self, step) in seen:
+            pytest.fail(f"step {step} is evaluated again")
+        seen.append((self, step))
+        return evaluate(self, step, *trained)
+
+    monkeypatch.setattr(watching._Split, "evaluate", counted)
+
+
 @pytest.fixture
 def run(finished, tmp_path):
     """A copy of it, that may be changed."""
@@ -92,6 +106,8 @@ def test_each_checkpoint_as_it_comes_and_then_the_end(finished, tmp_path, monkey
     def wait(seconds):
         assert seconds == 2.5
         looks.append(seconds)
+        if len(looks) > 4:
+            pytest.fail("it does not end with the run")
         if len(looks) == 2:
             shutil.copytree(finished, run, ignore=shutil.ignore_patterns("2", "3"))
         elif len(looks) == 4:
