@@ -118,22 +118,25 @@ def _check_stated(
 
     How many classes there are the data may say, and a model may go without its head.
     """
+    from crate_jax.interop.fit import FITS
     from crate_jax.models.zoo import architecture
 
-    names, ours, theirs = {"head": "num_classes"}, architecture(model), architecture(stated)
-    free = {names.get(each, each) for each in getattr(args, "fit", ())}
-    free |= {"image_size"} if "patch_size" in free else set()
+    parts, ours, theirs = {"num_classes": "head"}, architecture(model), architecture(stated)
+    fit: list[str] = getattr(args, "fit", [])
+    differ = [name for name in {**theirs, **ours} if ours.get(name) != theirs.get(name)]
+    free = {name for name in differ if parts.get(name, name) in fit}
+    free |= {"image_size"} if "patch_size" in fit else set()
     free |= set() if kwargs.get("num_classes") else {"num_classes"}
-    other = [
-        f"{name} {ours.get(name)} in the place of {theirs.get(name)}"
-        for name in {**theirs, **ours}
-        if ours.get(name) != theirs.get(name) and name not in free
-    ]
+    other = ["family"] if "family" in differ else [name for name in differ if name not in free]
     if other:
         flag = "--model" if args.model else "--model-kwargs"
+        got = [f"{name} {ours.get(name)} in the place of {theirs.get(name)}" for name in other[:3]]
+        remedy = f"Leave {flag} out"
+        lacks = [parts.get(name, name) for name in other]
+        if "fit" in args and set(lacks) <= set(FITS):
+            remedy += f", or add --fit {' '.join([*fit, *lacks])}"
         raise ValueError(
-            f"{flag} must be the model that the weights state; got {', '.join(other[:3])}. "
-            f"Leave {flag} out" + (", or add --fit." if "fit" in args else ".")
+            f"{flag} must be the model that the weights state; got {', '.join(got)}. {remedy}."
         )
 
 

@@ -77,8 +77,11 @@ def test_a_new_head_and_other_sizes(folder, call):
     assert (status, line) == (
         2,
         "error: --model-kwargs must be the model that the weights state; got image_size [32, 32] "
-        "in the place of [16, 16]. Leave --model-kwargs out, or add --fit.\n",
+        "in the place of [16, 16]. Leave --model-kwargs out, or add --fit image_size.\n",
     )
+    size += ["num_classes=3", "eta=0.2", "--fit", "eta"]
+    _, _, line = call("evaluate", f"--weights={folder}", *DATA, *size)
+    assert line.endswith("Leave --model-kwargs out, or add --fit eta image_size head.\n")
 
 
 def test_layerwise_export_and_convert_read_the_folder(folder, call, tmp_path):
@@ -143,7 +146,7 @@ def test_a_file_and_a_run_that_state_their_model(folder, tiny_run, call, tmp_pat
 @pytest.mark.parametrize(
     ("model", "said"),
     [
-        (["vit_tiny_patch16_224"], "family vit in the place of crate, "),
+        (["vit_tiny_patch16_224"], "family vit in the place of crate. Leave --model out.\n"),
         (["crate_tiny_patch16_224"], "image_size [224, 224] in the place of [16, 16], "),
     ],
 )
