@@ -68,7 +68,8 @@ _CELLS = (10, 10, 10, 10, 15, 6)  # columns of a time, of a range of times, and 
 
 def _times(found: Json) -> Iterator[str]:
     if not found["chips"]:
-        yield "no time: the peaks of this chip are not known, or the program does not fit"
+        refused = "refused" in found["compiled"]
+        yield f"no time: the {'program does not fit' if refused else 'peaks are unknown'}"
         return
     source = "of the program" if "topology" in found["compiled"] else "by formula"
     yield f"at peak, {source} (ms)"

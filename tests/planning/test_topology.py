@@ -191,7 +191,8 @@ def test_what_a_plan_says_of_a_program(here):
     assert plan_on(small_recipe(), "data:-1", here, said.append) == found
     assert len([line for line in said if line.startswith("compiling for")]) == 1
     unknown = dataclasses.replace(here, chip=None)
-    assert plan_on(small_recipe(), "data:-1", unknown)["chips"] == {}
+    found = plan_on(small_recipe(), "data:-1", unknown)
+    assert found["chips"] == {} and "no time: the peaks are unknown\n" in table(found)
 
 
 def test_a_plan_of_what_does_not_fit(here, monkeypatch):
@@ -200,7 +201,7 @@ def test_a_plan_of_what_does_not_fit(here, monkeypatch):
     found = plan_on(small_recipe(), "data:-1", here)
     assert found["compiled"]["refused"] == refused.refused and found["chips"] == {}
     assert f"  does not fit: {refused.refused}\n" in table(found)
-    assert "no time: " in table(found)
+    assert "no time: the program does not fit\n" in table(found)
     config = small_recipe()
     config.batch_size, totals = 256, {}
     for config.optim.accumulate_steps in (1, 2, 4):
@@ -217,6 +218,18 @@ def test_a_plan_of_what_does_not_fit(here, monkeypatch):
     # Its loss is no mean over rows.
     whole = load_recipe("digits:mcr2")
     assert plan_on(whole, "data:-1", here)["compiled"]["accumulate_steps"] is None
+
+
+def test_the_compiler_for_tpus_knows_what_fits(here, monkeypatch):
+    """A v5e has more than the 16 GB that are published; its compiler refuses what is too large."""
+    program = jax.jit(lambda x: x * x).lower(2.0).compile()
+    made = Compiled(program.as_text(), int(CHIPS["v5e"].memory) + 1, 1.0)
+    monkeypatch.setattr("crate_jax.planning.plan.compile_for", lambda *_: made)
+    for platform, fits in (("tpu", True), ("gpu", False)):
+        on = dataclasses.replace(here, platform=platform)
+        found = plan_on(small_recipe(), "data:-1", on)
+        assert found["chips"]["v5e"]["fits"] is fits
+        assert ("accumulate_steps" in found["compiled"]) is not fits
 
 
 class Refused:
