@@ -1,5 +1,7 @@
 """The loader's worker processes: their needs, and their end."""
 
+import functools
+import logging
 import multiprocessing
 import os
 import signal
@@ -8,6 +10,8 @@ import threading
 
 from crate_jax.files import check_open_files
 from crate_jax.machine import check_shared_memory
+
+_log = logging.getLogger("crate_jax")
 
 
 def end_with_parent(worker_index: int, worker_count: int) -> None:
@@ -46,6 +50,7 @@ def make_ready(workers: int, need: int) -> None:
     """
     check_shared_memory(need)
     check_open_files(64 + 32 * workers, f"with data.num_workers={workers}")
+    warn_of_many(workers, _cores())
     from absl import flags
 
     if not flags.FLAGS.is_parsed():
@@ -53,3 +58,24 @@ def make_ready(workers: int, need: int) -> None:
     quiet = "ignore:resource_tracker:UserWarning"
     if quiet not in sys.warnoptions:  # which multiprocessing hands to the tracker
         sys.warnoptions.append(quiet)
+
+
+def _cores() -> int:
+    """The number of cores that this process may use."""
+    if hasattr(os, "sched_getaffinity"):  # macOS and Windows have it not
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+@functools.cache  # a run has a loader for training, and one for each evaluation
+def warn_of_many(workers: int, cores: int) -> None:
+    """Log, once, that workers are more than twice the cores: each takes seconds of one to start."""
+    if workers > 2 * cores:
+        _log.warning(
+            "data.num_workers is %d, and this machine has %d core%s: the first batch will come "
+            "late. Set --config.data.num_workers=%d.",
+            workers,
+            cores,
+            "" if cores == 1 else "s",
+            cores,
+        )
