@@ -725,6 +725,7 @@ def test_every_checkpoint_is_listed_with_what_is_wrong(tmp_path):
     assert all(0.01 <= row["mib"] < 0.1 for row in found)  # 12 kB, and what describes them
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 @pytest.mark.parametrize("damage", ["cut short", "emptied", "deleted"])
 def test_no_file_of_the_newest_step_can_stop_a_run(tmp_path, damage):

@@ -53,6 +53,7 @@ def read(path):
         return list(csv.DictReader(file))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", FIGURES)
 def test_every_figure_of_a_run(name, workdir, call, tmp_path):
     output = tmp_path / f"{name}.svg"

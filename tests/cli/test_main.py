@@ -338,6 +338,7 @@ def test_a_non_finite_loss_names_step_and_checkpoint(trained, tmp_path):
     assert intact_steps(workdir) == [4, 8]
 
 
+@pytest.mark.slow
 def test_ctrl_c_saves_and_says_how_to_resume(tmp_path):
     """A terminal sends it to all processes, the loader's workers too."""
     arguments = ["train.py", f"--workdir={tmp_path}", *TINY, "--config.total_steps=400"]

@@ -105,6 +105,7 @@ def test_how_much_is_hidden_and_how_it_is_told(workdir, call, tmp_path):
         assert (status, found) == (2, None) and err.startswith(message) and err.count("\n") == 1
 
 
+@pytest.mark.slow
 def test_the_encoder_of_a_run_is_fine_tuned_by_the_command_line(workdir, tmp_path):
     flags = [*TINY, "--config.model.name=" + NAME, "--config.model.decoder_depth=0"]
     flags += ["--config.model.width=16", "--config.model.depth=1", "--config.model.num_heads=2"]
@@ -125,6 +126,7 @@ def test_the_encoder_of_a_run_is_fine_tuned_by_the_command_line(workdir, tmp_pat
     assert tuned["head"]["kernel"].shape == (16, 10) and "decoder" not in tuned
 
 
+@pytest.mark.slow
 def test_pictures_without_labels(workdir, call, tmp_path):
     """They train it, and are reconstructed, in whatever folders they lie."""
     rng = np.random.default_rng(0)

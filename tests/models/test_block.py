@@ -149,6 +149,7 @@ def test_a_block_takes_tokens_in_any_order_and_is_not_negative(tokens):
 
 
 # Without the passes that tests leave out, one gradient in a hundred misses the bound by a little.
+@pytest.mark.slow
 @pytest.mark.usefixtures("optimised")
 @pytest.mark.parametrize("remat", sorted(REMAT))
 @pytest.mark.parametrize("unroll", [1, 2])

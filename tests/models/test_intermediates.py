@@ -60,6 +60,7 @@ def near(found, expected):
     np.testing.assert_allclose(np.asarray(found, np.float64), expected, atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", NAMES)
 def test_patches_of_layers_are_those_of_the_taps(family):
     model, variables, images, out = opened(family)
@@ -131,6 +132,7 @@ def test_what_it_refuses(options, message):
         called("crate", **options)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", NAMES)
 def test_a_new_head_stands_on_the_same_layers(family):
     model, variables, images, _ = opened(family)

@@ -104,6 +104,7 @@ def test_crate_n_differs_by_the_sign_alone():
     np.testing.assert_allclose(first["z_half"][1], entering - first["mssa"][1], atol=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("switches", SWITCHES.values(), ids=SWITCHES)
 def test_a_switch_trains_and_both_backward_passes_agree(switches):
     model, params, images = build(**switches)

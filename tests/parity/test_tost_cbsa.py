@@ -186,6 +186,7 @@ def compare(model, **options):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", MODELS)
 def test_the_jax_model_computes_the_same(name):
     """Forward pass, gradients, and of some two steps with the statistics after them."""

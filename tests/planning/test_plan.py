@@ -32,6 +32,7 @@ def recipe(name, arg, **changes):
     return config
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("arg", "mesh", "changes"),
     [

@@ -322,6 +322,7 @@ def test_a_row_holds_several_views(encoded, tmp_path):
 # --- runs -----------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_run_without_labels(tmp_path):
     factors = dict(gamma1=2.0, gamma2=0.5)
     options = Mcr2Config(mode="self_supervised", dimension=16, views=5, **factors)

@@ -132,6 +132,7 @@ def alone():
     return step_of_tost("data:1")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("spec", ["data:8", "data:2,fsdp:4"])
 def test_a_stem_has_the_statistics_of_the_whole_batch_on_any_mesh(alone, spec):
     state = step_of_tost(spec)
@@ -239,6 +240,6 @@ def test_its_weights_alone_are_refused(normed, monkeypatch, tmp_path):
     monkeypatch.setattr("crate_jax.interop.load_fitted", lambda *args, **options: Loaded)
     run = set_up(config(), "eval")
     args = argparse.Namespace(weights="w.npz", fit=[], method=None, model="normed")
-    message = r"--weights must hold all that normed evaluates with; its batch_stats are in no"
+    message = r"--weights must hold all that Normed evaluates with; its batch_stats are in no"
     with pytest.raises(ValueError, match=message):
         runs._load_weights(args, run)

@@ -26,6 +26,7 @@ def tiny_model(name):
     return ModelConfig(name=name, in_channels=1, **sizes)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", FAMILIES)
 def test_a_run_of_two_steps(name, tiny_config, tmp_path):
     config = tiny_config(total_steps=2, log_objective_every_steps=1, model=tiny_model(name))
