@@ -25,7 +25,7 @@ from crate_jax.planning import formulas
 from crate_jax.planning.chips import CHIPS, Joined, least_seconds, traffic
 from crate_jax.planning.collectives import KINDS, Collective, collectives
 from crate_jax.planning.compiling import compile_for
-from crate_jax.planning.program import account, copies
+from crate_jax.planning.program import Operation, account, copies
 from crate_jax.planning.topology import Topology
 from crate_jax.tasks.task import Batch
 from crate_jax.training.run import Run, jit_train_step, set_up
@@ -146,33 +146,36 @@ def plan_on(
         return found
     sent = collectives(made.text, run.mesh.devices.size)
     operations = account(made.text, spaces=topology.spaces)
-    moved = sum(x.bytes for x in operations)
     tokens = run.config.batch_size * model.num_tokens * model.width // run.mesh.devices.size
-    most = sorted(operations, key=lambda x: -x.bytes)[:_SHOWN]
-    by_opcode: Counter[str] = Counter()
-    for operation in operations:
-        by_opcode[operation.opcode] += operation.bytes
-    compiled |= {
-        "memory": made.memory,
-        **_sent(sent),
-        "moved": moved,
-        "moved_by": [
-            {name: getattr(x, name) for name in ("name", "opcode", "source", "bytes", "trips")}
-            for x in most
-        ],
-        "moved_by_opcode": dict(by_opcode.most_common()),
-        "copies": copies(operations, tokens // run.config.optim.accumulate_steps),
-    }
+    through = _moved(operations, tokens // run.config.optim.accumulate_steps)
+    compiled |= {"memory": made.memory, **_sent(sent), **through}
     if chip:
         seconds = least_seconds(
             chip,
             step_flops(model) * config.batch_size / run.mesh.devices.size,
-            moved,
+            through["moved"],
             _joined(sent),
             made.memory,
         )
         found["chips"][topology.name.partition(":")[0]] = seconds | {"fits": fits}
     return found
+
+
+def _moved(operations: list[Operation], tokens: int) -> Json:
+    """What a program moves through the memory of a device; copies of so many numbers at least."""
+    by_opcode: Counter[str] = Counter()
+    for operation in operations:
+        by_opcode[operation.opcode] += operation.bytes
+    most = sorted(operations, key=lambda x: -x.bytes)[:_SHOWN]
+    return {
+        "moved": by_opcode.total(),
+        "moved_by": [
+            {name: getattr(x, name) for name in ("name", "opcode", "source", "bytes", "trips")}
+            for x in most
+        ],
+        "moved_by_opcode": dict(by_opcode.most_common()),
+        "copies": copies(operations, tokens),
+    }
 
 
 class Step(NamedTuple):
