@@ -116,7 +116,10 @@ def _check_source(args: argparse.Namespace, command: str) -> None:
     if args.weights and not args.dataset:
         raise ValueError(f"{command} --weights must get --dataset too. See --help.")
     if args.workdir and (args.model or args.model_kwargs or args.fit):
-        raise ValueError("--model and --fit must go with --weights; a run knows its own model.")
+        raise ValueError(
+            "--model, --model-kwargs and --fit must go with --weights; a run knows its own model. "
+            "Leave them out."
+        )
     resize_method(args)
     if args.batch_size is not None and args.batch_size < 1:
         raise ValueError(f"--batch_size must be >= 1; got {args.batch_size}. Leave it out.")

@@ -365,7 +365,10 @@ def test_ctrl_c_saves_and_says_how_to_resume(tmp_path):
             "workdir must hold a checkpoint; /no/such/run has",
         ),
         (["evaluate", "--weights=a.pth"], "must get --dataset too"),
-        (["evaluate", "--workdir=a", "--model=b"], "--model and --fit must go with --weights"),
+        (
+            ["evaluate", "--workdir=a", "--model=b"],
+            "--model-kwargs and --fit must go with --weights",
+        ),
         (
             ["evaluate", "--weights=a", "--model=b", "--dataset=c", "--step=1"],
             "--step must go with",
